@@ -1,0 +1,1 @@
+"""Train PyTorch networks that are cut into blocks, without back-propagating through the cuts."""

@@ -1,0 +1,287 @@
+"""Data sets as whole tensors on a device, their content checked against a known SHA-256.
+
+A data set is looked for under a folder `root`: first `<root>/<name>.npz`, then torchvision's own files, then
+the network. `digits` comes with scikit-learn and needs no folder.
+"""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+NORMALISATIONS = ("unit", "standard", "symmetric")
+
+Arrays = dict[str, NDArray[np.uint8]]
+
+
+class DatasetError(RuntimeError):
+    """A data set is missing, damaged or not the published one; the message says how to provide it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a data set before it is read."""
+
+    image: tuple[int, ...]  # shape of one stored image, channels last
+    sha256: str  # of x_train, y_train, x_test, y_test as contiguous uint8, one after the other
+    maximum: int = 255  # the brightest pixel value
+    classes: int = 10
+    torchvision: str = ""  # torchvision's class for it
+    files: str = ""  # where that class keeps its unpacked files, under root
+
+
+SOURCES = {
+    "mnist": Source(
+        image=(28, 28),
+        sha256="06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
+        torchvision="MNIST",
+        files="MNIST/raw",
+    ),
+    "fashion_mnist": Source(
+        image=(28, 28),
+        sha256="ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f",
+        torchvision="FashionMNIST",
+        files="FashionMNIST/raw",
+    ),
+    "cifar10": Source(
+        image=(32, 32, 3),
+        sha256="80387ddb9a0edf3fc4a964ee3770296169bb26a651050df20035579673099660",
+        torchvision="CIFAR10",
+        files="cifar-10-batches-py",
+    ),
+    "digits": Source(
+        image=(8, 8), sha256="99acfbe547094100091160d63f2209391c42e7c4663c8a783fa596248d5382d6", maximum=16
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification data set, whole, on one device.
+
+    x_train, x_test: floats [N, 28, 28] (MNIST, Fashion-MNIST), [N, 3, 32, 32] (CIFAR-10) or [N, 8, 8]
+        (digits).
+    y_train, y_test: int64 [N], in 0 ... classes - 1.
+    sha256: of the stored content, whatever the normalisation and the hold-out.
+    """
+
+    name: str
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    classes: int
+    sha256: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: [H, W] or [C, H, W]."""
+        return tuple(self.x_train.shape[1:])
+
+    @property
+    def features(self) -> int:
+        """Number of values in one sample."""
+        return self.x_train[0].numel()
+
+
+def load(
+    name: str,
+    root: str | Path,
+    *,
+    normalisation: str = "unit",
+    holdout: int = 0,
+    holdout_seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    download: bool = True,
+) -> Dataset:
+    """Load a data set as whole tensors and check its content.
+
+    name: "mnist" (LeCun et al. 1998), "fashion_mnist" (Xiao et al. 2017), "cifar10" (Krizhevsky 2009) or
+        "digits", scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak 1998), of which a
+        fixed stratified 360 are the test set and 1,437 the training set.
+    root: folder of the data, unused by "digits". The first of these is taken: `<root>/<name>.npz` (x_train,
+        y_train, x_test, y_test, uint8, as in Keras's mnist.npz); torchvision's unpacked files; torchvision's
+        download, if `download`, which is then kept as `<root>/<name>.npz`.
+    normalisation: "unit", pixels in [0, 1]; "symmetric", in [-1, 1]; "standard", mean 0 and standard
+        deviation 1 in each channel of x_train (that is, after the hold-out, so that held-out samples tell
+        nothing).
+    holdout: number of training samples held out, stratified by class. If not 0, they are x_test and y_test,
+        and the test set is not returned: what is tuned on them never sees it.
+    holdout_seed: which samples are held out; the same seed always gives the same ones.
+
+    Raises ValueError for an unknown name or normalisation or an impossible hold-out, DatasetError if the data
+    are absent, damaged or not the published ones.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(SOURCES)}")
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"unknown normalisation {normalisation!r}; choose one of {', '.join(NORMALISATIONS)}")
+    source = SOURCES[name]
+    arrays = _digits() if name == "digits" else _find(name, Path(root).expanduser(), download)
+    x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
+    if holdout != 0:
+        held = _stratified(y_train, holdout, holdout_seed)
+        x_test, y_test = x_train[held], y_train[held]
+        x_train, y_train = x_train[~held], y_train[~held]
+    train, test = (_images(x, device, dtype) for x in (x_train, x_test))
+    _normalise(train, test, normalisation, source.maximum)
+    return Dataset(
+        name=name,
+        x_train=train,
+        y_train=_labels(y_train, device),
+        x_test=test,
+        y_test=_labels(y_test, device),
+        classes=source.classes,
+        sha256=source.sha256,  # the content's own: anything else was refused
+    )
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 of x_train, y_train, x_test, y_test, each as contiguous uint8, one after the other."""
+    sha = hashlib.sha256()
+    for key in KEYS:
+        sha.update(arrays[key].ravel().data)
+    return sha.hexdigest()
+
+
+def _find(name: str, root: Path, download: bool) -> Arrays:
+    """The checked content of `name`, from the first of the three places that has it."""
+    npz, unpacked = root / f"{name}.npz", root / SOURCES[name].files
+    try:
+        if npz.exists():
+            return _checked(name, _read_npz(npz), npz)
+        try:
+            arrays = _read_torchvision(name, root, download=False)
+        except DatasetError:
+            if not download:
+                raise
+            return _download(name, npz)
+        return _checked(name, arrays, unpacked)
+    except DatasetError as error:
+        raise DatasetError(
+            f"{error}\nThree ways to provide {name}, once any wrong or damaged file is deleted:\n"
+            f"  1. put {npz} there, with {', '.join(KEYS)} as uint8;\n"
+            f"  2. put torchvision's unpacked files into {unpacked};\n"
+            f"  3. load with download=True, torchvision installed and a network."
+        ) from None  # the message says it all
+
+
+def _read_npz(npz: Path) -> Arrays:
+    try:
+        with np.load(npz) as archive:
+            if missing := set(KEYS) - set(archive):
+                raise DatasetError(
+                    f"{npz}: has no {', '.join(sorted(missing))}, only {', '.join(archive) or 'nothing'}"
+                )
+            return {key: np.asarray(archive[key]) for key in KEYS}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DatasetError(f"{npz}: expected an npz file, found a damaged or other file ({error})") from error
+
+
+def _read_torchvision(name: str, root: Path, *, download: bool) -> Arrays:
+    source = SOURCES[name]
+    try:
+        # imported here, so that npz files need no torchvision
+        from torchvision import datasets
+
+        build = getattr(datasets, source.torchvision)
+        train, test = (build(root, train=part, download=download) for part in (True, False))
+    except Exception as error:  # damaged files and broken connections raise anything, even AssertionError
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DatasetError(f"no {name}.npz, and torchvision's {source.torchvision} failed: {reason}") from error
+    return {
+        "x_train": np.asarray(train.data),
+        "y_train": np.asarray(train.targets, dtype=np.uint8),
+        "x_test": np.asarray(test.data),
+        "y_test": np.asarray(test.targets, dtype=np.uint8),
+    }
+
+
+def _download(name: str, npz: Path) -> Arrays:
+    """Download, check and keep as `npz`, through a folder beside it: it appears whole or not at all."""
+    try:
+        npz.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=npz.parent, prefix=f".{name}-") as folder:
+            arrays = _checked(name, _read_torchvision(name, Path(folder), download=True), "torchvision's download")
+            whole = Path(folder, npz.name)
+            np.savez(whole, **arrays)  # type: ignore[arg-type]
+            os.replace(whole, npz)
+    except OSError as error:
+        raise DatasetError(f"{npz}: could not be written ({error})") from error
+    return arrays
+
+
+def _digits() -> Arrays:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x, y = x.reshape(-1, 8, 8).astype(np.uint8), y.astype(np.uint8)
+    test = _stratified(y, 360, seed=0)
+    arrays = {"x_train": x[~test], "y_train": y[~test], "x_test": x[test], "y_test": y[test]}
+    return _checked("digits", arrays, "scikit-learn's digits")
+
+
+def _checked(name: str, arrays: Arrays, origin: str | Path) -> Arrays:
+    """`arrays` with labels [N], if their shapes, types and content are the published ones."""
+    source = SOURCES[name]
+    pixels = ", ".join(map(str, source.image))
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.dtype != np.uint8 or x.shape[1:] != source.image:
+            raise DatasetError(f"{origin}: x_{part} is {x.dtype} {list(x.shape)}, expected uint8 [N, {pixels}]")
+        if y.dtype != np.uint8 or y.shape not in ((len(x),), (len(x), 1)):
+            raise DatasetError(f"{origin}: y_{part} is {y.dtype} {list(y.shape)}, expected uint8 [{len(x)}]")
+    found = digest(arrays)
+    if found != source.sha256:
+        raise DatasetError(f"{origin}: the content's SHA-256 is\n  {found}, expected\n  {source.sha256}.")
+    return {key: array.ravel() if key.startswith("y") else array for key, array in arrays.items()}
+
+
+def _stratified(y: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.bool_]:
+    """A random mask [N] of `count` samples, each class having its due share to within one sample.
+
+    Shuffled, sorted by class, then taken at even distances. RandomState's stream is frozen by NumPy's policy,
+    so a seed means the same samples in every version.
+    """
+    if not isinstance(count, int) or not 0 <= count < len(y):
+        raise ValueError(f"holdout must be a whole number of samples from 0 to {len(y) - 1}, not {count!r}")
+    order = np.random.RandomState(seed).permutation(len(y))
+    order = order[np.argsort(y[order], kind="stable")]
+    mask = np.zeros(len(y), dtype=np.bool_)
+    mask[order[np.arange(count) * len(y) // count]] = True
+    return mask
+
+
+def _images(x: NDArray[np.uint8], device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Pixels as floats, channels first."""
+    images = torch.from_numpy(x).to(device)
+    if images.ndim == 4:
+        images = images.movedim(-1, 1)
+    return images.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _labels(y: NDArray[np.uint8], device: str | torch.device) -> torch.Tensor:
+    return torch.from_numpy(y).to(device, torch.int64)
+
+
+def _normalise(train: torch.Tensor, test: torch.Tensor, normalisation: str, maximum: int) -> None:
+    """Shift and scale both in place."""
+    shift: float | torch.Tensor
+    scale: float | torch.Tensor
+    if normalisation == "unit":
+        shift, scale = 0, maximum
+    elif normalisation == "symmetric":
+        shift = scale = maximum / 2
+    else:  # over samples and pixels, for each channel
+        scale, shift = torch.std_mean(train, dim=(0, -2, -1), correction=0, keepdim=True)
+    for x in (train, test):
+        x.sub_(shift).div_(scale)

@@ -1,0 +1,33 @@
+"""Mini-batches without replacement: each replica shuffles the samples by itself, once an epoch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, stream: str, counter: int = 0) -> torch.Generator:
+    """Random numbers that depend on (seed, stream, counter) alone, so that no generator state is carried along:
+    a replica draws the same in any stack, and after a resume."""
+    entropy = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), counter))
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def minibatches(samples: int, batch_size: int, seeds: Sequence[int], epoch: int, device: torch.device) -> list[Tensor]:
+    """Indices [S, B] of an epoch's mini-batches: every sample once a replica; the last batch may be smaller.
+
+    Raises ValueError unless 1 <= batch_size <= samples.
+    """
+    if not 1 <= batch_size <= samples:
+        raise ValueError(f"optimizer.batch_size: {batch_size} is not between 1 and the {samples} training samples")
+    orders = [torch.randperm(samples, generator=generator(seed, "minibatches", epoch)) for seed in seeds]
+    return list(torch.stack(orders).to(device).split(batch_size, dim=1))
+
+
+def rows(data: Tensor, indices: Tensor) -> Tensor:
+    """Samples of shared data [N, ...] for each replica's indices [S, B]: [S, B, ...]."""
+    return data.index_select(0, indices.flatten()).view(*indices.shape, *data.shape[1:])

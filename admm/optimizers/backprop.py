@@ -1,0 +1,66 @@
+"""Back-propagation through the whole network: the baselines SGD and Adam (paper, §4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters
+from admm.minibatches import minibatches, rows
+from admm.optimizers.protocol import Problem, spectral_norms
+from admm.optimizers.rules import Rule
+from admm.schedules import Value, schedule
+
+
+@dataclass
+class BackpropState:
+    """theta: parameters [S, P]. moments: the rule's, each [S, P] (Adam's count of steps is [S])."""
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    moments: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Mini-batch training on the mean loss of a mini-batch, by an update rule; an iteration is an epoch."""
+
+    iterations: int  # the schedules' horizon
+    update: Rule
+    step_size: Value
+    batch_size: int = 64
+
+    def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
+        theta = problem.initial(seeds)
+        schedule("step_size", self.step_size, len(seeds))
+        return BackpropState(tuple(seeds), 0, theta, self.update.init(theta.flat))
+
+    def step(self, problem: Problem, state: BackpropState) -> BackpropState:
+        blocks, theta = problem.blocks, state.theta
+        step_size = schedule("step_size", self.step_size, len(state.seeds))
+        gradient = blocks.parameters(torch.empty_like(theta.flat))
+        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, problem.x.device)
+        for number, batch in enumerate(batches):
+            z, records = rows(problem.x, batch), []
+            for block, views in zip(blocks, theta.blocks, strict=True):
+                z, record = block.record(views, z)
+                records.append(record)
+            cotangent = problem.loss.gradient(z, rows(problem.y, batch)).div_(batch.shape[1])
+            for t in reversed(range(len(blocks))):
+                pulled = blocks[t].pull_back(theta.blocks[t], records[t], cotangent, gradient.blocks[t], t > 0)
+                if pulled is not None:
+                    cotangent = pulled
+            progress = (state.iteration + number / len(batches)) / self.iterations
+            self.update.apply(theta.flat, gradient.flat, state.moments, step_size(progress))
+        state.iteration += 1
+        return state
+
+    def parameters(self, state: BackpropState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: BackpropState) -> dict[str, Tensor]:
+        return spectral_norms(problem, state.theta)

@@ -1,0 +1,354 @@
+"""Stochastic Block-ADMM (paper, Algorithm 1): coupling variables and duals of all samples are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters
+from admm.minibatches import generator, minibatches, rows
+from admm.optimizers.coupling import Chain, ZUpdate
+from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
+from admm.optimizers.rules import Adam, Rule
+from admm.schedules import Number, Value, broadcast, per_replica, schedule
+
+
+@dataclass
+class BlockADMMState:
+    """Block-ADMM's variables for T blocks, N samples, S replicas.
+
+    theta: parameters [S, P]. moments: the Θ rule's, [S, P] each. z, u: coupling variables Z_t and scaled duals
+    U_t, T tensors [S, N, d_t] each. z_moments: Adam's for Z_t, T pairs of [S, N, d_t], or none. beta: penalties
+    [T, S]. power_vectors: of the spectral norms, see `ZUpdate`.
+    """
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    moments: list[Tensor]
+    z: list[Tensor]
+    u: list[Tensor]
+    z_moments: list[list[Tensor]]
+    beta: Tensor
+    power_vectors: list[Tensor]
+
+
+@dataclass(frozen=True)
+class AdaptivePenalty:
+    """Eq. 6, ρ = 1/β: β grows by 1/c whenever the constraint residual exceeds η_k = `bound` · `shrink`^k.
+
+    The residual is ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
+    """
+
+    c: float = 0.9
+    bound: float = 1.0
+    shrink: float = 0.95
+    largest: float = math.inf  # β stays at or below this
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.c < 1.0:
+            raise ValueError(f"optimizer.penalty.c: {self.c} is not between 0 and 1 (Eq. 6)")
+
+    def factor(self, beta: Tensor, residual: Tensor, iteration: int) -> Tensor:
+        """What β [T, S] is multiplied with, [T, S], given the residual's norm [S]."""
+        grows = (residual > self.bound * self.shrink**iteration) & (beta / self.c <= self.largest)
+        return torch.where(grows, 1.0 / self.c, 1.0)
+
+
+@dataclass(frozen=True)
+class BlockADMM:
+    """Stochastic Block-ADMM, the paper's Algorithm 1, and what it leaves open as options.
+
+    `sweep="batch"` is Algorithm 1: `primal_rounds` times the Z of all samples (`z_update`, in reverse order)
+    and then Θ by mini-batches (`theta_passes` over the samples), and at the end the duals of all samples.
+    `sweep="minibatch"` visits mini-batches in Gauss-Seidel order, each with its Z, Θ and U before the next one.
+
+    J enters as the sum over samples; the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². The step sizes,
+    `dual_step` and `refresh` may have schedules, and one value a replica.
+    """
+
+    iterations: int  # the schedules' horizon
+    theta_step: Value  # η
+    z_step: Value = 1.0  # ζ
+    beta: Number | Sequence[Number] = 1.0  # β, or one value a block (each of them a number, or one a replica)
+    sweep: Literal["batch", "minibatch"] = "batch"
+    batch_size: int = 64
+    primal_rounds: int = 3
+    theta_passes: float = 1.0  # an iteration and primal round; below 1 for a part of the mini-batches
+    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("adam"))
+    update: Rule = field(default_factory=Adam)
+    dual_step: Value = 1.0
+    dual_init: float = 0.0  # U ~ uniform(0, dual_init)
+    refresh: Value = 0.0  # each visit first moves Z_t this part of the way to the forward pass
+    curvature_every: int = 1  # visits of a mini-batch between two evaluations of the curvature
+    penalty: AdaptivePenalty | None = None
+    slice_size: int = 2000  # samples that a batch sweep holds in the processor's cache at a time
+
+    def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
+        """Z by a forward pass, U uniform, Θ by the problem's initialisation (Algorithm 1, §4.1)."""
+        self._check()
+        theta = problem.initial(seeds)
+        self.z_update.check(problem.blocks, theta)
+        _ = [schedule(n, getattr(self, n), len(seeds)) for n in ("theta_step", "z_step", "dual_step", "refresh")]
+        z: list[Tensor] = []
+        for part in self._slices(problem):
+            chain = Chain(problem.blocks, theta, problem.x[part].expand(len(seeds), *problem.x[part].shape))
+            z = z or [o.new_empty(len(seeds), len(problem.x), *o.shape[2:]) for o in chain.z]
+            for whole, values in zip(z, chain.z, strict=True):
+                whole[:, part] = values
+        return BlockADMMState(
+            seeds=tuple(seeds),
+            iteration=0,
+            theta=theta,
+            moments=self.update.init(theta.flat),
+            z=z,
+            u=[self._initial_dual(v, seeds, t) for t, v in enumerate(z, start=1)],
+            z_moments=self.z_update.moments(z),
+            beta=self._initial_beta(len(z), len(seeds), like=problem.x),
+            power_vectors=self.z_update.power_vectors(problem.blocks, theta),
+        )
+
+    def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
+        sweep = _Sweep(self, problem, state)
+        residual = sweep.minibatches() if self.sweep == "minibatch" else sweep.batch()
+        state.iteration += 1
+        if self.penalty is not None:
+            # λ = β U is kept while β changes (Eq. 5b, 6).
+            factor = self.penalty.factor(state.beta, residual, state.iteration)
+            state.beta *= factor
+            for u, f in zip(state.u, factor, strict=True):
+                u.div_(broadcast(f, u))
+        return state
+
+    def parameters(self, state: BlockADMMState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
+        """By block, `residual_t` = ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, `dual_rms_t` = rms(U_t), `beta_t`, `sigma_t`; and
+        `kkt`, the norm of the gradient of the Lagrangian J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which
+        gradients by Z count as the root of the mean square over samples, and by Θ as the mean over samples."""
+        blocks, theta, samples = len(state.z), state.theta, len(problem.x)
+        gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
+        theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
+        square = torch.zeros_like(state.beta)
+        for part in self._slices(problem):
+            x = problem.x[part].expand(len(state.seeds), *problem.x[part].shape)
+            chain = Chain(problem.blocks, theta, x, [z[:, part] for z in state.z])
+            multiplier = [broadcast(b, u) * u[:, part] for b, u in zip(state.beta, state.u, strict=True)]
+            for t in range(1, blocks + 1):
+                square[t - 1] += chain.residual(t).square().flatten(1).sum(1)
+                chain.pull_back(t, multiplier[t - 1], into=gradient)
+                by_z = multiplier[t - 1].clone()
+                if t < blocks:
+                    pulled = chain.pull_back(t + 1, multiplier[t])
+                    by_z -= pulled if pulled is not None else 0.0
+                else:
+                    by_z += problem.loss.gradient(chain.z[-1], problem.y[part])
+                z_square += by_z.square().flatten(1).sum(1)
+            theta_gradient += gradient.flat
+        values = {"kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt()}
+        for t, (z, u) in enumerate(zip(state.z, state.u, strict=True), start=1):
+            values[f"residual_{t}"] = (square[t - 1] / z.square().flatten(1).sum(1)).sqrt()
+            values[f"dual_rms_{t}"] = u.square().flatten(1).mean(1).sqrt()
+            values[f"beta_{t}"] = state.beta[t - 1].clone()
+        return values | spectral_norms(problem, theta)
+
+    def _check(self) -> None:
+        one_of("sweep", self.sweep, ("batch", "minibatch"))
+        for name in ("batch_size", "primal_rounds", "curvature_every", "slice_size"):
+            at_least_one(name, getattr(self, name))
+        if self.sweep == "minibatch" and self.theta_passes != 1.0:
+            raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
+
+    def _slices(self, problem: Problem) -> Iterator[slice]:
+        for start in range(0, len(problem.x), self.slice_size):
+            yield slice(start, min(start + self.slice_size, len(problem.x)))
+
+    def _initial_dual(self, z: Tensor, seeds: Sequence[int], t: int) -> Tensor:
+        u = torch.zeros_like(z)
+        if self.dual_init:
+            for replica, seed in zip(u, seeds, strict=True):
+                draw = torch.empty(replica.shape, dtype=u.dtype)
+                replica.copy_(draw.uniform_(0.0, self.dual_init, generator=generator(seed, "dual", t)))
+        return u
+
+    def _initial_beta(self, blocks: int, replicas: int, like: Tensor) -> Tensor:
+        values = self.beta if isinstance(self.beta, Sequence) else [self.beta] * blocks
+        if len(values) != blocks:
+            raise ValueError(f"optimizer.beta: {len(values)} values for {blocks} blocks")
+        beta = like.new_empty(blocks, replicas)
+        for row, value in zip(beta, values, strict=True):
+            row.copy_(torch.as_tensor(per_replica("beta", value, replicas), dtype=torch.float64))
+        if not bool((beta > 0).all()):
+            raise ValueError(f"optimizer.beta: {self.beta} is not positive (Algorithm 1)")
+        return beta
+
+
+@dataclass
+class _Visit:
+    """The variables of the samples that are being updated."""
+
+    chain: Chain
+    y: Tensor
+    u: list[Tensor]
+    z_moments: list[list[Tensor]]
+
+
+class _Sweep:
+    """One iteration of `BlockADMM` on a state."""
+
+    def __init__(self, options: BlockADMM, problem: Problem, state: BlockADMMState) -> None:
+        self.options, self.problem, self.state = options, problem, state
+        self.theta, self.blocks = state.theta, len(state.z)
+        self.beta = [b.view(-1, 1, 1) for b in state.beta]
+        self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
+        names = ("theta_step", "z_step", "dual_step", "refresh")
+        self.schedules = {name: schedule(name, getattr(options, name), len(state.seeds)) for name in names}
+        self.z_count = state.iteration * options.primal_rounds * options.z_update.steps
+        self.inverse_curvature: list[Tensor] = []
+
+    def batch(self) -> Tensor:
+        """Algorithm 1 as printed. Returns ‖h‖ [S] as `AdaptivePenalty` defines it."""
+        options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
+        slices = [slice(i, min(i + options.slice_size, samples)) for i in range(0, samples, options.slice_size)]
+        passes = math.ceil(options.theta_passes)
+        for primal in range(options.primal_rounds):
+            self._begin(primal / options.primal_rounds)
+            self._evaluate_curvature()
+            for part in slices:
+                visit = self._view(part)
+                if primal == 0:
+                    self._refresh(visit)
+                self._update_z(visit)
+                for z, new in zip(self.state.z, visit.chain.z, strict=True):
+                    z[:, part] = new
+            self.z_count += options.z_update.steps
+            first = (self.state.iteration * options.primal_rounds + primal) * passes
+            batches = [
+                batch
+                for epoch in range(first, first + passes)
+                for batch in minibatches(samples, options.batch_size, seeds, epoch, self.problem.x.device)
+            ]
+            for batch in batches[: math.ceil(options.theta_passes / passes * len(batches))]:
+                self._update_theta(self._gather(batch))
+        return self._norm([self._update_dual(self._view(part)) for part in slices])
+
+    def minibatches(self) -> Tensor:
+        """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one. Returns ‖h‖ [S]."""
+        options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
+        batches = minibatches(samples, options.batch_size, seeds, self.state.iteration, self.problem.x.device)
+        squares = []
+        for number, batch in enumerate(batches):
+            self._begin(number / len(batches))
+            if number % options.curvature_every == 0:
+                self._evaluate_curvature()
+            visit = self._gather(batch)
+            self._refresh(visit)
+            for primal in range(options.primal_rounds):
+                self.z_count = (self.state.iteration * options.primal_rounds + primal) * options.z_update.steps
+                self._update_z(visit)
+                self._update_theta(visit)
+            squares.append(self._update_dual(visit))
+            self._scatter(batch, visit)
+        return self._norm(squares)
+
+    def _begin(self, part: float) -> None:
+        progress = (self.state.iteration + part) / self.options.iterations
+        values = {name: f(progress) for name, f in self.schedules.items()}
+        self.theta_step, z = values["theta_step"], self.state.z[-1]
+        self.z_step, self.dual_step, self.pull = (
+            broadcast(values[name], z) for name in ("z_step", "dual_step", "refresh")
+        )
+
+    def _evaluate_curvature(self) -> None:
+        self.inverse_curvature = self.options.z_update.inverse_curvature(
+            self.problem.blocks, self.theta, self.beta, self.state.power_vectors
+        )
+
+    def _view(self, part: slice) -> _Visit:
+        """Consecutive samples; all replicas see the same inputs."""
+        state, x = self.state, self.problem.x[part]
+        z = [z[:, part] for z in state.z]
+        chain = Chain(self.problem.blocks, self.theta, x.expand(len(state.seeds), *x.shape), z)
+        moments = [[m[:, part] for m in pair] for pair in state.z_moments]
+        return _Visit(chain, self.problem.y[part], [u[:, part] for u in state.u], moments)
+
+    def _gather(self, batch: Tensor) -> _Visit:
+        """Copies of the samples [S, B] of a mini-batch."""
+        state = self.state
+        index = _flat_index(batch, len(self.problem.x))
+        z, u = ([_rows_of(v, index, batch) for v in variables] for variables in (state.z, state.u))
+        moments = [[_rows_of(m, index, batch) for m in pair] for pair in state.z_moments]
+        chain = Chain(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
+        return _Visit(chain, rows(self.problem.y, batch), u, moments)
+
+    def _scatter(self, batch: Tensor, visit: _Visit) -> None:
+        state = self.state
+        index = _flat_index(batch, len(self.problem.x))
+        wholes = [*state.z, *state.u, *(m for pair in state.z_moments for m in pair)]
+        parts = [*visit.chain.z, *visit.u, *(m for pair in visit.z_moments for m in pair)]
+        for whole, part in zip(wholes, parts, strict=True):
+            whole.flatten(0, 1).index_copy_(0, index, part.flatten(0, 1))
+
+    def _refresh(self, visit: _Visit) -> None:
+        if isinstance(self.pull, float) and self.pull == 0.0:
+            return
+        forward = Chain(self.problem.blocks, self.theta, visit.chain.x)
+        for t, (z, ahead) in enumerate(zip(visit.chain.z, forward.z, strict=True), start=1):
+            visit.chain.move(t, torch.lerp(z, ahead, torch.as_tensor(self.pull, dtype=z.dtype, device=z.device)))
+
+    def _force(self, visit: _Visit, t: int) -> Tensor:
+        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2)."""
+        return visit.chain.residual(t).add_(visit.u[t - 1]).mul_(self.beta[t - 1])
+
+    def _update_z(self, visit: _Visit) -> None:
+        self.options.z_update.apply(
+            visit.chain,
+            lambda t: self._force(visit, t),
+            self.problem.loss,
+            visit.y,
+            visit.u[-1],
+            self.beta[-1],
+            self.z_step,
+            self.inverse_curvature,
+            visit.z_moments,
+            self.z_count,
+        )
+
+    def _update_theta(self, visit: _Visit) -> None:
+        """One step of Θ on the mean over the mini-batch of Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖²."""
+        chain = visit.chain
+        for t in range(1, self.blocks + 1):
+            cotangent = self._force(visit, t).mul_(-1.0 / visit.y.shape[-2])
+            chain.pull_back(t, cotangent, into=self.gradient)
+        self.options.update.apply(self.theta.flat, self.gradient.flat, self.state.moments, self.theta_step)
+        chain.theta_changed()
+
+    def _update_dual(self, visit: _Visit) -> Tensor:
+        """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Alg. 1, line 12). Returns Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
+        square = torch.zeros_like(self.state.beta[0])
+        for t in range(1, self.blocks + 1):
+            residual = visit.chain.residual(t)
+            if self.options.penalty is not None:
+                square += residual.square().flatten(1).sum(1)
+            visit.u[t - 1].add_(residual.mul_(self.dual_step))
+        return square
+
+    def _norm(self, squares: list[Tensor]) -> Tensor:
+        return (torch.stack(squares).sum(0) / len(self.problem.x)).sqrt()
+
+
+def _flat_index(batch: Tensor, samples: int) -> Tensor:
+    """Indices [S·B] into variables [S·N, d] of a mini-batch [S, B]."""
+    offsets = torch.arange(0, len(batch) * samples, samples, device=batch.device)
+    return (batch + offsets[:, None]).flatten()
+
+
+def _rows_of(variables: Tensor, index: Tensor, batch: Tensor) -> Tensor:
+    """The samples of a mini-batch [S, B] of variables [S, N, ...]: [S, B, ...]."""
+    return variables.flatten(0, 1).index_select(0, index).view(*batch.shape, *variables.shape[2:])

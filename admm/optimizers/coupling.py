@@ -1,0 +1,188 @@
+"""What batch and online Block-ADMM share: the blocks' values along the coupling variables, and the Z updates.
+
+Blocks are numbered t = 1..T as in the paper; Python lists of them start at 0, so `z[t - 1]` is Z_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Blocks, Parameters
+from admm.losses import Loss
+from admm.optimizers.protocol import at_least_one, one_of
+from admm.schedules import broadcast
+
+Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t, in a new tensor
+
+
+class Chain:
+    """block_t(Z_{t−1}) for t = 1..T, each evaluated when asked for and kept until its input or Θ changes."""
+
+    def __init__(self, blocks: Blocks, theta: Parameters, x: Tensor, z: list[Tensor] | None = None) -> None:
+        """x: inputs [S, n, ...]. z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None."""
+        self.blocks, self.theta, self.x = blocks, theta, x
+        self._evaluations: list[tuple[Tensor, Any] | None] = [None] * len(blocks)
+        self.z: list[Tensor] = [] if z is None else z
+        if z is None:
+            for t in range(1, len(blocks) + 1):
+                self.z.append(self.output(t))
+
+    def output(self, t: int) -> Tensor:
+        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to."""
+        return self._evaluate(t)[0]
+
+    def residual(self, t: int) -> Tensor:
+        """Z_t − block_t(Z_{t−1}), [S, n, d_t]."""
+        return self.z[t - 1] - self.output(t)
+
+    def pull_back(self, t: int, cotangent: Tensor, into: Parameters | None = None) -> Tensor | None:
+        """∂block_tᵀ · cotangent: by Z_{t−1}, returned, or, with `into`, by Θ_t, written there."""
+        record = self._evaluate(t)[1]
+        gradients = None if into is None else into.blocks[t - 1]
+        block, views = self.blocks[t - 1], self.theta.blocks[t - 1]
+        pulled: Tensor | None = block.pull_back(views, record, cotangent, gradients, into is None)
+        return pulled
+
+    def move(self, t: int, z: Tensor) -> None:
+        """Replace Z_t, which makes block_{t+1}'s value stale."""
+        self.z[t - 1] = z
+        if t < len(self.blocks):
+            self._evaluations[t] = None
+
+    def theta_changed(self) -> None:
+        """Forget every value: Θ has been updated."""
+        self._evaluations = [None] * len(self.blocks)
+
+    def _evaluate(self, t: int) -> tuple[Tensor, Any]:
+        evaluation = self._evaluations[t - 1]
+        if evaluation is None:
+            before = self.x if t == 1 else self.z[t - 2]
+            evaluation = self.blocks[t - 1].record(self.theta.blocks[t - 1], before)
+            self._evaluations[t - 1] = evaluation
+        return evaluation
+
+
+@dataclass(frozen=True)
+class ZUpdate:
+    """How the coupling variables follow their gradients. With step size ζ, the step subtracted from Z_t is
+
+    - `gradient`: ζ ∇ (Algorithm 1);
+    - `adam`: ζ times Adam's direction, with moments for every entry of Z_t (paper, §4.1);
+    - `lipschitz`: ζ ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W_{t+1}) by power iteration;
+    - `majorised`: ζ (β_t I + β_{t+1} WᵀW)⁻¹ ∇ with W = W_{t+1}: for ζ = 1 the exact minimiser over Z_t where block
+      t+1 is affine.
+
+    The last two need every block but the first to have exactly one linear layer, and treat its ReLU as the
+    identity, which bounds its curvature where it is differentiable. Z_T moves likewise (`last="step"`), or to
+    the exact minimiser by the loss's proximal operator (`last="prox"`).
+    """
+
+    name: Literal["gradient", "adam", "lipschitz", "majorised"]
+    steps: int = 1  # rounds from Z_T to Z_1 a primal update
+    last: Literal["prox", "step"] = "prox"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    def check(self, blocks: Blocks, theta: Parameters) -> None:
+        """Raises ValueError for an unknown name, or where the blocks do not have what the update needs."""
+        one_of("z_update.name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
+        one_of("z_update.last", self.last, ("prox", "step"))
+        at_least_one("z_update.steps", self.steps)
+        if self.name in ("lipschitz", "majorised"):
+            for t, (block, views) in enumerate(zip(blocks, theta.blocks, strict=True), start=1):
+                if t > 1 and block.linear_weight(views) is None:
+                    raise ValueError(
+                        f"optimizer.z_update.name: {self.name!r} needs one linear layer a block, block {t} is "
+                        f"{[layer.name for layer in block.layers]}; use gradient or adam, or split per_layer"
+                    )
+
+    def power_vectors(self, blocks: Blocks, theta: Parameters) -> list[Tensor]:
+        """Starting vectors [S, d_t, 1], t = 1..T−1, of the power iterations; none where they are not needed."""
+        if self.name != "lipschitz":
+            return []
+        weights = (block.linear_weight(views) for block, views in zip(blocks, theta.blocks, strict=True))
+        return [w.new_ones(len(w), w.shape[2], 1) for t, w in enumerate(weights, start=1) if t > 1 and w is not None]
+
+    def inverse_curvature(
+        self, blocks: Blocks, theta: Parameters, beta: Sequence[Tensor], power_vectors: list[Tensor]
+    ) -> list[Tensor]:
+        """For t = 1..T−1 what multiplies the gradient of Z_t: [S, 1, 1], or [S, d_t, d_t] from the right."""
+        if self.name in ("gradient", "adam"):
+            return []
+        inverses = []
+        for t in range(1, len(blocks)):
+            weight = blocks[t].linear_weight(theta.blocks[t])
+            assert weight is not None
+            if self.name == "majorised":
+                hessian = torch.baddbmm(
+                    beta[t - 1] * torch.eye(weight.shape[2]).to(weight), weight.mT, beta[t] * weight
+                )
+                factor, _ = torch.linalg.cholesky_ex(hessian)  # no error for the NaN of a diverged replica
+                inverses.append(torch.cholesky_inverse(factor))
+            else:
+                image = weight.mT @ (weight @ power_vectors[t - 1])
+                square = torch.linalg.vector_norm(image, dim=1, keepdim=True)  # estimates σ² from below
+                power_vectors[t - 1].copy_(image / square)
+                inverses.append(1.0 / (beta[t - 1] + 1.1 * beta[t] * square))
+        return inverses
+
+    def moments(self, z: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Adam's zero moments for coupling variables; none for the other updates."""
+        return [[torch.zeros_like(v), torch.zeros_like(v)] for v in z] if self.name == "adam" else []
+
+    def apply(
+        self,
+        chain: Chain,
+        force: Force,
+        loss: Loss,
+        y: Tensor,
+        dual: Tensor | float,
+        penalty: Tensor,
+        step: float | Tensor,
+        inverse_curvature: list[Tensor],
+        moments: list[list[Tensor]],
+        count: int,
+    ) -> None:
+        """`steps` rounds, each from Z_T to Z_1 (Algorithm 1, lines 5-9; Algorithm 2).
+
+        y: targets. dual, penalty: U_T and β_T. step: ζ. count: Adam's steps that these moments have seen.
+        """
+        blocks = len(chain.blocks)
+
+        def move(t: int, gradient: Tensor) -> None:
+            curvature = inverse_curvature[t - 1] if t <= len(inverse_curvature) else None
+            direction = self._direction(gradient, curvature, moments[t - 1] if moments else [], count)
+            chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(step, direction)))
+
+        for _ in range(self.steps):
+            count += 1
+            if self.last == "prox":
+                chain.move(blocks, loss.prox(chain.output(blocks) - dual, y, penalty))
+            else:
+                move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
+            for t in range(blocks - 1, 0, -1):
+                gradient = force(t)
+                pulled = chain.pull_back(t + 1, force(t + 1))
+                assert pulled is not None
+                move(t, gradient.sub_(pulled))
+
+    def _direction(
+        self, gradient: Tensor, inverse_curvature: Tensor | None, moments: Sequence[Tensor], count: int
+    ) -> Tensor:
+        """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient."""
+        if inverse_curvature is not None:
+            full = inverse_curvature.shape[1] > 1
+            return torch.bmm(gradient, inverse_curvature) if full else gradient.mul_(inverse_curvature)
+        if self.name != "adam":
+            return gradient
+        mean, square = moments
+        mean.lerp_(gradient, 1.0 - self.beta1)
+        square.mul_(self.beta2).addcmul_(gradient, gradient, value=1.0 - self.beta2)
+        scale = (square / (1.0 - self.beta2**count)).sqrt_().add_(self.epsilon)
+        return (mean / (1.0 - self.beta1**count)).div_(scale)

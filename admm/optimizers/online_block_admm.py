@@ -1,0 +1,157 @@
+"""Online Stochastic Block-ADMM (paper, Algorithm 2): coupling variables live for one mini-batch only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters
+from admm.minibatches import minibatches, rows
+from admm.optimizers.coupling import Chain, ZUpdate
+from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
+from admm.optimizers.rules import Adam, Rule
+from admm.schedules import Number, Value, broadcast, per_replica, schedule
+
+
+@dataclass
+class OnlineBlockADMMState:
+    """theta: parameters [S, P]. moments: the Θ rule's, [S, P] each. u: one scalar dual a block, [T, S].
+    power_vectors: of the spectral norms, see `ZUpdate`."""
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    moments: list[Tensor]
+    u: Tensor
+    power_vectors: list[Tensor]
+
+
+@dataclass(frozen=True)
+class OnlineBlockADMM:
+    """Algorithm 2. For each mini-batch: Z by a forward pass, `z_update` in reverse order, one step of Θ, and the
+    dual. An iteration is an epoch.
+
+    The coupling term of block t and one sample is `β/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)²`, and
+
+    - `dual="paper"`: u_t grows by the mean over the mini-batch of `‖z_t − block_t(z_{t−1})‖₂`, as printed;
+    - `dual="reset"`: the same, from zero at the beginning of each epoch;
+    - `dual="decay"`: the same, with u_t multiplied by `dual_decay` before;
+    - `dual="none"`: u_t = 0, a quadratic penalty.
+
+    The derivative of the norm at 0 is taken as 0. With a dual the term is not quadratic, and the Z update must be
+    adam or gradient, with `last="step"`.
+    """
+
+    iterations: int  # the schedules' horizon
+    theta_step: Value  # η
+    z_step: Value = 1.0  # ζ
+    beta: Number = 1.0
+    batch_size: int = 64
+    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("lipschitz", steps=3))
+    update: Rule = field(default_factory=Adam)
+    dual: Literal["paper", "reset", "decay", "none"] = "none"
+    dual_decay: float = 0.9
+    curvature_every: int = 1  # mini-batches between two evaluations of the curvature
+
+    def init(self, problem: Problem, seeds: Sequence[int]) -> OnlineBlockADMMState:
+        """Θ by the problem's initialisation, u = 0."""
+        self._check()
+        theta = problem.initial(seeds)
+        self.z_update.check(problem.blocks, theta)
+        _ = [schedule(n, getattr(self, n), len(seeds)) for n in ("theta_step", "z_step", "beta")]
+        return OnlineBlockADMMState(
+            seeds=tuple(seeds),
+            iteration=0,
+            theta=theta,
+            moments=self.update.init(theta.flat),
+            u=problem.x.new_zeros(len(problem.blocks), len(seeds)),
+            power_vectors=self.z_update.power_vectors(problem.blocks, theta),
+        )
+
+    def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
+        blocks, replicas = problem.blocks, len(state.seeds)
+        theta_step, z_step = (schedule(n, getattr(self, n), replicas) for n in ("theta_step", "z_step"))
+        beta = (
+            torch.as_tensor(per_replica("beta", self.beta, replicas), dtype=torch.float64)
+            .to(problem.x)
+            .expand(replicas)
+        )
+        penalty = beta.view(-1, 1, 1)
+        gradient = blocks.parameters(torch.empty_like(state.theta.flat))
+        inverse_curvature: list[Tensor] = []
+        if self.dual == "reset":
+            state.u.zero_()
+        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, problem.x.device)
+        for number, batch in enumerate(batches):
+            progress = (state.iteration + number / len(batches)) / self.iterations
+            if number % self.curvature_every == 0:
+                inverse_curvature = self.z_update.inverse_curvature(
+                    blocks, state.theta, [penalty] * len(blocks), state.power_vectors
+                )
+            chain = Chain(blocks, state.theta, rows(problem.x, batch))
+            force = partial(self._force, state, chain, beta)
+            self.z_update.apply(
+                chain,
+                force,
+                problem.loss,
+                rows(problem.y, batch),
+                0.0,
+                penalty,
+                z_step(progress),
+                inverse_curvature,
+                self.z_update.moments(chain.z),
+                0,
+            )
+            for t in range(1, len(blocks) + 1):
+                chain.pull_back(t, force(t).mul_(-1.0 / batch.shape[1]), into=gradient)
+            self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
+            if self.dual != "none":
+                self._update_dual(state, chain)
+        state.iteration += 1
+        return state
+
+    def parameters(self, state: OnlineBlockADMMState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: OnlineBlockADMMState) -> dict[str, Tensor]:
+        """The scalar duals `dual_t` and the spectral norms `sigma_t`."""
+        duals = {f"dual_{t}": u.clone() for t, u in enumerate(state.u, start=1)} if self.dual != "none" else {}
+        return duals | spectral_norms(problem, state.theta)
+
+    def _check(self) -> None:
+        one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
+        at_least_one("batch_size", self.batch_size)
+        at_least_one("curvature_every", self.curvature_every)
+        if self.dual != "none" and (self.z_update.last == "prox" or self.z_update.name in ("lipschitz", "majorised")):
+            raise ValueError(
+                f"optimizer.dual={self.dual} is not quadratic in Z: it needs optimizer.z_update.last=step and "
+                "optimizer.z_update.name=adam or gradient"
+            )
+
+    def _force(self, state: OnlineBlockADMMState, chain: Chain, beta: Tensor, t: int) -> Tensor:
+        """Derivative of β/2 (‖r‖₂ + u_t)² by r = z_t − block_t(z_{t−1}): β (1 + u_t/‖r‖) r, and 0 at r = 0."""
+        residual = chain.residual(t)
+        if self.dual != "none":
+            norm = _norm(residual)
+            weight = torch.where(norm > 0, 1.0 + state.u[t - 1].unsqueeze(1) / norm, 0.0)
+            residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
+        return residual.mul_(broadcast(beta, residual))
+
+    def _update_dual(self, state: OnlineBlockADMMState, chain: Chain) -> None:
+        """u_t ← u_t + ‖z_t − block_t(z_{t−1})‖₂ with the new Θ (Algorithm 2)."""
+        chain.theta_changed()
+        for t in range(1, len(chain.blocks) + 1):
+            if self.dual == "decay":
+                state.u[t - 1] *= self.dual_decay
+            state.u[t - 1] += _norm(chain.residual(t)).mean(1)
+
+
+def _norm(residual: Tensor) -> Tensor:
+    """‖·‖₂ of each sample, [S, n, ...] to [S, n]."""
+    norm: Tensor = torch.linalg.vector_norm(residual.flatten(2), dim=2)
+    return norm

@@ -1,0 +1,116 @@
+"""What an optimizer is given, what it promises, and how its state is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from admm.blocks import Blocks, Parameters
+from admm.losses import Loss
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Training data, a network cut into blocks, and a loss.
+
+    x: inputs [N, ...], y: one-hot targets [N, C], both on one device. `initialise` fills a network's parameters
+    in place from PyTorch's global random state.
+    """
+
+    x: Tensor
+    y: Tensor
+    blocks: Blocks
+    loss: Loss
+    initialise: Callable[[nn.Module], None]
+
+    def initial(self, seeds: Sequence[int]) -> Parameters:
+        """Freshly initialised parameters, one replica a seed."""
+        return self.blocks.initial(seeds, self.initialise, like=self.x)
+
+
+State = TypeVar("State")
+
+
+class Optimizer(Protocol[State]):
+    """An algorithm: an immutable object with hyperparameters, over an explicit state of tensors.
+
+    All state has the replica axis S in front, one replica a seed. `step` works in place and returns the state;
+    it never prints, logs, evaluates or reads a clock, and depends on nothing but the problem and the state.
+    """
+
+    def init(self, problem: Problem, seeds: Sequence[int]) -> State:
+        """The state before the first iteration. Raises ValueError for what the algorithm cannot do."""
+
+    def step(self, problem: Problem, state: State) -> State:
+        """One iteration over all N samples (an epoch, for mini-batch methods)."""
+
+    def parameters(self, state: State) -> Parameters:
+        """The blocks' parameters."""
+
+    def diagnostics(self, problem: Problem, state: State) -> dict[str, Tensor]:
+        """Named quantities [S] for the history, such as constraint residuals."""
+
+
+def save(state: Any) -> dict[str, Any]:
+    """The state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`."""
+    return {field.name: _plain(getattr(state, field.name)) for field in fields(state)}
+
+
+def restore(state: Any, saved: dict[str, Any]) -> None:
+    """Overwrite a freshly initialised state, in place, by what `save` made. Raises ValueError on a mismatch."""
+    for field in fields(state):
+        if field.name not in saved:
+            raise ValueError(f"checkpoint: no {field.name!r}; it was made by another optimizer or version")
+        value = getattr(state, field.name)
+        if isinstance(value, int):
+            setattr(state, field.name, saved[field.name])
+        else:
+            _overwrite(value, saved[field.name], field.name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Parameters):
+        return value.flat
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _overwrite(value: Any, saved: Any, name: str) -> None:
+    if isinstance(value, Parameters):
+        value = value.flat
+    if isinstance(value, Tensor):
+        if value.shape != saved.shape:
+            raise ValueError(f"checkpoint: {name} has shape {list(saved.shape)}, expected {list(value.shape)}")
+        value.copy_(saved)
+    elif isinstance(value, list) and len(value) == len(saved):
+        for item, other in zip(value, saved, strict=True):
+            _overwrite(item, other, name)
+    elif _plain(value) != saved:
+        raise ValueError(f"checkpoint: {name} is {saved}, expected {_plain(value)}")
+
+
+def one_of(key: str, value: object, valid: Sequence[str]) -> None:
+    """Raises ValueError that names the key and the valid choices."""
+    if value not in valid:
+        raise ValueError(f"optimizer.{key}: {value!r} is not one of {', '.join(valid)}")
+
+
+def at_least_one(key: str, value: int) -> None:
+    """Raises ValueError that names the key."""
+    if value < 1:
+        raise ValueError(f"optimizer.{key}: {value} is below 1")
+
+
+def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
+    """`sigma_t` [S]: the largest singular value of block t's weight, for blocks of one linear layer."""
+    weights = [block.linear_weight(views) for block, views in zip(problem.blocks, theta.blocks, strict=True)]
+    return {
+        f"sigma_{t}": torch.linalg.matrix_norm(weight.nan_to_num(), 2)
+        for t, weight in enumerate(weights, start=1)
+        if weight is not None
+    }

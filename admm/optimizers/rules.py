@@ -1,0 +1,85 @@
+"""Update rules for parameters, given their gradient: Adam and SGD on a stack of replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+
+class Rule(Protocol):
+    def init(self, theta: Tensor) -> list[Tensor]:
+        """Moments for parameters [S, P]."""
+
+    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
+        """One update in place; `step` is a float or one value a replica, [S]."""
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma & Ba 2014, Algorithm 1) by PyTorch's fused kernel; weight decay is decoupled (AdamW)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+    def init(self, theta: Tensor) -> list[Tensor]:
+        return [
+            torch.zeros_like(theta),
+            torch.zeros_like(theta),
+            torch.zeros(len(theta), device=theta.device),
+        ]
+
+    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
+        stacks = [list(tensor.unbind()) for tensor in (theta, gradient, *moments)]
+        if isinstance(step, float):
+            self._fused(stacks, step)
+        else:  # the fused kernel has one step size a call
+            for replica, size in enumerate(step.tolist()):
+                self._fused([[stack[replica]] for stack in stacks], size)
+
+    def _fused(self, stacks: list[list[Tensor]], step: float) -> None:
+        theta, gradient, mean, square, count = stacks
+        if self.weight_decay:
+            torch._foreach_mul_(theta, 1.0 - step * self.weight_decay)
+        adam(
+            theta,
+            gradient,
+            mean,
+            square,
+            [],
+            count,
+            fused=True,
+            amsgrad=False,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            lr=step,
+            weight_decay=0.0,
+            eps=self.epsilon,
+            maximize=False,
+        )
+
+
+@dataclass(frozen=True)
+class SGD:
+    """θ ← θ − step · (gradient + weight_decay θ), with PyTorch's heavy-ball momentum."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def init(self, theta: Tensor) -> list[Tensor]:
+        return [torch.zeros_like(theta)] if self.momentum else []
+
+    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
+        if self.weight_decay:
+            gradient = gradient.add(theta, alpha=self.weight_decay)
+        if moments:
+            gradient = moments[0].mul_(self.momentum).add_(gradient)
+        if isinstance(step, float):
+            theta.sub_(gradient, alpha=step)
+        else:
+            theta.addcmul_(gradient, -step.to(theta).unsqueeze(1))

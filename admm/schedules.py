@@ -1,0 +1,53 @@
+"""Hyperparameters: a number, one number a replica, or either with a cosine schedule over the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = float | Sequence[float]  # a scalar, or one value a replica, [S]
+Value = Number | Mapping[str, Any]  # or {start: Number, end: Number}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """From `start` to `end` along half a cosine while the progress of the run goes from 0 to 1."""
+
+    start: float | Tensor
+    end: float | Tensor
+
+    def __call__(self, progress: float) -> float | Tensor:
+        """The value at `progress`: a float, or a tensor [S]."""
+        weight = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return self.end + (self.start - self.end) * weight
+
+
+def schedule(name: str, value: Value, replicas: int) -> Schedule:
+    """The schedule that `value` stands for. Raises ValueError that names the hyperparameter `name`."""
+    if not isinstance(value, Mapping):
+        number = per_replica(name, value, replicas)
+        return Schedule(number, number)
+    if set(value) != {"start", "end"}:
+        raise ValueError(f"optimizer.{name}: a schedule is {{start: …, end: …}}, got {dict(value)}")
+    return Schedule(*(per_replica(f"{name}.{k}", value[k], replicas) for k in ("start", "end")))
+
+
+def per_replica(name: str, value: Number, replicas: int) -> float | Tensor:
+    """A float, or a tensor [S] from a sequence of S numbers. Raises ValueError for another length."""
+    if isinstance(value, Sequence):
+        if len(value) != replicas:
+            raise ValueError(f"optimizer.{name}: {len(value)} values for {replicas} replicas (seeds)")
+        return torch.tensor([float(v) for v in value], dtype=torch.float64)
+    return float(value)
+
+
+def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A value [S] shaped to multiply `like` [S, ...]; a float stays as it is."""
+    if isinstance(value, float):
+        return value
+    return value.to(like).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,143 @@
+"""The training loop: times the steps, evaluates, finds diverged replicas, saves and resumes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Blocks, Parameters
+from admm.optimizers.protocol import Optimizer, Problem, restore, save
+
+Row = dict[str, float]  # one evaluation of one replica
+SLICE = 2000  # samples that are evaluated at a time
+
+
+@dataclass
+class History:
+    """What a run has measured so far.
+
+    rows: for each evaluation and replica `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
+    whole stack), `train_loss` (mean over the samples), `train_accuracy` and `test_accuracy` (percent), and the
+    optimizer's diagnostics. diverged: by replica, the iteration after which it was found not to be finite; it has
+    no rows from there on.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    diverged: dict[int, int] = field(default_factory=dict)
+
+
+def train(
+    problem: Problem,
+    optimizer: Optimizer[Any],
+    seeds: Sequence[int],
+    iterations: int,
+    test: tuple[Tensor, Tensor],
+    evaluate_every: int = 1,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    observe: Callable[[list[Row], History], None] = lambda rows, history: None,
+) -> tuple[Any, History]:
+    """Train one replica a seed for `iterations` steps of the optimizer.
+
+    test: inputs [M, ...] and class indices [M]. Evaluation takes place before the first iteration, every
+    `evaluate_every` and after the last; only `optimizer.step` is timed. With a `checkpoint` path, the state is
+    saved there at evaluations at least `checkpoint_seconds` apart, and a run that finds such a file goes on from
+    it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with
+    all former ones. Returns the optimizer's last state and the history.
+    """
+    if iterations < 1 or evaluate_every < 1:
+        raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
+    if not seeds:
+        raise ValueError("seeds: at least one is needed")
+    state, history = optimizer.init(problem, seeds), History()
+    if checkpoint is not None and checkpoint.exists():
+        _load(checkpoint, state, history)
+        observe(history.rows, history)
+    else:
+        observe(_record(problem, optimizer, state, test, history), history)
+    saved = time.monotonic()
+    while state.iteration < iterations and len(history.diverged) < len(seeds):
+        history.seconds += _timed_step(problem, optimizer, state)
+        if state.iteration % evaluate_every and state.iteration < iterations:
+            continue
+        observe(_record(problem, optimizer, state, test, history), history)
+        if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
+            _save(checkpoint, state, history)
+            saved = time.monotonic()
+    return state, history
+
+
+def evaluate(problem: Problem, theta: Parameters, test: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """`train_loss`, `train_accuracy` and `test_accuracy` of a plain forward pass, each [S]."""
+    loss, right = torch.zeros(2, len(theta.flat), device=problem.x.device)
+    for x, y in zip(problem.x.split(SLICE), problem.y.split(SLICE), strict=True):
+        z = problem.blocks.forward(theta, x.expand(len(theta.flat), *x.shape))
+        loss += problem.loss.value(z, y).sum(1)
+        right += (z.argmax(2) == y.argmax(1)).sum(1)
+    return {
+        "train_loss": loss / len(problem.x),
+        "train_accuracy": 100.0 * right / len(problem.x),
+        "test_accuracy": accuracy(problem.blocks, theta, *test),
+    }
+
+
+def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Tensor:
+    """Percent [S] of the samples x [M, ...] whose largest output is their label [M], by a plain forward pass."""
+    right = torch.zeros(len(theta.flat), device=x.device)
+    for part, label in zip(x.split(SLICE), labels.split(SLICE), strict=True):
+        right += (blocks.forward(theta, part.expand(len(theta.flat), *part.shape)).argmax(2) == label).sum(1)
+    return 100.0 * right / len(x)
+
+
+def _timed_step(problem: Problem, optimizer: Optimizer[Any], state: Any) -> float:
+    _synchronize(problem.x.device)
+    start = time.perf_counter()
+    optimizer.step(problem, state)
+    _synchronize(problem.x.device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _record(
+    problem: Problem, optimizer: Optimizer[Any], state: Any, test: tuple[Tensor, Tensor], history: History
+) -> list[Row]:
+    theta = optimizer.parameters(state)
+    values = evaluate(problem, theta, test) | optimizer.diagnostics(problem, state)
+    finite = torch.isfinite(theta.flat).all(1) & torch.isfinite(values["train_loss"])
+    table = {name: value.tolist() for name, value in values.items()}
+    rows = []
+    for replica, seed in enumerate(state.seeds):
+        if replica in history.diverged:
+            continue
+        if not finite[replica]:
+            history.diverged[replica] = state.iteration
+            continue
+        row = {"iteration": state.iteration, "replica": replica, "seed": seed, "seconds": history.seconds}
+        rows.append(row | {name: column[replica] for name, column in table.items()})
+    history.rows += rows
+    return rows
+
+
+def _save(path: Path, state: Any, history: History) -> None:
+    """Written beside and renamed, so that a kill leaves the former checkpoint whole."""
+    part = path.with_name(path.name + ".part")
+    torch.save({"state": save(state), "history": vars(history)}, part)
+    os.replace(part, path)
+
+
+def _load(path: Path, state: Any, history: History) -> None:
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    restore(state, saved["state"])
+    vars(history).update(saved["history"])

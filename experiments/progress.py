@@ -1,0 +1,66 @@
+"""Progress of a run: a bar on a terminal, a line of the log elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger(__name__)
+
+
+class RunProgress:
+    """Iteration, mean test accuracy and time left."""
+
+    def __init__(self, name: str, iterations: int, enabled: bool) -> None:
+        console = Console(stderr=True)
+        self.name, self.iterations, self.enabled, self.terminal = (
+            name,
+            iterations,
+            enabled,
+            console.is_terminal,
+        )
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("iterations, test accuracy {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not (enabled and self.terminal),
+        )
+        self._task = self._bar.add_task(name, total=iterations, accuracy="–")
+
+    def __enter__(self) -> RunProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, iteration: int, accuracy: float, seconds: float) -> None:
+        """accuracy in percent, the mean over replicas; seconds of training so far."""
+        self._bar.update(self._task, completed=iteration, accuracy=f"{accuracy:.2f} %")
+        if self.enabled and not self.terminal:
+            log.info(
+                "%s: iteration %d/%d, test accuracy %.2f %%, %.0f s",
+                self.name,
+                iteration,
+                self.iterations,
+                accuracy,
+                seconds,
+            )

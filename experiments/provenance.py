@@ -1,0 +1,48 @@
+"""Where numbers come from: machine, versions, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """The machine in words, library versions and the git commit, with `+` if the tree had changes."""
+    return {
+        "machine": machine(device),
+        "versions": {name: version(name) for name in ("torch", "numpy", "hydra-core")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
+def machine(device: torch.device) -> str:
+    """Such as `AMD EPYC, 2 threads` or `NVIDIA GeForce RTX 2080 Ti`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,130 @@
+"""The results store: one folder a run, named by what determines its numbers, complete or absent.
+
+    <root>/runs/<experiment>/<method>-<setting>-<identity>/
+        config.yaml   all that determines the numbers
+        history.csv   one row an evaluation and replica, see `admm.training.History`
+        run.json      what was run, from where, and how it ended
+
+A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from filelock import FileLock
+
+# Keys of the configuration that say where and how a run is made, not what its numbers are.
+NEUTRAL = (
+    "dataset.root",
+    "dataset.download",
+    "device",
+    "threads",
+    "progress",
+    "checkpoint_seconds",
+    "force",
+    "results",
+    "outputs",
+    "logger",
+)
+
+
+def determining(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without its neutral keys."""
+    kept = json.loads(json.dumps(config))
+    for key in NEUTRAL:
+        *groups, name = key.split(".")
+        node = kept
+        for group in groups:
+            node = node.get(group, {})
+        node.pop(name, None)
+    return kept  # type: ignore[no-any-return]
+
+
+def identity(config: dict[str, Any], sha256: str) -> str:
+    """Twelve hexadecimal digits of the hash of the determining configuration and of the data's content."""
+    content = json.dumps([determining(config), sha256], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run.json").read_text())  # type: ignore[no-any-return]
+
+    @property
+    def history(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "history.csv")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one run in a store."""
+
+    root: Path
+    experiment: str
+    name: str  # method-setting
+    identity: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / self.experiment / f"{self.name}-{self.identity}"
+
+    @property
+    def partial(self) -> Path:
+        return self.root / "runs" / ".partial" / self.identity
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.partial / "checkpoint.pt"
+
+    def lock(self) -> FileLock:
+        """Held by the one process that makes the run; others wait for it."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.partial.with_suffix(".lock"))
+
+    def finished(self) -> Run | None:
+        return Run(self.folder) if self.folder.exists() else None
+
+    def complete(self, config: dict[str, Any], rows: list[dict[str, float]], info: dict[str, Any]) -> Run:
+        """Put the finished run in its place: written elsewhere and renamed, in place of a former one."""
+        made = self.partial / "complete"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+        (made / "config.yaml").write_text(yaml.safe_dump(determining(config), sort_keys=False))
+        pd.DataFrame(rows).to_csv(made / "history.csv", index=False, float_format="%.7g")
+        (made / "run.json").write_text(json.dumps(info, indent=2) + "\n")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            os.replace(self.folder, self.partial / "former")
+        os.replace(made, self.folder)
+        self.discard()
+        return Run(self.folder)
+
+    def discard(self) -> None:
+        """Forget what an interrupted run has left."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def finished_runs(root: Path, experiment: str) -> list[Run]:
+    """The finished runs of an experiment, by name, the newest of each method and setting last."""
+    folders = (root / "runs" / experiment).glob("*/run.json")
+    return sorted((Run(path.parent) for path in folders), key=lambda run: (run.info["finished"], run.folder.name))
+
+
+def experiments_in(root: Path) -> list[str]:
+    """Names of the experiments that have finished runs."""
+    return sorted({path.parent.parent.name for path in (root / "runs").glob("*/*/run.json")})

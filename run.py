@@ -1,0 +1,15 @@
+"""Reproduce an experiment: python run.py experiment=<name> [key=value ...]; --help shows all keys."""
+
+import hydra
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> None:
+    from experiments.classification import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    main()
