@@ -1,5 +1,7 @@
 """Reproduce an experiment: python run.py experiment=<name> [key=value ...]; --help shows all keys."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -12,4 +14,12 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == 1:  # Hydra has printed what is wrong
+            from experiments.hints import hints
+
+            for line in hints(sys.argv[1:]):
+                print(line, file=sys.stderr)
+        raise

@@ -29,11 +29,19 @@ def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(labels, classes).to(like)
 
 
+def _check_scale(scale: object) -> None:
+    if not isinstance(scale, int | float) or not scale > 0:
+        raise ValueError(f"loss.scale: {scale!r} is not a positive number")
+
+
 @dataclass(frozen=True)
 class SquaredError:
     """J = scale/2 ‖z − y‖². PyTorch's `MSELoss`, a mean over the C outputs too, is `scale = 2/C`."""
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).square().sum(-1).mul_(0.5 * self.scale)
@@ -53,6 +61,9 @@ class CrossEntropy:
     scale: float = 1.0
     max_steps: int = 50  # of Newton's method in the proximal operator
     tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (torch.logsumexp(z, -1) - (z * y).sum(-1)).mul_(self.scale)

@@ -22,10 +22,15 @@ def minibatches(samples: int, batch_size: int, seeds: Sequence[int], epoch: int,
 
     Raises ValueError unless 1 <= batch_size <= samples.
     """
-    if not 1 <= batch_size <= samples:
-        raise ValueError(f"optimizer.batch_size: {batch_size} is not between 1 and the {samples} training samples")
+    check_batch_size(batch_size, samples)
     orders = [torch.randperm(samples, generator=generator(seed, "minibatches", epoch)) for seed in seeds]
     return list(torch.stack(orders).to(device).split(batch_size, dim=1))
+
+
+def check_batch_size(batch_size: int, samples: int) -> None:
+    """Raises ValueError unless 1 <= batch_size <= samples."""
+    if not 1 <= batch_size <= samples:
+        raise ValueError(f"optimizer.batch_size: {batch_size} is not between 1 and the {samples} training samples")
 
 
 def rows(data: Tensor, indices: Tensor) -> Tensor:

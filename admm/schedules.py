@@ -12,6 +12,7 @@ from torch import Tensor
 
 Number = float | Sequence[float]  # a scalar, or one value a replica, [S]
 Value = Number | Mapping[str, Any]  # or {start: Number, end: Number}
+BlockValue = Value  # or {blocks: [Value, …]}, one a block
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,28 @@ def schedule(name: str, value: Value, replicas: int) -> Schedule:
     return Schedule(*(per_replica(f"{name}.{k}", value[k], replicas) for k in ("start", "end")))
 
 
+def block_values(name: str, value: Any, blocks: int) -> list[Any]:
+    """T values: `value` for every block, or its own for each from `{blocks: [one a block]}`."""
+    if not isinstance(value, Mapping) or "blocks" not in value:
+        return [value] * blocks
+    if set(value) != {"blocks"} or len(value["blocks"]) != blocks:
+        raise ValueError(f"optimizer.{name}: {dict(value)} is not {{blocks: [{blocks} values, one a block]}}")
+    return list(value["blocks"])
+
+
 def per_replica(name: str, value: Number, replicas: int) -> float | Tensor:
     """A float, or a tensor [S] from a sequence of S numbers. Raises ValueError for another length."""
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != replicas:
             raise ValueError(f"optimizer.{name}: {len(value)} values for {replicas} replicas (seeds)")
-        return torch.tensor([float(v) for v in value], dtype=torch.float64)
-    return float(value)
+        return torch.tensor([_number(name, v) for v in value], dtype=torch.float64)
+    return _number(name, value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, int | float):
+        return float(value)
+    raise ValueError(f"optimizer.{name}: {value!r} is not a number, [one a replica] or {{start: …, end: …}}")
 
 
 def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.data import Dataset, DatasetError, load
 from admm.losses import one_hot
@@ -39,6 +40,7 @@ def run(config: DictConfig) -> None:
 
 
 def _run(config: DictConfig) -> Run:
+    check(config)
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not _chooses_only(o)]
     experiment, method = hydra.runtime.choices["experiment"], hydra.runtime.choices["optimizer"]
@@ -46,6 +48,7 @@ def _run(config: DictConfig) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load(**config.dataset, device=device, dtype=dtype)
+    points = spread_grid(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root = Path(config.outputs if overrides else config.results)
     slot = Slot(root, experiment, f"{method}-{config.setting}", identity(plain, dataset.sha256))
@@ -56,6 +59,7 @@ def _run(config: DictConfig) -> Run:
         "overrides": overrides,
         "identity": slot.identity,
         "seeds": list(config.seeds),
+        "points": points,
         "iterations": config.iterations,
         "dataset": {"name": dataset.name, "sha256": dataset.sha256, "holdout": config.dataset.holdout},
     }
@@ -106,7 +110,7 @@ def _train(config: DictConfig, plain: dict[str, Any], dataset: Dataset, slot: Sl
     logger.close()
     ended = {
         "seconds": round(history.seconds, 3),
-        "diverged": {str(config.seeds[r]): iteration for r, iteration in sorted(history.diverged.items())},
+        "diverged": history.diverged,  # by replica
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return slot.complete(plain, history.rows, info | ended)
@@ -123,6 +127,35 @@ def _problem(config: DictConfig, dataset: Dataset) -> Problem:
         loss=instantiate(config.loss),
         initialise=instantiate(config.init),
     )
+
+
+def check(config: DictConfig) -> None:
+    """Raises ValueError that names the key of a value that no run can have."""
+    for key in ("iterations", "evaluate_every"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ValueError(f"{key}: {config[key]!r} is not a whole number from 1 up")
+    seeds = config.seeds
+    if not isinstance(seeds, ListConfig) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers from 0 up, such as [0, 1, 2, 3, 4]")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: {seeds!r} holds a seed twice")
+
+
+def spread_grid(config: DictConfig) -> list[str]:
+    """Turn the grid into lists of hyperparameters, one value a replica, in place; `seeds` becomes the replicas' seeds.
+
+    Returns, for each replica, its point of the grid in words; nothing without a grid.
+    """
+    if not config.grid:
+        return []
+    grid = {str(key): list(values) for key, values in config.grid.items()}
+    points = [point for point in product(*grid.values()) for _ in config.seeds]
+    config.seeds = list(config.seeds) * (len(points) // len(config.seeds))
+    for number, key in enumerate(grid):
+        if not key.startswith("optimizer.") or OmegaConf.select(config, key) is None:
+            raise ValueError(f"grid: {key!r} is not a hyperparameter of the optimizer; use -m {key}=… instead")
+        OmegaConf.update(config, key, [point[number] for point in points], merge=False)
+    return [", ".join(f"{key}={value}" for key, value in zip(grid, point, strict=True)) for point in points]
 
 
 def _chooses_only(override: str) -> bool:

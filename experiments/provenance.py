@@ -25,7 +25,8 @@ def machine(device: torch.device) -> str:
     """Such as `AMD EPYC, 2 threads` or `NVIDIA GeForce RTX 2080 Ti`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _processor() -> str:

@@ -42,6 +42,7 @@ class Curve:
 
     info: dict[str, Any]
     history: pd.DataFrame
+    point: str = ""  # of a grid that was run as one stack
 
     @property
     def method(self) -> str:
@@ -50,10 +51,10 @@ class Curve:
     @property
     def setting(self) -> str:
         """faithful, tuned or reduced; with the command line's own values where there are any."""
-        parts = [self.info["setting"], *self.info["overrides"]]
-        if self.info["diverged"]:
-            parts.append(f"{len(self.info['diverged'])} of {len(self.info['seeds'])} seeds diverged")
-        return ", ".join(parts)
+        given = [override for override in self.info["overrides"] if not override.startswith("grid=")]
+        parts = [self.info["setting"], *given, *([self.point] if self.point else [])]
+        diverged = len(set(self.history["replica"])) - len(self._final())
+        return ", ".join([*parts, f"{diverged} seeds diverged"] if diverged else parts)
 
     @property
     def reference(self) -> float | None:
@@ -65,9 +66,15 @@ class Curve:
         """Mean and sample standard deviation over the replicas, by iteration."""
         return self.history.groupby("iteration")[column].agg(["mean", "std"]).fillna(0.0)
 
+    def _final(self) -> pd.Series[float]:
+        final: pd.Series[float] = self.history.loc[
+            self.history["iteration"] == self.info["iterations"], "test_accuracy"
+        ]
+        return final
+
     def row(self) -> dict[str, Any]:
         """Test accuracy of the replicas that reached the last iteration, in percent."""
-        last = self.history[self.history["iteration"] == self.info["iterations"]]["test_accuracy"]
+        last = self._final()
         return {
             "method": self.method,
             "setting": self.setting,
@@ -85,7 +92,16 @@ def curves(runs: list[Run]) -> list[Curve]:
     newest = {(run.info["method"], run.info["setting"], *run.info["overrides"]): run for run in runs}
     order = list(paper()["labels"])
     ranked = sorted(newest.values(), key=lambda run: (order.index(run.info["method"]), run.info["setting"] != "tuned"))
-    return [Curve(run.info, run.history) for run in ranked]
+    return [curve for run in ranked for curve in _points(run)]
+
+
+def _points(run: Run) -> list[Curve]:
+    """One curve for a run, or one for each point of its grid."""
+    info, history = run.info, run.history
+    if not info["points"]:
+        return [Curve(info, history)]
+    point = history["replica"].map(dict(enumerate(info["points"])))
+    return [Curve(info, history[point == value], value) for value in dict.fromkeys(info["points"])]
 
 
 def table(shown: list[Curve]) -> pd.DataFrame:

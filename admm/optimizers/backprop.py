@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import minibatches, rows
+from admm.minibatches import check_batch_size, minibatches, rows
 from admm.optimizers.protocol import Problem, spectral_norms
 from admm.optimizers.rules import Rule
 from admm.schedules import Value, schedule
@@ -35,6 +35,7 @@ class Backprop:
     batch_size: int = 64
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
+        check_batch_size(self.batch_size, len(problem.x))
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
         return BackpropState(tuple(seeds), 0, theta, self.update.init(theta.flat))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import generator, minibatches, rows
+from admm.minibatches import check_batch_size, generator, minibatches, rows
 from admm.optimizers.coupling import Chain, ZUpdate
 from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import Number, Value, broadcast, per_replica, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, per_replica, schedule
 
 
 @dataclass
@@ -57,7 +57,7 @@ class AdaptivePenalty:
     def factor(self, beta: Tensor, residual: Tensor, iteration: int) -> Tensor:
         """What β [T, S] is multiplied with, [T, S], given the residual's norm [S]."""
         grows = (residual > self.bound * self.shrink**iteration) & (beta / self.c <= self.largest)
-        return torch.where(grows, 1.0 / self.c, 1.0)
+        return torch.where(grows, torch.full_like(beta, 1.0 / self.c), 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class BlockADMM:
     `sweep="minibatch"` visits mini-batches in Gauss-Seidel order, each with its Z, Θ and U before the next one.
 
     J enters as the sum over samples; the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². The step sizes,
-    `dual_step` and `refresh` may have schedules, and one value a replica.
+    `dual_step` and `refresh` may have schedules, and one value a replica; `z_step` and `beta` one a block.
     """
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: Value = 1.0  # ζ
-    beta: Number | Sequence[Number] = 1.0  # β, or one value a block (each of them a number, or one a replica)
+    z_step: BlockValue = 1.0  # ζ
+    beta: BlockValue = 1.0  # no schedule
     sweep: Literal["batch", "minibatch"] = "batch"
     batch_size: int = 64
     primal_rounds: int = 3
@@ -91,10 +91,10 @@ class BlockADMM:
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
         """Z by a forward pass, U uniform, Θ by the problem's initialisation (Algorithm 1, §4.1)."""
-        self._check()
+        self._check(problem)
         theta = problem.initial(seeds)
         self.z_update.check(problem.blocks, theta)
-        _ = [schedule(n, getattr(self, n), len(seeds)) for n in ("theta_step", "z_step", "dual_step", "refresh")]
+        self._schedules(len(problem.blocks), len(seeds))
         z: list[Tensor] = []
         for part in self._slices(problem):
             chain = Chain(problem.blocks, theta, problem.x[part].expand(len(seeds), *problem.x[part].shape))
@@ -158,9 +158,15 @@ class BlockADMM:
             values[f"beta_{t}"] = state.beta[t - 1].clone()
         return values | spectral_norms(problem, theta)
 
-    def _check(self) -> None:
+    def _schedules(self, blocks: int, replicas: int) -> tuple[dict[str, Schedule], list[Schedule]]:
+        """Of Θ's step, the dual step and the refresh, by name; and of ζ_1..ζ_T."""
+        named = {n: schedule(n, getattr(self, n), replicas) for n in ("theta_step", "dual_step", "refresh")}
+        return named, [schedule("z_step", value, replicas) for value in block_values("z_step", self.z_step, blocks)]
+
+    def _check(self, problem: Problem) -> None:
         one_of("sweep", self.sweep, ("batch", "minibatch"))
-        for name in ("batch_size", "primal_rounds", "curvature_every", "slice_size"):
+        check_batch_size(self.batch_size, len(problem.x))
+        for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
@@ -178,11 +184,8 @@ class BlockADMM:
         return u
 
     def _initial_beta(self, blocks: int, replicas: int, like: Tensor) -> Tensor:
-        values = self.beta if isinstance(self.beta, Sequence) else [self.beta] * blocks
-        if len(values) != blocks:
-            raise ValueError(f"optimizer.beta: {len(values)} values for {blocks} blocks")
         beta = like.new_empty(blocks, replicas)
-        for row, value in zip(beta, values, strict=True):
+        for row, value in zip(beta, block_values("beta", self.beta, blocks), strict=True):
             row.copy_(torch.as_tensor(per_replica("beta", value, replicas), dtype=torch.float64))
         if not bool((beta > 0).all()):
             raise ValueError(f"optimizer.beta: {self.beta} is not positive (Algorithm 1)")
@@ -207,8 +210,7 @@ class _Sweep:
         self.theta, self.blocks = state.theta, len(state.z)
         self.beta = [b.view(-1, 1, 1) for b in state.beta]
         self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
-        names = ("theta_step", "z_step", "dual_step", "refresh")
-        self.schedules = {name: schedule(name, getattr(options, name), len(state.seeds)) for name in names}
+        self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
         self.z_count = state.iteration * options.primal_rounds * options.z_update.steps
         self.inverse_curvature: list[Tensor] = []
 
@@ -259,11 +261,10 @@ class _Sweep:
 
     def _begin(self, part: float) -> None:
         progress = (self.state.iteration + part) / self.options.iterations
-        values = {name: f(progress) for name, f in self.schedules.items()}
+        values = {name: at(progress) for name, at in self.schedules.items()}
+        self.z_steps = [at(progress) for at in self.z_schedules]
         self.theta_step, z = values["theta_step"], self.state.z[-1]
-        self.z_step, self.dual_step, self.pull = (
-            broadcast(values[name], z) for name in ("z_step", "dual_step", "refresh")
-        )
+        self.dual_step, self.pull = (broadcast(values[name], z) for name in ("dual_step", "refresh"))
 
     def _evaluate_curvature(self) -> None:
         self.inverse_curvature = self.options.z_update.inverse_curvature(
@@ -296,11 +297,15 @@ class _Sweep:
             whole.flatten(0, 1).index_copy_(0, index, part.flatten(0, 1))
 
     def _refresh(self, visit: _Visit) -> None:
+        """Z_t moves the part `refresh` of the way to the forward pass."""
         if isinstance(self.pull, float) and self.pull == 0.0:
             return
-        forward = Chain(self.problem.blocks, self.theta, visit.chain.x)
-        for t, (z, ahead) in enumerate(zip(visit.chain.z, forward.z, strict=True), start=1):
-            visit.chain.move(t, torch.lerp(z, ahead, torch.as_tensor(self.pull, dtype=z.dtype, device=z.device)))
+        chain, pull = visit.chain, torch.as_tensor(self.pull).to(visit.u[0])
+        ahead = chain.output(1)
+        for t in range(1, self.blocks + 1):
+            if t > 1:
+                ahead = self.problem.blocks[t - 1].forward(self.theta.blocks[t - 1], ahead)
+            chain.move(t, torch.lerp(chain.z[t - 1], ahead, pull))
 
     def _force(self, visit: _Visit, t: int) -> Tensor:
         """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2)."""
@@ -314,7 +319,7 @@ class _Sweep:
             visit.y,
             visit.u[-1],
             self.beta[-1],
-            self.z_step,
+            self.z_steps,
             self.inverse_curvature,
             visit.z_moments,
             self.z_count,

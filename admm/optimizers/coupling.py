@@ -144,21 +144,21 @@ class ZUpdate:
         y: Tensor,
         dual: Tensor | float,
         penalty: Tensor,
-        step: float | Tensor,
+        steps: Sequence[float | Tensor],
         inverse_curvature: list[Tensor],
         moments: list[list[Tensor]],
         count: int,
     ) -> None:
         """`steps` rounds, each from Z_T to Z_1 (Algorithm 1, lines 5-9; Algorithm 2).
 
-        y: targets. dual, penalty: U_T and β_T. step: ζ. count: Adam's steps that these moments have seen.
+        y: targets. dual, penalty: U_T and β_T. steps: ζ_1..ζ_T. count: Adam's steps that these moments have seen.
         """
         blocks = len(chain.blocks)
 
         def move(t: int, gradient: Tensor) -> None:
             curvature = inverse_curvature[t - 1] if t <= len(inverse_curvature) else None
             direction = self._direction(gradient, curvature, moments[t - 1] if moments else [], count)
-            chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(step, direction)))
+            chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(steps[t - 1], direction)))
 
         for _ in range(self.steps):
             count += 1

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import minibatches, rows
+from admm.minibatches import check_batch_size, minibatches, rows
 from admm.optimizers.coupling import Chain, ZUpdate
 from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import Number, Value, broadcast, per_replica, schedule
+from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, per_replica, schedule
 
 
 @dataclass
@@ -49,7 +49,7 @@ class OnlineBlockADMM:
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: Value = 1.0  # ζ
+    z_step: BlockValue = 1.0  # ζ
     beta: Number = 1.0
     batch_size: int = 64
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("lipschitz", steps=3))
@@ -60,10 +60,11 @@ class OnlineBlockADMM:
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> OnlineBlockADMMState:
         """Θ by the problem's initialisation, u = 0."""
-        self._check()
+        self._check(problem)
         theta = problem.initial(seeds)
         self.z_update.check(problem.blocks, theta)
-        _ = [schedule(n, getattr(self, n), len(seeds)) for n in ("theta_step", "z_step", "beta")]
+        self._schedules(len(problem.blocks), len(seeds))
+        per_replica("beta", self.beta, len(seeds))
         return OnlineBlockADMMState(
             seeds=tuple(seeds),
             iteration=0,
@@ -75,7 +76,7 @@ class OnlineBlockADMM:
 
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         blocks, replicas = problem.blocks, len(state.seeds)
-        theta_step, z_step = (schedule(n, getattr(self, n), replicas) for n in ("theta_step", "z_step"))
+        theta_step, z_steps = self._schedules(len(blocks), replicas)
         beta = (
             torch.as_tensor(per_replica("beta", self.beta, replicas), dtype=torch.float64)
             .to(problem.x)
@@ -102,7 +103,7 @@ class OnlineBlockADMM:
                 rows(problem.y, batch),
                 0.0,
                 penalty,
-                z_step(progress),
+                [at(progress) for at in z_steps],
                 inverse_curvature,
                 self.z_update.moments(chain.z),
                 0,
@@ -123,9 +124,14 @@ class OnlineBlockADMM:
         duals = {f"dual_{t}": u.clone() for t, u in enumerate(state.u, start=1)} if self.dual != "none" else {}
         return duals | spectral_norms(problem, state.theta)
 
-    def _check(self) -> None:
+    def _schedules(self, blocks: int, replicas: int) -> tuple[Schedule, list[Schedule]]:
+        """Of Θ's step, and of ζ_1..ζ_T."""
+        z_steps = [schedule("z_step", value, replicas) for value in block_values("z_step", self.z_step, blocks)]
+        return schedule("theta_step", self.theta_step, replicas), z_steps
+
+    def _check(self, problem: Problem) -> None:
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
-        at_least_one("batch_size", self.batch_size)
+        check_batch_size(self.batch_size, len(problem.x))
         at_least_one("curvature_every", self.curvature_every)
         if self.dual != "none" and (self.z_update.last == "prox" or self.z_update.name in ("lipschitz", "majorised")):
             raise ValueError(

@@ -102,8 +102,8 @@ def one_of(key: str, value: object, valid: Sequence[str]) -> None:
 
 def at_least_one(key: str, value: int) -> None:
     """Raises ValueError that names the key."""
-    if value < 1:
-        raise ValueError(f"optimizer.{key}: {value} is below 1")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"optimizer.{key}: {value!r} is not a whole number from 1 up")
 
 
 def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:

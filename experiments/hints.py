@@ -1,0 +1,38 @@
+"""What Hydra's own message for a misspelt key leaves out: the keys that there are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def hints(arguments: Sequence[str]) -> list[str]:
+    """A line for each override `a.b=c` on the command line whose key `a.b` does not exist."""
+    overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
+    groups = [o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", groups)
+    except HydraException:
+        return []
+    return [line for o in overrides if o not in groups if (line := _hint(config, o.split("=")[0]))]
+
+
+def _hint(config: DictConfig, key: str) -> str | None:
+    *parents, name = key.split(".")
+    node = OmegaConf.select(config, ".".join(parents)) if parents else config
+    if not isinstance(node, DictConfig) or name in node or (CONF / key).is_dir():
+        return None
+    where = f"{'.'.join(parents)} has" if parents else "the keys are"
+    close = difflib.get_close_matches(name, map(str, node), n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return f"no key {key!r}: {where} {', '.join(sorted(map(str, node)))}{meant}"

@@ -1,0 +1,215 @@
+"""Speed and memory, as ratios measured in one run: python -m scripts.bench [results/bench.csv]
+
+The network, the loss and the optimizers are those of experiment=mnist_shallow, the data are generated: 60,000 x 784.
+The contestants of a ratio take turns; a ratio is the median over the turns. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from admm.blocks import Parameters
+from admm.losses import one_hot
+from admm.optimizers import BlockADMM, Optimizer, Problem
+from experiments.provenance import machine
+
+SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 3
+SEEDS = (0, 1, 2, 3, 4)
+Task = Callable[[], object]
+
+
+def main(path: Path) -> None:
+    rows: list[tuple[str, float, str]] = []
+    for measure in (stacks, rivals, share_of_peak, memory):
+        for row in measure():
+            rows.append(row)
+            print(f"{row[0]:40s} {row[1]:10.3f} {row[2]}", flush=True)
+    table = pd.DataFrame(rows, columns=["name", "value", "unit"])
+    table["value"] = table["value"].round(4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.assign(machine=machine(torch.device("cpu"))).to_csv(path, index=False)
+    print(f"written: {path}")
+
+
+def stacks() -> list[tuple[str, float, str]]:
+    """Five stacked seeds over one seed alone, batch size 64."""
+    rows = []
+    for name, optimizer in (("online", "online_block_admm"), ("sgd", "sgd")):
+        config = _config(optimizer, f"optimizer.batch_size={BATCH}")
+        five, one = (_step(config, seeds) for seeds in (SEEDS, SEEDS[:1]))
+        times = turns(five, one)
+        rows.append((f"stack5_over_1_{name}", ratio(times, 0, 1), "ratio"))
+        rows.append((f"seconds_1_{name}", median(times[1]), "s/epoch"))
+    return rows
+
+
+def rivals() -> list[tuple[str, float, str]]:
+    """Plain PyTorch loops over ours, one seed of SGD, batch size 64."""
+    problem = _problem(_config("sgd"))
+    ours = _step(_config("sgd", f"optimizer.batch_size={BATCH}"), SEEDS[:1])
+    labels = problem.y.argmax(1)
+    loader = DataLoader(TensorDataset(problem.x, labels), batch_size=BATCH, shuffle=True)
+
+    def tensors() -> list[tuple[Tensor, Tensor]]:
+        return [(problem.x[i], labels[i]) for i in torch.randperm(SAMPLES).split(BATCH)]
+
+    times = turns(_torch_epoch(tensors), _torch_epoch(lambda: loader), ours)
+    return [
+        ("torch_optim_over_ours_sgd", ratio(times, 0, 2), "ratio"),
+        ("dataloader_loop_over_ours_sgd", ratio(times, 1, 2), "ratio"),
+        ("torch_optim_over_stack5_sgd", *_five_torch_over_stack(tensors)),
+    ]
+
+
+def _five_torch_over_stack(batches: Callable[[], Any]) -> tuple[float, str]:
+    """Five seeds one after the other with torch.optim, over the same five as one stack of ours."""
+    times = turns(_torch_epoch(batches), _step(_config("sgd", f"optimizer.batch_size={BATCH}"), SEEDS))
+    return 5.0 * ratio(times, 0, 1), "ratio"
+
+
+def share_of_peak() -> list[tuple[str, float, str]]:
+    """FLOP/s of one Block-ADMM iteration, five seeds, as a share of a product of its own largest shape."""
+    config = _config("block_admm")
+    optimizer: BlockADMM = instantiate(config.optimizer, _convert_="all")
+    problem = _problem(config)
+    needed = len(SEEDS) * block_admm_flops(optimizer, problem)
+    x = torch.rand(len(SEEDS), optimizer.batch_size, FEATURES)
+    weight = torch.rand(len(SEEDS), 128, FEATURES)
+
+    def products() -> None:
+        for _ in range(200):
+            torch.bmm(x, weight.mT)
+
+    product = 200 * 2.0 * x.numel() * 128
+    iteration, peak = turns(_step(config, SEEDS), products)
+    shares = [needed / i / (product / p) for i, p in zip(iteration, peak, strict=True)]
+    return [
+        ("block_admm_share_of_peak", median(shares), "share"),
+        ("block_admm_flops", needed / 1e9, "GFLOP/iteration"),
+        ("block_admm_seconds", median(iteration), "s/iteration"),
+        ("peak_of_its_largest_product", product / min(peak) / 1e9, "GFLOP/s"),
+    ]
+
+
+def memory() -> list[tuple[str, float, str]]:
+    """Training variables: all tensors of the state, the gradient, and for the online form a mini-batch's Z."""
+    sizes = {}
+    for name in ("block_admm", "online_block_admm"):
+        config = _config(name)
+        problem, optimizer = _problem(config), instantiate(config.optimizer, _convert_="all")
+        state = optimizer.init(problem, SEEDS[:1])
+        per_sample = sum(problem.blocks.forward(optimizer.parameters(state), problem.x[None, :1])[0, 0].shape)
+        per_sample += sum(config.model.hidden)
+        extra = optimizer.batch_size * per_sample if name.startswith("online") else 0
+        sizes[name] = 4 * (_numbers(state) + optimizer.parameters(state).flat.numel() + extra)
+    batch, online = sizes["block_admm"], sizes["online_block_admm"]
+    return [
+        ("memory_batch", batch / 2**20, "MiB/seed"),
+        ("memory_online", online / 2**20, "MiB/seed"),
+        ("memory_batch_over_online", batch / online, "ratio"),
+    ]
+
+
+def block_admm_flops(optimizer: BlockADMM, problem: Problem) -> float:
+    """Matrix-product FLOPs that one replica's iteration needs, `sweep=minibatch`, z_update `majorised`.
+
+    With W_t of p_t = d_{t−1} d_t entries, a sample needs these products, each 2 FLOPs an entry: block_1(x) once before
+    the Z steps and all other blocks for the refresh; in each round block_t and its transpose for t ≥ 2, and the
+    inverse curvature of Z_1..Z_{T−1}; for Θ, block_t for t ≥ 2 and all p_t of the gradient; for the dual, every block.
+    """
+    weights = [p for name, p in problem.blocks.network.named_parameters() if name.endswith("weight")]
+    first, rest = weights[0].numel(), sum(w.numel() for w in weights[1:])
+    curvature = sum(w.shape[1] ** 2 for w in weights[1:])
+    forward = first + (rest if optimizer.refresh else 0)
+    rounds = optimizer.z_update.steps * (2 * rest + curvature)
+    theta = rest + first + rest
+    dual = first + rest
+    inverses = sum(3 * w.shape[1] ** 3 for w in weights[1:]) / (optimizer.curvature_every * optimizer.batch_size)
+    return len(problem.x) * 2.0 * (forward + rounds + theta + dual + inverses)
+
+
+def turns(*tasks: Task) -> list[list[float]]:
+    """Seconds of each task in `TURNS` turns, after one uncounted turn."""
+    times: list[list[float]] = [[] for _ in tasks]
+    for turn in range(TURNS + 1):
+        for own, task in zip(times, tasks, strict=True):
+            start = time.perf_counter()
+            task()
+            if turn:
+                own.append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: list[list[float]], above: int, below: int) -> float:
+    return median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+def _config(optimizer: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+        return compose("config", ["experiment=mnist_shallow", f"optimizer={optimizer}", "setting=tuned", *overrides])
+
+
+def _problem(config: DictConfig) -> Problem:
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(SAMPLES, FEATURES, generator=random)
+    labels = torch.randint(CLASSES, (SAMPLES,), generator=random)
+    network = instantiate(config.model, in_features=FEATURES, out_features=CLASSES, _convert_="all")
+    return Problem(
+        x=x,
+        y=one_hot(labels, CLASSES, x),
+        blocks=instantiate(config.split, network, _convert_="all"),
+        loss=instantiate(config.loss),
+        initialise=instantiate(config.init),
+    )
+
+
+def _step(config: DictConfig, seeds: Sequence[int]) -> Task:
+    problem = _problem(config)
+    optimizer: Optimizer[Any] = instantiate(config.optimizer, _convert_="all")
+    state = optimizer.init(problem, seeds)
+    return lambda: optimizer.step(problem, state)
+
+
+def _torch_epoch(batches: Callable[[], Any]) -> Task:
+    """An epoch as most would write it: `nn.Module`, `MSELoss` on one-hot targets, `torch.optim.SGD`."""
+    network = instantiate(_config("sgd").model, in_features=FEATURES, out_features=CLASSES, _convert_="all")
+    optimizer, loss = torch.optim.SGD(network.parameters(), lr=0.1), nn.MSELoss()
+
+    def epoch() -> None:
+        for x, label in batches():
+            optimizer.zero_grad()
+            loss(network(x), nn.functional.one_hot(label, CLASSES).to(x)).backward()
+            optimizer.step()
+
+    return epoch
+
+
+def _numbers(state: Any) -> int:
+    """How many numbers the tensors of a state hold."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, Parameters):
+            return value.flat.numel()
+        if isinstance(value, Tensor):
+            return value.numel()
+        return sum(map(count, value)) if isinstance(value, list) else 0
+
+    return sum(count(getattr(state, field.name)) for field in fields(state))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/bench.csv"))
