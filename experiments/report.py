@@ -53,8 +53,9 @@ class Curve:
         """faithful, tuned or reduced; with the command line's own values where there are any."""
         given = [override for override in self.info["overrides"] if not override.startswith("grid=")]
         parts = [self.info["setting"], *given, *([self.point] if self.point else [])]
-        diverged = len(set(self.history["replica"])) - len(self._final())
-        return ", ".join([*parts, f"{diverged} seeds diverged"] if diverged else parts)
+        seeds = self.history["replica"].nunique()
+        diverged = seeds - len(self._final())
+        return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
 
     @property
     def reference(self) -> float | None:
@@ -178,15 +179,22 @@ def report(experiment: str, runs: list[Run], figures: Path, tables: Path) -> pd.
     return result
 
 
+def cells(result: pd.DataFrame) -> list[list[str]]:
+    """A table's values as text, row by row: two decimals, a dash for what is missing."""
+
+    def text(value: object) -> str:
+        return "–" if pd.isna(value) else f"{value:.2f}" if isinstance(value, float) else str(value)  # type: ignore[call-overload]
+
+    return [[text(value) for value in row] for row in result.itertuples(index=False)]
+
+
 def show(result: pd.DataFrame, title: str) -> None:
     """Print a table to the terminal."""
     printed = Table(title=title)
     for column in result.columns:
         printed.add_column(column, justify="right" if is_numeric_dtype(result[column]) else "left", overflow="fold")
-    for row in result.itertuples(index=False):
-        printed.add_row(
-            *("–" if pd.isna(value) else f"{value:.2f}" if isinstance(value, float) else str(value) for value in row)
-        )
+    for row in cells(result):
+        printed.add_row(*row)
     Console(width=None if Console().is_terminal else 140).print(printed)
 
 

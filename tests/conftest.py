@@ -1,0 +1,51 @@
+"""Small problems in float64, shared by the tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from admm.blocks import split
+from admm.losses import Loss, SquaredError, one_hot
+from admm.models import initialiser, mlp
+from admm.optimizers import Problem
+
+torch.set_num_threads(1)
+
+
+def _labelled(samples: int, *shape: int) -> tuple[Tensor, Tensor]:
+    """Gaussian inputs and three classes that a network can learn."""
+    x = torch.randn(samples, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x, one_hot(x.flatten(1)[:, :3].argmax(1), 3, x)
+
+
+def _convolutional() -> nn.Sequential:
+    first = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh())
+    second = nn.Sequential(nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 3))
+    return nn.Sequential(first, second)
+
+
+@pytest.fixture(scope="session")
+def mlp_problem() -> Callable[..., Problem]:
+    """A 6-5-4-3 network with 24 samples; the keywords are those of `split`, and the loss."""
+
+    def make(loss: Loss | None = None, **cut: Any) -> Problem:
+        x, y = _labelled(24, 6)
+        blocks = split(mlp(6, [5, 4], 3), **(cut or {"per_layer": True}))
+        return Problem(x, y, blocks, loss or SquaredError(), initialiser("pytorch"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def conv_problem() -> Callable[..., Problem]:
+    """Two blocks with images [2, 2, 2] between them, and 10 samples."""
+
+    def make(loss: Loss | None = None) -> Problem:
+        x, y = _labelled(10, 1, 4, 4)
+        blocks = split(_convolutional(), after=["0"])
+        return Problem(x, y, blocks, loss or SquaredError(), initialiser("pytorch"))
+
+    return make

@@ -1,0 +1,634 @@
+"""Block-ADMM against a slow, literal Algorithm 1 written with autograd, and against what theory says."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from admm.blocks import split
+from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
+from admm.minibatches import minibatches
+from admm.models import initialiser
+from admm.optimizers import SGD, Adam, AdaptivePenalty, BlockADMM, Problem, ZUpdate
+from admm.optimizers.block_admm import BlockADMMState
+
+SEEDS = (3, 1, 7)
+ITERATIONS = 4
+CLOSE = {"rtol": 1e-8, "atol": 1e-9}
+SHARP = CrossEntropy(0.7, tolerance=1e-13)  # its proximal operator to machine precision
+
+
+# --- A literal reference of Algorithm 1, for one replica
+
+
+def loss_sum(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
+    if isinstance(loss, SquaredError):
+        return loss.scale / 2 * ((z - y) ** 2).sum()
+    return loss.scale * F.cross_entropy(z, y.argmax(-1), reduction="sum")
+
+
+def cosine(value: Any, progress: float) -> float:
+    if not isinstance(value, dict):
+        return float(value)
+    return value["end"] + (value["start"] - value["end"]) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def as_blocks(problem: Problem, network: nn.Module) -> list[nn.Sequential]:
+    modules = dict(network.named_modules())
+    return [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
+
+
+class Reference:
+    """Every gradient is autograd's of Eq. 2, every optimizer PyTorch's, one for each Z_t of each sample."""
+
+    def __init__(self, problem: Problem, options: BlockADMM, seed: int, u: Sequence[Tensor] | None = None) -> None:
+        self.problem, self.options, self.seed = problem, options, seed
+        self.network = problem.blocks.export(problem.initial([seed]))
+        self.blocks = as_blocks(problem, self.network)
+        self.T, self.N, self.k = len(self.blocks), len(problem.x), 0
+        self.beta = list(options.beta) if isinstance(options.beta, Sequence) else [options.beta] * self.T
+        self.z = self.forward(problem.x)
+        self.u = [torch.zeros_like(z) for z in self.z] if u is None else [v.clone() for v in u]
+        self.z_leaf = [[torch.zeros_like(z[:1]) for _ in range(self.N)] for z in self.z]
+        adam = options.z_update
+        self.z_adam = [
+            [torch.optim.Adam([leaf], 1.0, (adam.beta1, adam.beta2), adam.epsilon) for leaf in leaves]
+            for leaves in self.z_leaf
+        ]
+        rule, theta = options.update, self.network.parameters()
+        if isinstance(rule, Adam):
+            betas = (rule.beta1, rule.beta2)
+            self.rule: Any = torch.optim.AdamW(theta, 1.0, betas, rule.epsilon, rule.weight_decay)
+        else:
+            self.rule = torch.optim.SGD(theta, 1.0, rule.momentum, weight_decay=rule.weight_decay)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        with torch.no_grad():
+            for block in self.blocks:
+                x = block(x)
+                outputs.append(x)
+        return outputs
+
+    def coupling(self, t: int, z: Sequence[Tensor], i: Tensor) -> Tensor:
+        """T(Z_t, Z_{t-1}, U_t, Θ_t) of the samples i, for t = 1..T; z are their coupling variables."""
+        before = self.problem.x[i] if t == 1 else z[t - 2]
+        return self.beta[t - 1] / 2 * ((z[t - 1] - self.blocks[t - 1](before) + self.u[t - 1][i]) ** 2).sum()
+
+    def prox(self, i: Tensor) -> Tensor:
+        """Argmin over Z_T of J + T, in closed form or by a fixed-point iteration."""
+        loss, beta, y = self.problem.loss, self.beta[-1], self.problem.y[i]
+        before = self.problem.x[i] if self.T == 1 else self.z[-2][i]
+        with torch.no_grad():
+            v = self.blocks[-1](before) - self.u[-1][i]
+        if isinstance(loss, SquaredError):
+            return (loss.scale * y + beta * v) / (loss.scale + beta)
+
+        z = v  # Stationarity, scale (softmax z − y) + β (z − v) = 0, as a contraction.
+        for _ in range(120):
+            z = v + loss.scale / beta * (y - z.softmax(-1))
+        return z
+
+    def update_z(self, i: Tensor, zeta: float) -> None:
+        options = self.options.z_update
+        for _ in range(options.steps):
+            for t in range(self.T, 0, -1):
+                if t == self.T and options.last == "prox":
+                    self.z[t - 1][i] = self.prox(i)
+                    continue
+                z = [v[i].clone() for v in self.z]
+                z[t - 1].requires_grad_()
+                objective = self.coupling(t, z, i)
+                objective = objective + (
+                    loss_sum(self.problem.loss, z[-1], self.problem.y[i]) if t == self.T else self.coupling(t + 1, z, i)
+                )
+                (gradient,) = torch.autograd.grad(objective, z[t - 1])
+                self.descend(t, i, gradient, zeta)
+
+    def descend(self, t: int, i: Tensor, gradient: Tensor, zeta: float) -> None:
+        if self.options.z_update.name == "gradient":
+            self.z[t - 1][i] -= zeta * gradient
+        elif self.options.z_update.name == "majorised":
+            if t < self.T:
+                weight = self.weights[t]
+                hessian = self.beta[t - 1] * torch.eye(weight.shape[1]).double() + self.beta[t] * weight.T @ weight
+                gradient = torch.linalg.solve(hessian, gradient.T).T
+            self.z[t - 1][i] -= zeta * gradient
+        else:
+            for row, sample in enumerate(i.tolist()):
+                leaf, adam = self.z_leaf[t - 1][sample], self.z_adam[t - 1][sample]
+                adam.param_groups[0]["lr"] = zeta
+                leaf.data.copy_(self.z[t - 1][sample : sample + 1])
+                leaf.grad = gradient[row : row + 1]
+                adam.step()
+                self.z[t - 1][sample] = leaf[0]
+
+    def remember_weights(self) -> None:
+        linear = [[m for m in block if isinstance(m, nn.Linear)] for block in self.blocks]
+        self.weights = [m[0].weight.detach().clone() if m else None for m in linear]
+
+    def update_theta(self, i: Tensor, eta: float) -> None:
+        z = [v[i] for v in self.z]
+        self.rule.param_groups[0]["lr"] = eta
+        self.rule.zero_grad()
+        (sum(self.coupling(t, z, i) for t in range(1, self.T + 1)) / len(i)).backward()
+        self.rule.step()
+
+    def residuals(self) -> list[Tensor]:
+        with torch.no_grad():
+            return [z - f(b) for z, f, b in zip(self.z, self.blocks, [self.problem.x, *self.z], strict=False)]
+
+    def update_u(self, i: Tensor, alpha: float) -> None:
+        for u, residual in zip(self.u, self.residuals(), strict=True):
+            u[i] += alpha * residual[i]
+
+    def refresh(self, i: Tensor, pull: float) -> None:
+        for z, ahead in zip(self.z, self.forward(self.problem.x[i]), strict=True):
+            z[i] = (1 - pull) * z[i] + pull * ahead
+
+    def value(self, name: str, part: float) -> float:
+        return cosine(getattr(self.options, name), (self.k + part) / self.options.iterations)
+
+    def step(self) -> None:
+        options, everything = self.options, torch.arange(self.N)
+        rounds = options.primal_rounds
+        if options.sweep == "batch":
+            for r in range(rounds):
+                part = r / rounds
+                if r == 0:
+                    self.refresh(everything, self.value("refresh", part))
+                self.remember_weights()
+                self.update_z(everything, self.value("z_step", part))
+                for i in self.batches(self.k * rounds + r):
+                    self.update_theta(i, self.value("theta_step", part))
+            self.update_u(everything, self.value("dual_step", part))
+        else:
+            batches = self.batches(self.k)
+            for number, i in enumerate(batches):
+                part = number / len(batches)
+                self.refresh(i, self.value("refresh", part))
+                if number % options.curvature_every == 0:
+                    self.remember_weights()
+                for _ in range(rounds):
+                    self.update_z(i, self.value("z_step", part))
+                    self.update_theta(i, self.value("theta_step", part))
+                self.update_u(i, self.value("dual_step", part))
+        self.k += 1
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        return [b[0] for b in minibatches(self.N, self.options.batch_size, [self.seed], epoch, torch.device("cpu"))]
+
+
+def assert_same(problem: Problem, state: BlockADMMState, s: int, reference: Reference) -> None:
+    torch.testing.assert_close(state.theta.flat[s], problem.blocks.flatten(reference.network), **CLOSE)
+    for t in range(reference.T):
+        torch.testing.assert_close(state.z[t][s], reference.z[t], **CLOSE)
+        torch.testing.assert_close(state.u[t][s], reference.u[t], **CLOSE)
+
+
+GRADIENT, ADAM, MAJORISED = ZUpdate("gradient", last="step"), ZUpdate("adam"), ZUpdate("majorised")
+BASE = BlockADMM(ITERATIONS, 0.05, z_step=0.1, batch_size=7, primal_rounds=1, z_update=GRADIENT, update=SGD())
+VARIANTS = {
+    "as printed": BASE,
+    "prox": replace(BASE, z_update=ZUpdate("gradient")),
+    "several steps": replace(BASE, z_update=ZUpdate("gradient", steps=3, last="step")),
+    "several rounds": replace(BASE, primal_rounds=3),
+    "momentum": replace(BASE, update=SGD(momentum=0.9, weight_decay=0.1)),
+    "paper's setting": replace(BASE, primal_rounds=3, z_update=ADAM, update=Adam(), theta_step=1e-2, z_step=1e-2),
+    "adam's options": replace(
+        BASE,
+        primal_rounds=2,
+        z_update=ZUpdate("adam", 2, "step", beta1=0.7, beta2=0.8, epsilon=1e-2),
+        update=Adam(beta1=0.8, beta2=0.9, epsilon=1e-4, weight_decay=0.5),
+        theta_step=1e-2,
+    ),
+    "beta by block": replace(BASE, beta=(0.5, 2.0, 1.3), z_update=ZUpdate("gradient")),
+    "dual step": replace(BASE, dual_step=0.3),
+    "no dual step": replace(BASE, dual_step=0.0),
+    "refresh": replace(BASE, refresh=0.4, primal_rounds=2),
+    "full refresh": replace(BASE, refresh=1.0),
+    "schedules": replace(
+        BASE,
+        theta_step={"start": 0.1, "end": 0.01},
+        z_step={"start": 0.2, "end": 0.0},
+        dual_step={"start": 1.0, "end": 0.2},
+        refresh={"start": 0.9, "end": 0.1},
+        primal_rounds=2,
+    ),
+    "majorised": replace(BASE, z_update=MAJORISED, z_step=0.8, beta=(0.5, 2.0, 1.3), primal_rounds=2),
+    "majorised, step": replace(BASE, z_update=ZUpdate("majorised", 2, "step"), z_step=0.3),
+}
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+@pytest.mark.parametrize(
+    "loss, variant",
+    [(SquaredError(0.8), name) for name in VARIANTS]
+    + [(SHARP, name) for name in ("as printed", "prox", "paper's setting", "majorised")],
+)
+def test_it_is_algorithm_1(mlp_problem, loss, variant, sweep):
+    problem, options = mlp_problem(loss), replace(VARIANTS[variant], sweep=sweep)
+    references = [Reference(problem, options, seed) for seed in SEEDS[:2]]
+    state = options.init(problem, SEEDS[:2])
+    for _ in range(ITERATIONS):
+        options.step(problem, state)
+        for s, reference in enumerate(references):
+            reference.step()
+            assert_same(problem, state, s, reference)
+    assert max(u.abs().max() for u in state.u) > 1e-3 or options.dual_step == 0.0
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+@pytest.mark.parametrize("cut", [{"n_blocks": 1}, {"n_blocks": 2}, {"per_layer": True, "activation": "start"}], ids=str)
+def test_it_is_algorithm_1_however_the_network_is_cut(mlp_problem, cut, sweep):
+    problem, options = mlp_problem(**cut), replace(VARIANTS["schedules"], sweep=sweep, z_update=ADAM)
+    state, reference = options.init(problem, SEEDS), Reference(problem, options, SEEDS[2])
+    for _ in range(ITERATIONS):
+        options.step(problem, state)
+        reference.step()
+        assert_same(problem, state, 2, reference)
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+@pytest.mark.parametrize("name", ["gradient", "adam"])
+def test_it_is_algorithm_1_for_images_between_blocks(conv_problem, name, sweep):
+    problem = conv_problem()
+    options = replace(VARIANTS["refresh"], sweep=sweep, z_update=ZUpdate(name), dual_step=0.5, beta=(0.7, 1.5))
+    state = options.init(problem, SEEDS)
+    references = [Reference(problem, options, seed) for seed in SEEDS]
+    for _ in range(ITERATIONS):
+        options.step(problem, state)
+        for s, reference in enumerate(references):
+            reference.step()
+            assert_same(problem, state, s, reference)
+
+
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_curvature_is_evaluated_every_so_many_visits(mlp_problem, every):
+    problem = mlp_problem()
+    options = replace(VARIANTS["majorised"], sweep="minibatch", curvature_every=every)
+    state, reference = options.init(problem, SEEDS), Reference(problem, options, SEEDS[0])
+    for _ in range(2):
+        options.step(problem, state)
+        reference.step()
+        assert_same(problem, state, 0, reference)
+
+
+@pytest.mark.parametrize("slice_size", [1, 5, 24])
+@pytest.mark.parametrize("variant", ["paper's setting", "schedules", "majorised"])
+def test_the_slice_size_changes_nothing(mlp_problem, variant, slice_size):
+    problem, states = mlp_problem(), []
+    for size in (2000, slice_size):
+        options = replace(VARIANTS[variant], slice_size=size)
+        states.append(options.init(problem, SEEDS))
+        for _ in range(2):
+            options.step(problem, states[-1])
+    values = [options.diagnostics(problem, s) for s in states]
+    torch.testing.assert_close(states[0].theta.flat, states[1].theta.flat, **CLOSE)
+    for a, b in zip([*states[0].z, *states[0].u], [*states[1].z, *states[1].u], strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    torch.testing.assert_close(values[0], values[1], **CLOSE)
+
+
+@pytest.mark.parametrize("theta_passes, updates", [(0.1, 1), (0.5, 2), (1.0, 4), (1.25, 5), (2.0, 8)])
+def test_theta_passes_counts_passes_over_the_samples(mlp_problem, theta_passes, updates):
+    problem = mlp_problem()
+    options = replace(BASE, update=Adam(), primal_rounds=2, theta_passes=theta_passes)  # 4 mini-batches a pass
+    state = options.init(problem, SEEDS)
+    options.step(problem, state)
+    assert state.moments[-1].tolist() == [2 * updates] * 3  # Adam's count of steps
+
+
+def test_theta_is_trained_on_new_mini_batches_in_each_round_and_pass(mlp_problem, monkeypatch):
+    epochs = []
+
+    def recorded(samples, batch_size, seeds, epoch, device):
+        epochs.append(epoch)
+        return minibatches(samples, batch_size, seeds, epoch, device)
+
+    monkeypatch.setattr("admm.optimizers.block_admm.minibatches", recorded)
+    problem, options = mlp_problem(), replace(BASE, primal_rounds=3, theta_passes=2.0)
+    state = options.init(problem, SEEDS)
+    for _ in range(2):
+        options.step(problem, state)
+    assert epochs == list(range(12))
+
+
+# --- Initialisation
+
+
+def test_coupling_variables_begin_with_a_forward_pass_and_duals_at_zero(mlp_problem):
+    problem = mlp_problem()
+    state = replace(BASE, slice_size=5).init(problem, SEEDS)
+    for s, seed in enumerate(SEEDS):
+        reference = Reference(problem, BASE, seed)
+        for t in range(3):
+            torch.testing.assert_close(state.z[t][s], reference.z[t], rtol=1e-12, atol=1e-14)
+            assert not state.u[t].any()
+
+
+def test_duals_begin_uniform_and_depend_on_the_seed_and_the_block_alone(mlp_problem):
+    problem, options = mlp_problem(), replace(BASE, dual_init=1e-2)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    state, alone = options.init(problem, SEEDS), options.init(problem, SEEDS[1:2])
+    assert torch.equal(torch.get_rng_state(), before)
+    for u, v in zip(state.u, alone.u, strict=True):
+        assert 0.0 <= u.min() < 2e-3 and 8e-3 < u.max() <= 1e-2
+        assert torch.equal(u[1], v[0]) and not torch.equal(u[0], u[1])
+    assert not torch.equal(state.u[0][0, :, 0], state.u[1][0, :, 0])
+
+
+@pytest.mark.parametrize("variant", ["as printed", "paper's setting"])
+def test_it_is_algorithm_1_with_uniform_duals(mlp_problem, variant):
+    problem, options = mlp_problem(), replace(VARIANTS[variant], dual_init=0.1)
+    state = options.init(problem, SEEDS)
+    reference = Reference(problem, options, SEEDS[1], [u[1] for u in state.u])
+    for _ in range(2):
+        options.step(problem, state)
+        reference.step()
+        assert_same(problem, state, 1, reference)
+
+
+# --- The Z updates
+
+
+def lagrangian(problem: Problem, state: BlockADMMState, s: int, z: Sequence[Tensor]) -> Tensor:
+    """Eq. 2 for replica s at coupling variables z."""
+    blocks = as_blocks(problem, problem.blocks.export(state.theta, s))
+    value = loss_sum(problem.loss, z[-1], problem.y)
+    for t, (block, before) in enumerate(zip(blocks, [problem.x, *z[:-1]], strict=True)):
+        value = value + state.beta[t, s] / 2 * ((z[t] - block(before) + state.u[t][s]) ** 2).sum()
+    return value
+
+
+def mixed_state(problem: Problem, options: BlockADMM) -> BlockADMMState:
+    """A state in the middle of nowhere: all variables are random."""
+    state, rng = options.init(problem, SEEDS), torch.Generator().manual_seed(0)
+    for v in (*state.z, *state.u):
+        v.copy_(torch.randn(v.shape, dtype=v.dtype, generator=rng))
+    return state
+
+
+def z_of(state: BlockADMMState, s: int) -> list[Tensor]:
+    return [z[s].clone() for z in state.z]
+
+
+FROZEN = replace(BASE, theta_step=0.0, dual_step=0.0, z_step=1.0)
+
+
+def test_a_gradient_step_takes_the_terms_in_reverse_order(mlp_problem):
+    problem = mlp_problem(SHARP)
+    options = replace(FROZEN, z_step=0.1)
+    state = mixed_state(problem, options)
+    z = z_of(state, 1)
+    for t in (2, 1, 0):
+        leaves = [v.clone().requires_grad_() for v in z]
+        z[t] = z[t] - 0.1 * torch.autograd.grad(lagrangian(problem, state, 1, leaves), leaves[t])[0]
+    options.step(problem, state)
+    for t in range(3):
+        torch.testing.assert_close(state.z[t][1], z[t], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [1.0, (0.5, 2.0, 3.0)])
+def test_majorised_is_the_exact_minimiser_before_an_affine_block(mlp_problem, beta):
+    problem = mlp_problem()
+    options = replace(FROZEN, z_update=MAJORISED, beta=beta)
+    state = mixed_state(problem, options)
+    before = z_of(state, 2)
+    options.step(problem, state)
+    after = z_of(state, 2)
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        middle = torch.tensor(flat).view_as(after[1]).requires_grad_()
+        value = lagrangian(problem, state, 2, [before[0], middle, after[2]])
+        value.backward()
+        return value.item(), middle.grad.numpy().ravel()
+
+    found = minimize(objective, before[1].numpy().ravel(), jac=True, method="BFGS", options={"gtol": 1e-9})
+    np.testing.assert_allclose(after[1].numpy().ravel(), found.x, atol=1e-6)
+    assert np.abs(objective(after[1].numpy().ravel())[1]).max() < 1e-10
+
+
+@pytest.mark.parametrize("loss", [SquaredError(0.8), SHARP], ids=["squared error", "cross-entropy"])
+def test_prox_is_the_exact_minimiser_over_the_last_coupling_variable(mlp_problem, loss):
+    problem = mlp_problem(loss)
+    options = replace(FROZEN, z_update=MAJORISED, beta=(1.0, 1.0, 0.6))
+    state = mixed_state(problem, options)
+    before = z_of(state, 0)
+    options.step(problem, state)
+    last = state.z[-1][0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(lagrangian(problem, state, 0, [*before[:2], last]), last)
+    assert gradient.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("update", [MAJORISED, ZUpdate("lipschitz"), ZUpdate("lipschitz", 2, "step")], ids=str)
+@pytest.mark.parametrize("activation", ["end", "start"])
+def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_problem, update, activation):
+    problem = mlp_problem(SquaredError(0.5), per_layer=True, activation=activation)
+    options = replace(FROZEN, z_update=update, beta=(0.5, 2.0, 1.0), z_step=1.0 if update.last == "prox" else 0.6)
+    state = mixed_state(problem, options)
+    for _ in range(50):  # of the power iteration
+        options.z_update.inverse_curvature(
+            problem.blocks, state.theta, list(state.beta.unsqueeze(-1).unsqueeze(-1)), state.power_vectors
+        )
+    values = [[lagrangian(problem, state, s, z_of(state, s)).item() for s in range(3)]]
+    for _ in range(8):
+        options.step(problem, state)
+        values.append([lagrangian(problem, state, s, z_of(state, s)).item() for s in range(3)])
+    assert (np.diff(values, axis=0) < 0).all()
+
+
+def test_the_lipschitz_step_is_near_the_largest_safe_one(mlp_problem):
+    problem = mlp_problem()
+    update, theta = ZUpdate("lipschitz"), mlp_problem().initial(SEEDS)
+    vectors, beta = update.power_vectors(problem.blocks, theta), torch.tensor([0.5, 2.0, 3.0]).double()
+    for _ in range(100):
+        steps = update.inverse_curvature(problem.blocks, theta, [b.view(1, 1, 1) for b in beta], vectors)
+    for t in (0, 1):
+        weight = theta.blocks[t + 1][0]["weight"]
+        safe = 1 / (beta[t] + beta[t + 1] * torch.linalg.matrix_norm(weight, 2) ** 2)
+        assert (steps[t].flatten() < safe).all() and (steps[t].flatten() > 0.9 * safe).all()
+
+
+def consensus_problem(loss: Loss, activation: type[nn.Module]) -> Problem:
+    network = nn.Sequential(nn.Linear(6, 5), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, 3))
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = one_hot(torch.arange(8) % 3, 3, x)
+    return Problem(x, y, split(network, per_layer=True), loss, initialiser("pytorch"))
+
+
+@pytest.mark.parametrize(
+    "loss", [SquaredError(0.5), CrossEntropy(0.5, tolerance=1e-13)], ids=["squared", "cross-entropy"]
+)
+@pytest.mark.parametrize(
+    "activation, update, step",
+    [(nn.Flatten, ZUpdate("majorised", 4), 1.0), (nn.Tanh, ZUpdate("gradient", 6), 0.5)],
+)
+def test_in_consensus_the_duals_are_the_back_propagated_gradients(loss, activation, update, step):
+    """With Θ fixed and the constraints met, β_t U_t = −∂J/∂Z_t along the network's own forward pass."""
+    problem = consensus_problem(loss, activation)
+    options = replace(FROZEN, z_update=update, z_step=step, dual_step=1.0, beta=(1.0, 0.8, 0.6), dual_init=0.5)
+    state = options.init(problem, SEEDS)
+    for _ in range(150):
+        options.step(problem, state)
+    for s in range(len(SEEDS)):
+        z, values = problem.x.clone().requires_grad_(), []
+        for block in as_blocks(problem, problem.blocks.export(state.theta, s)):
+            z = block(z)
+            values.append(z)
+        gradients = torch.autograd.grad(loss_sum(loss, z, problem.y), values)
+        for t in range(3):
+            torch.testing.assert_close(state.z[t][s], values[t].detach(), rtol=0.0, atol=1e-6)
+            torch.testing.assert_close(state.beta[t, s] * state.u[t][s], -gradients[t], rtol=0.0, atol=1e-6)
+
+
+# --- Adaptive penalty (Eq. 6)
+
+
+def constraint_norm(problem: Problem, state: BlockADMMState, s: int) -> float:
+    blocks = as_blocks(problem, problem.blocks.export(state.theta, s))
+    with torch.no_grad():
+        residuals = [z[s] - f(b) for z, f, b in zip(state.z, blocks, [problem.x, *z_of(state, s)], strict=False)]
+    return math.sqrt(sum(r.square().sum().item() for r in residuals) / len(problem.x))
+
+
+def test_beta_grows_exactly_when_the_residual_exceeds_its_bound(mlp_problem):
+    problem, c = mlp_problem(), 0.8
+    plain = replace(BASE, dual_step=0.5)
+    state = plain.init(problem, SEEDS)
+    plain.step(problem, state)
+    residuals = sorted(constraint_norm(problem, state, s) for s in range(3))
+    bound = (residuals[0] + residuals[1]) / 2  # the first step is the same: two replicas exceed it, one does not
+    options = replace(plain, penalty=AdaptivePenalty(c=c, bound=bound / 0.9, shrink=0.9))
+    adaptive, expected, changes = options.init(problem, SEEDS), torch.ones(3, dtype=torch.float64), set()
+    for k in range(1, 9):
+        options.step(problem, adaptive)
+        for s in range(3):
+            grows = constraint_norm(problem, adaptive, s) > bound / 0.9 * 0.9**k
+            changes.add(grows)
+            expected[s] *= 1 / c if grows else 1.0
+        for t in range(3):
+            torch.testing.assert_close(adaptive.beta[t], expected, rtol=1e-12, atol=0.0)
+    assert changes == {True, False}
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+def test_the_multiplier_is_continuous_when_beta_changes(mlp_problem, sweep):
+    problem, plain = mlp_problem(), replace(BASE, sweep=sweep, beta=(0.5, 2.0, 1.0))
+    options = replace(plain, penalty=AdaptivePenalty(c=0.7, bound=0.0))
+    constant, adaptive = plain.init(problem, SEEDS), options.init(problem, SEEDS)
+    plain.step(problem, constant)
+    options.step(problem, adaptive)
+    for t in range(3):
+        torch.testing.assert_close(adaptive.beta[t], constant.beta[t] / 0.7, rtol=1e-12, atol=0.0)
+        multiplier = [state.beta[t].view(-1, 1, 1) * state.u[t] for state in (constant, adaptive)]
+        torch.testing.assert_close(multiplier[0], multiplier[1], rtol=1e-12, atol=1e-14)
+
+
+def test_beta_stays_below_its_largest_value(mlp_problem):
+    problem, options = mlp_problem(), replace(BASE, penalty=AdaptivePenalty(c=0.5, bound=0.0, largest=5.0))
+    state = options.init(problem, SEEDS)
+    betas = [options.step(problem, state).beta.unique().tolist() for _ in range(4)]
+    assert betas == [[2.0], [4.0], [4.0], [4.0]]
+
+
+@pytest.mark.parametrize("c", [0.0, 1.0, 1.5])
+def test_a_wrong_factor_is_refused_by_name(c):
+    with pytest.raises(ValueError, match=r"optimizer\.penalty\.c"):
+        AdaptivePenalty(c=c)
+
+
+# --- Diagnostics
+
+
+@pytest.mark.parametrize("slice_size", [7, 2000])
+@pytest.mark.parametrize("loss", [SquaredError(0.8), SHARP], ids=["squared error", "cross-entropy"])
+def test_diagnostics_are_autograd_s(mlp_problem, loss, slice_size):
+    problem = mlp_problem(loss)
+    options = replace(BASE, beta=(0.5, 2.0, 1.3), slice_size=slice_size)
+    state = mixed_state(problem, options)
+    values = options.diagnostics(problem, state)
+    names = {f"{kind}_{t}" for kind in ("residual", "dual_rms", "beta", "sigma") for t in (1, 2, 3)}
+    assert set(values) == names | {"kkt"}
+    for s in range(3):
+        network = problem.blocks.export(state.theta, s)
+        z, total = [v.requires_grad_() for v in z_of(state, s)], loss_sum(loss, state.z[-1][s], problem.y)
+        total = loss_sum(loss, z[-1], problem.y)
+        for t, (block, before) in enumerate(zip(as_blocks(problem, network), [problem.x, *z[:-1]], strict=True)):
+            residual = z[t] - block(before)
+            total = total + (state.beta[t, s] * state.u[t][s] * residual).sum()
+            torch.testing.assert_close(
+                values[f"residual_{t + 1}"][s], (residual.norm() / z[t].norm()).detach(), **CLOSE
+            )
+            rms = state.u[t][s].norm() / math.sqrt(state.u[t][s].numel())
+            torch.testing.assert_close(values[f"dual_rms_{t + 1}"][s], rms, **CLOSE)
+            assert values[f"beta_{t + 1}"][s] == state.beta[t, s]
+        by_z = torch.autograd.grad(total, z, retain_graph=True)
+        by_theta = torch.autograd.grad(total, list(network.parameters()))
+        samples = len(problem.x)
+        square = sum(g.square().sum() for g in by_z) / samples + sum((g / samples).square().sum() for g in by_theta)
+        torch.testing.assert_close(values["kkt"][s], square.sqrt(), **CLOSE)
+
+
+def test_diagnostics_leave_the_state_alone(mlp_problem):
+    problem = mlp_problem()
+    state = mixed_state(problem, BASE)
+    before = [v.clone() for v in (state.theta.flat, *state.z, *state.u, state.beta)]
+    BASE.diagnostics(problem, state)["beta_1"].zero_()
+    after = (state.theta.flat, *state.z, *state.u, state.beta)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# --- Refusals
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sweep": "online"}, "optimizer.sweep: 'online' is not one of batch, minibatch"),
+        ({"batch_size": 0}, "optimizer.batch_size: 0 is"),
+        ({"primal_rounds": 0}, "optimizer.primal_rounds: 0 is"),
+        ({"curvature_every": 0}, "optimizer.curvature_every: 0 is"),
+        ({"slice_size": 0}, "optimizer.slice_size: 0 is"),
+        ({"primal_rounds": 1.5}, "optimizer.primal_rounds: 1.5 is"),
+        ({"sweep": "minibatch", "theta_passes": 0.5}, "optimizer.theta_passes: 0.5"),
+        ({"theta_passes": 0.0}, "optimizer.theta_passes"),
+        ({"theta_passes": -1.0}, "optimizer.theta_passes"),
+        ({"beta": (1.0, 2.0)}, "optimizer.beta: 2 values for 3 blocks"),
+        ({"beta": (1.0, 2.0, (1.0, 2.0))}, "optimizer.beta: 2 values for 3 replicas"),
+        ({"beta": 0.0}, "optimizer.beta: 0.0 is not positive"),
+        ({"beta": (1.0, -1.0, 1.0)}, "optimizer.beta"),
+        ({"theta_step": (0.1, 0.2)}, "optimizer.theta_step: 2 values for 3 replicas"),
+        ({"z_step": {"start": 0.1}}, "optimizer.z_step: a schedule is"),
+        ({"dual_step": (1.0,)}, "optimizer.dual_step: 1 values for 3 replicas"),
+        ({"refresh": (1.0,)}, "optimizer.refresh: 1 values for 3 replicas"),
+        ({"z_update": ZUpdate("newton")}, "optimizer.z_update.name: 'newton' is not one of gradient, adam"),
+        (
+            {"z_update": ZUpdate("adam", last="exact")},
+            "optimizer.z_update.last: 'exact' is not one of prox, step",
+        ),
+        ({"z_update": ZUpdate("adam", steps=0)}, "optimizer.z_update.steps: 0 is"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
+    with pytest.raises(ValueError) as error:
+        replace(BASE, **options).init(mlp_problem(), SEEDS)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["majorised", "lipschitz"])
+def test_updates_by_curvature_need_one_linear_layer_a_block(mlp_problem, conv_problem, name):
+    options = replace(BASE, z_update=ZUpdate(name))
+    with pytest.raises(ValueError, match=r"'" + name + r"' needs one linear layer a block, block 2 is \['1.0', '1.1'"):
+        options.init(conv_problem(), SEEDS)
+    with pytest.raises(ValueError, match="block 2 is"):
+        options.init(mlp_problem(after=["fc1"]), SEEDS)
+    options.init(mlp_problem(n_blocks=2), SEEDS)  # the first block may have any number

@@ -1,0 +1,231 @@
+"""Losses: values and gradients against PyTorch's, proximal operators against independent minimisers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq, minimize
+from scipy.special import wrightomega
+from torch import Tensor, nn
+
+from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
+
+LOSSES = [SquaredError(), SquaredError(0.3), CrossEntropy(), CrossEntropy(2.5)]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def example(samples: int = 8, classes: int = 4, spread: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [2, n, C], one-hot targets [2, n, C] and their labels [2, n]."""
+    rng = torch.Generator().manual_seed(0)
+    z = spread * torch.randn(2, samples, classes, dtype=torch.float64, generator=rng)
+    labels = torch.randint(classes, (2, samples), generator=rng)
+    return z, torch.stack([one_hot(row, classes, z) for row in labels]), labels
+
+
+def exact_prox(scale: float, v: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
+    """Cross-entropy's, in closed form but for one number: stationarity is κ p_c exp(κ p_c) =
+    κ exp(v_c + κ y_c − l) with κ = scale / penalty and l = log Σ exp z, and Σ p_c = 1 determines l."""
+    kappa = scale / penalty
+    shifted = np.log(kappa) + v + kappa * y
+    p = lambda l: wrightomega(shifted - l) / kappa  # noqa: E731, E741
+    top = (v + kappa * y).max()
+    root = brentq(lambda l: p(l).sum() - 1.0, top - kappa - 9, top + 9, xtol=1e-13, rtol=1e-15)  # noqa: E741
+    return v + kappa * (y - p(root))
+
+
+def sharp(loss: Loss) -> Loss:
+    """With a proximal operator to machine precision."""
+    return loss if isinstance(loss, SquaredError) else CrossEntropy(loss.scale, tolerance=1e-12)
+
+
+def stationarity(loss: Loss, z: Tensor, v: Tensor, y: Tensor, penalty: Any) -> Tensor:
+    """Norm of the gradient of the proximal objective, by autograd."""
+    z = z.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss.value(z, y).sum() + (penalty / 2 * (z - v) ** 2).sum(), z)
+    return gradient.abs()
+
+
+def test_squared_error_is_pytorch_s_with_scale_2_over_c():
+    z, y, _ = example()
+    expected = nn.MSELoss(reduction="none")(z, y).mean(-1)
+    torch.testing.assert_close(SquaredError(2 / z.shape[-1]).value(z, y), expected, **EXACT)
+
+
+def test_squared_error_without_scale_is_half_the_square():
+    value = SquaredError().value(torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
+    assert value.tolist() == [4.5]
+
+
+def test_cross_entropy_is_pytorch_s():
+    z, y, labels = example()
+    expected = nn.CrossEntropyLoss(reduction="none")(z.flatten(0, 1), labels.flatten()).view(labels.shape)
+    torch.testing.assert_close(CrossEntropy().value(z, y), expected, **EXACT)
+    torch.testing.assert_close(CrossEntropy(0.3).value(z, y), 0.3 * expected, **EXACT)
+
+
+def test_cross_entropy_takes_any_distribution():
+    z, _, _ = example()
+    y = torch.softmax(z.flip(-1), -1)
+    expected = nn.CrossEntropyLoss(reduction="none")(z.flatten(0, 1), y.flatten(0, 1)).view(z.shape[:-1])
+    torch.testing.assert_close(CrossEntropy().value(z, y), expected, **EXACT)
+
+
+@each_loss
+def test_gradient_is_autograd_s(loss):
+    z, y, _ = example()
+    z.requires_grad_()
+    (expected,) = torch.autograd.grad(loss.value(z, y).sum(), z)
+    torch.testing.assert_close(loss.gradient(z.detach(), y), expected, **EXACT)
+
+
+@each_loss
+def test_arguments_are_left_alone_and_targets_broadcast_over_replicas(loss):
+    z, y, _ = example()
+    before = z.clone(), y.clone()
+    for function in (loss.value, loss.gradient, lambda z, y: loss.prox(z, y, 0.7)):
+        shared = function(z, y[0])
+        torch.testing.assert_close(shared[1], function(z[1:], y[:1])[0], rtol=1e-9, atol=1e-9)
+    assert torch.equal(z, before[0]) and torch.equal(y, before[1])
+
+
+@each_loss
+@pytest.mark.parametrize("penalty", [0.1, 1.0, 10.0])
+def test_prox_is_scipy_s_minimiser(loss, penalty):
+    v, y, _ = example(3)
+    z = sharp(loss).prox(v, y, penalty)
+    for i in np.ndindex(*v.shape[:2]):
+
+        def objective(x: np.ndarray, i: tuple[int, ...] = i) -> tuple[float, np.ndarray]:
+            leaf = torch.tensor(x, requires_grad=True)
+            value = loss.value(leaf, y[i]) + penalty / 2 * (leaf - v[i]).square().sum()
+            value.backward()
+            return value.item(), leaf.grad.numpy()
+
+        found = minimize(objective, np.zeros(4), jac=True, method="BFGS", options={"gtol": 1e-9})
+        np.testing.assert_allclose(z[i].numpy(), found.x, rtol=0, atol=1e-6)
+
+
+@each_loss
+def test_prox_of_two_classes_is_the_lowest_point_of_a_grid(loss):
+    v, y = torch.tensor([[0.7, -0.4]], dtype=torch.float64), torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    axis = torch.linspace(-2.0, 2.0, 801, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    objective = loss.value(grid, y) + 1.5 / 2 * (grid - v).square().sum(-1)
+    torch.testing.assert_close(loss.prox(v, y, 1.5)[0], grid[objective.argmin()], rtol=0.0, atol=0.0051)
+
+
+# What a prox must satisfy whatever it is given. The ratio of scale to penalty is at most 100.
+logits = st.lists(st.floats(-50, 50), min_size=3, max_size=3)
+moderate = st.floats(0.1, 10.0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    v=logits,
+    label=st.integers(0, 2),
+    scale=moderate,
+    penalty=moderate,
+    kind=st.sampled_from([SquaredError, CrossEntropy]),
+)
+def test_prox_is_stationary(v, label, scale, penalty, kind):
+    loss, v = kind(scale), torch.tensor([v], dtype=torch.float64)
+    y = one_hot(torch.tensor([label]), 3, v)
+    z = loss.prox(v, y, penalty)
+    assert stationarity(loss, z, v, y, penalty).max() <= 2e-6 * (scale + penalty * (1 + v.abs().max()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(v=logits, w=logits, scale=moderate, penalty=moderate, kind=st.sampled_from([SquaredError, CrossEntropy]))
+def test_prox_is_firmly_non_expansive(v, w, scale, penalty, kind):
+    v, w = (torch.tensor([values], dtype=torch.float64) for values in (v, w))
+    loss = sharp(kind(scale))
+    y = one_hot(torch.tensor([1]), 3, v)
+    difference = loss.prox(v, y, penalty) - loss.prox(w, y, penalty)
+    assert difference.square().sum() <= (difference * (v - w)).sum() + 1e-8
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize(
+    "scale, penalty", [(1.0, 1.0), (1e-6, 1.0), (1.0, 1e6), (5.0, 1.0), (0.01, 0.001), (1.0, 0.02)]
+)
+def test_cross_entropy_s_prox_is_exact_for_extreme_logits(magnitude, scale, penalty):
+    v, y, _ = example(30, spread=magnitude)
+    z = CrossEntropy(scale, tolerance=1e-12).prox(v, y, penalty)
+    expected = [
+        [exact_prox(scale, a.numpy(), b.numpy(), penalty) for a, b in zip(*p, strict=True)]
+        for p in zip(v, y, strict=True)
+    ]
+    torch.testing.assert_close(z, torch.tensor(np.array(expected)), rtol=1e-11, atol=1e-9 * (1 + scale / penalty))
+
+
+@pytest.mark.parametrize("ratio", [300.0, 1000.0])
+def test_cross_entropy_s_prox_converges_for_a_small_penalty(ratio):
+    v, y, _ = example(10, spread=1e4)
+    z = CrossEntropy(ratio).prox(v, y, 1.0)
+    expected = [
+        [exact_prox(ratio, a.numpy(), b.numpy(), 1.0) for a, b in zip(*p, strict=True)] for p in zip(v, y, strict=True)
+    ]
+    torch.testing.assert_close(z, torch.tensor(np.array(expected)), rtol=1e-4, atol=1e-2)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prox_is_finite_for_any_scale(loss, dtype):
+    v, y, _ = example(spread=1e4)
+    for penalty in (1e-6, 1.0, 1e6):
+        assert loss.prox(v.to(dtype), y.to(dtype), penalty).isfinite().all()
+
+
+@each_loss
+def test_prox_tends_to_its_argument_for_a_large_penalty(loss):
+    v, y, _ = example()
+    distance = [(loss.prox(v, y, penalty) - v).abs().max().item() for penalty in (1.0, 1e2, 1e4)]
+    assert distance[1] < 0.1 * distance[0] and distance[2] < 0.1 * distance[1]
+
+
+def test_prox_tends_to_the_minimiser_for_a_small_penalty():
+    v, y, labels = example()
+    torch.testing.assert_close(SquaredError().prox(v, y, 1e-9), y, rtol=0.0, atol=1e-7)
+    z = CrossEntropy().prox(v, y, 0.02)
+    assert (
+        torch.equal(z.argmax(-1), labels) and CrossEntropy().value(z, y).max() < 0.2 < CrossEntropy().value(v, y).max()
+    )
+
+
+@each_loss
+@pytest.mark.parametrize("penalty", [0.5, 2.0])
+def test_prox_keeps_what_is_already_optimal(loss, penalty):
+    if isinstance(loss, SquaredError):
+        _, y, _ = example()
+        torch.testing.assert_close(loss.prox(y, y, penalty), y, **EXACT)
+    else:
+        z, _, _ = example()
+        torch.testing.assert_close(loss.prox(z, torch.softmax(z, -1), penalty), z, **EXACT)
+
+
+@each_loss
+def test_a_penalty_may_differ_by_replica(loss):
+    v, y, _ = example()
+    together = loss.prox(v, y, torch.tensor([0.2, 3.0], dtype=torch.float64).view(2, 1, 1))
+    for s, penalty in enumerate((0.2, 3.0)):
+        torch.testing.assert_close(together[s], loss.prox(v[s], y[s], penalty), **EXACT)
+
+
+@each_loss
+def test_prox_of_a_sample_does_not_depend_on_the_others(loss):
+    v, y, _ = example()
+    v[0] *= 100  # takes more steps
+    together = loss.prox(v, y, 0.3)
+    torch.testing.assert_close(together[1], loss.prox(v[1], y[1], 0.3), **EXACT)
+    v[0] = torch.nan
+    diverged = loss.prox(v, y, 0.3)
+    assert torch.equal(diverged[1], together[1]) and diverged[0].isnan().all()
+
+
+def test_one_hot_has_a_single_one_in_the_dtype_asked_for():
+    y = one_hot(torch.tensor([2, 0]), 3, torch.zeros(0, dtype=torch.float64))
+    assert y.dtype == torch.float64 and y.tolist() == [[0, 0, 1], [1, 0, 0]]

@@ -1,0 +1,93 @@
+"""Networks and initialisations."""
+
+import pytest
+import torch
+from torch import nn
+
+from admm.models import initialiser, mlp
+
+
+def filled(name: str, seed: int = 0, **options: float) -> nn.Sequential:
+    network = mlp(200, [100], 50)
+    torch.manual_seed(seed)
+    initialiser(name, **options)(network)
+    return network
+
+
+def test_mlp_is_the_composition_of_its_layers():
+    network, x = mlp(12, [5, 4], 3), torch.randn(7, 3, 4)
+    fc1, fc2, fc3 = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    assert torch.equal(network(x), fc3(fc2(fc1(x.flatten(1)).clamp(min=0)).clamp(min=0)))
+
+
+def test_mlp_without_hidden_layers_is_linear():
+    assert [name for name, _ in mlp(4, [], 3).named_parameters()] == ["fc1.linear.weight", "fc1.linear.bias"]
+
+
+def test_the_paper_s_network_has_118282_parameters():
+    assert sum(p.numel() for p in mlp(784, [128, 128], 10).parameters()) == 784 * 128 + 128 + 129 * 128 + 129 * 10
+
+
+@pytest.mark.parametrize("widths", [(0, [2], 2), (2, [0], 2), (2, [2], 0)])
+def test_a_width_below_one_is_refused(widths):
+    with pytest.raises(ValueError, match="model: layer widths must be at least 1"):
+        mlp(*widths)
+
+
+@pytest.mark.parametrize(
+    "name, options, mean, std, largest",
+    [
+        ("normal", {"mean": 0.5, "std": 0.1}, 0.5, 0.1, None),
+        ("uniform", {"a": 0.0, "b": 1e-4}, 5e-5, 1e-4 / 12**0.5, 1e-4),
+        ("kaiming_normal", {}, 0.0, (2 / 200) ** 0.5, None),
+        ("kaiming_uniform", {}, 0.0, (2 / 200) ** 0.5, (6 / 200) ** 0.5),
+        ("pytorch", {}, 0.0, (1 / 3 / 200) ** 0.5, (1 / 200) ** 0.5),
+    ],
+)
+def test_weights_have_the_named_distribution(name, options, mean, std, largest):
+    weight = filled(name, **options).fc1.linear.weight.detach()  # 20,000 entries
+    assert weight.mean().item() == pytest.approx(mean, abs=4 * std / 20_000**0.5)
+    assert weight.std().item() == pytest.approx(std, rel=0.03)
+    if largest is not None:
+        assert 0.99 * largest < weight.max() <= largest
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.1])
+def test_biases_are_constant(bias):
+    network = filled("normal", bias=bias)
+    assert torch.equal(network.fc1.linear.bias, torch.full((100,), bias))
+    assert torch.equal(network.fc2.linear.bias, torch.full((50,), bias))
+
+
+@pytest.mark.parametrize("name, options", [("normal", {"bias": None}), ("pytorch", {}), ("pytorch", {"bias": 0.3})])
+def test_biases_may_keep_pytorch_s_default(name, options):
+    bias = filled(name, **options).fc1.linear.bias
+    assert bias.unique().numel() > 50 and bias.abs().max() <= 200**-0.5
+
+
+def test_an_initialisation_does_not_depend_on_what_was_there():
+    network = filled("normal", seed=1)
+    torch.manual_seed(3)
+    initialiser("pytorch")(network)
+    again = filled("pytorch", seed=3)
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), again.parameters(), strict=True))
+
+
+def test_normalisation_weights_stay_one():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2))
+    initialiser("normal", std=5.0)(network)
+    assert torch.equal(network[1].weight, torch.ones(2)) and torch.equal(network[1].bias, torch.zeros(2))
+
+
+def test_an_unknown_initialisation_lists_the_names():
+    with pytest.raises(
+        ValueError,
+        match=r"init\.name: 'xavier' is not one of normal, uniform, kaiming_normal, kaiming_uniform, pytorch",
+    ):
+        initialiser("xavier")
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform", "kaiming_normal", "kaiming_uniform", "pytorch"])
+def test_an_unknown_option_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=r"init: .*'stdd'"):
+        initialiser(name, stdd=1.0)

@@ -1,0 +1,242 @@
+"""Online Block-ADMM against a literal Algorithm 2 written with autograd."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from admm.losses import CrossEntropy, Loss, SquaredError
+from admm.minibatches import minibatches
+from admm.optimizers import SGD, Adam, OnlineBlockADMM, Problem, ZUpdate
+
+SEEDS = (3, 1, 7)
+CLOSE = {"rtol": 1e-8, "atol": 1e-9}
+SHARP = CrossEntropy(0.7, tolerance=1e-13)
+
+
+def norms(residual: Tensor) -> Tensor:
+    """‖·‖₂ of each sample, with the derivative 0 at 0."""
+    square = residual.flatten(1).square().sum(1)
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def loss_sum(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
+    if isinstance(loss, SquaredError):
+        return loss.scale / 2 * ((z - y) ** 2).sum()
+    return -loss.scale * (y * z.log_softmax(-1)).sum()
+
+
+class Reference:
+    """Algorithm 2 for one replica; every gradient is autograd's of the printed coupling term."""
+
+    def __init__(self, problem: Problem, options: OnlineBlockADMM, seed: int) -> None:
+        self.problem, self.options, self.seed, self.epoch = problem, options, seed, 0
+        self.network = problem.blocks.export(problem.initial([seed]))
+        modules = dict(self.network.named_modules())
+        self.blocks = [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
+        self.T, self.u = len(self.blocks), [0.0] * len(self.blocks)
+        rule, theta = options.update, self.network.parameters()
+        self.rule: Any = (
+            torch.optim.AdamW(theta, 1.0, (rule.beta1, rule.beta2), rule.epsilon, rule.weight_decay)
+            if isinstance(rule, Adam)
+            else torch.optim.SGD(theta, 1.0, rule.momentum, weight_decay=rule.weight_decay)
+        )
+
+    def coupling(self, t: int, z: list[Tensor]) -> Tensor:
+        """Σ_i β/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)², with z[0] = x."""
+        residual = z[t] - self.blocks[t - 1](z[t - 1])
+        if self.options.dual == "none":
+            return self.options.beta / 2 * (residual**2).sum()
+        return self.options.beta / 2 * ((norms(residual) + self.u[t - 1]) ** 2).sum()
+
+    def update_z(self, z: list[Tensor], y: Tensor, zeta: float) -> None:
+        options, loss = self.options.z_update, self.problem.loss
+        adam = [torch.optim.Adam([v], 1.0, (options.beta1, options.beta2), options.epsilon) for v in z]
+        weights = [[m.weight.detach() for m in block if isinstance(m, nn.Linear)] for block in self.blocks]
+        for _ in range(options.steps):
+            for t in range(self.T, 0, -1):
+                if t == self.T and options.last == "prox":
+                    assert isinstance(loss, SquaredError) and self.options.dual == "none"
+                    v = self.blocks[-1](z[-2]).detach()
+                    z[-1] = (loss.scale * y + self.options.beta * v) / (loss.scale + self.options.beta)
+                    continue
+                z[t].requires_grad_().grad = None
+                objective = loss_sum(loss, z[-1], y) if t == self.T else self.coupling(t + 1, z)
+                (gradient,) = torch.autograd.grad(self.coupling(t, z) + objective, z[t])
+                z[t] = z[t].detach()
+                if options.name == "adam":
+                    adam[t].param_groups[0]["params"][0].data.copy_(z[t])
+                    adam[t].param_groups[0]["params"][0].grad = gradient
+                    adam[t].param_groups[0]["lr"] = zeta
+                    adam[t].step()
+                    z[t] = adam[t].param_groups[0]["params"][0].detach().clone()
+                    continue
+                if options.name == "majorised" and t < self.T:
+                    hessian = torch.eye(z[t].shape[1]).double() + weights[t][0].T @ weights[t][0]
+                    gradient = torch.linalg.solve(hessian, gradient.T).T / self.options.beta
+                z[t] = z[t] - zeta * gradient
+
+    def step(self) -> None:
+        options, problem = self.options, self.problem
+        if options.dual == "reset":
+            self.u = [0.0] * self.T
+        batches = minibatches(len(problem.x), options.batch_size, [self.seed], self.epoch, problem.x.device)
+        for number, batch in enumerate(batches):
+            decay = (1 + math.cos(math.pi * (self.epoch + number / len(batches)) / options.iterations)) / 2
+            z, y = [problem.x[batch[0]]], problem.y[batch[0]]
+            with torch.no_grad():
+                for block in self.blocks:
+                    z.append(block(z[-1]))
+            self.update_z(z, y, options.z_step["start"] * decay)
+            self.rule.param_groups[0]["lr"] = options.theta_step["start"] * decay
+            self.rule.zero_grad()
+            z = [v.detach() for v in z]
+            (sum(self.coupling(t, z) for t in range(1, self.T + 1)) / len(y)).backward()
+            self.rule.step()
+            for t in range(1, self.T + 1):
+                if options.dual == "decay":
+                    self.u[t - 1] *= options.dual_decay
+                if options.dual != "none":
+                    with torch.no_grad():
+                        self.u[t - 1] += norms(z[t] - self.blocks[t - 1](z[t - 1])).mean().item()
+        self.epoch += 1
+
+
+GRADIENT, ADAM = ZUpdate("gradient", 3, "step"), ZUpdate("adam", 3, "step", beta1=0.8, epsilon=1e-3)
+BASE = OnlineBlockADMM(
+    4,
+    {"start": 0.05, "end": 0.0},
+    {"start": 0.1, "end": 0.0},
+    beta=0.8,
+    batch_size=7,
+    z_update=GRADIENT,
+    update=SGD(),
+)
+VARIANTS = {
+    "no dual": BASE,
+    "no dual, prox": replace(BASE, z_update=ZUpdate("gradient", 2)),
+    "no dual, adam": replace(
+        BASE, z_update=ADAM, update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}
+    ),
+    "no dual, majorised": replace(BASE, z_update=ZUpdate("majorised", 3), z_step={"start": 1.0, "end": 0.0}),
+    "paper": replace(BASE, dual="paper"),
+    "paper, adam": replace(BASE, dual="paper", z_update=ADAM, update=Adam(), theta_step={"start": 0.01, "end": 0.0}),
+    "reset": replace(BASE, dual="reset"),
+    "decay": replace(BASE, dual="decay", dual_decay=0.5),
+    "decay, momentum": replace(BASE, dual="decay", update=SGD(momentum=0.8, weight_decay=0.1)),
+}
+
+
+def run(problem: Problem, options: OnlineBlockADMM, epochs: int) -> None:
+    """Compares every replica with its reference after each epoch."""
+    state, references = options.init(problem, SEEDS), [Reference(problem, options, seed) for seed in SEEDS]
+    for _ in range(epochs):
+        options.step(problem, state)
+        for s, reference in enumerate(references):
+            reference.step()
+            expected = problem.blocks.flatten(reference.network)
+            torch.testing.assert_close(state.theta.flat[s], expected, **CLOSE)
+            torch.testing.assert_close(state.u[:, s], torch.tensor(reference.u, dtype=torch.float64), **CLOSE)
+    assert bool(state.u.any()) == (options.dual != "none")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_algorithm_2(mlp_problem, variant):
+    run(mlp_problem(SquaredError(0.6)), VARIANTS[variant], 3)
+
+
+@pytest.mark.parametrize("variant", ["no dual", "paper", "paper, adam"])
+def test_it_is_algorithm_2_for_cross_entropy(mlp_problem, variant):
+    run(mlp_problem(SHARP), VARIANTS[variant], 2)
+
+
+@pytest.mark.parametrize("cut", [{"n_blocks": 1}, {"n_blocks": 2}, {"per_layer": True, "activation": "start"}], ids=str)
+@pytest.mark.parametrize("variant", ["no dual, adam", "decay"])
+def test_it_is_algorithm_2_however_the_network_is_cut(mlp_problem, variant, cut):
+    run(mlp_problem(SquaredError(0.6), **cut), VARIANTS[variant], 2)
+
+
+@pytest.mark.parametrize("variant", ["no dual, prox", "no dual, adam", "paper", "decay"])
+def test_it_is_algorithm_2_for_images_between_blocks(conv_problem, variant):
+    run(conv_problem(), VARIANTS[variant], 2)
+
+
+@pytest.mark.parametrize("dual", ["paper", "reset", "decay"])
+def test_the_first_step_where_every_norm_is_zero_is_finite(mlp_problem, dual):
+    problem = mlp_problem()
+    options = replace(BASE, dual=dual, batch_size=24, z_update=ZUpdate("gradient", 1, "step"))
+    state = options.init(problem, SEEDS)
+    before = state.theta.flat.clone()
+    for _ in range(3):
+        options.step(problem, state)
+    assert state.theta.flat.isfinite().all() and state.u.isfinite().all()
+    assert not torch.equal(state.theta.flat, before)
+
+
+def test_a_printed_dual_only_grows(mlp_problem):
+    problem, options = mlp_problem(), replace(BASE, dual="paper")
+    state = options.init(problem, SEEDS)
+    history = [options.step(problem, state).u.clone() for _ in range(4)]
+    assert all((later > earlier).all() for earlier, later in pairwise(history))
+
+
+def test_reset_begins_each_epoch_at_zero(mlp_problem):
+    problem = mlp_problem()
+    options = replace(BASE, dual="reset", theta_step=0.0, z_step=0.1, batch_size=24)
+    state = options.init(problem, SEEDS)
+    first = options.step(problem, state).u.clone()
+    torch.testing.assert_close(options.step(problem, state).u, first, rtol=1e-10, atol=1e-12)
+
+
+def test_curvature_is_evaluated_every_so_many_mini_batches(mlp_problem, monkeypatch):
+    calls, original = [], ZUpdate.inverse_curvature
+    monkeypatch.setattr(ZUpdate, "inverse_curvature", lambda *a: calls.append(1) or original(*a))
+    problem = mlp_problem()
+    options = replace(BASE, z_update=ZUpdate("lipschitz"), curvature_every=3, batch_size=3)  # 8 mini-batches
+    options.step(problem, options.init(problem, SEEDS))
+    assert len(calls) == 3
+
+
+def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
+    problem = mlp_problem()
+    for dual, names in (("none", set()), ("paper", {"dual_1", "dual_2", "dual_3"})):
+        options = replace(BASE, dual=dual)
+        state = options.step(problem, options.init(problem, SEEDS))
+        values = options.diagnostics(problem, state)
+        assert set(values) == names | {"sigma_1", "sigma_2", "sigma_3"}
+        assert all(torch.equal(values[name], state.u[int(name[-1]) - 1]) for name in names)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dual": "vector"}, "optimizer.dual: 'vector' is not one of paper, reset, decay, none"),
+        ({"batch_size": 0}, "optimizer.batch_size: 0 is"),
+        ({"curvature_every": 0}, "optimizer.curvature_every: 0 is"),
+        ({"dual": "paper", "z_update": ZUpdate("gradient")}, "optimizer.z_update.last=step"),
+        (
+            {"dual": "reset", "z_update": ZUpdate("lipschitz", 1, "step")},
+            "optimizer.z_update.name=adam or gradient",
+        ),
+        (
+            {"dual": "decay", "z_update": ZUpdate("majorised", 1, "step")},
+            "optimizer.dual=decay is not quadratic",
+        ),
+        ({"z_update": ZUpdate("exact")}, "optimizer.z_update.name: 'exact' is not one of"),
+        ({"theta_step": (0.1, 0.2)}, "optimizer.theta_step: 2 values for 3 replicas"),
+        ({"z_step": {"start": 0.1}}, "optimizer.z_step: a schedule is"),
+        ({"beta": (1.0, 1.0)}, "optimizer.beta: 2 values for 3 replicas"),
+        ({"beta": {"start": 1.0, "end": 2.0}}, "optimizer.beta"),
+        ({"beta": 0.0}, "optimizer.beta"),
+        ({"beta": (1.0, 1.0, -1.0)}, "optimizer.beta"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
+    with pytest.raises(ValueError) as error:
+        replace(BASE, **options).init(mlp_problem(), SEEDS)
+    assert message in str(error.value)

@@ -1,0 +1,286 @@
+"""What every optimizer promises: independent replicas, exact resumption, and the same result each time."""
+
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from admm.losses import CrossEntropy, SquaredError
+from admm.optimizers import (
+    SGD,
+    Adam,
+    AdaptivePenalty,
+    Backprop,
+    BlockADMM,
+    OnlineBlockADMM,
+    Optimizer,
+    Problem,
+    ZUpdate,
+)
+from admm.optimizers.protocol import restore, save
+
+SEEDS = (5, 0, 11)
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+ADAM = {"update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
+MINIBATCH: dict[str, Any] = {
+    **ADAM,
+    "sweep": "minibatch",
+    "primal_rounds": 2,
+    "dual_step": 0.3,
+    "refresh": 0.6,
+}
+PENALTY = AdaptivePenalty(c=0.8, bound=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: Any
+    grid: dict[str, Any]  # one value a replica
+    problem: str = "mlp_problem"
+    loss: Any = SquaredError(0.5)  # noqa: RUF009
+
+
+STEPS = {"theta_step": (0.02, 0.005, 0.01)}
+MORE = {**STEPS, "z_step": (0.1, 0.05, 0.02), "dual_step": (1.0, 0.3, 0.0), "refresh": (0.0, 0.5, 1.0)}
+BETA = {"beta": ((1.0, 0.5, 2.0), (2.0, 2.0, 1.0), (0.3, 1.0, 1.0))}
+CASES = {
+    "sgd": Case(Backprop(8, SGD(momentum=0.9), 0.05, 7), {"step_size": (0.05, 0.02, 0.1)}),
+    "adam": Case(Backprop(8, ADAM["update"], ADAM["theta_step"], 7), {"step_size": (0.05, 0.02, 0.1)}),
+    "adam, images": Case(
+        Backprop(8, Adam(), 0.01, 4), {"step_size": (0.05, 0.02, 0.1)}, "conv_problem", CrossEntropy()
+    ),
+    "block-admm as in the paper": Case(BlockADMM(8, z_step=0.02, dual_init=1e-2, slice_size=10, **ADAM), MORE | BETA),
+    "block-admm, gradient": Case(
+        BlockADMM(8, 0.05, z_step=0.1, batch_size=7, z_update=ZUpdate("gradient", 2, "step"), update=SGD(0.9)),
+        MORE | BETA,
+    ),
+    "block-admm, majorised": Case(BlockADMM(8, z_update=ZUpdate("majorised"), penalty=PENALTY, **ADAM), MORE | BETA),
+    "block-admm, lipschitz": Case(BlockADMM(8, z_update=ZUpdate("lipschitz", 2, "step"), z_step=0.5, **ADAM), MORE),
+    "block-admm, mini-batches": Case(
+        BlockADMM(8, z_update=ZUpdate("majorised", 3), curvature_every=2, penalty=PENALTY, **MINIBATCH),
+        MORE | BETA,
+    ),
+    "block-admm, mini-batches, adam": Case(BlockADMM(8, z_step=0.02, **MINIBATCH), MORE | BETA),
+    "block-admm, mini-batches, lipschitz": Case(BlockADMM(8, z_update=ZUpdate("lipschitz", 3), **MINIBATCH), MORE),
+    "block-admm, cross-entropy": Case(
+        BlockADMM(8, z_update=ZUpdate("majorised", 3), **MINIBATCH), MORE | BETA, loss=CrossEntropy()
+    ),
+    "block-admm, images": Case(
+        BlockADMM(8, z_step=0.02, penalty=PENALTY, refresh=0.1, **{**ADAM, "batch_size": 4}),
+        MORE | {"beta": (BETA["beta"][0], 0.5)},
+        "conv_problem",
+    ),
+    "block-admm, images, mini-batches": Case(
+        BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient"), **{**MINIBATCH, "batch_size": 4}),
+        MORE | {"beta": (BETA["beta"][0], 0.5)},
+        "conv_problem",
+        CrossEntropy(),
+    ),
+    "online": Case(OnlineBlockADMM(8, **ADAM), {**STEPS, "z_step": (1.0, 0.5, 0.7), "beta": (1.0, 0.5, 2.0)}),
+    "online, majorised": Case(
+        OnlineBlockADMM(8, z_update=ZUpdate("majorised", 2), curvature_every=3, **ADAM),
+        {**STEPS, "beta": (1.0, 0.5, 2.0)},
+    ),
+    "online, adam": Case(
+        OnlineBlockADMM(8, z_step=0.1, z_update=ZUpdate("adam", 3), **ADAM),
+        {**STEPS, "z_step": (0.1, 0.05, 0.2)},
+        loss=CrossEntropy(),
+    ),
+    **{
+        f"online, {dual}": Case(
+            OnlineBlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient", 2, "step"), dual=dual, **ADAM),
+            {**STEPS, "z_step": (0.1, 0.05, 0.2), "beta": (1.0, 0.5, 2.0)},
+        )
+        for dual in ("paper", "reset", "decay")
+    },
+    "online, images": Case(
+        OnlineBlockADMM(
+            8, z_step=0.1, z_update=ZUpdate("gradient", 2, "step"), dual="decay", **{**ADAM, "batch_size": 4}
+        ),
+        {**STEPS, "z_step": (0.1, 0.05, 0.2), "beta": (1.0, 0.5, 2.0)},
+        "conv_problem",
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def problem(case: Case, request: pytest.FixtureRequest) -> Problem:
+    return request.getfixturevalue(case.problem)(case.loss)
+
+
+def trained(optimizer: Optimizer, problem: Problem, seeds: tuple[int, ...], steps: int) -> Any:
+    state = optimizer.init(problem, seeds)
+    for _ in range(steps):
+        optimizer.step(problem, state)
+    return state
+
+
+def tensors(saved: Any) -> list[Tensor]:
+    """All tensors of a saved state, in order."""
+    if isinstance(saved, dict):
+        return tensors(list(saved.values()))
+    if isinstance(saved, list):
+        return [tensor for item in saved for tensor in tensors(item)]
+    return [saved] if isinstance(saved, Tensor) else []
+
+
+def replica(state: Any, s: int) -> list[Tensor]:
+    """The state of one replica; its axis is the second one of `beta` and of the online duals."""
+    saved = save(state)
+    by_block = [saved.pop(name) for name in ("beta", "u") if isinstance(saved.get(name), Tensor)]
+    return [t[s] for t in tensors(saved)] + [t[:, s] for t in by_block]
+
+
+def assert_replicas_equal(state: Any, s: int, other: Any, exactly: bool = False) -> None:
+    for a, b in zip(replica(state, s), replica(other, 0 if not exactly else s), strict=True):
+        if exactly:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
+def step_key(optimizer: Any) -> str:
+    return "step_size" if isinstance(optimizer, Backprop) else "theta_step"
+
+
+def mean_loss(problem: Problem, optimizer: Optimizer, state: Any) -> Tensor:
+    z = problem.blocks.forward(optimizer.parameters(state), problem.x.expand(len(state.seeds), *problem.x.shape))
+    return problem.loss.value(z, problem.y).mean(1)
+
+
+def test_a_stack_is_its_replicas_alone(case, problem):
+    together = trained(case.optimizer, problem, SEEDS, 3)
+    for s, seed in enumerate(SEEDS):
+        assert_replicas_equal(together, s, trained(case.optimizer, problem, (seed,), 3))
+
+
+def test_a_grid_of_hyperparameters_is_separate_runs(case, problem):
+    seeds = (5, 5, 5)
+    together = trained(replace(case.optimizer, **case.grid), problem, seeds, 3)
+    for s in range(3):
+        alone = {}
+        for name, values in case.grid.items():
+            if name == "beta" and isinstance(case.optimizer, BlockADMM):  # one entry a block
+                alone[name] = [v if isinstance(v, float) else v[s] for v in values][: len(problem.blocks)]
+            else:
+                alone[name] = values[s]
+        assert_replicas_equal(together, s, trained(replace(case.optimizer, **alone), problem, seeds[:1], 3))
+    assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
+
+
+def test_a_grid_of_schedules_is_separate_runs(case, problem):
+    key, ends = step_key(case.optimizer), (0.05, 0.01, 0.0)
+    together = trained(replace(case.optimizer, **{key: {"start": 0.02, "end": ends}}), problem, SEEDS, 3)
+    for s, end in enumerate(ends):
+        alone = replace(case.optimizer, **{key: {"start": 0.02, "end": end}})
+        assert_replicas_equal(together, s, trained(alone, problem, SEEDS[s : s + 1], 3))
+
+
+def test_resuming_from_a_checkpoint_is_bit_identical(case, problem):
+    through = trained(case.optimizer, problem, SEEDS, 4)
+    buffer = io.BytesIO()
+    torch.save(save(trained(case.optimizer, problem, SEEDS, 2)), buffer)
+    buffer.seek(0)
+    resumed = case.optimizer.init(problem, SEEDS)
+    restore(resumed, torch.load(buffer, weights_only=True))
+    for _ in range(2):
+        case.optimizer.step(problem, resumed)
+    assert resumed.iteration == through.iteration == 4 and resumed.seeds == SEEDS
+    for s in range(len(SEEDS)):
+        assert_replicas_equal(resumed, s, through, exactly=True)
+    flat = [v.flatten(1) for block in resumed.theta.blocks for layer in block for v in layer.values()]
+    assert torch.equal(torch.cat(flat, 1), through.theta.flat)  # the views still share the flat tensor
+
+
+@pytest.mark.parametrize("diverged, value", [(0, torch.nan), (1, torch.inf), (2, torch.nan)])
+def test_a_diverged_replica_leaves_the_others_bit_identical(case, problem, diverged, value):
+    healthy, other = (trained(case.optimizer, problem, SEEDS, 1) for _ in range(2))
+    other.theta.flat[diverged] = value
+    for _ in range(3):
+        case.optimizer.step(problem, healthy)
+        case.optimizer.step(problem, other)
+    assert not other.theta.flat[diverged].isfinite().any()
+    for s in set(range(3)) - {diverged}:
+        assert_replicas_equal(other, s, healthy, exactly=True)
+    values, expected = (case.optimizer.diagnostics(problem, state) for state in (other, healthy))
+    for name in values:
+        for s in set(range(3)) - {diverged}:
+            assert torch.equal(values[name][s], expected[name][s])
+
+
+@pytest.mark.parametrize("zero", [0.0, (0.0, 0.0, 0.0)], ids=str)
+def test_a_step_size_of_zero_leaves_theta_as_it_is(case, problem, zero):
+    optimizer = replace(case.optimizer, **{step_key(case.optimizer): zero})
+    before = optimizer.init(problem, SEEDS).theta.flat
+    assert torch.equal(trained(optimizer, problem, SEEDS, 2).theta.flat, before)
+
+
+def test_a_schedule_that_has_ended_at_zero_leaves_theta_as_it_is(case, problem):
+    key = step_key(case.optimizer)
+    optimizer = replace(case.optimizer, iterations=2, **{key: {"start": 0.02, "end": 0.0}})
+    state = trained(optimizer, problem, SEEDS, 2)
+    before = state.theta.flat.clone()
+    assert not torch.equal(before, optimizer.init(problem, SEEDS).theta.flat)
+    assert torch.equal(optimizer.step(problem, state).theta.flat, before)
+
+
+def test_the_loss_decreases(case, problem):
+    before = mean_loss(problem, case.optimizer, case.optimizer.init(problem, SEEDS))
+    after = mean_loss(problem, case.optimizer, trained(case.optimizer, problem, SEEDS, 8))
+    assert (after < 0.9 * before).all()
+
+
+def test_a_step_is_in_place_and_draws_no_global_random_numbers(case, problem):
+    state = case.optimizer.init(problem, SEEDS)
+    inputs = problem.x.clone(), problem.y.clone()
+    torch.manual_seed(1)
+    random_state = torch.get_rng_state()
+    assert case.optimizer.step(problem, state) is state
+    assert state.iteration == 1
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(problem.x, inputs[0]) and torch.equal(problem.y, inputs[1])
+
+
+def test_diagnostics_are_one_number_a_replica_and_change_nothing(case, problem):
+    state = trained(case.optimizer, problem, SEEDS, 1)
+    before = [t.clone() for t in tensors(save(state))]
+    values = case.optimizer.diagnostics(problem, state)
+    assert all(value.shape == (3,) and value.isfinite().all() for value in values.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(save(state)), strict=True))
+
+
+def test_the_state_stays_in_the_problem_s_dtype(case, problem):
+    state = trained(case.optimizer, problem, SEEDS, 1)
+    saved = save(state)
+    saved["moments"] = saved["moments"][:2]  # Adam's count of steps is PyTorch's own
+    assert {t.dtype for t in tensors(saved)} == {torch.float64}
+
+
+def test_another_seed_s_checkpoint_is_refused(case, problem):
+    saved = save(case.optimizer.init(problem, SEEDS))
+    with pytest.raises(ValueError, match=r"checkpoint: seeds is \[5, 0, 11\], expected \[5, 0, 12\]"):
+        restore(case.optimizer.init(problem, (5, 0, 12)), saved)
+
+
+def test_another_optimizer_s_checkpoint_is_refused(mlp_problem):
+    problem, states = mlp_problem(), {}
+    for name in ("adam", "block-admm as in the paper", "online"):
+        states[name] = CASES[name].optimizer.init(problem, SEEDS)
+    with pytest.raises(ValueError, match="checkpoint: no 'z'"):
+        restore(states["block-admm as in the paper"], save(states["adam"]))
+    with pytest.raises(ValueError, match="checkpoint: moments"):
+        restore(CASES["sgd"].optimizer.init(problem, SEEDS), save(states["adam"]))
+
+
+def test_another_network_s_checkpoint_is_refused(mlp_problem, conv_problem):
+    optimizer = CASES["adam"].optimizer
+    with pytest.raises(ValueError, match=r"checkpoint: theta has shape \[3, 74\], expected \[3, 51\]"):
+        restore(optimizer.init(conv_problem(), SEEDS), save(optimizer.init(mlp_problem(), SEEDS)))

@@ -1,0 +1,249 @@
+"""The suite as a user meets it: the command line, the store, figures and tables, on the embedded digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from experiments.report import curves, report
+from experiments.store import Run, Slot, determining, experiments_in, finished_runs, identity
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, str(ROOT / "run.py"), "experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
+
+
+def launch(folder: Path, *arguments: str, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:
+    places = [f"outputs={folder}/outputs", f"results={folder}/results"]
+    environment = os.environ | {"COLUMNS": "200", "WANDB_SILENT": "true"}
+    return subprocess.run(
+        [*command, *places, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def stored(folder: Path) -> list[Run]:
+    return [Run(path.parent) for path in sorted(folder.glob("*/runs/*/*/run.json"))]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """All four optimizers of the experiment, two seeds, three iterations."""
+    folder = tmp_path_factory.mktemp("launch")
+    return folder, launch(folder)
+
+
+def test_an_experiment_runs_all_of_its_optimizers(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = launched
+    assert done.returncode == 0, done.stderr
+    runs = stored(folder)
+    assert {run.info["method"] for run in runs} == {"block_admm", "online_block_admm", "sgd", "adam"}
+    for run in runs:
+        assert list(run.history["iteration"].unique()) == [0, 1, 2, 3]
+        assert list(run.history["seed"].unique()) == [0, 1]
+        assert run.info["dataset"]["sha256"] == "99acfbe547094100091160d63f2209391c42e7c4663c8a783fa596248d5382d6"
+        assert run.info["machine"] and run.info["versions"]["torch"] and run.info["finished"]
+        assert "root" not in yaml.safe_load((run.folder / "config.yaml").read_text())["dataset"]
+    admm = next(run for run in runs if run.info["method"] == "block_admm").history
+    assert {"kkt", "residual_1", "dual_rms_3", "sigma_2"} <= set(admm.columns)
+    assert list((folder / "outputs/runs/.partial").glob("*/*")) == []
+
+
+def test_overridden_runs_are_kept_out_of_the_results(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = launched
+    assert not (folder / "results").exists()
+    assert all("iterations=3" in run.info["overrides"] for run in stored(folder))
+
+
+def test_a_launch_draws_its_figure_and_prints_its_table(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = launched
+    (picture,) = (folder / "outputs/logs").rglob("digits_shallow.png")
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.with_suffix(".pdf").exists()
+    table = pd.read_csv(picture.with_suffix(".csv"))
+    assert list(table.columns) == ["method", "setting", "paper", "mean", "std", "seeds", "iterations", "machine"]
+    for run in stored(folder):  # a cell from the raw history, without the report's code
+        lines = [line.split(",") for line in (run.folder / "history.csv").read_text().splitlines()]
+        column = lines[0].index("test_accuracy")
+        last = [float(line[column]) for line in lines[1:] if line[0] == "3"]
+        label = curves([run])[0].method
+        assert table.loc[table["method"] == label, "mean"].item() == pytest.approx(sum(last) / 2, abs=0.006)
+        assert f"{table.loc[table['method'] == label, 'mean'].item():.2f}" in done.stdout
+
+
+def test_what_is_finished_is_not_run_again(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = launched
+    before = {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)}
+    again = launch(folder, "threads=2", "checkpoint_seconds=7")  # neutral keys do not change the identity
+    assert again.returncode == 0 and again.stdout.count("is there already") == 4
+    assert {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)} == before
+    forced = launch(folder, "optimizer=sgd", "force=true")
+    assert forced.returncode == 0
+    changed = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
+    assert [path.name.split("-")[0] for path in changed] == ["sgd"]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    arguments = ["optimizer=block_admm", "iterations=12", "checkpoint_seconds=0"]
+    (tmp_path / "whole").mkdir()
+    assert launch(tmp_path / "whole", *arguments).returncode == 0
+    places = [f"outputs={tmp_path}/killed/outputs", f"results={tmp_path}/killed/results"]
+    process = subprocess.Popen([*COMMAND, *places, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/outputs/runs/.partial/*/checkpoint.pt")) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert stored(tmp_path / "killed") == []
+    resumed = launch(tmp_path / "killed", *arguments)
+    assert resumed.returncode == 0 and "resuming from" in resumed.stdout
+    whole, killed = (stored(tmp_path / name)[0].history.drop(columns="seconds") for name in ("whole", "killed"))
+    pd.testing.assert_frame_equal(whole, killed, check_exact=True)
+
+
+def test_a_grid_is_one_stacked_run_with_a_row_a_point(tmp_path: Path) -> None:
+    done = launch(tmp_path, "optimizer=sgd", "grid={optimizer.step_size:[0.01,0.1]}")
+    assert done.returncode == 0, done.stderr
+    (run,) = stored(tmp_path)
+    assert list(run.history["replica"].unique()) == [0, 1, 2, 3]
+    assert [curve.point for curve in curves([run])] == ["optimizer.step_size=0.01", "optimizer.step_size=0.1"]
+    launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1")
+    alone = next(r for r in stored(tmp_path) if r.folder != run.folder).history
+    stacked = run.history[run.history["replica"] >= 2]
+    assert stacked["train_loss"].to_numpy() == pytest.approx(alone["train_loss"].to_numpy(), rel=1e-5)
+
+
+def test_multirun_sweeps_a_grid(tmp_path: Path) -> None:
+    command = [*COMMAND[:2], "-m", *COMMAND[2:]]
+    done = launch(tmp_path, "optimizer=adam", "optimizer.step_size=1e-3,1e-2", "iterations=1", command=command)
+    assert done.returncode == 0, done.stderr
+    configs = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in stored(tmp_path)]
+    assert sorted(config["optimizer"]["step_size"] for config in configs) == [0.001, 0.01]
+
+
+def test_wandb_gets_one_offline_run_a_seed(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    done = launch(tmp_path, "optimizer=sgd", "logger=wandb", "iterations=1")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("offline-run-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optimizer.step_siz=2", r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?"),
+        ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
+        ("iterations=many", r"error: iterations: 'many' is not a whole number"),
+        ("seeds=[1,1]", r"error: seeds: \[1, 1\] holds a seed twice"),
+        ("device=abacus", r"error: device: 'abacus' cannot be used here"),
+        ("dtype=int8", r"error: dtype: 'int8' is not one of float32, float64"),
+        ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
+        ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),
+        ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
+        ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
+        ("dataset=mnist", r"error: no mnist.npz, and (?s:.*)Three ways to provide mnist(?s:.*)nowhere/mnist.npz"),
+        ("grid={split.n_blocks:[1]}", r"error: grid: 'split.n_blocks' is not a hyperparameter"),
+    ],
+)
+def test_bad_input_names_the_key_and_what_would_be_right(tmp_path: Path, argument: str, message: str) -> None:
+    done = launch(tmp_path, "optimizer=sgd", "dataset.root=nowhere", "dataset.download=false", argument)
+    assert done.returncode != 0
+    assert re.search(message, done.stdout + done.stderr), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert stored(tmp_path) == []
+
+
+def test_help_lists_groups_and_examples() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert "experiment: digits_shallow, mnist_shallow" in done.stdout and "python run.py -m" in done.stdout
+
+
+def test_identity_is_of_what_determines_the_numbers() -> None:
+    config = {"dataset": {"name": "a", "root": "x"}, "optimizer": {"eta": 1.0}, "device": "cpu", "force": False}
+    same = {"optimizer": {"eta": 1.0}, "dataset": {"root": "y", "name": "a"}, "device": "cuda", "force": True}
+    other = config | {"optimizer": {"eta": 2.0}}
+    assert identity(config, "data") == identity(same, "data")
+    assert identity(config, "data") != identity(other, "data")
+    assert identity(config, "data") != identity(config, "other data")
+    assert config["dataset"] == {"name": "a", "root": "x"} and "root" not in determining(config)["dataset"]
+
+
+def info(method: str, setting: str, finished: str, **more: object) -> dict[str, object]:
+    return {
+        "experiment": "mnist_shallow",
+        "method": method,
+        "setting": setting,
+        "overrides": [],
+        "points": [],
+        "seeds": [0, 1],
+        "iterations": 1,
+        "machine": "a machine",
+        "finished": finished,
+    } | more
+
+
+def put(root: Path, name: str, accuracies: list[float], description: dict[str, object]) -> Run:
+    rows = [
+        {"iteration": i, "replica": r, "seed": r, "test_accuracy": a * i}
+        for i in (0, 1)
+        for r, a in enumerate(accuracies)
+        if a or i == 0
+    ]
+    slot = Slot(root, "mnist_shallow", name, f"{name}{description['finished']}")
+    slot.partial.mkdir(parents=True)
+    return slot.complete({"a": 1}, rows, description)
+
+
+def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
+    put(tmp_path, "sgd-tuned", [10.0, 20.0], info("sgd", "tuned", "2001"))
+    put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
+    put(tmp_path, "block_admm-faithful", [80.0, 0.0], info("block_admm", "faithful", "2001"))
+    assert experiments_in(tmp_path) == ["mnist_shallow"]
+    table = report("mnist_shallow", finished_runs(tmp_path, "mnist_shallow"), tmp_path / "f", tmp_path / "t")
+    assert table.iloc[0].to_dict() | {"std": None} == {
+        "method": "Stochastic Block-ADMM",
+        "setting": "faithful, 1 of 2 seeds diverged",
+        "paper": 97.61,
+        "mean": 80.0,
+        "std": None,
+        "seeds": 1,
+        "iterations": 1,
+        "machine": "a machine",
+    }
+    assert table.iloc[1][["paper", "mean", "std", "seeds"]].tolist() == [95.29, 91.0, 1.41, 2]
+    assert len(table) == 2
+
+
+def test_figures_are_functions_of_the_store(tmp_path: Path) -> None:
+    put(tmp_path, "adam-tuned", [90.0, 92.0], info("adam", "tuned", "2001"))
+    runs = finished_runs(tmp_path, "mnist_shallow")
+    report("mnist_shallow", runs, tmp_path / "a", tmp_path / "a")
+    report("mnist_shallow", runs, tmp_path / "b", tmp_path / "b")
+    for kind in ("png", "pdf", "csv"):
+        first, second = ((tmp_path / side / f"mnist_shallow.{kind}").read_bytes() for side in "ab")
+        assert first == second
+
+
+def test_an_interrupted_completion_leaves_the_former_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001"))
+    before = (run.folder / "run.json").read_text()
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    with pytest.raises(OSError, match="disk full"):
+        put(tmp_path, "sgd-tuned", [1.0, 2.0], info("sgd", "tuned", "2001"))
+    monkeypatch.undo()
+    assert (run.folder / "run.json").read_text() == before
+    assert len(finished_runs(tmp_path, "mnist_shallow")) == 1

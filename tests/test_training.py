@@ -1,0 +1,130 @@
+"""The loop: a resumed run equals an uninterrupted one, diverged replicas stop alone, only steps are timed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from admm.blocks import split
+from admm.losses import SquaredError, one_hot
+from admm.models import initialiser, mlp
+from admm.optimizers import SGD, Adam, Backprop, BlockADMM, OnlineBlockADMM, Problem, ZUpdate
+from admm.training import History, Row, accuracy, train
+
+OPTIMIZERS = {
+    "sgd": Backprop(6, SGD(momentum=0.9), 0.05, batch_size=16),
+    "adam": Backprop(6, Adam(), {"start": 0.01, "end": 0.0}, batch_size=16),
+    "batch": BlockADMM(6, 0.01, z_step=0.05, batch_size=16, dual_init=1e-3, slice_size=20),
+    "gauss_seidel": BlockADMM(
+        6, 0.01, sweep="minibatch", batch_size=16, primal_rounds=1, refresh=0.9, z_update=ZUpdate("lipschitz", 2)
+    ),
+    "online": OnlineBlockADMM(6, 0.01, batch_size=16),
+}
+SEEDS = (3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=random)
+    labels = (x @ torch.randn(6, 3, generator=random)).argmax(1)
+    blocks = split(mlp(6, [8, 7], 3), per_layer=True)
+    return Problem(x, one_hot(labels, 3, x), blocks, SquaredError(), initialiser("pytorch"))
+
+
+def test_of(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    return problem.x[:20], problem.y[:20].argmax(1)
+
+
+test_of.__test__ = False  # type: ignore[attr-defined]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, tmp_path: Path) -> None:
+    def kill(rows: list[Row], history: History) -> None:
+        if rows[-1]["iteration"] == stop:
+            raise Killed
+
+    optimizer, checkpoint = OPTIMIZERS[name], tmp_path / "checkpoint.pt"
+    whole_state, whole = train(problem, optimizer, SEEDS, 6, test_of(problem))
+    with pytest.raises(Killed):
+        train(problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, kill)
+    assert checkpoint.exists() == (stop > 1)
+    observed: list[Row] = []
+    state, resumed = train(
+        problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, lambda rows, _: observed.extend(rows)
+    )
+    assert torch.equal(state.theta.flat, whole_state.theta.flat)
+    without_time = [{k: v for k, v in row.items() if k != "seconds"} for row in resumed.rows]
+    assert without_time == [{k: v for k, v in row.items() if k != "seconds"} for row in whole.rows]
+    assert observed == resumed.rows
+
+
+def test_a_diverged_replica_stops_and_the_others_go_on(problem: Problem) -> None:
+    alone = Backprop(5, SGD(), [0.1, 0.1], batch_size=16)
+    mixed = Backprop(5, SGD(), [0.1, 1e30, 0.1], batch_size=16)
+    _, expected = train(problem, alone, (3, 5), 5, test_of(problem))
+    _, history = train(problem, mixed, (3, 4, 5), 5, test_of(problem))
+    assert history.diverged == {1: 1}
+    assert [row["iteration"] for row in history.rows if row["replica"] == 1] == [0]
+    for seed in (3, 5):
+        losses = [[row["train_loss"] for row in h.rows if row["seed"] == seed] for h in (history, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert len(losses[0]) == 6
+
+
+def test_a_run_ends_when_every_replica_has_diverged(problem: Problem) -> None:
+    state, history = train(problem, Backprop(50, SGD(), 1e30, batch_size=16), (0, 1), 50, test_of(problem))
+    assert state.iteration == 1 and history.diverged == {0: 1, 1: 1}
+
+
+def test_rows_are_the_plain_forward_pass_of_the_exported_networks(problem: Problem) -> None:
+    state, history = train(problem, OPTIMIZERS["adam"], SEEDS, 6, test_of(problem))
+    x, labels = test_of(problem)
+    for replica, row in enumerate(history.rows[-3:]):
+        network = problem.blocks.export(state.theta, replica)
+        right = (network(x).argmax(1) == labels).float().mean().item()
+        loss = 0.5 * (network(problem.x) - problem.y).square().sum(1).mean().item()
+        assert row["test_accuracy"] == pytest.approx(100 * right)
+        assert row["train_loss"] == pytest.approx(loss, rel=1e-5)
+        assert row["iteration"] == 6 and row["seed"] == SEEDS[replica]
+
+
+def test_evaluations_are_at_the_start_every_few_and_at_the_end(problem: Problem) -> None:
+    _, history = train(problem, OPTIMIZERS["sgd"], (0,), 5, test_of(problem), evaluate_every=2)
+    assert [row["iteration"] for row in history.rows] == [0, 2, 4, 5]
+
+
+def test_only_steps_are_timed(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("admm.training.time.perf_counter", lambda: float(next(clock)))
+    _, history = train(problem, OPTIMIZERS["sgd"], (0,), 4, test_of(problem))
+    assert [row["seconds"] for row in history.rows] == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(problem: Problem, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    train(problem, OPTIMIZERS["sgd"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+    with pytest.raises(ValueError, match="checkpoint: "):
+        train(problem, OPTIMIZERS["batch"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+
+
+@pytest.mark.parametrize(("iterations", "evaluate_every", "seeds"), [(0, 1, (0,)), (1, 0, (0,)), (1, 1, ())])
+def test_nothing_to_do_is_an_error(problem: Problem, iterations: int, evaluate_every: int, seeds: tuple) -> None:
+    with pytest.raises(ValueError, match=r"iterations|seeds"):
+        train(problem, OPTIMIZERS["sgd"], seeds, iterations, test_of(problem), evaluate_every)
+
+
+def test_accuracy_counts_in_percent(problem: Problem) -> None:
+    theta = problem.initial((0, 1))
+    labels = problem.blocks.forward(theta, problem.x.expand(2, -1, -1))[0].argmax(1)
+    found = accuracy(problem.blocks, theta, problem.x, labels)
+    assert found[0] == 100.0 and math.isclose(found[1] % 2.0, 0.0, abs_tol=1e-4)
