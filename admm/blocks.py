@@ -200,6 +200,11 @@ class Block:
         plain = all(isinstance(layer, LinearLayer | ReLULayer | FlattenLayer) for layer in self.layers)
         return linear[0]["weight"] if plain and len(linear) == 1 else None
 
+    @property
+    def begins_with_relu(self) -> bool:
+        """Whether the block's first layer is a ReLU: the activation of the layer before the cut."""
+        return isinstance(self.layers[0], ReLULayer)
+
     def _is_temporary(self, position: int) -> bool:
         # The output of a linear layer inside the block belongs to nobody else.
         return position > 0 and isinstance(self.layers[position - 1], LinearLayer)

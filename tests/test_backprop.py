@@ -108,7 +108,7 @@ def test_training_of_a_convolutional_network_is_a_plain_pytorch_loop(conv_proble
 
 def test_diagnostics_are_the_spectral_norms(mlp_problem):
     problem = mlp_problem()
-    optimizer = Backprop(1, SGD(), 0.1)
+    optimizer = Backprop(1, SGD(), 0.1, batch_size=8)
     state = optimizer.init(problem, SEEDS)
     values = optimizer.diagnostics(problem, state)
     assert set(values) == {"sigma_1", "sigma_2", "sigma_3"}
@@ -125,4 +125,4 @@ def test_a_wrong_batch_size_is_refused_by_name(mlp_problem, batch_size):
 
 def test_a_wrong_number_of_step_sizes_is_refused_at_once(mlp_problem):
     with pytest.raises(ValueError, match=r"optimizer\.step_size: 2 values for 3 replicas"):
-        Backprop(1, SGD(), [0.1, 0.2]).init(mlp_problem(), SEEDS)
+        Backprop(1, SGD(), [0.1, 0.2], batch_size=8).init(mlp_problem(), SEEDS)

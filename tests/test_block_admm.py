@@ -40,6 +40,10 @@ def cosine(value: Any, progress: float) -> float:
     return value["end"] + (value["start"] - value["end"]) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def by_block(value: Any, blocks: int) -> list[Any]:
+    return value["blocks"] if isinstance(value, dict) and "blocks" in value else [value] * blocks
+
+
 def as_blocks(problem: Problem, network: nn.Module) -> list[nn.Sequential]:
     modules = dict(network.named_modules())
     return [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
@@ -53,7 +57,7 @@ class Reference:
         self.network = problem.blocks.export(problem.initial([seed]))
         self.blocks = as_blocks(problem, self.network)
         self.T, self.N, self.k = len(self.blocks), len(problem.x), 0
-        self.beta = list(options.beta) if isinstance(options.beta, Sequence) else [options.beta] * self.T
+        self.beta = by_block(options.beta, self.T)
         self.z = self.forward(problem.x)
         self.u = [torch.zeros_like(z) for z in self.z] if u is None else [v.clone() for v in u]
         self.z_leaf = [[torch.zeros_like(z[:1]) for _ in range(self.N)] for z in self.z]
@@ -96,7 +100,7 @@ class Reference:
             z = v + loss.scale / beta * (y - z.softmax(-1))
         return z
 
-    def update_z(self, i: Tensor, zeta: float) -> None:
+    def update_z(self, i: Tensor, part: float) -> None:
         options = self.options.z_update
         for _ in range(options.steps):
             for t in range(self.T, 0, -1):
@@ -110,7 +114,7 @@ class Reference:
                     loss_sum(self.problem.loss, z[-1], self.problem.y[i]) if t == self.T else self.coupling(t + 1, z, i)
                 )
                 (gradient,) = torch.autograd.grad(objective, z[t - 1])
-                self.descend(t, i, gradient, zeta)
+                self.descend(t, i, gradient, self.zeta(t, part))
 
     def descend(self, t: int, i: Tensor, gradient: Tensor, zeta: float) -> None:
         if self.options.z_update.name == "gradient":
@@ -153,6 +157,9 @@ class Reference:
         for z, ahead in zip(self.z, self.forward(self.problem.x[i]), strict=True):
             z[i] = (1 - pull) * z[i] + pull * ahead
 
+    def zeta(self, t: int, part: float) -> float:
+        return cosine(by_block(self.options.z_step, self.T)[t - 1], (self.k + part) / self.options.iterations)
+
     def value(self, name: str, part: float) -> float:
         return cosine(getattr(self.options, name), (self.k + part) / self.options.iterations)
 
@@ -165,7 +172,7 @@ class Reference:
                 if r == 0:
                     self.refresh(everything, self.value("refresh", part))
                 self.remember_weights()
-                self.update_z(everything, self.value("z_step", part))
+                self.update_z(everything, part)
                 for i in self.batches(self.k * rounds + r):
                     self.update_theta(i, self.value("theta_step", part))
             self.update_u(everything, self.value("dual_step", part))
@@ -177,7 +184,7 @@ class Reference:
                 if number % options.curvature_every == 0:
                     self.remember_weights()
                 for _ in range(rounds):
-                    self.update_z(i, self.value("z_step", part))
+                    self.update_z(i, part)
                     self.update_theta(i, self.value("theta_step", part))
                 self.update_u(i, self.value("dual_step", part))
         self.k += 1
@@ -209,7 +216,8 @@ VARIANTS = {
         update=Adam(beta1=0.8, beta2=0.9, epsilon=1e-4, weight_decay=0.5),
         theta_step=1e-2,
     ),
-    "beta by block": replace(BASE, beta=(0.5, 2.0, 1.3), z_update=ZUpdate("gradient")),
+    "beta by block": replace(BASE, beta={"blocks": [0.5, 2.0, 1.3]}, z_update=ZUpdate("gradient")),
+    "zeta by block": replace(BASE, z_step={"blocks": [0.1, {"start": 0.2, "end": 0.0}, 0.3]}),
     "dual step": replace(BASE, dual_step=0.3),
     "no dual step": replace(BASE, dual_step=0.0),
     "refresh": replace(BASE, refresh=0.4, primal_rounds=2),
@@ -222,7 +230,7 @@ VARIANTS = {
         refresh={"start": 0.9, "end": 0.1},
         primal_rounds=2,
     ),
-    "majorised": replace(BASE, z_update=MAJORISED, z_step=0.8, beta=(0.5, 2.0, 1.3), primal_rounds=2),
+    "majorised": replace(BASE, z_update=MAJORISED, z_step=0.8, beta={"blocks": [0.5, 2.0, 1.3]}, primal_rounds=2),
     "majorised, step": replace(BASE, z_update=ZUpdate("majorised", 2, "step"), z_step=0.3),
 }
 
@@ -260,7 +268,9 @@ def test_it_is_algorithm_1_however_the_network_is_cut(mlp_problem, cut, sweep):
 @pytest.mark.parametrize("name", ["gradient", "adam"])
 def test_it_is_algorithm_1_for_images_between_blocks(conv_problem, name, sweep):
     problem = conv_problem()
-    options = replace(VARIANTS["refresh"], sweep=sweep, z_update=ZUpdate(name), dual_step=0.5, beta=(0.7, 1.5))
+    options = replace(
+        VARIANTS["refresh"], sweep=sweep, z_update=ZUpdate(name), dual_step=0.5, beta={"blocks": [0.7, 1.5]}
+    )
     state = options.init(problem, SEEDS)
     references = [Reference(problem, options, seed) for seed in SEEDS]
     for _ in range(ITERATIONS):
@@ -397,7 +407,7 @@ def test_a_gradient_step_takes_the_terms_in_reverse_order(mlp_problem):
         torch.testing.assert_close(state.z[t][1], z[t], rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("beta", [1.0, (0.5, 2.0, 3.0)])
+@pytest.mark.parametrize("beta", [1.0, {"blocks": [0.5, 2.0, 3.0]}], ids=str)
 def test_majorised_is_the_exact_minimiser_before_an_affine_block(mlp_problem, beta):
     problem = mlp_problem()
     options = replace(FROZEN, z_update=MAJORISED, beta=beta)
@@ -420,7 +430,7 @@ def test_majorised_is_the_exact_minimiser_before_an_affine_block(mlp_problem, be
 @pytest.mark.parametrize("loss", [SquaredError(0.8), SHARP], ids=["squared error", "cross-entropy"])
 def test_prox_is_the_exact_minimiser_over_the_last_coupling_variable(mlp_problem, loss):
     problem = mlp_problem(loss)
-    options = replace(FROZEN, z_update=MAJORISED, beta=(1.0, 1.0, 0.6))
+    options = replace(FROZEN, z_update=MAJORISED, beta={"blocks": [1.0, 1.0, 0.6]})
     state = mixed_state(problem, options)
     before = z_of(state, 0)
     options.step(problem, state)
@@ -433,7 +443,12 @@ def test_prox_is_the_exact_minimiser_over_the_last_coupling_variable(mlp_problem
 @pytest.mark.parametrize("activation", ["end", "start"])
 def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_problem, update, activation):
     problem = mlp_problem(SquaredError(0.5), per_layer=True, activation=activation)
-    options = replace(FROZEN, z_update=update, beta=(0.5, 2.0, 1.0), z_step=1.0 if update.last == "prox" else 0.6)
+    options = replace(
+        FROZEN,
+        z_update=update,
+        beta={"blocks": [0.5, 2.0, 1.0]},
+        z_step=1.0 if update.last == "prox" else 0.6,
+    )
     state = mixed_state(problem, options)
     for _ in range(50):  # of the power iteration
         options.z_update.inverse_curvature(
@@ -475,7 +490,9 @@ def consensus_problem(loss: Loss, activation: type[nn.Module]) -> Problem:
 def test_in_consensus_the_duals_are_the_back_propagated_gradients(loss, activation, update, step):
     """With Θ fixed and the constraints met, β_t U_t = −∂J/∂Z_t along the network's own forward pass."""
     problem = consensus_problem(loss, activation)
-    options = replace(FROZEN, z_update=update, z_step=step, dual_step=1.0, beta=(1.0, 0.8, 0.6), dual_init=0.5)
+    options = replace(
+        FROZEN, z_update=update, z_step=step, dual_step=1.0, beta={"blocks": [1.0, 0.8, 0.6]}, dual_init=0.5
+    )
     state = options.init(problem, SEEDS)
     for _ in range(150):
         options.step(problem, state)
@@ -522,7 +539,7 @@ def test_beta_grows_exactly_when_the_residual_exceeds_its_bound(mlp_problem):
 
 @pytest.mark.parametrize("sweep", ["batch", "minibatch"])
 def test_the_multiplier_is_continuous_when_beta_changes(mlp_problem, sweep):
-    problem, plain = mlp_problem(), replace(BASE, sweep=sweep, beta=(0.5, 2.0, 1.0))
+    problem, plain = mlp_problem(), replace(BASE, sweep=sweep, beta={"blocks": [0.5, 2.0, 1.0]})
     options = replace(plain, penalty=AdaptivePenalty(c=0.7, bound=0.0))
     constant, adaptive = plain.init(problem, SEEDS), options.init(problem, SEEDS)
     plain.step(problem, constant)
@@ -553,7 +570,7 @@ def test_a_wrong_factor_is_refused_by_name(c):
 @pytest.mark.parametrize("loss", [SquaredError(0.8), SHARP], ids=["squared error", "cross-entropy"])
 def test_diagnostics_are_autograd_s(mlp_problem, loss, slice_size):
     problem = mlp_problem(loss)
-    options = replace(BASE, beta=(0.5, 2.0, 1.3), slice_size=slice_size)
+    options = replace(BASE, beta={"blocks": [0.5, 2.0, 1.3]}, slice_size=slice_size)
     state = mixed_state(problem, options)
     values = options.diagnostics(problem, state)
     names = {f"{kind}_{t}" for kind in ("residual", "dual_rms", "beta", "sigma") for t in (1, 2, 3)}
@@ -602,10 +619,15 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"sweep": "minibatch", "theta_passes": 0.5}, "optimizer.theta_passes: 0.5"),
         ({"theta_passes": 0.0}, "optimizer.theta_passes"),
         ({"theta_passes": -1.0}, "optimizer.theta_passes"),
-        ({"beta": (1.0, 2.0)}, "optimizer.beta: 2 values for 3 blocks"),
-        ({"beta": (1.0, 2.0, (1.0, 2.0))}, "optimizer.beta: 2 values for 3 replicas"),
+        (
+            {"beta": {"blocks": [1.0, 2.0]}},
+            "optimizer.beta: {'blocks': [1.0, 2.0]} is not {blocks: [3 values",
+        ),
+        ({"beta": {"blocks": [1.0, 2.0, (1.0, 2.0)]}}, "optimizer.beta: 2 values for 3 replicas"),
         ({"beta": 0.0}, "optimizer.beta: 0.0 is not positive"),
-        ({"beta": (1.0, -1.0, 1.0)}, "optimizer.beta"),
+        ({"beta": {"blocks": [1.0, -1.0, 1.0]}}, "optimizer.beta"),
+        ({"beta": (1.0, 1.0, -1.0)}, "optimizer.beta"),
+        ({"z_step": {"blocks": [0.1, 0.2]}}, "optimizer.z_step"),
         ({"theta_step": (0.1, 0.2)}, "optimizer.theta_step: 2 values for 3 replicas"),
         ({"z_step": {"start": 0.1}}, "optimizer.z_step: a schedule is"),
         ({"dual_step": (1.0,)}, "optimizer.dual_step: 1 values for 3 replicas"),

@@ -45,7 +45,7 @@ class Case:
 
 STEPS = {"theta_step": (0.02, 0.005, 0.01)}
 MORE = {**STEPS, "z_step": (0.1, 0.05, 0.02), "dual_step": (1.0, 0.3, 0.0), "refresh": (0.0, 0.5, 1.0)}
-BETA = {"beta": ((1.0, 0.5, 2.0), (2.0, 2.0, 1.0), (0.3, 1.0, 1.0))}
+BETA = {"beta": {"blocks": [(1.0, 0.5, 2.0), 2.0, (0.3, 1.0, 1.0)]}}
 CASES = {
     "sgd": Case(Backprop(8, SGD(momentum=0.9), 0.05, 7), {"step_size": (0.05, 0.02, 0.1)}),
     "adam": Case(Backprop(8, ADAM["update"], ADAM["theta_step"], 7), {"step_size": (0.05, 0.02, 0.1)}),
@@ -70,12 +70,12 @@ CASES = {
     ),
     "block-admm, images": Case(
         BlockADMM(8, z_step=0.02, penalty=PENALTY, refresh=0.1, **{**ADAM, "batch_size": 4}),
-        MORE | {"beta": (BETA["beta"][0], 0.5)},
+        MORE | {"beta": {"blocks": [(1.0, 0.5, 2.0), 0.5]}},
         "conv_problem",
     ),
     "block-admm, images, mini-batches": Case(
         BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient"), **{**MINIBATCH, "batch_size": 4}),
-        MORE | {"beta": (BETA["beta"][0], 0.5)},
+        MORE | {"beta": {"blocks": [(1.0, 0.5, 2.0), 0.5]}},
         "conv_problem",
         CrossEntropy(),
     ),
@@ -168,8 +168,8 @@ def test_a_grid_of_hyperparameters_is_separate_runs(case, problem):
     for s in range(3):
         alone = {}
         for name, values in case.grid.items():
-            if name == "beta" and isinstance(case.optimizer, BlockADMM):  # one entry a block
-                alone[name] = [v if isinstance(v, float) else v[s] for v in values][: len(problem.blocks)]
+            if isinstance(values, dict):
+                alone[name] = {"blocks": [v if isinstance(v, float) else v[s] for v in values["blocks"]]}
             else:
                 alone[name] = values[s]
         assert_replicas_equal(together, s, trained(replace(case.optimizer, **alone), problem, seeds[:1], 3))

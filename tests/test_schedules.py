@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from admm.schedules import broadcast, per_replica, schedule
+from admm.schedules import block_values, broadcast, per_replica, schedule
 
 
 def test_a_cosine_schedule_is_pytorch_s():
@@ -66,3 +66,15 @@ def test_broadcast_multiplies_along_the_replica_axis():
     assert product.dtype == torch.float32
     assert product.flatten(1).unique(dim=1).flatten().tolist() == [1.0, 2.0, 3.0]
     assert broadcast(0.5, like) == 0.5
+
+
+def test_a_value_by_block_is_one_for_each_block():
+    assert block_values("beta", {"blocks": [1.0, (2.0, 3.0)]}, 2) == [1.0, (2.0, 3.0)]
+    assert block_values("beta", 0.5, 3) == [0.5, 0.5, 0.5]
+    assert block_values("beta", {"start": 1.0, "end": 0.0}, 2) == [{"start": 1.0, "end": 0.0}] * 2
+
+
+@pytest.mark.parametrize("value", [{"blocks": [1.0]}, {"blocks": [1.0, 2.0], "start": 1.0}])
+def test_a_wrong_value_by_block_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"optimizer\.beta: .* is not {blocks: \[2 values, one a block\]}"):
+        block_values("beta", value, 2)

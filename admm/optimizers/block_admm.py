@@ -318,7 +318,7 @@ class _Sweep:
             self.problem.loss,
             visit.y,
             visit.u[-1],
-            self.beta[-1],
+            self.beta,
             self.z_steps,
             self.inverse_curvature,
             visit.z_moments,

@@ -74,12 +74,15 @@ class ZUpdate:
     - `gradient`: ζ ∇ (Algorithm 1);
     - `adam`: ζ times Adam's direction, with moments for every entry of Z_t (paper, §4.1);
     - `lipschitz`: ζ ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W_{t+1}) by power iteration;
-    - `majorised`: ζ (β_t I + β_{t+1} WᵀW)⁻¹ ∇ with W = W_{t+1}: for ζ = 1 the exact minimiser over Z_t where block
-      t+1 is affine.
+    - `majorised`: ζ H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW and W = W_{t+1}: for ζ = 1 the exact minimiser over Z_t where
+      block t+1 is affine. Where it begins with a ReLU, whose derivative is the 0/1 diagonal D, the step is
+      ζ (D H⁻¹ D + (I − D)/β_t) ∇.
 
-    The last two need every block but the first to have exactly one linear layer, and treat its ReLU as the
-    identity, which bounds its curvature where it is differentiable. Z_T moves likewise (`last="step"`), or to
-    the exact minimiser by the loss's proximal operator (`last="prox"`).
+    The last two need every block but the first to have exactly one linear layer. For ζ ≤ 1 their matrix is at most the
+    inverse Hessian wherever the ReLUs are differentiable: a ReLU at the end makes WᵀW smaller, and on the active
+    coordinates (H⁻¹)_DD ⪯ (H_DD)⁻¹ (Schur complement). Without D, Z_t jumps to and fro across the kink.
+
+    Z_T moves likewise (`last="step"`), or to its exact minimiser by the loss's proximal operator (`last="prox"`).
     """
 
     name: Literal["gradient", "adam", "lipschitz", "majorised"]
@@ -143,7 +146,7 @@ class ZUpdate:
         loss: Loss,
         y: Tensor,
         dual: Tensor | float,
-        penalty: Tensor,
+        beta: Sequence[Tensor],
         steps: Sequence[float | Tensor],
         inverse_curvature: list[Tensor],
         moments: list[list[Tensor]],
@@ -151,19 +154,21 @@ class ZUpdate:
     ) -> None:
         """`steps` rounds, each from Z_T to Z_1 (Algorithm 1, lines 5-9; Algorithm 2).
 
-        y: targets. dual, penalty: U_T and β_T. steps: ζ_1..ζ_T. count: Adam's steps that these moments have seen.
+        y: targets. dual: U_T. beta, steps: β_1..β_T and ζ_1..ζ_T. count: Adam's steps that these moments have seen.
         """
         blocks = len(chain.blocks)
 
         def move(t: int, gradient: Tensor) -> None:
             curvature = inverse_curvature[t - 1] if t <= len(inverse_curvature) else None
-            direction = self._direction(gradient, curvature, moments[t - 1] if moments else [], count)
+            gate = chain.z[t - 1] if t < blocks and chain.blocks[t].begins_with_relu else None
+            own = [] if not moments else moments[t - 1]
+            direction = self._direction(gradient, curvature, gate, beta[t - 1], own, count)
             chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(steps[t - 1], direction)))
 
         for _ in range(self.steps):
             count += 1
             if self.last == "prox":
-                chain.move(blocks, loss.prox(chain.output(blocks) - dual, y, penalty))
+                chain.move(blocks, loss.prox(chain.output(blocks) - dual, y, beta[-1]))
             else:
                 move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
             for t in range(blocks - 1, 0, -1):
@@ -173,12 +178,23 @@ class ZUpdate:
                 move(t, gradient.sub_(pulled))
 
     def _direction(
-        self, gradient: Tensor, inverse_curvature: Tensor | None, moments: Sequence[Tensor], count: int
+        self,
+        gradient: Tensor,
+        inverse_curvature: Tensor | None,
+        gate: Tensor | None,
+        beta: Tensor,
+        moments: Sequence[Tensor],
+        count: int,
     ) -> Tensor:
-        """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient."""
-        if inverse_curvature is not None:
-            full = inverse_curvature.shape[1] > 1
-            return torch.bmm(gradient, inverse_curvature) if full else gradient.mul_(inverse_curvature)
+        """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient. `gate` is Z_t where a ReLU follows."""
+        if self.name == "lipschitz" and inverse_curvature is not None:
+            return gradient.mul_(inverse_curvature)
+        if self.name == "majorised" and inverse_curvature is not None:
+            if gate is None:
+                return torch.bmm(gradient, inverse_curvature)
+            active = torch.ops.aten.threshold_backward(gradient, gate, 0)  # D ∇
+            step = torch.ops.aten.threshold_backward(torch.bmm(active, inverse_curvature), gate, 0)
+            return step.add_(gradient.sub_(active).div_(beta))  # type: ignore[no-any-return]
         if self.name != "adam":
             return gradient
         mean, square = moments

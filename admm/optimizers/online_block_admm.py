@@ -82,7 +82,7 @@ class OnlineBlockADMM:
             .to(problem.x)
             .expand(replicas)
         )
-        penalty = beta.view(-1, 1, 1)
+        betas = [beta.view(-1, 1, 1)] * len(blocks)
         gradient = blocks.parameters(torch.empty_like(state.theta.flat))
         inverse_curvature: list[Tensor] = []
         if self.dual == "reset":
@@ -91,9 +91,7 @@ class OnlineBlockADMM:
         for number, batch in enumerate(batches):
             progress = (state.iteration + number / len(batches)) / self.iterations
             if number % self.curvature_every == 0:
-                inverse_curvature = self.z_update.inverse_curvature(
-                    blocks, state.theta, [penalty] * len(blocks), state.power_vectors
-                )
+                inverse_curvature = self.z_update.inverse_curvature(blocks, state.theta, betas, state.power_vectors)
             chain = Chain(blocks, state.theta, rows(problem.x, batch))
             force = partial(self._force, state, chain, beta)
             self.z_update.apply(
@@ -102,7 +100,7 @@ class OnlineBlockADMM:
                 problem.loss,
                 rows(problem.y, batch),
                 0.0,
-                penalty,
+                betas,
                 [at(progress) for at in z_steps],
                 inverse_curvature,
                 self.z_update.moments(chain.z),
