@@ -141,6 +141,8 @@ def _stacked(name: str, module: nn.Module) -> Layer:
         return ReLULayer(name)
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
         return FlattenLayer(name)
+    if any(getattr(m, "inplace", False) for m in module.modules()):
+        raise ValueError(f"layer {name!r} ({type(module).__name__}) overwrites its input; use inplace=False")
     if next(module.buffers(), None) is not None:
         raise ValueError(
             f"layer {name!r} ({type(module).__name__}) has buffers (running statistics), which are not "
@@ -223,7 +225,7 @@ class Blocks(Sequence[Block]):
 
     def __init__(self, network: nn.Module, names: Sequence[Sequence[str]]) -> None:
         """names: of the network's layers, block by block, in the order of evaluation."""
-        modules = dict(network.named_modules())
+        modules = _modules(network)
         self.network, self.names = network, names
         self._blocks = tuple(Block(tuple(_stacked(n, modules[n]) for n in block)) for block in names)
 
@@ -235,7 +237,7 @@ class Blocks(Sequence[Block]):
 
     def parameters(self, flat: Tensor) -> Parameters:
         """Views, by block and layer, of a flat tensor [S, P]."""
-        modules, offset, blocks = dict(self.network.named_modules()), 0, []
+        modules, offset, blocks = _modules(self.network), 0, []
         for names in self.names:
             block = []
             for layer in names:
@@ -263,12 +265,12 @@ class Blocks(Sequence[Block]):
 
     def flatten(self, network: nn.Module) -> Tensor:
         """The parameters [P] of a network of this architecture, in the blocks' order."""
-        modules = dict(network.named_modules())
+        modules = _modules(network)
         tensors = [p for names in self.names for n in names for p in modules[n].parameters()]
         return torch.cat([p.detach().flatten() for p in tensors]) if tensors else torch.empty(0)
 
     def forward(self, theta: Parameters, x: Tensor) -> Tensor:
-        """The plain forward pass of all replicas: x [n, ...] (shared) or [S, n, ...] to outputs [S, n, C]."""
+        """The plain forward pass of all replicas: x [S, n, ...] to outputs [S, n, C]."""
         for block, views in zip(self, theta.blocks, strict=True):
             x = block.forward(views, x)
         return x
@@ -276,11 +278,16 @@ class Blocks(Sequence[Block]):
     def export(self, theta: Parameters, replica: int = 0) -> nn.Module:
         """A copy of the network that carries the parameters of one replica."""
         network = copy.deepcopy(self.network).to(theta.flat.dtype)
-        modules = dict(network.named_modules())
+        modules = _modules(network)
         for names, block in zip(self.names, theta.blocks, strict=True):
             for name, views in zip(names, block, strict=True):
                 modules[name].load_state_dict({k: v[replica] for k, v in views.items()})
         return network
+
+
+def _modules(network: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name; one that occurs twice has two names."""
+    return dict(network.named_modules(remove_duplicate=False))
 
 
 def leaves(network: nn.Module) -> list[str]:
@@ -288,7 +295,8 @@ def leaves(network: nn.Module) -> list[str]:
     if not isinstance(network, nn.Sequential):
         raise TypeError(f"only an nn.Sequential of layers can be cut into blocks, got {type(network).__name__}")
     names = []
-    for name, child in network.named_children():
+    for name, child in network._modules.items():  # named_children leaves out a module that occurs again
+        assert child is not None
         names += [f"{name}.{leaf}" for leaf in leaves(child)] if isinstance(child, nn.Sequential) else [name]
     return names
 
@@ -308,6 +316,9 @@ def split(
     puts what stands between two layers with parameters at the `end` of a block or at the `start` of the next.
     """
     names = leaves(network)
+    parameters = [p for name in names for p in _modules(network)[name].parameters()]
+    if len({id(p) for p in parameters}) < len(parameters):
+        raise ValueError("split: layers that share parameters are not supported yet")
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=true, n_blocks=T")
     if activation not in ("end", "start"):
@@ -335,7 +346,7 @@ def _named_boundaries(names: list[str], after: Sequence[str]) -> list[int]:
 
 
 def _even_boundaries(network: nn.Module, names: list[str], n_blocks: int | None, activation: str) -> list[int]:
-    modules = dict(network.named_modules())
+    modules = _modules(network)
     trainable = [i for i, name in enumerate(names) if next(modules[name].parameters(), None) is not None]
     n_blocks = len(trainable) if n_blocks is None else n_blocks
     if not 1 <= n_blocks <= len(trainable):

@@ -59,7 +59,7 @@ class CrossEntropy:
     """J = scale · −Σ_c y_c log softmax(z)_c, with `y` one-hot or any distribution over the classes."""
 
     scale: float = 1.0
-    max_steps: int = 50  # of Newton's method in the proximal operator
+    max_steps: int = 2000  # of Newton's method in the proximal operator
     tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty
 
     def __post_init__(self) -> None:
@@ -77,11 +77,13 @@ class CrossEntropy:
         The step log(1 + δ)/δ with δ = max d − min d makes each step descend: the objective is generalised
         self-concordant (Sun & Tran-Dinh 2019, "Generalized self-concordant functions", Thm. 2 for ν = 2).
         """
-        z, tolerance = v.clone(), self.tolerance * (self.scale + torch.as_tensor(penalty).max())
+        # Each row stops by itself, so that a sample's result does not depend on its neighbours.
+        z, tolerance = v.clone(), self.tolerance * (self.scale + penalty * (1.0 + v.abs().amax(-1, keepdim=True)))
         for _ in range(self.max_steps):
             p = torch.softmax(z, -1)
             gradient = self.scale * (p - y) + penalty * (z - v)
-            if not gradient.nan_to_num(0.0, 0.0, 0.0).abs().max() > tolerance:  # a diverged replica does not count
+            active = gradient.abs().amax(-1, keepdim=True) > tolerance  # never for NaN
+            if not active.any():
                 break
             diagonal = self.scale * p + penalty
             scaled_p, scaled_gradient = p / diagonal, gradient / diagonal
@@ -90,5 +92,5 @@ class CrossEntropy:
             inner = (p * scaled_gradient).sum(-1, keepdim=True)
             direction = scaled_gradient + scaled_p * (self.scale * inner / curvature)
             delta = (direction.amax(-1, keepdim=True) - direction.amin(-1, keepdim=True)).clamp_(min=1e-12)
-            z -= direction * (torch.log1p(delta) / delta)
+            z -= torch.where(active, direction * (torch.log1p(delta) / delta), 0.0)
         return z

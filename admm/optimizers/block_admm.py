@@ -168,6 +168,8 @@ class BlockADMM:
         check_batch_size(self.batch_size, len(problem.x))
         for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
+        if not self.theta_passes > 0.0:
+            raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
 
@@ -208,7 +210,7 @@ class _Sweep:
     def __init__(self, options: BlockADMM, problem: Problem, state: BlockADMMState) -> None:
         self.options, self.problem, self.state = options, problem, state
         self.theta, self.blocks = state.theta, len(state.z)
-        self.beta = [b.view(-1, 1, 1) for b in state.beta]
+        self.beta = [broadcast(b, z) for b, z in zip(state.beta, state.z, strict=True)]  # to multiply Z_t
         self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
         self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
         self.z_count = state.iteration * options.primal_rounds * options.z_update.steps
@@ -263,12 +265,12 @@ class _Sweep:
         progress = (self.state.iteration + part) / self.options.iterations
         values = {name: at(progress) for name, at in self.schedules.items()}
         self.z_steps = [at(progress) for at in self.z_schedules]
-        self.theta_step, z = values["theta_step"], self.state.z[-1]
-        self.dual_step, self.pull = (broadcast(values[name], z) for name in ("dual_step", "refresh"))
+        self.theta_step = values["theta_step"]
+        self.dual_step, self.pull = (values[name] for name in ("dual_step", "refresh"))
 
     def _evaluate_curvature(self) -> None:
         self.inverse_curvature = self.options.z_update.inverse_curvature(
-            self.problem.blocks, self.theta, self.beta, self.state.power_vectors
+            self.problem.blocks, self.theta, [b.view(-1, 1, 1) for b in self.state.beta], self.state.power_vectors
         )
 
     def _view(self, part: slice) -> _Visit:
@@ -300,11 +302,12 @@ class _Sweep:
         """Z_t moves the part `refresh` of the way to the forward pass."""
         if isinstance(self.pull, float) and self.pull == 0.0:
             return
-        chain, pull = visit.chain, torch.as_tensor(self.pull).to(visit.u[0])
+        chain = visit.chain
         ahead = chain.output(1)
         for t in range(1, self.blocks + 1):
             if t > 1:
                 ahead = self.problem.blocks[t - 1].forward(self.theta.blocks[t - 1], ahead)
+            pull = torch.as_tensor(broadcast(self.pull, ahead), dtype=ahead.dtype, device=ahead.device)
             chain.move(t, torch.lerp(chain.z[t - 1], ahead, pull))
 
     def _force(self, visit: _Visit, t: int) -> Tensor:
@@ -341,7 +344,7 @@ class _Sweep:
             residual = visit.chain.residual(t)
             if self.options.penalty is not None:
                 square += residual.square().flatten(1).sum(1)
-            visit.u[t - 1].add_(residual.mul_(self.dual_step))
+            visit.u[t - 1].add_(residual.mul_(broadcast(self.dual_step, residual)))
         return square
 
     def _norm(self, squares: list[Tensor]) -> Tensor:

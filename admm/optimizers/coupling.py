@@ -78,9 +78,10 @@ class ZUpdate:
       block t+1 is affine. Where it begins with a ReLU, whose derivative is the 0/1 diagonal D, the step is
       ζ (D H⁻¹ D + (I − D)/β_t) ∇.
 
-    The last two need every block but the first to have exactly one linear layer. For ζ ≤ 1 their matrix is at most the
-    inverse Hessian wherever the ReLUs are differentiable: a ReLU at the end makes WᵀW smaller, and on the active
-    coordinates (H⁻¹)_DD ⪯ (H_DD)⁻¹ (Schur complement). Without D, Z_t jumps to and fro across the kink.
+    The last two need every block but the first to have exactly one linear layer. A ReLU at its end makes WᵀW smaller,
+    so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU at its start
+    this holds for `lipschitz` alone: `majorised` is a descent direction there, and without D it is seen to jump to and
+    fro across the kink.
 
     Z_T moves likewise (`last="step"`), or to its exact minimiser by the loss's proximal operator (`last="prox"`).
     """
@@ -146,7 +147,7 @@ class ZUpdate:
         loss: Loss,
         y: Tensor,
         dual: Tensor | float,
-        beta: Sequence[Tensor],
+        beta: Sequence[float | Tensor],
         steps: Sequence[float | Tensor],
         inverse_curvature: list[Tensor],
         moments: list[list[Tensor]],
@@ -182,19 +183,23 @@ class ZUpdate:
         gradient: Tensor,
         inverse_curvature: Tensor | None,
         gate: Tensor | None,
-        beta: Tensor,
+        beta: float | Tensor,
         moments: Sequence[Tensor],
         count: int,
     ) -> Tensor:
         """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient. `gate` is Z_t where a ReLU follows."""
-        if self.name == "lipschitz" and inverse_curvature is not None:
-            return gradient.mul_(inverse_curvature)
-        if self.name == "majorised" and inverse_curvature is not None:
-            if gate is None:
-                return torch.bmm(gradient, inverse_curvature)
-            active = torch.ops.aten.threshold_backward(gradient, gate, 0)  # D ∇
-            step = torch.ops.aten.threshold_backward(torch.bmm(active, inverse_curvature), gate, 0)
-            return step.add_(gradient.sub_(active).div_(beta))  # type: ignore[no-any-return]
+        if inverse_curvature is not None:
+            flat = gradient.flatten(2)  # [S, n, d_t] of images too
+            if self.name == "lipschitz":
+                flat = flat.mul_(inverse_curvature)
+            elif gate is None:
+                flat = torch.bmm(flat, inverse_curvature)
+            else:
+                gate, relu_gradient = gate.flatten(2), torch.ops.aten.threshold_backward
+                active = relu_gradient(flat, gate, 0)  # D ∇
+                step = relu_gradient(torch.bmm(active, inverse_curvature), gate, 0)
+                flat = step.add_(flat.sub_(active).div_(broadcast(beta, flat)))
+            return flat.view_as(gradient)
         if self.name != "adam":
             return gradient
         mean, square = moments

@@ -64,7 +64,8 @@ class OnlineBlockADMM:
         theta = problem.initial(seeds)
         self.z_update.check(problem.blocks, theta)
         self._schedules(len(problem.blocks), len(seeds))
-        per_replica("beta", self.beta, len(seeds))
+        if not bool((torch.as_tensor(per_replica("beta", self.beta, len(seeds))) > 0).all()):
+            raise ValueError(f"optimizer.beta: {self.beta} is not positive (Algorithm 2)")
         return OnlineBlockADMMState(
             seeds=tuple(seeds),
             iteration=0,
