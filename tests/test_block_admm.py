@@ -123,7 +123,7 @@ class Reference:
             if t < self.T:
                 weight = self.weights[t]
                 hessian = self.beta[t - 1] * torch.eye(weight.shape[1]).double() + self.beta[t] * weight.T @ weight
-                if isinstance(next(iter(self.blocks[t])), nn.ReLU):
+                if self.options.z_update.gated and isinstance(next(iter(self.blocks[t])), nn.ReLU):
                     active, inverse = (self.z[t - 1][i] > 0).double(), torch.linalg.inv(hessian)
                     gradient = active * ((active * gradient) @ inverse) + (1 - active) * gradient / self.beta[t - 1]
                 else:
@@ -235,6 +235,7 @@ VARIANTS = {
         primal_rounds=2,
     ),
     "majorised": replace(BASE, z_update=MAJORISED, z_step=0.8, beta={"blocks": [0.5, 2.0, 1.3]}, primal_rounds=2),
+    "majorised, gated": replace(BASE, z_update=ZUpdate("majorised", 3, gated=True), z_step=0.8, primal_rounds=2),
     "majorised, step": replace(BASE, z_update=ZUpdate("majorised", 2, "step"), z_step=0.3),
 }
 

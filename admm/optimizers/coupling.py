@@ -75,13 +75,13 @@ class ZUpdate:
     - `adam`: ζ times Adam's direction, with moments for every entry of Z_t (paper, §4.1);
     - `lipschitz`: ζ ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W_{t+1}) by power iteration;
     - `majorised`: ζ H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW and W = W_{t+1}: for ζ = 1 the exact minimiser over Z_t where
-      block t+1 is affine. Where it begins with a ReLU, whose derivative is the 0/1 diagonal D, the step is
-      ζ (D H⁻¹ D + (I − D)/β_t) ∇.
+      block t+1 is affine.
 
     The last two need every block but the first to have exactly one linear layer. A ReLU at its end makes WᵀW smaller,
     so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU at its start
-    this holds for `lipschitz` alone: `majorised` is a descent direction there, and without D it is seen to jump to and
-    fro across the kink.
+    this holds for `lipschitz` alone. There `majorised` may jump to and fro across the kink, which an even number of
+    `steps` undoes and an odd one does not. With `gated`, where D is the ReLU's 0/1 derivative, its step is
+    ζ (D H⁻¹ D + (I − D)/β_t) ∇, a descent direction that does not jump; on MNIST it starts faster and ends lower.
 
     Z_T moves likewise (`last="step"`), or to its exact minimiser by the loss's proximal operator (`last="prox"`).
     """
@@ -89,6 +89,7 @@ class ZUpdate:
     name: Literal["gradient", "adam", "lipschitz", "majorised"]
     steps: int = 1  # rounds from Z_T to Z_1 a primal update
     last: Literal["prox", "step"] = "prox"
+    gated: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -161,7 +162,7 @@ class ZUpdate:
 
         def move(t: int, gradient: Tensor) -> None:
             curvature = inverse_curvature[t - 1] if t <= len(inverse_curvature) else None
-            gate = chain.z[t - 1] if t < blocks and chain.blocks[t].begins_with_relu else None
+            gate = chain.z[t - 1] if self.gated and t < blocks and chain.blocks[t].begins_with_relu else None
             own = [] if not moments else moments[t - 1]
             direction = self._direction(gradient, curvature, gate, beta[t - 1], own, count)
             chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(steps[t - 1], direction)))
