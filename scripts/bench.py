@@ -27,7 +27,7 @@ from admm.losses import one_hot
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from experiments.provenance import machine
 
-SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 3
+SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
 Task = Callable[[], object]
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from admm.schedules import broadcast
+
 
 class Rule(Protocol):
     def init(self, theta: Tensor) -> list[Tensor]:
@@ -28,11 +30,7 @@ class Adam:
     weight_decay: float = 0.0
 
     def init(self, theta: Tensor) -> list[Tensor]:
-        return [
-            torch.zeros_like(theta),
-            torch.zeros_like(theta),
-            torch.zeros(len(theta), device=theta.device),
-        ]
+        return [torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(len(theta), device=theta.device)]
 
     def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
         stacks = [list(tensor.unbind()) for tensor in (theta, gradient, *moments)]
@@ -66,7 +64,7 @@ class Adam:
 
 @dataclass(frozen=True)
 class SGD:
-    """θ ← θ − step · (gradient + weight_decay θ), with PyTorch's heavy-ball momentum."""
+    """θ ← θ − step · (gradient + weight_decay θ), with heavy-ball momentum, as PyTorch's."""
 
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -75,11 +73,12 @@ class SGD:
         return [torch.zeros_like(theta)] if self.momentum else []
 
     def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        if self.weight_decay:
-            gradient = gradient.add(theta, alpha=self.weight_decay)
+        step = broadcast(step, theta)
         if moments:
-            gradient = moments[0].mul_(self.momentum).add_(gradient)
+            gradient = moments[0].mul_(self.momentum).add_(gradient).add_(theta, alpha=self.weight_decay)
+        elif self.weight_decay:
+            theta.mul_(1.0 - step * self.weight_decay)
         if isinstance(step, float):
             theta.sub_(gradient, alpha=step)
         else:
-            theta.addcmul_(gradient, -step.to(theta).unsqueeze(1))
+            theta.addcmul_(gradient, -step)
