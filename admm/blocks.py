@@ -202,11 +202,6 @@ class Block:
         plain = all(isinstance(layer, LinearLayer | ReLULayer | FlattenLayer) for layer in self.layers)
         return linear[0]["weight"] if plain and len(linear) == 1 else None
 
-    @property
-    def begins_with_relu(self) -> bool:
-        """Whether the block's first layer is a ReLU: the activation of the layer before the cut."""
-        return isinstance(self.layers[0], ReLULayer)
-
     def _is_temporary(self, position: int) -> bool:
         # The output of a linear layer inside the block belongs to nobody else.
         return position > 0 and isinstance(self.layers[position - 1], LinearLayer)
@@ -306,14 +301,14 @@ def split(
     after: Sequence[str] | None = None,
     per_layer: bool = False,
     n_blocks: int | None = None,
-    activation: Literal["end", "start"] = "end",
+    activation: Literal["end", "start"] | None = None,
 ) -> Blocks:
     """Cut a network into blocks (paper, §3.1: "an arbitrary number of blocks").
 
     Give exactly one of `after` (names of the layers that end a block, the last one excepted; the name of a
     nested `nn.Sequential` stands for its last layer), `per_layer` (one layer with parameters a block) or
     `n_blocks` (layers with parameters shared out as evenly as possible). For the latter two, `activation`
-    puts what stands between two layers with parameters at the `end` of a block or at the `start` of the next.
+    puts what stands between two layers with parameters at the `end` of a block (default) or at the `start` of the next.
     """
     names = leaves(network)
     parameters = [p for name in names for p in _modules(network)[name].parameters()]
@@ -321,12 +316,14 @@ def split(
         raise ValueError("split: layers that share parameters are not supported yet")
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=true, n_blocks=T")
-    if activation not in ("end", "start"):
+    if activation not in (None, "end", "start"):
         raise ValueError(f"split.activation: {activation!r} is not one of 'end', 'start'")
     if after is not None:
+        if activation is not None:
+            raise ValueError("split.activation: goes with per_layer or n_blocks; split.after says itself where to cut")
         ends = _named_boundaries(names, after)
     else:
-        ends = _even_boundaries(network, names, n_blocks, activation)
+        ends = _even_boundaries(network, names, n_blocks, activation or "end")
     edges = [0, *ends, len(names)]
     return Blocks(network, tuple(tuple(names[i:j]) for i, j in pairwise(edges)))
 

@@ -171,7 +171,7 @@ def _find(name: str, root: Path, download: bool) -> Arrays:
             f"{error}\nThree ways to provide {name}, once any wrong or damaged file is deleted:\n"
             f"  1. put {npz} there, with {', '.join(KEYS)} as uint8;\n"
             f"  2. put torchvision's unpacked files into {unpacked};\n"
-            f"  3. load with download=True, torchvision installed and a network."
+            f"  3. load with download=True (dataset.download=true), torchvision installed and a network."
         ) from None  # the message says it all
 
 

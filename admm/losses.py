@@ -60,7 +60,7 @@ class CrossEntropy:
 
     scale: float = 1.0
     max_steps: int = 2000  # of Newton's method in the proximal operator
-    tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty
+    tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty (1 + max |v|)
 
     def __post_init__(self) -> None:
         _check_scale(self.scale)
@@ -94,3 +94,30 @@ class CrossEntropy:
             delta = (direction.amax(-1, keepdim=True) - direction.amin(-1, keepdim=True)).clamp_(min=1e-12)
             z -= torch.where(active, direction * (torch.log1p(delta) / delta), 0.0)
         return z
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """J = scale · Σ_c max(1 − z_c, 0) where y_c = 1 and max(z_c, 0) where y_c = 0; `y` has no other values.
+
+    The binary hinge of Taylor et al. 2016 ("Training neural networks without gradients", §6), one versus all. At a kink
+    the gradient is 0.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.where(y == 1, 1.0 - z, z).clamp_(min=0.0).sum(-1).mul_(self.scale)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.where(y == 1, -(z < 1.0).to(z), (z > 0.0).to(z)).mul_(self.scale)
+
+    def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
+        # A step of scale/penalty down the slope, which ends at the kink.
+        step = self.scale / penalty
+        up = torch.maximum(v, (v + step).clamp_(max=1.0))
+        down = torch.minimum(v, (v - step).clamp_(min=0.0))
+        return torch.where(y == 1, up, down)

@@ -29,8 +29,8 @@ def minibatches(samples: int, batch_size: int, seeds: Sequence[int], epoch: int,
 
 def check_batch_size(batch_size: int, samples: int) -> None:
     """Raises ValueError unless 1 <= batch_size <= samples."""
-    if not 1 <= batch_size <= samples:
-        raise ValueError(f"optimizer.batch_size: {batch_size} is not between 1 and the {samples} training samples")
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= samples:
+        raise ValueError(f"optimizer.batch_size: {batch_size!r} is not between 1 and the {samples} training samples")
 
 
 def rows(data: Tensor, indices: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
 
     The paper's shallow network is `mlp(784, [128, 128], 10)` (§4.1).
     """
+    if not isinstance(hidden, Sequence) or not all(isinstance(width, int) for width in hidden):
+        raise ValueError(f"model.hidden: {hidden!r} is not a list of widths, such as [128, 128]")
     widths = [in_features, *hidden, out_features]
     if min(widths) < 1:
         raise ValueError(f"model: layer widths must be at least 1, got {widths}")

@@ -57,9 +57,9 @@ def per_replica(name: str, value: Number, replicas: int) -> float | Tensor:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and value >= 0:
         return float(value)
-    raise ValueError(f"optimizer.{name}: {value!r} is not a number, [one a replica] or {{start: …, end: …}}")
+    raise ValueError(f"optimizer.{name}: {value!r} is not a number from 0 up, [one a replica] or {{start: …, end: …}}")
 
 
 def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:

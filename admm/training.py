@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ class History:
     """What a run has measured so far.
 
     rows: for each evaluation and replica `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
-    whole stack), `train_loss` (mean over the samples), `train_accuracy` and `test_accuracy` (percent), and the
-    optimizer's diagnostics. diverged: by replica, the iteration after which it was found not to be finite; it has
-    no rows from there on.
+    whole stack), `train_loss` (the problem's J with its scale, mean over the samples), `train_accuracy` and
+    `test_accuracy` (percent), and the optimizer's diagnostics. diverged: by replica, the iteration after which it
+    was found not to be finite; it has no rows from there on.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -37,34 +37,32 @@ class History:
 def train(
     problem: Problem,
     optimizer: Optimizer[Any],
-    seeds: Sequence[int],
+    state: Any,
     iterations: int,
     test: tuple[Tensor, Tensor],
     evaluate_every: int = 1,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     observe: Callable[[list[Row], History], None] = lambda rows, history: None,
-) -> tuple[Any, History]:
-    """Train one replica a seed for `iterations` steps of the optimizer.
+) -> History:
+    """Train for `iterations` steps of the optimizer, from the state that its `init` has made, in place.
 
     test: inputs [M, ...] and class indices [M]. Evaluation takes place before the first iteration, every
     `evaluate_every` and after the last; only `optimizer.step` is timed. With a `checkpoint` path, the state is
     saved there at evaluations at least `checkpoint_seconds` apart, and a run that finds such a file goes on from
     it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with
-    all former ones. Returns the optimizer's last state and the history.
+    all former ones.
     """
     if iterations < 1 or evaluate_every < 1:
         raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
-    if not seeds:
-        raise ValueError("seeds: at least one is needed")
-    state, history = optimizer.init(problem, seeds), History()
+    history = History()
     if checkpoint is not None and checkpoint.exists():
         _load(checkpoint, state, history)
         observe(history.rows, history)
     else:
         observe(_record(problem, optimizer, state, test, history), history)
     saved = time.monotonic()
-    while state.iteration < iterations and len(history.diverged) < len(seeds):
+    while state.iteration < iterations and len(history.diverged) < len(state.seeds):
         history.seconds += _timed_step(problem, optimizer, state)
         if state.iteration % evaluate_every and state.iteration < iterations:
             continue
@@ -72,7 +70,7 @@ def train(
         if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
             _save(checkpoint, state, history)
             saved = time.monotonic()
-    return state, history
+    return history
 
 
 def evaluate(problem: Problem, theta: Parameters, test: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -139,5 +137,8 @@ def _save(path: Path, state: Any, history: History) -> None:
 
 def _load(path: Path, state: Any, history: History) -> None:
     saved = torch.load(path, weights_only=True, map_location="cpu")
-    restore(state, saved["state"])
+    try:
+        restore(state, saved["state"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete the file to start anew") from None
     vars(history).update(saved["history"])

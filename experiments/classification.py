@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -23,39 +27,61 @@ from experiments.provenance import provenance
 from experiments.store import NEUTRAL, Run, Slot, identity
 
 log = logging.getLogger(__name__)
+CONF = Path(__file__).parents[1] / "conf"
 ROW_NAMES = ("experiment", "optimizer", "setting")  # overrides that choose a row of an experiment
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was asked for: its data, its place in a store, and what its `run.json` says."""
+
+    dataset: Dataset
+    slot: Slot
+    info: dict[str, Any]
+    config: dict[str, Any]
 
 
 def run(config: DictConfig) -> None:
     """Run one job of a launch, unless it has been run, and leave a note of it in Hydra's folder for the report.
 
-    Bad input ends the program with a message that names the key or file.
+    Bad input ends the program with a message that names the key or file; `hydra.verbose=true` shows where.
     """
-    try:
-        finished = _run(config)
-    except (DatasetError, ValueError, TypeError, InstantiationException) as error:
-        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        raise SystemExit(f"error: {cause}") from (error if log.isEnabledFor(logging.DEBUG) else None)
+    with bad_input_in_words():
+        job = find_job(config)
+    with job.slot.lock():
+        finished = None if config.force else job.slot.finished()
+        if finished is not None:
+            log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
+        else:
+            finished = execute(config, job)
+    if not job.info["overrides"]:
+        job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
     (Path(HydraConfig.get().runtime.output_dir) / "run.txt").write_text(str(finished.folder.absolute()))
 
 
-def _run(config: DictConfig) -> Run:
+def find_job(config: DictConfig) -> Job:
+    """Check the configuration, load the data set, and find the run's place. Raises ValueError or DatasetError."""
     check(config)
-    hydra = HydraConfig.get()
-    overrides = [o for o in hydra.overrides.task if not _chooses_only(o)]
-    experiment, method = hydra.runtime.choices["experiment"], hydra.runtime.choices["optimizer"]
-    device, dtype = _device(config.device), _dtype(config.dtype)
+    choices, task = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
+    experiment, method = choices["experiment"], choices["optimizer"]
+    overrides = [override for override in task if not chooses_only(override)]
+    settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
+    setting = config.setting if settings.exists() else "default"
+    check_groups(overrides, settings)
+    device = find_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    dataset = load(**config.dataset, device=device, dtype=dtype)
+    dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     points = spread_grid(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root = Path(config.outputs if overrides else config.results)
-    slot = Slot(root, experiment, f"{method}-{config.setting}", identity(plain, dataset.sha256))
+    slot = Slot(root, experiment, f"{method}-{setting}", identity(plain, dataset.sha256))
     info = {
         "experiment": experiment,
         "method": method,
-        "setting": config.setting,
+        "setting": setting,
+        "note": config.note,
         "overrides": overrides,
         "identity": slot.identity,
         "seeds": list(config.seeds),
@@ -63,63 +89,71 @@ def _run(config: DictConfig) -> Run:
         "iterations": config.iterations,
         "dataset": {"name": dataset.name, "sha256": dataset.sha256, "holdout": config.dataset.holdout},
     }
-    with slot.lock():
-        if config.force:
-            slot.discard()
-        elif (finished := slot.finished()) is not None:
-            log.info("%s-%s is there already: %s", method, config.setting, finished.folder)
-            return finished
-        return _train(config, plain, dataset, slot, info | provenance(device))
+    return Job(dataset, slot, info | provenance(device), plain)
 
 
-def _train(config: DictConfig, plain: dict[str, Any], dataset: Dataset, slot: Slot, info: dict[str, Any]) -> Run:
-    problem, optimizer, logger = (
-        _problem(config, dataset),
-        instantiate(config.optimizer, _convert_="all"),
-        instantiate(config.logger),
-    )
-    slot.partial.mkdir(parents=True, exist_ok=True)
-    if slot.checkpoint.exists():
-        log.info("resuming from %s", slot.checkpoint)
-    logger.open(info, plain)
-    with RunProgress(slot.name, config.iterations, config.progress) as progress:
-        reported: set[int] = set()
+def execute(config: DictConfig, job: Job) -> Run:
+    """Train, from the last checkpoint if there is one, and put the result into the store."""
+    slot, info, seeds = job.slot, job.info, job.info["seeds"]
+    with bad_input_in_words():
+        problem = build_problem(config, job.dataset)
+        optimizer, logger = instantiate(config.optimizer, _convert_="all"), instantiate(config.logger)
+        state = optimizer.init(problem, seeds)
+        logger.open(info, job.config)
+    note_start(slot, info)
+    reported: set[int] = set()
 
-        def observe(rows: list[Row], history: History) -> None:
-            logger.log(rows)
-            for replica in history.diverged.keys() - reported:
-                iteration, seed = history.diverged[replica], config.seeds[replica]
-                log.warning("%s: seed %d diverged (not finite after iteration %d)", slot.name, seed, iteration)
-                reported.add(replica)
-            if rows:
-                last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
-                mean = sum(row["test_accuracy"] for row in last) / len(last)
-                progress.update(int(last[0]["iteration"]), mean, history.seconds)
+    def observe(rows: list[Row], history: History) -> None:
+        logger.log(rows)
+        for replica in history.diverged.keys() - reported:
+            iteration = history.diverged[replica]
+            log.warning("%s: seed %d diverged (not finite after iteration %d)", slot.name, seeds[replica], iteration)
+            reported.add(replica)
+        if rows:
+            last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
+            mean = sum(row["test_accuracy"] for row in last) / len(last)
+            progress.update(int(last[0]["iteration"]), mean, history.seconds)
 
-        _, history = train(
-            problem,
-            optimizer,
-            list(config.seeds),
-            config.iterations,
-            (dataset.x_test, dataset.y_test),
-            config.evaluate_every,
-            slot.checkpoint,
-            config.checkpoint_seconds,
-            observe,
-        )
-    logger.close()
+    try:
+        with RunProgress(slot.name, config.iterations, config.progress) as progress:
+            history = train(
+                problem,
+                optimizer,
+                state,
+                config.iterations,
+                (job.dataset.x_test, job.dataset.y_test),
+                config.evaluate_every,
+                slot.checkpoint,
+                config.checkpoint_seconds,
+                observe,
+            )
+    finally:
+        logger.close()
     ended = {
         "seconds": round(history.seconds, 3),
         "diverged": history.diverged,  # by replica
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return slot.complete(plain, history.rows, info | ended)
+    return slot.complete(job.config, history.rows, info | ended)
 
 
-def _problem(config: DictConfig, dataset: Dataset) -> Problem:
-    network = instantiate(
-        config.model, in_features=dataset.x_train[0].numel(), out_features=dataset.classes, _convert_="all"
-    )
+def note_start(slot: Slot, info: dict[str, Any]) -> None:
+    """Write down what begins a run; warn if a run is resumed by another version of the code or libraries."""
+    note = slot.partial / "started.json"
+    if slot.checkpoint.exists():
+        log.info("resuming from %s", slot.checkpoint)
+        started = json.loads(note.read_text())
+        for key in ("commit", "versions", "machine"):
+            if started[key] != info[key]:
+                log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
+    slot.partial.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(info))
+
+
+def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
+    """The network, its blocks, the loss and the initialisation of a configuration, on a data set."""
+    features = dataset.x_train[0].numel()
+    network = instantiate(config.model, in_features=features, out_features=dataset.classes, _convert_="all")
     return Problem(
         x=dataset.x_train,
         y=one_hot(dataset.y_train, dataset.classes, dataset.x_train),
@@ -131,18 +165,35 @@ def _problem(config: DictConfig, dataset: Dataset) -> Problem:
 
 def check(config: DictConfig) -> None:
     """Raises ValueError that names the key of a value that no run can have."""
-    for key in ("iterations", "evaluate_every"):
-        if not isinstance(config[key], int) or config[key] < 1:
+    for key in ("iterations", "evaluate_every", "threads"):
+        if (key, config[key]) != ("threads", None) and not (isinstance(config[key], int) and config[key] > 0):
             raise ValueError(f"{key}: {config[key]!r} is not a whole number from 1 up")
     seeds = config.seeds
     if not isinstance(seeds, ListConfig) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers from 0 up, such as [0, 1, 2, 3, 4]")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: {seeds!r} holds a seed twice")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+def check_groups(overrides: Sequence[str], settings: Path) -> None:
+    """Raises ValueError where a group of the command line (init=uniform) would be changed into another one by the
+    experiment's settings, which are composed after it."""
+    chosen: Any = OmegaConf.load(settings) if settings.exists() else {}
+    for group, _, option in (override.partition("=") for override in overrides):
+        own = CONF / group / f"{option}.yaml"
+        if own.exists() and group in chosen:
+            foreign = {key for key in chosen[group] if key not in OmegaConf.load(own) or key in ("name", "_target_")}
+            if foreign:
+                raise ValueError(
+                    f"{group}={option}: conf/settings/{settings.parent.name}/{settings.name} sets {group}."
+                    f"{f', {group}.'.join(sorted(foreign))}; override these, or take setting=default"
+                )
 
 
 def spread_grid(config: DictConfig) -> list[str]:
-    """Turn the grid into lists of hyperparameters, one value a replica, in place; `seeds` becomes the replicas' seeds.
+    """Turn the grid into lists of hyperparameters, one value a replica, in place; `seeds` become the replicas' seeds.
 
     Returns, for each replica, its point of the grid in words; nothing without a grid.
     """
@@ -158,13 +209,14 @@ def spread_grid(config: DictConfig) -> list[str]:
     return [", ".join(f"{key}={value}" for key, value in zip(grid, point, strict=True)) for point in points]
 
 
-def _chooses_only(override: str) -> bool:
+def chooses_only(override: str) -> bool:
     """Whether an override of the command line leaves the numbers of an experiment's row as they are."""
     key = override.lstrip("+~").split("=")[0]
     return key in ROW_NAMES or any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ValueError for a device that cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -174,8 +226,13 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "float64": torch.float64}
-    if name not in dtypes:
-        raise ValueError(f"dtype: {name!r} is not one of {', '.join(dtypes)}")
-    return dtypes[name]
+@contextmanager
+def bad_input_in_words() -> Iterator[None]:
+    """Ends the program with the message of an error that bad input raises, unless `hydra.verbose` asks for more."""
+    try:
+        yield
+    except (DatasetError, ValueError, ImportError, InstantiationException) as error:
+        if HydraConfig.get().verbose:
+            raise
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        raise SystemExit(f"error: {cause}") from None

@@ -37,7 +37,10 @@ class WandbLogger:
     runs: dict[int, Any] = field(default_factory=dict, init=False)
 
     def open(self, info: dict[str, Any], config: dict[str, Any]) -> None:
-        import wandb
+        try:
+            import wandb
+        except ImportError:
+            raise ImportError("logger=wandb needs Weights & Biases: pip install wandb") from None
 
         for replica, seed in enumerate(info["seeds"]):
             self.runs[replica] = wandb.init(

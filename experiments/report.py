@@ -28,6 +28,7 @@ COLOURS = {
     "adam": "#CC79A7",
 }
 LINES = {"tuned": "-", "faithful": "--"}
+REDUCING = ("iterations=", "seeds=", "model.")  # overrides that make less of an experiment
 
 
 @cache
@@ -50,9 +51,12 @@ class Curve:
 
     @property
     def setting(self) -> str:
-        """faithful, tuned or reduced; with the command line's own values where there are any."""
+        """faithful, tuned, default or reduced (less than the experiment), and what is to be known of the run."""
         given = [override for override in self.info["overrides"] if not override.startswith("grid=")]
-        parts = [self.info["setting"], *given, *([self.point] if self.point else [])]
+        less = any(override.startswith(REDUCING) for override in given)
+        name = f"{'reduced ' if less else ''}{self.info['setting']}"
+        note = [f"{name}: {self.info['note']}" if self.info["note"] else name]
+        parts = [*note, *given, *([self.point] if self.point else [])]
         seeds = self.history["replica"].nunique()
         diverged = seeds - len(self._final())
         return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
@@ -60,8 +64,16 @@ class Curve:
     @property
     def reference(self) -> float | None:
         """The paper's number for this method in this experiment, percent."""
+        if not self.is_of_the_paper:
+            return None
         numbers = paper()["experiments"].get(self.info["experiment"], {}).get("accuracy", {})
         return numbers.get(self.info["method"])  # type: ignore[no-any-return]
+
+    @property
+    def is_of_the_paper(self) -> bool:
+        """Whether the command line has left the data, the network and the loss as the experiment has them."""
+        kept = ("grid=", "iterations=", "seeds=", "evaluate_every=", "dtype=", "optimizer.")
+        return all(override.startswith(kept) for override in self.info["overrides"])
 
     def by_iteration(self, column: str) -> pd.DataFrame:
         """Mean and sample standard deviation over the replicas, by iteration."""
@@ -91,8 +103,9 @@ class Curve:
 def curves(runs: list[Run]) -> list[Curve]:
     """The newest run of each method, setting and overrides, in the order of the paper's legend."""
     newest = {(run.info["method"], run.info["setting"], *run.info["overrides"]): run for run in runs}
-    order = list(paper()["labels"])
-    ranked = sorted(newest.values(), key=lambda run: (order.index(run.info["method"]), run.info["setting"] != "tuned"))
+    order = {method: rank for rank, method in enumerate(paper()["labels"])}
+    rank = {key: (order.get(key[0], len(order)), key[0], key[1] != "tuned") for key in newest}
+    ranked = [newest[key] for key in sorted(newest, key=rank.__getitem__)]
     return [curve for run in ranked for curve in _points(run)]
 
 
@@ -119,13 +132,14 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
         colour = COLOURS.get(curve.info["method"], f"C{number}")
         statistics = curve.by_iteration("test_accuracy")
         row = curve.row()
-        label = f"{curve.method} ({curve.setting}): {row['mean']:.2f} ± {row['std']:.2f} %"
+        spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
+        label = f"{curve.method} ({curve.setting}): {row['mean']:.2f}{spread} %"
         x, mean, std = (
             statistics.index.to_numpy(),
             statistics["mean"].to_numpy(),
             statistics["std"].to_numpy(),
         )
-        axes.plot(x, mean, LINES.get(curve.setting, "-."), color=colour, label=label, linewidth=1.6)
+        axes.plot(x, mean, LINES.get(curve.info["setting"], "-."), color=colour, label=label, linewidth=1.6)
         axes.fill_between(x, mean - std, np.minimum(mean + std, 100.0), color=colour, alpha=0.18, linewidth=0)
         if curve.reference is not None:
             references[curve.info["method"]] = curve.reference
@@ -138,7 +152,8 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
             linewidth=1.0,
             label=f"paper, {paper()['labels'][method]}: {value:.2f} %",
         )
-    axes.set(xlabel="iteration (passes over the training set)", ylabel="test accuracy (%)")
+    held_out = all(curve.info["dataset"]["holdout"] for curve in shown)
+    axes.set(xlabel="iteration", ylabel=f"{'held-out' if held_out else 'test'} accuracy (%)")
     _focus(axes, shown, references)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7.5, loc="lower right")
@@ -155,10 +170,10 @@ def _focus(axes: Any, shown: list[Curve], references: dict[str, float]) -> None:
 
 
 def _caption(experiment: str, shown: list[Curve]) -> str:
-    known = paper()["experiments"].get(experiment, {})
+    known = paper()["experiments"].get(experiment, {}) if all(c.is_of_the_paper for c in shown) else {}
     seeds = sorted({curve.row()["seeds"] for curve in shown})
     dotted = "; dotted: the paper's final accuracy" if known.get("accuracy") else ""
-    source = f"{known['source']} of the paper: " if known.get("source") else ""
+    source = f"Reproduction of {known['source']}: " if known.get("source") else ""
     text = (
         f"{source}{known.get('caption', experiment)}. Mean over {' or '.join(map(str, seeds))} seeds, "
         f"shaded ±1 standard deviation{dotted}. {', '.join(sorted({c.info['machine'] for c in shown}))}."

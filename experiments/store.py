@@ -34,6 +34,7 @@ NEUTRAL = (
     "results",
     "outputs",
     "logger",
+    "note",
 )
 
 
@@ -93,14 +94,14 @@ class Slot:
 
     def lock(self) -> FileLock:
         """Held by the one process that makes the run; others wait for it."""
-        self.partial.mkdir(parents=True, exist_ok=True)
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(self.partial.with_suffix(".lock"))
 
     def finished(self) -> Run | None:
         return Run(self.folder) if self.folder.exists() else None
 
     def complete(self, config: dict[str, Any], rows: list[dict[str, float]], info: dict[str, Any]) -> Run:
-        """Put the finished run in its place: written elsewhere and renamed, in place of a former one."""
+        """Put the finished run in its place: written elsewhere and renamed. A former one is there until then."""
         made = self.partial / "complete"
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
@@ -108,11 +109,25 @@ class Slot:
         pd.DataFrame(rows).to_csv(made / "history.csv", index=False, float_format="%.7g")
         (made / "run.json").write_text(json.dumps(info, indent=2) + "\n")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        former = self.partial / "former"
         if self.folder.exists():
-            os.replace(self.folder, self.partial / "former")
-        os.replace(made, self.folder)
+            os.replace(self.folder, former)
+        try:
+            os.replace(made, self.folder)
+        except OSError:
+            if former.exists():
+                os.replace(former, self.folder)
+            raise
         self.discard()
         return Run(self.folder)
+
+    def supersede(self, place: Path) -> None:
+        """Move the runs of the same experiment and name that other settings have made to `place`."""
+        for folder in self.folder.parent.glob(f"{self.name}-*"):
+            if folder != self.folder and folder.name.removeprefix(f"{self.name}-").isalnum():
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(place / folder.name, ignore_errors=True)
+                shutil.move(folder, place / folder.name)
 
     def discard(self) -> None:
         """Forget what an interrupted run has left."""

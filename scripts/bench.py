@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from admm.blocks import Parameters
-from admm.losses import one_hot
+from admm.data import Dataset
 from admm.optimizers import BlockADMM, Optimizer, Problem
+from experiments.classification import build_problem
 from experiments.provenance import machine
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
@@ -51,21 +53,36 @@ def stacks() -> list[tuple[str, float, str]]:
     for name, optimizer in (("online", "online_block_admm"), ("sgd", "sgd")):
         config = _config(optimizer, f"optimizer.batch_size={BATCH}")
         five, one = (_step(config, seeds) for seeds in (SEEDS, SEEDS[:1]))
-        times = turns(five, one)
+        times = turns(five, one, sgd_products)
         rows.append((f"stack5_over_1_{name}", ratio(times, 0, 1), "ratio"))
         rows.append((f"seconds_1_{name}", median(times[1]), "s/epoch"))
+        if name == "sgd":
+            rows.append(("stack5_products_over_1_sgd", ratio(times, 2, 1), "ratio"))
     return rows
+
+
+def sgd_products() -> None:
+    """The matrix products of an epoch of five stacked seeds of SGD, and nothing else: a stack cannot take less."""
+    widths = [FEATURES, *_config("sgd").model.hidden, CLASSES]
+    x = [torch.rand(len(SEEDS), BATCH, width) for width in widths]
+    weights = [torch.rand(len(SEEDS), after, before) for before, after in pairwise(widths)]
+    for _ in range(SAMPLES // BATCH):
+        for layer, weight in enumerate(weights):
+            torch.bmm(x[layer], weight.mT)  # forward
+            torch.bmm(x[layer + 1].mT, x[layer])  # gradient of the weight
+            if layer:
+                torch.bmm(x[layer + 1], weight)  # gradient of the input
 
 
 def rivals() -> list[tuple[str, float, str]]:
     """Plain PyTorch loops over ours, one seed of SGD, batch size 64."""
     problem = _problem(_config("sgd"))
     ours = _step(_config("sgd", f"optimizer.batch_size={BATCH}"), SEEDS[:1])
-    labels = problem.y.argmax(1)
-    loader = DataLoader(TensorDataset(problem.x, labels), batch_size=BATCH, shuffle=True)
+    loader = DataLoader(TensorDataset(problem.x, problem.y), batch_size=BATCH, shuffle=True)
 
-    def tensors() -> list[tuple[Tensor, Tensor]]:
-        return [(problem.x[i], labels[i]) for i in torch.randperm(SAMPLES).split(BATCH)]
+    def tensors() -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in torch.randperm(SAMPLES).split(BATCH):
+            yield problem.x[indices], problem.y[indices]
 
     times = turns(_torch_epoch(tensors), _torch_epoch(lambda: loader), ours)
     return [
@@ -125,12 +142,13 @@ def memory() -> list[tuple[str, float, str]]:
 
 
 def block_admm_flops(optimizer: BlockADMM, problem: Problem) -> float:
-    """Matrix-product FLOPs that one replica's iteration needs, `sweep=minibatch`, z_update `majorised`.
+    """Matrix-product FLOPs that a replica's iteration needs; for sweep=minibatch, one primal round, majorised Z.
 
     With W_t of p_t = d_{t−1} d_t entries, a sample needs these products, each 2 FLOPs an entry: block_1(x) once before
     the Z steps and all other blocks for the refresh; in each round block_t and its transpose for t ≥ 2, and the
     inverse curvature of Z_1..Z_{T−1}; for Θ, block_t for t ≥ 2 and all p_t of the gradient; for the dual, every block.
     """
+    assert (optimizer.sweep, optimizer.z_update.name, optimizer.primal_rounds) == ("minibatch", "majorised", 1)
     weights = [p for name, p in problem.blocks.network.named_parameters() if name.endswith("weight")]
     first, rest = weights[0].numel(), sum(w.numel() for w in weights[1:])
     curvature = sum(w.shape[1] ** 2 for w in weights[1:])
@@ -166,15 +184,8 @@ def _config(optimizer: str, *overrides: str) -> DictConfig:
 def _problem(config: DictConfig) -> Problem:
     random = torch.Generator().manual_seed(0)
     x = torch.rand(SAMPLES, FEATURES, generator=random)
-    labels = torch.randint(CLASSES, (SAMPLES,), generator=random)
-    network = instantiate(config.model, in_features=FEATURES, out_features=CLASSES, _convert_="all")
-    return Problem(
-        x=x,
-        y=one_hot(labels, CLASSES, x),
-        blocks=instantiate(config.split, network, _convert_="all"),
-        loss=instantiate(config.loss),
-        initialise=instantiate(config.init),
-    )
+    y = torch.randint(CLASSES, (SAMPLES,), generator=random)
+    return build_problem(config, Dataset("generated", x, y, x[:1], y[:1], CLASSES, ""))
 
 
 def _step(config: DictConfig, seeds: Sequence[int]) -> Task:
@@ -190,9 +201,9 @@ def _torch_epoch(batches: Callable[[], Any]) -> Task:
     optimizer, loss = torch.optim.SGD(network.parameters(), lr=0.1), nn.MSELoss()
 
     def epoch() -> None:
-        for x, label in batches():
+        for x, y in batches():
             optimizer.zero_grad()
-            loss(network(x), nn.functional.one_hot(label, CLASSES).to(x)).backward()
+            loss(network(x), y).backward()
             optimizer.step()
 
     return epoch

@@ -21,7 +21,8 @@ def main(root: Path) -> None:
     for experiment in experiments_in(root):
         result = report(experiment, finished_runs(root, experiment), root / "figures", root / "tables")
         show(result, f"{experiment}: test accuracy in percent")
-        write_into(README, experiment, result)
+        if root.resolve() == README.parent / "results":
+            write_into(README, experiment, result)
 
 
 def write_into(page: Path, experiment: str, result: pd.DataFrame) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +35,13 @@ def problem() -> Problem:
     return Problem(x, one_hot(labels, 3, x), blocks, SquaredError(), initialiser("pytorch"))
 
 
+def run(
+    problem: Problem, optimizer: Any, seeds: tuple[int, ...], *arguments: Any, **options: Any
+) -> tuple[Any, History]:
+    state = optimizer.init(problem, seeds)
+    return state, train(problem, optimizer, state, *arguments, **options)
+
+
 def test_of(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return problem.x[:20], problem.y[:20].argmax(1)
 
@@ -54,12 +61,12 @@ def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, 
             raise Killed
 
     optimizer, checkpoint = OPTIMIZERS[name], tmp_path / "checkpoint.pt"
-    whole_state, whole = train(problem, optimizer, SEEDS, 6, test_of(problem))
+    whole_state, whole = run(problem, optimizer, SEEDS, 6, test_of(problem))
     with pytest.raises(Killed):
-        train(problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, kill)
+        run(problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, kill)
     assert checkpoint.exists() == (stop > 1)
     observed: list[Row] = []
-    state, resumed = train(
+    state, resumed = run(
         problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, lambda rows, _: observed.extend(rows)
     )
     assert torch.equal(state.theta.flat, whole_state.theta.flat)
@@ -71,8 +78,8 @@ def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, 
 def test_a_diverged_replica_stops_and_the_others_go_on(problem: Problem) -> None:
     alone = Backprop(5, SGD(), [0.1, 0.1], batch_size=16)
     mixed = Backprop(5, SGD(), [0.1, 1e30, 0.1], batch_size=16)
-    _, expected = train(problem, alone, (3, 5), 5, test_of(problem))
-    _, history = train(problem, mixed, (3, 4, 5), 5, test_of(problem))
+    _, expected = run(problem, alone, (3, 5), 5, test_of(problem))
+    _, history = run(problem, mixed, (3, 4, 5), 5, test_of(problem))
     assert history.diverged == {1: 1}
     assert [row["iteration"] for row in history.rows if row["replica"] == 1] == [0]
     for seed in (3, 5):
@@ -82,12 +89,12 @@ def test_a_diverged_replica_stops_and_the_others_go_on(problem: Problem) -> None
 
 
 def test_a_run_ends_when_every_replica_has_diverged(problem: Problem) -> None:
-    state, history = train(problem, Backprop(50, SGD(), 1e30, batch_size=16), (0, 1), 50, test_of(problem))
+    state, history = run(problem, Backprop(50, SGD(), 1e30, batch_size=16), (0, 1), 50, test_of(problem))
     assert state.iteration == 1 and history.diverged == {0: 1, 1: 1}
 
 
 def test_rows_are_the_plain_forward_pass_of_the_exported_networks(problem: Problem) -> None:
-    state, history = train(problem, OPTIMIZERS["adam"], SEEDS, 6, test_of(problem))
+    state, history = run(problem, OPTIMIZERS["adam"], SEEDS, 6, test_of(problem))
     x, labels = test_of(problem)
     for replica, row in enumerate(history.rows[-3:]):
         network = problem.blocks.export(state.theta, replica)
@@ -99,32 +106,35 @@ def test_rows_are_the_plain_forward_pass_of_the_exported_networks(problem: Probl
 
 
 def test_evaluations_are_at_the_start_every_few_and_at_the_end(problem: Problem) -> None:
-    _, history = train(problem, OPTIMIZERS["sgd"], (0,), 5, test_of(problem), evaluate_every=2)
+    _, history = run(problem, OPTIMIZERS["sgd"], (0,), 5, test_of(problem), evaluate_every=2)
     assert [row["iteration"] for row in history.rows] == [0, 2, 4, 5]
 
 
 def test_only_steps_are_timed(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr("admm.training.time.perf_counter", lambda: float(next(clock)))
-    _, history = train(problem, OPTIMIZERS["sgd"], (0,), 4, test_of(problem))
+    _, history = run(problem, OPTIMIZERS["sgd"], (0,), 4, test_of(problem))
     assert [row["seconds"] for row in history.rows] == [0, 1, 2, 3, 4]
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(problem: Problem, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
-    train(problem, OPTIMIZERS["sgd"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
-    with pytest.raises(ValueError, match="checkpoint: "):
-        train(problem, OPTIMIZERS["batch"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+    run(problem, OPTIMIZERS["sgd"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: checkpoint: .*delete the file"):
+        run(problem, OPTIMIZERS["batch"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
 
 
-@pytest.mark.parametrize(("iterations", "evaluate_every", "seeds"), [(0, 1, (0,)), (1, 0, (0,)), (1, 1, ())])
-def test_nothing_to_do_is_an_error(problem: Problem, iterations: int, evaluate_every: int, seeds: tuple) -> None:
-    with pytest.raises(ValueError, match=r"iterations|seeds"):
-        train(problem, OPTIMIZERS["sgd"], seeds, iterations, test_of(problem), evaluate_every)
+@pytest.mark.parametrize(("iterations", "evaluate_every"), [(0, 1), (1, 0)])
+def test_nothing_to_do_is_an_error(problem: Problem, iterations: int, evaluate_every: int) -> None:
+    with pytest.raises(ValueError, match=f"iterations .{iterations}. and evaluate_every .{evaluate_every}."):
+        run(problem, OPTIMIZERS["sgd"], (0,), iterations, test_of(problem), evaluate_every)
 
 
 def test_accuracy_counts_in_percent(problem: Problem) -> None:
     theta = problem.initial((0, 1))
     labels = problem.blocks.forward(theta, problem.x.expand(2, -1, -1))[0].argmax(1)
     found = accuracy(problem.blocks, theta, problem.x, labels)
-    assert found[0] == 100.0 and math.isclose(found[1] % 2.0, 0.0, abs_tol=1e-4)
+    right = sum(
+        int(o.argmax() == label) for o, label in zip(problem.blocks.export(theta, 1)(problem.x), labels, strict=True)
+    )
+    assert found.tolist() == pytest.approx([100.0, 100.0 * right / 50])

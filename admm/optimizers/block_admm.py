@@ -12,10 +12,10 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, generator, minibatches, rows
-from admm.optimizers.coupling import Chain, ZUpdate
-from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
+from admm.optimizers.coupling import Chain, ZUpdate, penalties
+from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, per_replica, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, schedule
 
 
 @dataclass
@@ -109,7 +109,7 @@ class BlockADMM:
             z=z,
             u=[self._initial_dual(v, seeds, t) for t, v in enumerate(z, start=1)],
             z_moments=self.z_update.moments(z),
-            beta=self._initial_beta(len(z), len(seeds), like=problem.x),
+            beta=penalties(self.beta, len(z), len(seeds), like=problem.x),
             power_vectors=self.z_update.power_vectors(problem.blocks, theta),
         )
 
@@ -168,6 +168,7 @@ class BlockADMM:
         check_batch_size(self.batch_size, len(problem.x))
         for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
+        in_range("dual_init", self.dual_init)
         if not self.theta_passes > 0.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
@@ -184,14 +185,6 @@ class BlockADMM:
                 draw = torch.empty(replica.shape, dtype=u.dtype)
                 replica.copy_(draw.uniform_(0.0, self.dual_init, generator=generator(seed, "dual", t)))
         return u
-
-    def _initial_beta(self, blocks: int, replicas: int, like: Tensor) -> Tensor:
-        beta = like.new_empty(blocks, replicas)
-        for row, value in zip(beta, block_values("beta", self.beta, blocks), strict=True):
-            row.copy_(torch.as_tensor(per_replica("beta", value, replicas), dtype=torch.float64))
-        if not bool((beta > 0).all()):
-            raise ValueError(f"optimizer.beta: {self.beta} is not positive (Algorithm 1)")
-        return beta
 
 
 @dataclass

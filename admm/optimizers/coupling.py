@@ -5,6 +5,7 @@ Blocks are numbered t = 1..T as in the paper; Python lists of them start at 0, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,10 +15,19 @@ from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
-from admm.optimizers.protocol import at_least_one, one_of
-from admm.schedules import broadcast
+from admm.optimizers.protocol import at_least_one, in_range, one_of
+from admm.schedules import BlockValue, block_values, broadcast, per_replica
 
 Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t, in a new tensor
+
+
+def penalties(beta: BlockValue, blocks: int, replicas: int, like: Tensor) -> Tensor:
+    """β [T, S] of a hyperparameter, in the dtype of `like`. Raises ValueError unless all are positive."""
+    values = [per_replica("beta", value, replicas) for value in block_values("beta", beta, blocks)]
+    table = torch.stack([torch.as_tensor(v, dtype=torch.float64).expand(replicas) for v in values]).to(like)
+    if not bool((table > 0).all()):
+        raise ValueError(f"optimizer.beta: {beta} is not positive")
+    return table
 
 
 class Chain:
@@ -79,9 +89,8 @@ class ZUpdate:
 
     The last two need every block but the first to have exactly one linear layer. A ReLU at its end makes WᵀW smaller,
     so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU at its start
-    this holds for `lipschitz` alone. There `majorised` may jump to and fro across the kink, which an even number of
-    `steps` undoes and an odd one does not. With `gated`, where D is the ReLU's 0/1 derivative, its step is
-    ζ (D H⁻¹ D + (I − D)/β_t) ∇, a descent direction that does not jump; on MNIST it starts faster and ends lower.
+    this holds for `lipschitz` alone; there `majorised` may jump to and fro across the kink, which an even number of
+    `steps` undoes and an odd one does not.
 
     Z_T moves likewise (`last="step"`), or to its exact minimiser by the loss's proximal operator (`last="prox"`).
     """
@@ -89,7 +98,6 @@ class ZUpdate:
     name: Literal["gradient", "adam", "lipschitz", "majorised"]
     steps: int = 1  # rounds from Z_T to Z_1 a primal update
     last: Literal["prox", "step"] = "prox"
-    gated: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -99,6 +107,8 @@ class ZUpdate:
         one_of("z_update.name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
         one_of("z_update.last", self.last, ("prox", "step"))
         at_least_one("z_update.steps", self.steps)
+        for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf)):
+            in_range(f"z_update.{name}", getattr(self, name), below)
         if self.name in ("lipschitz", "majorised"):
             for t, (block, views) in enumerate(zip(blocks, theta.blocks, strict=True), start=1):
                 if t > 1 and block.linear_weight(views) is None:
@@ -133,7 +143,7 @@ class ZUpdate:
             else:
                 image = weight.mT @ (weight @ power_vectors[t - 1])
                 square = torch.linalg.vector_norm(image, dim=1, keepdim=True)  # estimates σ² from below
-                power_vectors[t - 1].copy_(image / square)
+                torch.where(square > 0, image / square, power_vectors[t - 1], out=power_vectors[t - 1])
                 inverses.append(1.0 / (beta[t - 1] + 1.1 * beta[t] * square))
         return inverses
 
@@ -162,9 +172,7 @@ class ZUpdate:
 
         def move(t: int, gradient: Tensor) -> None:
             curvature = inverse_curvature[t - 1] if t <= len(inverse_curvature) else None
-            gate = chain.z[t - 1] if self.gated and t < blocks and chain.blocks[t].begins_with_relu else None
-            own = [] if not moments else moments[t - 1]
-            direction = self._direction(gradient, curvature, gate, beta[t - 1], own, count)
+            direction = self._direction(gradient, curvature, moments[t - 1] if moments else [], count)
             chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(steps[t - 1], direction)))
 
         for _ in range(self.steps):
@@ -180,26 +188,13 @@ class ZUpdate:
                 move(t, gradient.sub_(pulled))
 
     def _direction(
-        self,
-        gradient: Tensor,
-        inverse_curvature: Tensor | None,
-        gate: Tensor | None,
-        beta: float | Tensor,
-        moments: Sequence[Tensor],
-        count: int,
+        self, gradient: Tensor, inverse_curvature: Tensor | None, moments: Sequence[Tensor], count: int
     ) -> Tensor:
-        """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient. `gate` is Z_t where a ReLU follows."""
+        """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient."""
         if inverse_curvature is not None:
             flat = gradient.flatten(2)  # [S, n, d_t] of images too
-            if self.name == "lipschitz":
-                flat = flat.mul_(inverse_curvature)
-            elif gate is None:
-                flat = torch.bmm(flat, inverse_curvature)
-            else:
-                gate, relu_gradient = gate.flatten(2), torch.ops.aten.threshold_backward
-                active = relu_gradient(flat, gate, 0)  # D ∇
-                step = relu_gradient(torch.bmm(active, inverse_curvature), gate, 0)
-                flat = step.add_(flat.sub_(active).div_(broadcast(beta, flat)))
+            full = inverse_curvature.shape[1] > 1
+            flat = torch.bmm(flat, inverse_curvature) if full else flat.mul_(inverse_curvature)
             return flat.view_as(gradient)
         if self.name != "adam":
             return gradient

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, minibatches, rows
-from admm.optimizers.coupling import Chain, ZUpdate
-from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
+from admm.optimizers.coupling import Chain, ZUpdate, penalties
+from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, per_replica, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, schedule
 
 
 @dataclass
@@ -38,7 +38,8 @@ class OnlineBlockADMM:
 
     The coupling term of block t and one sample is `β/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)²`, and
 
-    - `dual="paper"`: u_t grows by the mean over the mini-batch of `‖z_t − block_t(z_{t−1})‖₂`, as printed;
+    - `dual="paper"`: u_t grows by the mean over the mini-batch of `‖z_t − block_t(z_{t−1})‖₂` (printed for one
+      sample at a time; a sum over the mini-batch would make it grow `batch_size` times faster);
     - `dual="reset"`: the same, from zero at the beginning of each epoch;
     - `dual="decay"`: the same, with u_t multiplied by `dual_decay` before;
     - `dual="none"`: u_t = 0, a quadratic penalty.
@@ -50,7 +51,7 @@ class OnlineBlockADMM:
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
     z_step: BlockValue = 1.0  # ζ
-    beta: Number = 1.0
+    beta: BlockValue = 1.0  # no schedule
     batch_size: int = 64
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("lipschitz", steps=3))
     update: Rule = field(default_factory=Adam)
@@ -64,8 +65,7 @@ class OnlineBlockADMM:
         theta = problem.initial(seeds)
         self.z_update.check(problem.blocks, theta)
         self._schedules(len(problem.blocks), len(seeds))
-        if not bool((torch.as_tensor(per_replica("beta", self.beta, len(seeds))) > 0).all()):
-            raise ValueError(f"optimizer.beta: {self.beta} is not positive (Algorithm 2)")
+        penalties(self.beta, len(problem.blocks), len(seeds), problem.x)
         return OnlineBlockADMMState(
             seeds=tuple(seeds),
             iteration=0,
@@ -78,12 +78,7 @@ class OnlineBlockADMM:
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         blocks, replicas = problem.blocks, len(state.seeds)
         theta_step, z_steps = self._schedules(len(blocks), replicas)
-        beta = (
-            torch.as_tensor(per_replica("beta", self.beta, replicas), dtype=torch.float64)
-            .to(problem.x)
-            .expand(replicas)
-        )
-        betas = [beta.view(-1, 1, 1)] * len(blocks)
+        beta = [b.view(-1, 1, 1) for b in penalties(self.beta, len(blocks), replicas, problem.x)]
         gradient = blocks.parameters(torch.empty_like(state.theta.flat))
         inverse_curvature: list[Tensor] = []
         if self.dual == "reset":
@@ -92,7 +87,7 @@ class OnlineBlockADMM:
         for number, batch in enumerate(batches):
             progress = (state.iteration + number / len(batches)) / self.iterations
             if number % self.curvature_every == 0:
-                inverse_curvature = self.z_update.inverse_curvature(blocks, state.theta, betas, state.power_vectors)
+                inverse_curvature = self.z_update.inverse_curvature(blocks, state.theta, beta, state.power_vectors)
             chain = Chain(blocks, state.theta, rows(problem.x, batch))
             force = partial(self._force, state, chain, beta)
             self.z_update.apply(
@@ -101,7 +96,7 @@ class OnlineBlockADMM:
                 problem.loss,
                 rows(problem.y, batch),
                 0.0,
-                betas,
+                beta,
                 [at(progress) for at in z_steps],
                 inverse_curvature,
                 self.z_update.moments(chain.z),
@@ -132,20 +127,21 @@ class OnlineBlockADMM:
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
         check_batch_size(self.batch_size, len(problem.x))
         at_least_one("curvature_every", self.curvature_every)
+        in_range("dual_decay", self.dual_decay)
         if self.dual != "none" and (self.z_update.last == "prox" or self.z_update.name in ("lipschitz", "majorised")):
             raise ValueError(
                 f"optimizer.dual={self.dual} is not quadratic in Z: it needs optimizer.z_update.last=step and "
                 "optimizer.z_update.name=adam or gradient"
             )
 
-    def _force(self, state: OnlineBlockADMMState, chain: Chain, beta: Tensor, t: int) -> Tensor:
+    def _force(self, state: OnlineBlockADMMState, chain: Chain, beta: list[Tensor], t: int) -> Tensor:
         """Derivative of β/2 (‖r‖₂ + u_t)² by r = z_t − block_t(z_{t−1}): β (1 + u_t/‖r‖) r, and 0 at r = 0."""
         residual = chain.residual(t)
         if self.dual != "none":
             norm = _norm(residual)
             weight = torch.where(norm > 0, 1.0 + state.u[t - 1].unsqueeze(1) / norm, 0.0)
             residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
-        return residual.mul_(broadcast(beta, residual))
+        return residual.mul_(broadcast(beta[t - 1].flatten(), residual))
 
     def _update_dual(self, state: OnlineBlockADMMState, chain: Chain) -> None:
         """u_t ← u_t + ‖z_t − block_t(z_{t−1})‖₂ with the new Θ (Algorithm 2)."""

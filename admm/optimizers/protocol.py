@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
@@ -104,6 +105,12 @@ def at_least_one(key: str, value: int) -> None:
     """Raises ValueError that names the key."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"optimizer.{key}: {value!r} is not a whole number from 1 up")
+
+
+def in_range(key: str, value: object, below: float = math.inf) -> None:
+    """Raises ValueError that names the key, unless 0 <= value < below."""
+    if not isinstance(value, int | float) or not 0.0 <= value < below:
+        raise ValueError(f"optimizer.{key}: {value!r} is not a number from 0 up to, but not, {below}")
 
 
 def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from admm.optimizers.protocol import in_range
 from admm.schedules import broadcast
 
 
@@ -28,6 +30,10 @@ class Adam:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf), ("weight_decay", math.inf)):
+            in_range(f"update.{name}", getattr(self, name), below)
 
     def init(self, theta: Tensor) -> list[Tensor]:
         return [torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(len(theta), device=theta.device)]
@@ -68,6 +74,10 @@ class SGD:
 
     momentum: float = 0.0
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        in_range("update.momentum", self.momentum, 1.0)
+        in_range("update.weight_decay", self.weight_decay)
 
     def init(self, theta: Tensor) -> list[Tensor]:
         return [torch.zeros_like(theta)] if self.momentum else []
