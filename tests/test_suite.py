@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+from admm.blocks import split
+from admm.losses import SquaredError, one_hot
+from admm.models import initialiser, mlp
+from admm.optimizers import Problem
+from admm.training import train
+from experiments.classification import check_groups
 from experiments.report import curves, report
 from experiments.store import Run, Slot, determining, experiments_in, finished_runs, identity
 
@@ -148,6 +156,11 @@ def test_wandb_gets_one_offline_run_a_seed(tmp_path: Path) -> None:
         ("device=abacus", r"error: device: 'abacus' cannot be used here"),
         ("dtype=int8", r"error: dtype: 'int8' is not one of float32, float64"),
         ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
+        ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not between"),
+        ("optimizer.update.momentum=1", r"error: optimizer.update.momentum: 1 is not a number from 0 up to"),
+        ("optimizer.step_size=-1", r"error: optimizer.step_size: -1 is not a number from 0 up"),
+        ("model.hidden=64", r"error: model.hidden: 64 is not a list of widths"),
+        ("threads=0", r"error: threads: 0 is not a whole number"),
         ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
@@ -165,7 +178,67 @@ def test_bad_input_names_the_key_and_what_would_be_right(tmp_path: Path, argumen
 
 def test_help_lists_groups_and_examples() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert "experiment: digits_shallow, mnist_shallow" in done.stdout and "python run.py -m" in done.stdout
+    assert re.search("experiment: .*digits_shallow, .*mnist_shallow", done.stdout) and "python run.py -m" in done.stdout
+
+
+def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> None:
+    settings = tmp_path / "faithful" / "x_sgd.yaml"
+    settings.parent.mkdir()
+    settings.write_text("init: {name: normal, std: 0.1}\nloss: {scale: 0.3}\n")
+    check_groups(["loss=cross_entropy", "init.std=2"], settings)
+    with pytest.raises(ValueError, match=r"init=uniform: conf/settings/faithful/x_sgd.yaml sets init.name, init.std"):
+        check_groups(["init=uniform"], settings)
+
+
+def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:
+    former = put(tmp_path, "sgd-tuned", [10.0, 20.0], info("sgd", "tuned", "2001"))
+    other = put(tmp_path, "sgd-faithful", [10.0, 20.0], info("sgd", "faithful", "2001"))
+    newest = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
+    Slot(tmp_path, "mnist_shallow", "sgd-tuned", newest.folder.name.removeprefix("sgd-tuned-")).supersede(
+        tmp_path / "s"
+    )
+    assert not former.folder.exists() and (tmp_path / "s" / former.folder.name / "run.json").exists()
+    assert {run.folder for run in finished_runs(tmp_path, "mnist_shallow")} == {other.folder, newest.folder}
+
+
+def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Path) -> None:
+    put(tmp_path, "mine-default", [90.0], info("mine", "default", "2001", seeds=[0]))
+    table = report("mnist_shallow", finished_runs(tmp_path, "mnist_shallow"), tmp_path / "f", tmp_path / "t")
+    assert table[["method", "setting", "mean", "seeds"]].to_numpy().tolist() == [["mine", "default", 90.0, 1]]
+
+
+@pytest.mark.parametrize("overrides", [["loss=cross_entropy"], ["dataset.holdout=10"], ["model.hidden=[3]"]])
+def test_the_papers_number_stands_beside_its_own_experiment_only(tmp_path: Path, overrides: list[str]) -> None:
+    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001"))
+    other = put(tmp_path, "adam-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", overrides=overrides))
+    assert [curve.reference for curve in (*curves([run]), *curves([other]))] == [95.29, None]
+
+
+def test_less_than_the_experiment_is_called_reduced(tmp_path: Path) -> None:
+    run = put(tmp_path, "sgd-tuned", [90.0], info("sgd", "tuned", "2001", overrides=["iterations=1"], note="why"))
+    assert curves([run])[0].setting == "reduced tuned: why, iterations=1"
+
+
+def test_the_optimizer_of_the_contributing_guide_trains() -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[0]
+    names: dict[str, Any] = {"__name__": "guide"}
+    sys.modules["guide"] = types.ModuleType("guide")
+    exec(code, names)
+    x, labels = torch.randn(60, 5), torch.arange(60) % 3
+    problem = Problem(
+        x, one_hot(labels, 3, x), split(mlp(5, [8], 3), per_layer=True), SquaredError(), initialiser("pytorch")
+    )
+    optimizer = names["GradientDescent"](step_size=0.1)
+    history = train(problem, optimizer, optimizer.init(problem, (0, 1)), 5, (x, labels))
+    assert history.rows[-1]["train_loss"] < history.rows[0]["train_loss"]
+
+
+def test_the_library_example_of_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["trained"](names["x"]).shape == (500, 10)
+    assert len(names["history"].rows) == 22
 
 
 def test_identity_is_of_what_determines_the_numbers() -> None:
@@ -185,6 +258,8 @@ def info(method: str, setting: str, finished: str, **more: object) -> dict[str, 
         "setting": setting,
         "overrides": [],
         "points": [],
+        "note": None,
+        "dataset": {"holdout": 0},
         "seeds": [0, 1],
         "iterations": 1,
         "machine": "a machine",
@@ -199,8 +274,8 @@ def put(root: Path, name: str, accuracies: list[float], description: dict[str, o
         for r, a in enumerate(accuracies)
         if a or i == 0
     ]
-    slot = Slot(root, "mnist_shallow", name, f"{name}{description['finished']}")
-    slot.partial.mkdir(parents=True)
+    slot = Slot(root, "mnist_shallow", name, f"{name}{description['finished']}".replace("-", ""))
+    slot.partial.mkdir(parents=True, exist_ok=True)
     return slot.complete({"a": 1}, rows, description)
 
 
@@ -241,9 +316,12 @@ def test_an_interrupted_completion_leaves_the_former_run(tmp_path: Path, monkeyp
     def fail(*_: object, **__: object) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr(json, "dumps", fail)
-    with pytest.raises(OSError, match="disk full"):
-        put(tmp_path, "sgd-tuned", [1.0, 2.0], info("sgd", "tuned", "2001"))
-    monkeypatch.undo()
-    assert (run.folder / "run.json").read_text() == before
-    assert len(finished_runs(tmp_path, "mnist_shallow")) == 1
+    for module, name, passes in ((pd.DataFrame, "to_csv", 0), (os, "replace", 0), (os, "replace", 1)):
+        real, calls = getattr(module, name), iter(range(99))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *a, **k: fail() if next(calls) == passes else real(*a, **k))  # noqa: B023
+            with pytest.raises(OSError, match="disk full"):
+                put(tmp_path, "sgd-tuned", [1.0, 2.0], info("sgd", "tuned", "2001"))
+        assert (run.folder / "run.json").read_text() == before
+        assert run.history["test_accuracy"].max() == 92.0
+        assert len(finished_runs(tmp_path, "mnist_shallow")) == 1
