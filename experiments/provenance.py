@@ -44,6 +44,8 @@ def _commit() -> str | None:
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
     try:
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno", "..", ":!../tests", ":!../*.md") else "")
+        return git("rev-parse", "--short=12", "HEAD").strip() + (
+            "+" if git("status", "--porcelain", "-uno", "..", ":!../tests", ":!../*.md") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -24,6 +24,11 @@ from experiments.store import Run, finished_runs
 COLOURS = {
     "block_admm": "#0072B2",
     "online_block_admm": "#E69F00",
+    "standard_admm": "#009E73",
+    "taylor": "#D55E00",
+    "dladmm": "#56B4E9",
+    "bcd": "#882255",
+    "gotmare": "#999933",
     "sgd": "#000000",
     "adam": "#CC79A7",
 }

@@ -176,7 +176,7 @@ class BlockADMM:
 
     def _slices(self, problem: Problem) -> Iterator[slice]:
         for start in range(0, len(problem.x), self.slice_size):
-            yield slice(start, min(start + self.slice_size, len(problem.x)))
+            yield slice(start, start + self.slice_size)
 
     def _initial_dual(self, z: Tensor, seeds: Sequence[int], t: int) -> Tensor:
         u = torch.zeros_like(z)
@@ -212,7 +212,7 @@ class _Sweep:
     def batch(self) -> Tensor:
         """Algorithm 1 as printed. Returns ‖h‖ [S] as `AdaptivePenalty` defines it."""
         options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
-        slices = [slice(i, min(i + options.slice_size, samples)) for i in range(0, samples, options.slice_size)]
+        slices = list(options._slices(self.problem))
         passes = math.ceil(options.theta_passes)
         for primal in range(options.primal_rounds):
             self._begin(primal / options.primal_rounds)
@@ -279,7 +279,8 @@ class _Sweep:
         state = self.state
         index = _flat_index(batch, len(self.problem.x))
         z, u = ([_rows_of(v, index, batch) for v in variables] for variables in (state.z, state.u))
-        moments = [[_rows_of(m, index, batch) for m in pair] for pair in state.z_moments]
+        moves_z = self.options.sweep == "minibatch"
+        moments = [[_rows_of(m, index, batch) for m in pair] for pair in state.z_moments] if moves_z else []
         chain = Chain(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
         return _Visit(chain, rows(self.problem.y, batch), u, moments)
 
