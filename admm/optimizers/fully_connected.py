@@ -61,6 +61,7 @@ def relu_prox(p: Tensor, q: Tensor, ratio: float | Tensor) -> Tensor:
     On z > 0 the minimiser is z⁺ = (p + ratio q)/(1 + ratio), on z ≤ 0 it is min(p, 0). For p > 0, z⁺ is better wherever
     it is positive; for p ≤ 0, where p > −(√(1 + ratio) − 1) q, which implies z⁺ > 0.
     """
-    positive = (p + ratio * q) / (1.0 + ratio)
-    limit = -((1.0 + torch.as_tensor(ratio)).sqrt() - 1.0).to(q) * q
-    return torch.where((positive > 0) & (p > limit.clamp_(max=0.0)), positive, p.clamp(max=0.0))
+    ratio = torch.as_tensor(ratio, dtype=q.dtype, device=q.device)
+    positive = (ratio * q).add_(p).div_(1.0 + ratio).clamp_(min=0.0)
+    chosen = ((1.0 - (1.0 + ratio).sqrt()) * q).clamp_(max=0.0).lt_(p)  # 1 where z⁺ is better, else 0, and p <= 0 there
+    return torch.lerp(p, positive, chosen)  # exactly one of the two, several times faster than torch.where

@@ -1,0 +1,216 @@
+"""Block coordinate descent, three-splitting (Zeng, Lau, Lin & Yao, ICML 2019, "Global convergence of block coordinate
+descent in deep learning"): the network's pre-activations and activations are variables of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters, Views
+from admm.optimizers.fully_connected import Start, known, linear_layers, put, relu_prox
+from admm.optimizers.protocol import Problem, spectral_norms
+from admm.schedules import Number, per_replica
+
+_SLICE = 2000  # samples that are visited at a time: their temporaries stay in the processor's cache
+_PANEL = 192  # columns of a symmetric product at a time: of 1500, 0.56 of its entries are computed
+
+
+@dataclass
+class BCDState:
+    """BCD's variables for L layers, N samples, S replicas.
+
+    theta: weights W_l and biases b_l. u, v: pre-activations U_l and activations V_l, l = 1..L, [S, N, d_l] each.
+    x_factor: Cholesky factor of α I + ρ XᵀX, [S, d_0, d_0] in float64.
+    """
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    u: list[Tensor]
+    v: list[Tensor]
+    x_factor: Tensor
+
+
+@dataclass(frozen=True)
+class BCD:
+    """Minimises over W, b, U and V, block by block from the last layer to the first and each block exactly,
+
+        Σ J(V_L, Y) + γ/2 (‖V_L − U_L‖² + Σ_{l<L} ‖V_l − relu(U_l)‖²) + ρ/2 Σ_l ‖U_l − V_{l−1} W_lᵀ − b_l‖²
+
+    with V_0 = X and sums over samples. V_L, hidden U_l, W_l and b_l have a proximal term α/2 ‖· − its old value‖².
+    An iteration visits every block once and never raises the objective. γ, ρ and α may have one value a replica.
+
+    For fully connected ReLU networks and losses with a proximal operator. Starting values of `init`: `weight` (W_l
+    [S, d_l, d_{l−1}]), `bias` (b_l [S, d_l]), `u` and `v` (U_l and V_l [S, N, d_l]), L tensors each. Without `u` and
+    `v` they are a forward pass, and V_L = U_L. The authors start with W ~ 0.01 N(0, 1) and b = 0.1 (`init=normal`).
+    """
+
+    gamma: Number = 1.0
+    rho: Number = 1.0
+    alpha: Number = 5.0
+
+    def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> BCDState:
+        """Raises ValueError for another network, a loss without a prox, or a value that is not positive."""
+        known(start, ("weight", "bias", "u", "v"))
+        if not callable(getattr(problem.loss, "prox", None)):
+            raise ValueError(f"loss: bcd supports losses with a prox, which {type(problem.loss).__name__} has not")
+        replicas = len(seeds)
+        _, rho, alpha = self._penalties(problem, replicas)
+        theta = problem.initial(seeds)
+        layers = linear_layers(problem.blocks, theta, "bcd")
+        put("weight", [layer["weight"] for layer in layers], start)
+        put("bias", [layer["bias"] for layer in layers], start)
+        widths = [layer["weight"].shape[1] for layer in layers]
+        u = [problem.x.new_empty(replicas, len(problem.x), width) for width in widths]
+        v = [torch.empty_like(values) for values in u]
+        state = BCDState(tuple(seeds), 0, theta, u, v, problem.x.new_empty(0))
+        x_gram = _zero_gram(layers[0]["weight"])
+        for part in _slices(problem):
+            for number, layer in enumerate(layers, start=1):
+                u[number - 1][:, part] = _affine(layer, _before(problem, state, number, part))
+                v[number - 1][:, part] = u[number - 1][:, part].relu() if number < len(u) else u[-1][:, part]
+            _add_gram(x_gram, _before(problem, state, 1, part))
+        put("u", u, start)
+        put("v", v, start)
+        state.x_factor = _factor(x_gram, rho, alpha)
+        return state
+
+    def step(self, problem: Problem, state: BCDState) -> BCDState:
+        """The blocks V_L, U_L, (W_L, b_L), then V_l, U_l, (W_l, b_l) for l = L−1..1, in the authors' order.
+
+        In one iteration a replica needs, of size N x d_l x d_{l−1}, for every layer V_{l−1} W_lᵀ for U_l, and its
+        residual times V_{l−1} for W_l; for l > 1 also V_{l−1}ᵀV_{l−1}, symmetric and thus half a product, and two for
+        V_{l−1}. That is 2 for l = 1 and 4.5 for the others. b_l needs none. Each passes over the samples once, in
+        slices, so that nothing but the state has N rows.
+        """
+        layers = linear_layers(problem.blocks, state.theta, "bcd")
+        for number in range(len(layers), 0, -1):
+            self._update_layer(problem, state, layers, number)
+        state.iteration += 1
+        return state
+
+    def parameters(self, state: BCDState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: BCDState) -> dict[str, Tensor]:
+        """`objective`; by layer `residual_l` = ‖U_l − V_{l−1} W_lᵀ − b_l‖/‖U_l‖ and `activation_residual_l` =
+        ‖V_l − relu(U_l)‖/‖V_l‖ (of the last layer, without relu); and `sigma_t`."""
+        gamma, rho, _ = (p.flatten() for p in self._penalties(problem, len(state.seeds)))
+        layers = linear_layers(problem.blocks, state.theta, "bcd")
+        affine, activation = (problem.x.new_zeros(len(layers), len(state.seeds)).double() for _ in range(2))
+        loss = affine.new_zeros(len(state.seeds))
+        for part in _slices(problem):
+            loss += problem.loss.value(state.v[-1][:, part], problem.y[part]).sum(1)
+            for number, layer in enumerate(layers, start=1):
+                u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
+                affine[number - 1] += _square(u - _affine(layer, _before(problem, state, number, part)))
+                activation[number - 1] += _square(v - (u.relu() if number < len(layers) else u))
+        values = {"objective": loss + 0.5 * (gamma * activation.sum(0) + rho * affine.sum(0))}
+        for number, (u, v) in enumerate(zip(state.u, state.v, strict=True), start=1):
+            values[f"residual_{number}"] = (affine[number - 1] / _square(u)).sqrt()
+            values[f"activation_residual_{number}"] = (activation[number - 1] / _square(v)).sqrt()
+        return values | spectral_norms(problem, state.theta)
+
+    def _penalties(self, problem: Problem, replicas: int) -> tuple[Tensor, Tensor, Tensor]:
+        """γ, ρ and α, each [S, 1, 1]. Raises ValueError that names one that is not positive."""
+        values = []
+        for name in ("gamma", "rho", "alpha"):
+            value = torch.as_tensor(per_replica(name, getattr(self, name), replicas), dtype=torch.float64)
+            if not bool((value > 0).all()):
+                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive")
+            values.append(value.expand(replicas).to(problem.x).view(-1, 1, 1))
+        return values[0], values[1], values[2]
+
+    def _update_layer(self, problem: Problem, state: BCDState, layers: list[Views], number: int) -> None:
+        """V_l, U_l, and W_l and b_l."""
+        gamma, rho, alpha = self._penalties(problem, len(state.seeds))
+        layer, last = layers[number - 1], number == len(layers)
+        weight, bias = layer["weight"], layer["bias"]
+        if not last:
+            above = layers[number]
+            gain = _activation_gain(above["weight"], gamma, rho)
+        cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
+        gram = _zero_gram(weight) if number > 1 else None
+        for part in _slices(problem):
+            before, u, v = (
+                _before(problem, state, number, part),
+                state.u[number - 1][:, part],
+                state.v[number - 1][:, part],
+            )
+            affine = _affine(layer, before)
+            if last:
+                # V_L = argmin J(V) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_L‖²; U_L = (γ V_L + ρ (W_L V_{L−1} + b_L))/(γ + ρ)
+                v.copy_(problem.loss.prox((gamma * u + alpha * v) / (gamma + alpha), problem.y[part], gamma + alpha))
+                u.copy_((gamma * v + rho * affine) / (gamma + rho))
+            else:
+                # V_l = (ρ WᵀW + γ I)⁻¹ (ρ Wᵀ(U_{l+1} − b) + γ h) with W = W_{l+1}, b = b_{l+1}, h = relu(U_l), which is
+                # h + (ρ WᵀW + γ I)⁻¹ ρ Wᵀ (U_{l+1} − b − W h)
+                hidden = u.relu()
+                torch.baddbmm(hidden, _affine(above, hidden).neg_().add_(state.u[number][:, part]), gain, out=v)
+                # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
+                u.copy_(relu_prox(torch.lerp(u, affine, rho / (rho + alpha)), v, gamma / (rho + alpha)))
+            residual = affine.neg_().add_(u)
+            cross.baddbmm_(residual.mT, before)
+            total += residual.sum(1)
+            if gram is not None:
+                _add_gram(gram, before)
+        # With E = U_l − W_l V_{l−1} − b_l for the old W_l and b_l, the authors' updates of both are
+        # W_l = (α W_l + ρ (U_l − b_l)ᵀV_{l−1}) (α I + ρ VᵀV)⁻¹ = W_l + ρ EᵀV_{l−1} (α I + ρ VᵀV)⁻¹ and
+        # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for
+        # two blocks of a convex quadratic this never raises it either.
+        factor = state.x_factor if gram is None else _factor(gram, rho, alpha)
+        weight += torch.cholesky_solve((rho * cross).mT.double(), factor).mT
+        bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
+
+
+def _slices(problem: Problem) -> Iterator[slice]:
+    for start in range(0, len(problem.x), _SLICE):
+        yield slice(start, min(start + _SLICE, len(problem.x)))
+
+
+def _before(problem: Problem, state: BCDState, number: int, part: slice) -> Tensor:
+    """V_{l−1} of a slice of samples, [S, n, d_{l−1}]; all replicas share V_0 = X."""
+    if number > 1:
+        return state.v[number - 2][:, part]
+    x = problem.x[part].flatten(1)
+    return x.expand(len(state.seeds), *x.shape)
+
+
+def _affine(layer: Views, before: Tensor) -> Tensor:
+    """V_{l−1} W_lᵀ + b_l in a new tensor [S, n, d_l]."""
+    return torch.baddbmm(layer["bias"].unsqueeze(1), before, layer["weight"].mT)
+
+
+def _activation_gain(weight: Tensor, gamma: Tensor, rho: Tensor) -> Tensor:
+    """ρ W (ρ WᵀW + γ I)⁻¹, [S, d_{l+1}, d_l], for the weight W of layer l+1."""
+    system = torch.baddbmm(gamma * torch.eye(weight.shape[2]).to(weight), weight.mT, rho * weight)
+    factor, _ = torch.linalg.cholesky_ex(system)  # no error for the NaN of a diverged replica
+    return torch.cholesky_solve((rho * weight).mT, factor).mT
+
+
+def _zero_gram(weight: Tensor) -> Tensor:
+    """For V_{l−1}ᵀV_{l−1}, [S, d_{l−1}, d_{l−1}]; a float32 sum over all samples may not be positive definite."""
+    return weight.new_zeros(len(weight), weight.shape[2], weight.shape[2], dtype=torch.float64)
+
+
+def _add_gram(gram: Tensor, v: Tensor) -> None:
+    """Adds the lower triangle of vᵀv, all that a Cholesky factorisation reads, and a little more."""
+    width = v.shape[2]
+    for start in range(0, width, _PANEL):
+        stop = min(start + _PANEL, width)
+        gram[:, start:stop, :stop] += torch.bmm(v[:, :, start:stop].mT, v[:, :, :stop])
+
+
+def _factor(gram: Tensor, rho: Tensor, alpha: Tensor) -> Tensor:
+    """Cholesky factor of α I + ρ V_{l−1}ᵀV_{l−1}, in float64; overwrites the product."""
+    gram.mul_(rho).diagonal(dim1=1, dim2=2).add_(alpha.squeeze(2))
+    factor: Tensor = torch.linalg.cholesky_ex(gram).L  # no error for the NaN of a diverged replica
+    return factor
+
+
+def _square(values: Tensor) -> Tensor:
+    """‖·‖² of each replica, [S], in float64."""
+    return values.square().sum((1, 2), dtype=torch.float64)

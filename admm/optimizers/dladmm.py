@@ -1,0 +1,436 @@
+"""dlADMM (Wang et al. 2019, "ADMM for efficient deep learning with global convergence", KDD; Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters, Views
+from admm.losses import CrossEntropy, Loss, SquaredError
+from admm.minibatches import generator
+from admm.optimizers.fully_connected import Start, known, linear_layers, put
+from admm.optimizers.protocol import Problem, at_least_one
+from admm.schedules import Number, per_replica
+
+BACKWARD, FORWARD = 0, 1  # the two sweeps of an iteration
+_SLICE = 2000  # samples that the training cost's forward pass holds at a time
+
+
+@dataclass
+class DLADMMState:
+    """dlADMM's variables for L layers, N samples, S replicas.
+
+    theta: parameters [S, P], with W_l [S, d_l, d_{l−1}] and b_l [S, d_l]. z: pre-activations Z_1..Z_L, [S, N, d_l].
+    a: activations A_1..A_{L−1}, [S, N, d_l]. u: one tensor, the dual of the last layer, [S, N, C], unscaled.
+    error: E_l = A_{l−1} W_lᵀ + b_l − Z_l (− u/ρ for l = L), so that φ_l = ρ/2 ‖E_l‖²; each update corrects it by the
+    product that its own line search needs, layers 1 and L evaluate it afresh in every iteration.
+    gram: [XᵀX], [1, d_0, d_0]. rho, theta_start, tau_start: [S], the penalty and where the searches start.
+    cost, rises: [S], the training cost, and how many times in a row it has risen.
+    accepted_theta, accepted_tau: of W_1..W_L and A_1..A_{L−1}, [S, 2] each: the backward and the forward sweep's.
+    """
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    z: list[Tensor]
+    a: list[Tensor]
+    u: list[Tensor]
+    error: list[Tensor]
+    gram: list[Tensor]
+    rho: Tensor
+    theta_start: Tensor
+    tau_start: Tensor
+    cost: Tensor
+    rises: Tensor
+    accepted_theta: list[Tensor]
+    accepted_tau: list[Tensor]
+
+
+@dataclass(frozen=True)
+class DLADMM:
+    """dlADMM: a backward sweep, in the order Z_l, b_l, W_l, A_{l−1}, a forward one, W_l, b_l, Z_l, A_l, and the dual.
+
+    min J(Z_L, Y) + Σ_l φ_l + ρ/2 Σ_{l<L} ‖A_l − relu(Z_l)‖², φ_l = ρ/2 ‖Z_l − A_{l−1} W_lᵀ − b_l + u_l/ρ‖², u_l = 0 for
+    l < L; J is summed over the samples. Where the paper leaves something open, the authors' program decides.
+
+    W_l and A_l take one gradient step of 1/θ and 1/τ, where θ and τ double from their start until the quadratic model
+    bounds the objective from above. The objective is quadratic, so that a trial is a comparison of two numbers: with
+    G = ∇φ(W), φ(W − G/θ) = φ(W) − ‖G‖²/θ + ρ‖A Gᵀ‖²/(2θ²) and the model φ(W) − ‖G‖²/θ + ‖G‖²/(2θ); it is accepted
+    when ρ‖A Gᵀ‖²/‖G‖² ≤ θ. For A_l likewise when ρ(‖G Wᵀ‖²/‖G‖² + 1) ≤ τ, with W = W_{l+1}. A search that evaluates
+    both sides rounds them by about ε φ. It can decide otherwise only in a tie, |q − θ| ‖G‖²/(2θ²) ≤ c ε φ, where q is
+    the left side above; this one decides by q ≤ θ, to within q's own rounding.
+
+    Z_L is FISTA's on J + φ_L: it stops before a step when the objective has changed by less than `fista_tolerance`, and
+    returns the extrapolated point, as the authors' program does. `fista_curvature` is the inverse of its step. None
+    stands for 1/4 times the scale of the cross-entropy, as the authors have it, and for the scale of the squared error,
+    of which the first step is then exact.
+
+    The training cost is the mean loss of a plain forward pass at the end of an iteration. When it has risen
+    `rises` times in a row, ρ becomes min(rho_factor ρ, rho_max) and, where the widest hidden layer has at least `wide`
+    units, the searches start at start_factor times their start.
+    """
+
+    rho: Number = 1e-6
+    theta: Number = 1.0  # where the search for W's curvature starts
+    tau: Number = 1.0  # and A's
+    deviation: Number = 0.1  # W, b ~ normal(0, deviation²)
+    rises: int = 3
+    rho_factor: Number = 10.0
+    rho_max: Number = 0.1
+    start_factor: Number = 10.0
+    wide: int = 100
+    fista_steps: int = 500
+    fista_tolerance: Number = 1e-3
+    fista_curvature: Number | None = None
+
+    def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> DLADMMState:
+        """W and b normal, Z and A by a forward pass, Z_L = +1 for the true class and −1 elsewhere, u = 0.
+
+        start: any of `weight`, `bias` (L tensors each), `z` (L), `a` (L − 1) and `u` (1), shaped as in the state.
+        Raises ValueError for another network than Linear, ReLU, …, Linear with biases, for a loss whose FISTA step is
+        not known or would diverge, and for hyperparameters that are not positive.
+        """
+        known(start, ("weight", "bias", "z", "a", "u"))
+        self._check(problem.loss, len(seeds))
+        theta = problem.initial(seeds)
+        layers = linear_layers(problem.blocks, theta, "dladmm")
+        if any("bias" not in layer for layer in layers):
+            raise ValueError("optimizer: dladmm supports fully connected ReLU networks with a bias in every layer")
+        self._draw(layers, seeds)
+        put("weight", [layer["weight"] for layer in layers], start)
+        put("bias", [layer["bias"] for layer in layers], start)
+
+        x = problem.x.flatten(1)
+        z, a = _forward(layers, x)
+        z[-1].copy_(torch.where(problem.y == 0, -1.0, 1.0))
+        u = [torch.zeros_like(z[-1])]
+        for name, variables in (("z", z), ("a", a), ("u", u)):
+            put(name, variables, start)
+
+        rho, theta_start, tau_start = (self._number(name, z[0]) for name in ("rho", "theta", "tau"))
+        state = DLADMMState(
+            seeds=tuple(seeds),
+            iteration=0,
+            theta=theta,
+            z=z,
+            a=a,
+            u=u,
+            error=[torch.empty_like(v) for v in z],
+            gram=[(x.T @ x)[None]],
+            rho=rho,
+            theta_start=theta_start,
+            tau_start=tau_start,
+            cost=torch.full_like(rho, math.inf),
+            rises=torch.zeros_like(rho),
+            accepted_theta=[theta_start[:, None].repeat(1, 2) for _ in z],
+            accepted_tau=[tau_start[:, None].repeat(1, 2) for _ in a],
+        )
+        sweep = _Sweep(self, problem, state)
+        for layer in range(1, len(z) + 1):
+            sweep.evaluate_error(layer)
+        sweep.add_dual_to_error()
+        return state
+
+    def step(self, problem: Problem, state: DLADMMState) -> DLADMMState:
+        """Algorithm 1: one iteration, and the schedule of ρ, θ and τ."""
+        sweep, last = _Sweep(self, problem, state), len(state.z)
+        for layer in range(last, 0, -1):
+            sweep.update_z(layer)
+            sweep.update_b(layer)
+            sweep.update_w(layer, BACKWARD)
+            if layer > 1:
+                sweep.update_a(layer - 1, BACKWARD)
+        for layer in range(1, last + 1):
+            sweep.update_w(layer, FORWARD)
+            sweep.update_b(layer)
+            sweep.update_z(layer)
+            if layer < last:
+                sweep.update_a(layer, FORWARD)
+        sweep.update_u()
+        self._schedule(state, sweep.training_cost())
+        sweep.add_dual_to_error()
+        state.iteration += 1
+        return state
+
+    def parameters(self, state: DLADMMState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: DLADMMState) -> dict[str, Tensor]:
+        """`residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖, the last constraint's is the one with a dual; `theta_l` and
+        `tau_l`, accepted in the last forward sweep; `rho`."""
+        values = {"rho": state.rho.clone()}
+        layers = linear_layers(problem.blocks, state.theta, "dladmm")
+        for number, (z, error) in enumerate(zip(state.z, state.error, strict=True), start=1):
+            if number == len(state.z):  # its error contains the dual
+                before = state.a[-1] if state.a else problem.x.flatten(1).expand(len(z), -1, -1)
+                error = _linear(layers[-1], before) - z
+            values[f"residual_{number}"] = (_square(error) / _square(z)).sqrt()
+        for name, accepted in (("theta", state.accepted_theta), ("tau", state.accepted_tau)):
+            for number, curvature in enumerate(accepted, start=1):
+                values[f"{name}_{number}"] = curvature[:, FORWARD].clone()
+        return values
+
+    def curvature(self, loss: Loss) -> Number:
+        """FISTA's L, the inverse of its step. Raises ValueError where it is not known."""
+        if self.fista_curvature is not None:
+            return self.fista_curvature
+        if isinstance(loss, CrossEntropy):
+            return 0.25 * loss.scale
+        if isinstance(loss, SquaredError):
+            return loss.scale
+        raise ValueError(
+            f"optimizer.fista_curvature: null is for cross_entropy and squared_error; give a number for "
+            f"{type(loss).__name__}, the largest second derivative"
+        )
+
+    def _check(self, loss: Loss, replicas: int) -> None:
+        for name in ("rises", "wide", "fista_steps"):
+            at_least_one(name, getattr(self, name))
+        curvature = _per_replica("fista_curvature", self.curvature(loss), replicas)
+        if isinstance(loss, SquaredError) and not bool((curvature >= loss.scale).all()):
+            raise ValueError(
+                f"optimizer.fista_curvature: {self.fista_curvature} is below {loss.scale}, the scale of squared_error, "
+                "where FISTA diverges; use null"
+            )
+        for name in ("rho", "theta", "tau", "rho_factor", "rho_max", "start_factor"):
+            if not bool((_per_replica(name, getattr(self, name), replicas) > 0).all()):
+                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive")
+
+    def _number(self, name: str, like: Tensor) -> Tensor:
+        """A hyperparameter [S]."""
+        return _per_replica(name, getattr(self, name), len(like)).to(like)
+
+    def _draw(self, layers: Sequence[Views], seeds: Sequence[int]) -> None:
+        deviations = _per_replica("deviation", self.deviation, len(seeds))
+        for number, layer in enumerate(layers, start=1):
+            for name, parameter in layer.items():
+                for replica, seed, deviation in zip(parameter, seeds, deviations, strict=True):
+                    random = generator(seed, name, number)
+                    replica.copy_(torch.randn(replica.shape, dtype=replica.dtype, generator=random).mul_(deviation))
+
+    def _schedule(self, state: DLADMMState, cost: Tensor) -> None:
+        state.rises.copy_(torch.where(cost > state.cost, state.rises + 1.0, 0.0))
+        state.cost.copy_(cost)
+        rise = state.rises >= self.rises
+        raised = torch.minimum(self._number("rho_factor", cost) * state.rho, self._number("rho_max", cost))
+        state.rho.copy_(torch.where(rise, raised, state.rho))
+        if max((a.shape[2] for a in state.a), default=0) >= self.wide:
+            factor = torch.where(rise, self._number("start_factor", cost), 1.0)
+            state.theta_start *= factor
+            state.tau_start *= factor
+
+
+class _Sweep:
+    """One iteration of `DLADMM` on a state; layers are numbered l = 1..L, lists start at 0."""
+
+    def __init__(self, options: DLADMM, problem: Problem, state: DLADMMState) -> None:
+        self.options, self.problem, self.state = options, problem, state
+        self.layers = linear_layers(problem.blocks, state.theta, "dladmm")
+        self.x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)  # not copied
+        self.rho = _column(state.rho)
+        self._buffers: dict[str, Tensor] = {}
+        self._pulled: dict[int, Tensor] = {}  # E_{l+1} W_{l+1}, from the backward to the forward update of A_l
+        self._first_gradient = torch.empty(0)  # of φ_1, from one update of W_1 to the next
+
+    def update_w(self, layer: int, sweep: int) -> None:
+        """One step of 1/θ for W_l; G here is ∇φ/ρ = Eᵀ A."""
+        before, weight, error = self._before(layer), self.layers[layer - 1]["weight"], self.state.error[layer - 1]
+        if layer == 1:
+            # G and ‖X Gᵀ‖² = ⟨G XᵀX, G⟩ of both sweeps by one pass over the data: nothing else moves in between.
+            gradient = torch.bmm(error.mT, before) if sweep == BACKWARD else self._first_gradient
+            image = torch.bmm(gradient, self.state.gram[0].expand(len(gradient), -1, -1))
+            square = (image.flatten(1) * gradient.flatten(1)).sum(1)
+        else:
+            gradient = torch.bmm(error.mT, before)
+            image = torch.bmm(before, gradient.mT, out=self._buffer("image", error))
+            square = _square(image)
+        theta = _doubled(self.state.theta_start, self.state.rho * square / _square(gradient))
+        self.state.accepted_theta[layer - 1][:, sweep] = theta
+        step = _column(self.state.rho / theta).neg_()
+        weight.addcmul_(gradient, step)
+        if layer > 1:
+            error.addcmul_(image, step)  # by linearity
+        elif sweep == BACKWARD:
+            self._first_gradient = gradient.addcmul_(image, step)
+        else:
+            self.evaluate_error(1)
+            if len(self.state.z) == 1:
+                self.add_dual_to_error()
+
+    def update_a(self, layer: int, sweep: int) -> None:
+        """One step of 1/τ for A_l on φ_{l+1} + ρ/2 ‖A_l − relu(Z_l)‖²; G here is the gradient over ρ."""
+        a, error, weight = self.state.a[layer - 1], self.state.error[layer], self.layers[layer]["weight"]
+        narrows = weight.shape[1] < weight.shape[2]
+        pulled = self._pulled.pop(layer) if layer in self._pulled else torch.bmm(error, weight)  # E_{l+1} W
+        relu = torch.clamp(self.state.z[layer - 1], min=0.0, out=self._buffer("image", a))
+        gradient = torch.add(pulled, a, out=self._buffer("gradient", a)).sub_(relu)
+        image = self._buffer("image", a if sweep == BACKWARD and not narrows else error)
+        if narrows:
+            square = _square(torch.bmm(gradient, weight.mT, out=image))
+        elif sweep == BACKWARD:
+            # G WᵀW gives ‖G Wᵀ‖² too, and corrects E_{l+1} W, in which nothing else moves before the forward sweep.
+            torch.bmm(gradient, torch.bmm(weight.mT, weight), out=image)
+            square = torch.linalg.vecdot(gradient.flatten(1), image.flatten(1))
+        else:
+            square = self._square_of_image(gradient, weight, image)
+        tau = _doubled(self.state.tau_start, self.state.rho * (square / _square(gradient) + 1.0))
+        self.state.accepted_tau[layer - 1][:, sweep] = tau
+        step = _column(self.state.rho / tau).neg_()
+        a.addcmul_(gradient, step)
+        if narrows:
+            error.addcmul_(image, step)  # by linearity
+        elif sweep == BACKWARD:
+            self._pulled[layer] = pulled.addcmul_(image, step)
+        else:
+            self.evaluate_error(layer + 1)
+            if layer + 1 == len(self.state.z):
+                self.add_dual_to_error()
+
+    def _square_of_image(self, gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """‖G Wᵀ‖², or its bound ‖G‖² ‖W‖², which needs no pass over the data, where that accepts the first τ."""
+        bound = _square(weight)
+        accepts = self.state.rho * (bound + 1.0) <= self.state.tau_start
+        bound *= _square(gradient)
+        return bound if accepts.all() else torch.where(accepts, bound, _square(torch.bmm(gradient, weight.mT, out=out)))
+
+    def update_b(self, layer: int) -> None:
+        """b − (mean over the samples of ∇φ)/ρ."""
+        error = self.state.error[layer - 1]
+        mean = error.mean(1)
+        self.layers[layer - 1]["bias"].sub_(mean)
+        error.sub_(mean.unsqueeze(1))
+
+    def update_z(self, layer: int) -> None:
+        """The minimiser of φ_l + ρ/2 ‖A_l − relu(Z_l)‖², or for the last layer FISTA's point."""
+        z, target = self.state.z[layer - 1], self.state.error[layer - 1]
+        target.add_(z)  # A_{l−1} W_lᵀ + b_l − u_l/ρ
+        if layer == len(self.state.z):
+            z.copy_(self._fista(z, target))
+        else:
+            a = self.state.a[layer - 1]
+            # (m + a)/2 is the minimiser where m + min(a, (√2 − 1) a) > 0, see `relu_prox`; elsewhere min(m, 0).
+            gate = torch.mul(a, math.sqrt(2.0) - 1.0, out=self._buffer("gradient", a))
+            torch.minimum(gate, a, out=gate).add_(target)
+            negative = torch.clamp(target, max=0.0, out=self._buffer("image", a))
+            # Not by torch.where, whose branch for each element is slow.
+            _keep(torch.add(target, a, out=z).mul_(0.5), gate, out=z)
+            z.add_(negative.sub_(_keep(negative, gate, out=gate)))
+        target.sub_(z)
+
+    def update_u(self) -> None:
+        """u + ρ (Z_L − A_{L−1} W_Lᵀ − b_L); leaves the last error without its dual."""
+        self.evaluate_error(len(self.state.z))
+        self.state.u[0].sub_(self.rho * self.state.error[-1])
+
+    def evaluate_error(self, layer: int) -> None:
+        """A_{l−1} W_lᵀ + b_l − Z_l, afresh."""
+        views, error = self.layers[layer - 1], self.state.error[layer - 1]
+        torch.bmm(self._before(layer), views["weight"].mT, out=error)
+        error.add_(views["bias"].unsqueeze(1)).sub_(self.state.z[layer - 1])
+
+    def add_dual_to_error(self) -> None:
+        self.state.error[-1].sub_(self.state.u[0] / self.rho)
+
+    def training_cost(self) -> Tensor:
+        """The mean loss of a plain forward pass, [S], whose first layer is already known: Z_1 + E_1 (without dual)."""
+        samples, total = len(self.problem.x), torch.zeros_like(self.state.rho)
+        for first in range(0, samples, _SLICE):
+            part = slice(first, min(first + _SLICE, samples))
+            z = self.state.z[0][:, part] + self.state.error[0][:, part]
+            for views in self.layers[1:]:
+                z = _linear(views, z.relu_())
+            total += self.problem.loss.value(z, self.problem.y[part]).sum(1)
+        return total.div_(samples)
+
+    def _fista(self, z: Tensor, target: Tensor) -> Tensor:
+        """Minimises J(z) + ρ/2 ‖z − target‖², from z. Samples are columns here, for fast sums over the classes."""
+        options, loss = self.options, self.problem.loss
+        curvature = _column(_per_replica("fista_curvature", options.curvature(loss), len(z)).to(z))
+        tolerance = options._number("fista_tolerance", z)
+        z, target, y = z.mT.contiguous(), target.mT.contiguous(), self.problem.y.mT.contiguous()
+        result, proximal, momentum = torch.empty_like(z), z, 1.0
+        before = torch.full_like(self.state.rho, math.inf)
+        running = torch.ones_like(before, dtype=torch.bool)
+        pull, total = self.rho * target, self.rho + curvature
+        for _ in range(options.fista_steps):
+            value, gradient = _value_and_gradient(loss, z, y)
+            value += 0.5 * self.state.rho * _square(z - target)
+            # A replica stops by itself and goes on without effect; one that has diverged stops too.
+            stops = running & ~((value - before).abs() >= tolerance)
+            if stops.any():
+                result[stops] = z[stops]
+                running &= ~stops
+                if not running.any():
+                    return result.mT
+            before, old, last_momentum = value, proximal, momentum
+            momentum = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * momentum**2))
+            proximal = (z * curvature).sub_(gradient).add_(pull).div_(total)
+            z = torch.lerp(proximal, old, (1.0 - last_momentum) / momentum)
+        result[running] = z[running]
+        return result.mT
+
+    def _before(self, layer: int) -> Tensor:
+        """A_{l−1}, where A_0 = X."""
+        return self.x if layer == 1 else self.state.a[layer - 2]
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """A tensor of that shape, to be overwritten; those of one name share their memory."""
+        if name not in self._buffers:
+            self._buffers[name] = like.new_empty(max(v.numel() for v in self.state.z))
+        return self._buffers[name][: like.numel()].view(like.shape)
+
+
+def _value_and_gradient(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """J summed over samples [S] and its gradient [S, C, N], for z [S, C, N] and y [C, N]."""
+    if isinstance(loss, CrossEntropy):  # both need the same exponentials
+        log_p = torch.log_softmax(z, 1)
+        return (log_p * y).sum((1, 2)).mul_(-loss.scale), log_p.exp_().sub_(y).mul_(loss.scale)
+    return loss.value(z.mT, y.mT).sum(1), loss.gradient(z.mT, y.mT).mT
+
+
+def _keep(value: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+    """`value` where gate > 0, else 0."""
+    kept: Tensor = torch.ops.aten.threshold_backward.grad_input(value, gate, 0.0, grad_input=out)
+    return kept
+
+
+def _doubled(start: Tensor, least: Tensor) -> Tensor:
+    """The first of start, 2 start, 4 start, … that is at least `least`; start for NaN. All [S]."""
+    value = start.clone()
+    while (less := least > value).any():
+        value = torch.where(less, 2.0 * value, value)
+    return value
+
+
+def _forward(layers: Sequence[Views], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Z_1..Z_L and A_1..A_{L−1} of x [N, d_0]."""
+    z = [_linear(layers[0], x.expand(len(layers[0]["weight"]), -1, -1))]
+    a: list[Tensor] = []
+    for views in layers[1:]:
+        a.append(z[-1].relu())
+        z.append(_linear(views, a[-1]))
+    return z, a
+
+
+def _linear(views: Views, before: Tensor) -> Tensor:
+    return torch.baddbmm(views["bias"].unsqueeze(1), before, views["weight"].mT)
+
+
+def _per_replica(name: str, value: Number, replicas: int) -> Tensor:
+    """A hyperparameter, [S] in float64. Raises ValueError that names it for another number of values."""
+    return torch.as_tensor(per_replica(name, value, replicas), dtype=torch.float64).expand(replicas).clone()
+
+
+def _square(value: Tensor) -> Tensor:
+    """‖·‖² of each replica, [S]."""
+    norm: Tensor = torch.linalg.vector_norm(value, dim=(1, 2))
+    return norm.square_()
+
+
+def _column(value: Tensor) -> Tensor:
+    """[S] as [S, 1, 1]."""
+    return value.view(-1, 1, 1)

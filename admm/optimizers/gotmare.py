@@ -1,0 +1,120 @@
+"""BlockProp (Gotmare, Thomas, Brea & Jaggi 2018, "Decoupling backpropagation using constrained optimization methods"):
+blocks that are held together by a quadratic penalty on gluing variables, without dual variables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters
+from admm.minibatches import check_batch_size, minibatches, rows
+from admm.optimizers.coupling import Chain
+from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
+from admm.optimizers.rules import SGD, Adam, Rule
+from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, per_replica, schedule
+
+
+@dataclass
+class GotmareState:
+    """theta: parameters [S, P]. moments: the Θ rule's, [S, P] each (Adam's count of steps is [S])."""
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    moments: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Gotmare:
+    """BlockProp on mini-batches: with gluing variables z_1..z_{T−1}, z_0 = x, and J summed over the mini-batch,
+
+        J(block_T(z_{T−1}), y) + Σ_{t<T} ρ/2 ‖z_t − block_t(z_{t−1})‖²
+
+    z starts with a forward pass and takes `z_rounds` rounds of steps `z_update`, each from z_{T−1} to z_1, of size
+    `z_step` ζ (with a schedule, or one a gluing variable); then each block takes one step `update` of size `theta_step`
+    on its own term's mean over the mini-batch. An iteration is an epoch. For any network, cut into any blocks, and any
+    loss with a gradient; one block is back-propagation.
+    """
+
+    iterations: int  # the schedules' horizon
+    theta_step: Value  # η
+    z_step: BlockValue = 1.0  # ζ
+    rho: Number = 1.0
+    batch_size: int = 64
+    z_rounds: int = 1
+    z_update: Rule = field(default_factory=SGD)
+    update: Rule = field(default_factory=Adam)
+
+    def init(self, problem: Problem, seeds: Sequence[int]) -> GotmareState:
+        """Θ by the problem's initialisation. Raises ValueError that names a hyperparameter."""
+        check_batch_size(self.batch_size, len(problem.x))
+        at_least_one("z_rounds", self.z_rounds)
+        self._schedules(len(problem.blocks), len(seeds))
+        self._penalty(problem.x, len(seeds))
+        theta = problem.initial(seeds)
+        return GotmareState(tuple(seeds), 0, theta, self.update.init(theta.flat))
+
+    def step(self, problem: Problem, state: GotmareState) -> GotmareState:
+        blocks, replicas = problem.blocks, len(state.seeds)
+        theta_step, z_steps = self._schedules(len(blocks), replicas)
+        gradient = blocks.parameters(torch.empty_like(state.theta.flat))
+        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, problem.x.device)
+        for number, batch in enumerate(batches):
+            progress = (state.iteration + number / len(batches)) / self.iterations
+            terms = _Terms(problem, state, batch, self._penalty(problem.x, replicas))
+            self._update_z(terms, [at(progress) for at in z_steps])
+            for t in range(1, len(blocks) + 1):
+                terms.chain.pull_back(t, terms.by_output(t).div_(batch.shape[1]), into=gradient)
+            self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
+        state.iteration += 1
+        return state
+
+    def parameters(self, state: GotmareState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
+        """The spectral norms `sigma_t`."""
+        return spectral_norms(problem, state.theta)
+
+    def _update_z(self, terms: _Terms, steps: Sequence[float | Tensor]) -> None:
+        """Rounds from z_{T−1} to z_1, each with the newest neighbours; moments are a mini-batch's own."""
+        chain, gluing = terms.chain, range(len(steps), 0, -1)
+        moments = [self.z_update.init(z.flatten(1)) for z in chain.z[:-1]]
+        for _ in range(self.z_rounds):
+            for t in gluing:
+                pulled = chain.pull_back(t + 1, terms.by_output(t + 1))
+                assert pulled is not None
+                gradient = pulled.sub_(terms.by_output(t))
+                z = chain.z[t - 1].clone(memory_format=torch.contiguous_format)
+                self.z_update.apply(z.flatten(1), gradient.flatten(1), moments[t - 1], steps[t - 1])
+                chain.move(t, z)
+
+    def _schedules(self, blocks: int, replicas: int) -> tuple[Schedule, list[Schedule]]:
+        """Of Θ's step, and of ζ_1..ζ_{T−1}."""
+        z_steps = [schedule("z_step", value, replicas) for value in block_values("z_step", self.z_step, blocks - 1)]
+        return schedule("theta_step", self.theta_step, replicas), z_steps
+
+    def _penalty(self, like: Tensor, replicas: int) -> Tensor:
+        """ρ, [S]."""
+        rho = torch.as_tensor(per_replica("rho", self.rho, replicas), dtype=torch.float64)
+        if not bool((rho > 0).all()):
+            raise ValueError(f"optimizer.rho: {self.rho} is not positive")
+        return rho.to(like).expand(replicas)
+
+
+class _Terms:
+    """The terms of a mini-batch: ρ/2 ‖z_t − block_t(z_{t−1})‖² of block t < T, and J of the last block."""
+
+    def __init__(self, problem: Problem, state: GotmareState, batch: Tensor, rho: Tensor) -> None:
+        self.chain = Chain(problem.blocks, state.theta, rows(problem.x, batch))  # z by a forward pass
+        self.loss, self.y, self.rho = problem.loss, rows(problem.y, batch), rho
+
+    def by_output(self, t: int) -> Tensor:
+        """Derivative of block t's own term by block_t(z_{t−1}), in a new tensor; by z_t it is the negative."""
+        if t == len(self.chain.blocks):
+            return self.loss.gradient(self.chain.output(t), self.y)
+        residual = self.chain.residual(t)
+        return residual.mul_(-broadcast(self.rho, residual))

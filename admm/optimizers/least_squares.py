@@ -1,0 +1,114 @@
+"""Exact least-squares updates that algorithms with closed-form steps share: regressions and activations.
+
+Sums over samples are taken slice by slice, so that what lies between two products stays in the processor's cache.
+Systems are factored in float64; a Gram matrix to which only a small ridge is added has to be summed in float64 too, as
+the rounding error of a float32 one would exceed the ridge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def slices(samples: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` samples."""
+    for start in range(0, samples, size):
+        yield slice(start, min(start + size, samples))
+
+
+class Scratch:
+    """Memory for a slice's temporaries, by name, taken again and again: fresh memory costs more than the arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor, which is valid until the name is taken again."""
+        size, buffer = math.prod(shape), self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = self._like.new_empty(size, dtype=dtype)
+        return buffer[:size].view(*shape)
+
+
+def zero_gram(replicas: int, inputs: int, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[S, m, m], for `add_gram`; m is the inputs and, for an intercept, one more."""
+    return torch.zeros(replicas, inputs, inputs, dtype=dtype, device=like.device)
+
+
+def add_gram(gram: Tensor, a: Tensor, scratch: Scratch) -> None:
+    """gram += aᵀa of a [S, n, d], in gram's dtype; with a further column of ones if gram is [S, d + 1, d + 1]."""
+    features = a.shape[-1]
+    columns = a if a.dtype == gram.dtype else scratch.take("gram", a.shape, gram.dtype).copy_(a)
+    gram[:, :features, :features].baddbmm_(columns.mT, columns)
+    if gram.shape[1] > features:
+        sums = columns.sum(1)
+        gram[:, features, :features] += sums
+        gram[:, :features, features] += sums
+        gram[:, features, features] += a.shape[1]
+
+
+def add_cross(cross: Tensor, a: Tensor, target: Tensor) -> None:
+    """cross += aᵀ target, [S, m, d'], of samples a [S, n, d] and target [S, n, d']; m as in `add_gram`."""
+    features = a.shape[-1]
+    cross[:, :features].baddbmm_(a.mT, target)
+    if cross.shape[1] > features:
+        cross[:, features] += target.sum(1)
+
+
+def factorise(gram: Tensor, ridge: Tensor, epsilon: float) -> Tensor:
+    """Cholesky factor [S, m, m] in float64 of gram + ridge I; `ridge` is [S, 1].
+
+    Where this matrix is singular to the precision `epsilon` (a column of which less than mε is not in the span of those
+    before it), epsilon · trace is added to its diagonal as well. No exception for the NaN of a diverged replica.
+    """
+    gram = gram.to(torch.float64, copy=True)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += ridge.to(gram)
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    own = factor.diagonal(dim1=-2, dim2=-1).square()
+    singular = (failed > 0) | (own <= gram.shape[-1] * epsilon * diagonal).any(-1)
+    if singular.any():
+        diagonal += torch.where(singular, epsilon * diagonal.sum(-1), 0.0).unsqueeze(-1)
+        factor, _ = torch.linalg.cholesky_ex(gram)
+    return factor
+
+
+def regress(factor: Tensor, cross: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Solve factor factorᵀ [Wᵀ; bᵀ] = cross for W [S, d', d] and, if cross has a row for it, b [S, d']; in place."""
+    solution = torch.cholesky_solve(cross.to(factor), factor)
+    weight.copy_(solution[:, : weight.shape[-1]].mT)
+    if bias is not None:
+        bias.copy_(solution[:, -1])
+
+
+def gain(weight: Tensor, ratio: float | Tensor) -> Tensor:
+    """K = (ratio I + W Wᵀ)⁻¹ W, [S, d', d], of W [S, d', d] and ratio > 0, a number or [S, 1, 1], for the exact update
+
+    argmin_A ½‖T − A Wᵀ‖² + ratio/2 ‖A − R‖² = R + (T − R Wᵀ) K,
+
+    which is (ratio R + T W)(ratio I + WᵀW)⁻¹ by the matrix inversion lemma, and cheaper where d' < d.
+    """
+    w = weight.double()
+    system = torch.bmm(w, w.mT)
+    system.diagonal(dim1=-2, dim2=-1).add_(ratio if isinstance(ratio, float) else ratio.squeeze(-1))
+    factor, _ = torch.linalg.cholesky_ex(system)
+    return torch.cholesky_solve(w, factor).to(weight)
+
+
+def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> None:
+    """`fully_connected.relu_prox(p, q, ratio)` into p; q and spare, of p's shape, are overwritten.
+
+    z⁺ = (p + ratio q)/(1 + ratio) is the minimiser where p > max(−ratio q, −(√(1 + ratio) − 1) q).
+    """
+    torch.mul(q, 1.0 - (1.0 + ratio) ** 0.5, out=spare)
+    q.mul_(-ratio)
+    torch.maximum(q, spare, out=spare)
+    better = p > spare
+    torch.sub(p, q, out=q).mul_(1.0 / (1.0 + ratio))
+    torch.where(better, q, p.clamp_(max=0.0), out=p)

@@ -1,0 +1,237 @@
+"""Standard ADMM for fully connected ReLU networks (paper, supplement A, Algorithm 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters, Views
+from admm.minibatches import generator
+from admm.optimizers.fully_connected import Start, known, linear_layers, put
+from admm.optimizers.least_squares import (
+    Scratch,
+    add_cross,
+    add_gram,
+    factorise,
+    gain,
+    regress,
+    relu_prox_,
+    slices,
+    zero_gram,
+)
+from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
+from admm.schedules import Number, broadcast, per_replica
+
+_NAME = "standard_admm"
+_EPSILON = torch.finfo(torch.float64).eps
+
+
+@dataclass
+class StandardADMMState:
+    """The variables of Eq. 11 for L layers, N samples, S replicas.
+
+    theta: parameters [S, P]. z, u: pre-activations Z_l and their scaled duals U_l, L tensors [S, N, d_l] each.
+    a, v: activations A_l and their scaled duals V_l, L − 1 tensors [S, N, d_l] each. factor: the Cholesky factor of
+    W_1's ridge regression, [S, d_0 + 1, d_0 + 1] in float64, which never changes.
+    """
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    z: list[Tensor]
+    a: list[Tensor]
+    u: list[Tensor]
+    v: list[Tensor]
+    factor: Tensor
+
+
+@dataclass(frozen=True)
+class StandardADMM:
+    """Algorithm 3 on Eq. 11, every step an exact minimiser; J is the sum over the samples and has a prox.
+
+    The intercept is an extra column of ones in A_{l−1}, so that W_l and b_l are one ridge regression, with the penalty
+    λ‖[W_l b_l]‖² on both. `start_from="uniform"`: all variables ~ U(0, spread) (§4.1). "forward": the problem's own
+    initialisation, Z and A by a forward pass, duals 0.
+
+    Starting variables, for `init`: `weight` [S, d_l, d_{l−1}], `bias` [S, d_l], `z`, `u` [S, N, d_l], l = 1..L, and
+    `a`, `v` [S, N, d_l], l = 1..L−1. (W and b are overwritten first.)
+    """
+
+    beta: Number = 10.0
+    gamma: Number = 10.0
+    weight_decay: Number = 5e-5  # λ
+    start_from: Literal["uniform", "forward"] = "uniform"
+    spread: Number = 1e-4
+    slice_size: int = 1000  # samples that a sweep holds in the processor's cache at a time
+
+    def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> StandardADMMState:
+        """Raises ValueError for other networks, a layer without bias, a loss without prox, or a wrong value."""
+        theta = problem.initial(seeds)
+        layers = linear_layers(problem.blocks, theta, _NAME)
+        self._check(problem, layers, len(seeds))
+        known(start, ("weight", "bias", "z", "a", "u", "v"))
+        x, replicas = problem.x.flatten(1), len(seeds)
+        z = [x.new_zeros(replicas, len(x), layer["bias"].shape[1]) for layer in layers]
+        a, u, v = ([torch.zeros_like(t) for t in variables] for variables in (z[:-1], z, z[:-1]))
+        variables = {name: [layer[name] for layer in layers] for name in ("weight", "bias")}
+        variables |= {"z": z, "a": a, "u": u, "v": v}
+        if self.start_from == "uniform":
+            self._draw(variables, seeds)
+        else:
+            self._forward(x, layers, z, a)
+        for name, values in variables.items():
+            put(name, values, start)
+        return StandardADMMState(tuple(seeds), 0, theta, z, a, u, v, self._factor(x, replicas))
+
+    def step(self, problem: Problem, state: StandardADMMState) -> StandardADMMState:
+        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        scratch = Scratch(x)
+        self._update_weights(x, layers, state, scratch)
+        beta, gamma = (broadcast(per_replica(n, getattr(self, n), len(x)), x) for n in ("beta", "gamma"))
+        gains = [gain(layer["weight"], gamma / beta) for layer in layers[1:]]
+        for part in slices(x.shape[1], self.slice_size):
+            self._update_samples(problem, x, layers, state, part, beta, gamma / beta, gains, scratch)
+        state.iteration += 1
+        return state
+
+    def parameters(self, state: StandardADMMState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: StandardADMMState) -> dict[str, Tensor]:
+        """By layer, `residual_l` = ‖Z_l − W_l A_{l−1} − b_l‖/‖Z_l‖, `dual_rms_l` = rms(U_l), and for l < L
+        `activation_residual_l` = ‖A_l − h(Z_l)‖/‖A_l‖, `activation_dual_rms_l` = rms(V_l); `sigma_t`."""
+        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        before = [problem.x.flatten(1).expand(len(state.seeds), -1, -1), *state.a]
+        values = {}
+        for number, (layer, inputs, z) in enumerate(zip(layers, before, state.z, strict=True), start=1):
+            square, activation_square = torch.zeros(2, len(state.seeds)).to(z)
+            for part in slices(z.shape[1], self.slice_size):
+                square += _square(z[:, part] - _affine(layer, inputs[:, part]))
+                if number <= len(state.a):
+                    activation_square += _square(state.a[number - 1][:, part] - z[:, part].relu())
+            values[f"residual_{number}"] = (square / _square(z)).sqrt()
+            values[f"dual_rms_{number}"] = _rms(state.u[number - 1])
+            if number <= len(state.a):
+                values[f"activation_residual_{number}"] = (activation_square / _square(state.a[number - 1])).sqrt()
+                values[f"activation_dual_rms_{number}"] = _rms(state.v[number - 1])
+        return values | spectral_norms(problem, state.theta)
+
+    def _update_weights(self, x: Tensor, layers: list[Views], state: StandardADMMState, scratch: Scratch) -> None:
+        """W_l, b_l = argmin β/2 ‖Z_l + U_l − [A_{l−1} 1][W_l b_l]ᵀ‖² + λ‖[W_l b_l]‖² for all l (Alg. 3, first loop)."""
+        before, replicas = [x, *state.a], len(state.seeds)
+        cross = [x.new_zeros(replicas, a.shape[2] + 1, z.shape[2]) for a, z in zip(before, state.z, strict=True)]
+        grams = [zero_gram(replicas, a.shape[2] + 1, x) for a in state.a]
+        for part in slices(x.shape[1], self.slice_size):
+            for own, a, z, u in zip(cross, before, state.z, state.u, strict=True):
+                target = torch.add(z[:, part], u[:, part], out=scratch.take("target", z[:, part].shape))
+                add_cross(own, a[:, part], target)
+            for gram, a in zip(grams, state.a, strict=True):
+                add_gram(gram, a[:, part], scratch)
+        factors = [state.factor, *(factorise(gram, self._ridge(replicas), _EPSILON) for gram in grams)]
+        for layer, factor, own in zip(layers, factors, cross, strict=True):
+            regress(factor, own, layer["weight"], layer["bias"])
+
+    def _update_samples(
+        self,
+        problem: Problem,
+        x: Tensor,
+        layers: list[Views],
+        state: StandardADMMState,
+        part: slice,
+        beta: float | Tensor,
+        ratio: float | Tensor,
+        gains: list[Tensor],
+        scratch: Scratch,
+    ) -> None:
+        """Z_l, A_l and then Z_L, with the duals (Alg. 3, second and third loop): of other samples they depend on Θ
+        alone, and no U_l is read again after Z_l and A_{l−1}, no V_l after A_l, so that each dual follows at once."""
+        before = x[:, part]
+        for number, layer in enumerate(layers):
+            z, u = state.z[number][:, part], state.u[number][:, part]
+            target = _affine(layer, before, scratch.take("target", z.shape)).sub_(u)  # W_l A_{l−1} + b_l − U_l
+            if number == len(layers) - 1:
+                z.copy_(problem.loss.prox(target, problem.y[part], beta))
+            else:
+                a, v = state.a[number][:, part], state.v[number][:, part]
+                anchor = torch.add(a, v, out=scratch.take("anchor", z.shape))
+                relu_prox_(z.copy_(target), anchor, ratio, scratch.take("gap", z.shape))  # argmin P_l + Q_l
+                torch.clamp(z, min=0.0, out=anchor).sub_(v)
+                next_z, next_u, following = (
+                    state.z[number + 1][:, part],
+                    state.u[number + 1][:, part],
+                    layers[number + 1],
+                )
+                gap = torch.add(next_z, next_u, out=scratch.take("gap", next_z.shape))
+                gap.sub_(following["bias"].unsqueeze(1)).baddbmm_(anchor, following["weight"].mT, alpha=-1)
+                torch.bmm(gap, gains[number], out=v)  # A_l − anchor, which is V_l + A_l − h(Z_l)
+                torch.add(anchor, v, out=a)  # argmin P_{l+1} + Q_l
+                before = a
+            torch.sub(z, target, out=u)  # U_l + Z_l − W_l A_{l−1} − b_l
+
+    def _factor(self, x: Tensor, replicas: int) -> Tensor:
+        """Of XᵀX + 2λ/β I, with the ones."""
+        gram, scratch = zero_gram(1, x.shape[1] + 1, x), Scratch(x)
+        for part in slices(len(x), self.slice_size):
+            add_gram(gram, x[None, part], scratch)
+        ridge = self._ridge(replicas)
+        return factorise(gram.expand(len(ridge), -1, -1), ridge, _EPSILON).expand(replicas, -1, -1).contiguous()
+
+    def _ridge(self, replicas: int) -> Tensor:
+        """2λ/β, [S, 1], or [1, 1] where all replicas have the same."""
+        values = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
+        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in values)
+        return 2.0 * weight_decay / beta
+
+    def _draw(self, variables: dict[str, list[Tensor]], seeds: Sequence[int]) -> None:
+        spread = (
+            torch.as_tensor(per_replica("spread", self.spread, len(seeds)), dtype=torch.float64)
+            .expand(len(seeds))
+            .tolist()
+        )
+        for name, tensors in variables.items():
+            for number, tensor in enumerate(tensors, start=1):
+                for replica, seed, width in zip(tensor, seeds, spread, strict=True):
+                    draw = torch.empty_like(replica, device="cpu")
+                    replica.copy_(draw.uniform_(0.0, width, generator=generator(seed, f"{_NAME} {name}", number)))
+
+    def _forward(self, x: Tensor, layers: list[Views], z: list[Tensor], a: list[Tensor]) -> None:
+        for part in slices(len(x), self.slice_size):
+            before = x[part].expand(len(z[0]), -1, -1)
+            for number, layer in enumerate(layers):
+                z[number][:, part] = _affine(layer, before)
+                if number < len(a):
+                    a[number][:, part] = before = z[number][:, part].relu()
+
+    def _check(self, problem: Problem, layers: list[Views], replicas: int) -> None:
+        one_of("start_from", self.start_from, ("uniform", "forward"))
+        at_least_one("slice_size", self.slice_size)
+        for name in ("beta", "gamma", "weight_decay", "spread"):
+            value = torch.as_tensor(per_replica(name, getattr(self, name), replicas))
+            if name in ("beta", "gamma") and not bool((value > 0).all()):
+                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive (Algorithm 3)")
+        if not all("bias" in layer for layer in layers):
+            raise ValueError(f"optimizer: {_NAME} supports layers with a bias only (the intercept of its regressions)")
+        if not callable(getattr(problem.loss, "prox", None)):
+            raise ValueError(
+                f"loss: {type(problem.loss).__name__} has no prox; {_NAME} supports losses with one: "
+                "squared_error, cross_entropy, hinge"
+            )
+
+
+def _affine(layer: Views, a: Tensor, out: Tensor | None = None) -> Tensor:
+    """A Wᵀ + b, [S, n, d'], in a new tensor or in `out`."""
+    return torch.baddbmm(layer["bias"].unsqueeze(1), a, layer["weight"].mT, out=out)
+
+
+def _square(t: Tensor) -> Tensor:
+    """‖t‖² of each replica, [S]."""
+    return t.flatten(1).square().sum(1)
+
+
+def _rms(t: Tensor) -> Tensor:
+    return (_square(t) / t[0].numel()).sqrt()

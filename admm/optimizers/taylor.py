@@ -1,0 +1,217 @@
+"""ADMM with one multiplier for fully connected ReLU networks (Taylor et al. 2016, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters, Views
+from admm.minibatches import generator
+from admm.optimizers.fully_connected import Start, known, linear_layers, put
+from admm.optimizers.least_squares import (
+    Scratch,
+    add_cross,
+    add_gram,
+    factorise,
+    gain,
+    regress,
+    relu_prox_,
+    slices,
+    zero_gram,
+)
+from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
+from admm.schedules import Number, broadcast, per_replica
+
+_NAME = "taylor"
+
+
+@dataclass
+class TaylorState:
+    """The variables for L layers, N samples, S replicas.
+
+    theta: parameters [S, P], all biases 0. z: pre-activations Z_l, L tensors [S, N, d_l]. a: activations A_l, L − 1
+    tensors [S, N, d_l]. multiplier: Λ [S, N, d_L]. factor: the Cholesky factor of XᵀX, [S, d_0, d_0] in float64, which
+    never changes.
+    """
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    z: list[Tensor]
+    a: list[Tensor]
+    multiplier: Tensor
+    factor: Tensor
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Algorithm 1 of Taylor et al. 2016 ("Training neural networks without gradients: a scalable ADMM approach") on
+
+    J(Z_L, Y) + ⟨Z_L, Λ⟩ + β‖Z_L − A_{L−1}W_Lᵀ‖² + Σ_{l<L} [γ‖A_l − h(Z_l)‖² + β‖Z_l − A_{l−1}W_lᵀ‖²],
+
+    with J the sum over the samples, of any loss with a prox. The network has no biases. W_l = Z_lᵀA (AᵀA)⁻¹ with
+    A = A_{l−1}, the authors' transpose reduction of Z_l A†; where AᵀA is singular to the data's precision, a ridge of
+    that precision times its trace stands for the pseudo-inverse. With `weight_decay` λ the objective has λ Σ‖W_l‖² too.
+
+    Λ starts at 0 and stays there for `warm_start` iterations. `start_from="gaussian"`: A_l and Z_l ~ N(0, spread²),
+    W_l by the problem's initialisation; "uniform": A_l, Z_l and W_l ~ U(0, spread) (paper, §4.1).
+
+    Starting variables, for `init`: `weight` [S, d_l, d_{l−1}] and `z` [S, N, d_l], l = 1..L, `a` [S, N, d_l],
+    l = 1..L−1, and `multiplier`, one tensor [S, N, d_L]. (W_1 is overwritten at once.)
+    """
+
+    beta: Number = 1.0
+    gamma: Number = 10.0
+    warm_start: int = 10
+    weight_decay: Number = 0.0  # λ
+    start_from: Literal["gaussian", "uniform"] = "gaussian"
+    spread: Number = 1.0
+    slice_size: int = 1000  # samples that a sweep holds in the processor's cache at a time
+
+    def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> TaylorState:
+        """Raises ValueError for other networks, a loss without prox, or a wrong value."""
+        theta = problem.initial(seeds)
+        layers = linear_layers(problem.blocks, theta, _NAME)
+        self._check(problem, len(seeds))
+        known(start, ("weight", "z", "a", "multiplier"))
+        x, replicas = problem.x.flatten(1), len(seeds)
+        for layer in layers:
+            if "bias" in layer:
+                layer["bias"].zero_()
+        w = [layer["weight"] for layer in layers]
+        z = [x.new_zeros(replicas, len(x), weight.shape[1]) for weight in w]
+        a, multiplier = [torch.zeros_like(t) for t in z[:-1]], torch.zeros_like(z[-1])
+        drawn = {"z": z, "a": a} if self.start_from == "gaussian" else {"z": z, "a": a, "weight": w}
+        self._draw(drawn, seeds)
+        for name, values in {"weight": w, "z": z, "a": a, "multiplier": [multiplier]}.items():
+            put(name, values, start)
+        return TaylorState(tuple(seeds), 0, theta, z, a, multiplier, self._input_factor(x, replicas))
+
+    def step(self, problem: Problem, state: TaylorState) -> TaylorState:
+        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        before = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        factor, cross, scratch = state.factor, _zero_cross(before, state.z[0]), Scratch(before)
+        for part in slices(before.shape[1], self.slice_size):
+            add_cross(cross, before[:, part], state.z[0][:, part])
+        for number, (layer, following) in enumerate(pairwise(layers)):
+            regress(factor, cross, layer["weight"])  # W_l = Z_l A†_{l−1}
+            factor, cross = self._update_hidden(before, layer, following, state, number, scratch)
+            before = state.a[number]
+        regress(factor, cross, layers[-1]["weight"])
+        self._update_last(problem, before, layers[-1], state)
+        state.iteration += 1
+        return state
+
+    def parameters(self, state: TaylorState) -> Parameters:
+        return state.theta
+
+    def diagnostics(self, problem: Problem, state: TaylorState) -> dict[str, Tensor]:
+        """By layer, `residual_l` = ‖Z_l − W_l A_{l−1}‖/‖Z_l‖, and for l < L `activation_residual_l` =
+        ‖A_l − h(Z_l)‖/‖A_l‖; `multiplier_rms` = rms(Λ); `sigma_t`."""
+        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        before = [problem.x.flatten(1).expand(len(state.seeds), -1, -1), *state.a]
+        values = {}
+        for number, (layer, inputs, z) in enumerate(zip(layers, before, state.z, strict=True), start=1):
+            square, activation_square = torch.zeros(2, len(state.seeds)).to(z)
+            for part in slices(z.shape[1], self.slice_size):
+                square += _square(z[:, part] - torch.bmm(inputs[:, part], layer["weight"].mT))
+                if number <= len(state.a):
+                    activation_square += _square(state.a[number - 1][:, part] - z[:, part].relu())
+            values[f"residual_{number}"] = (square / _square(z)).sqrt()
+            if number <= len(state.a):
+                values[f"activation_residual_{number}"] = (activation_square / _square(state.a[number - 1])).sqrt()
+        values["multiplier_rms"] = (_square(state.multiplier) / state.multiplier[0].numel()).sqrt()
+        return values | spectral_norms(problem, state.theta)
+
+    def _update_hidden(
+        self, before: Tensor, layer: Views, following: Views, state: TaylorState, number: int, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """A_l and Z_l, and the factor of A_lᵀA_l and A_lᵀZ_{l+1}, which W_{l+1} will need."""
+        z_all, a_all, next_all = state.z[number], state.a[number], state.z[number + 1]
+        ratio = self._value("gamma", state) / self._value("beta", state)
+        gram, cross = zero_gram(len(a_all), a_all.shape[2], a_all, a_all.dtype), _zero_cross(a_all, next_all)
+        next_gain = gain(following["weight"], ratio)  # of W_{l+1} before its update, as in Algorithm 1
+        for part in slices(z_all.shape[1], self.slice_size):
+            z, a, next_z = z_all[:, part], a_all[:, part], next_all[:, part]
+            activation = torch.clamp(z, min=0.0, out=scratch.take("activation", z.shape))
+            gap = scratch.take("gap", next_z.shape)
+            torch.baddbmm(next_z, activation, following["weight"].mT, alpha=-1, out=gap)
+            torch.baddbmm(activation, gap, next_gain, out=a)
+            torch.bmm(before[:, part], layer["weight"].mT, out=z)
+            relu_prox_(z, activation.copy_(a), ratio, scratch.take("gap", z.shape))
+            add_gram(gram, a, scratch)
+            add_cross(cross, a, next_z)
+        return self._factor(gram, len(state.seeds), a_all.dtype), cross
+
+    def _update_last(self, problem: Problem, before: Tensor, layer: Views, state: TaylorState) -> None:
+        """Z_L, and Λ after the warm start."""
+        beta = self._value("beta", state)
+        for part in slices(before.shape[1], self.slice_size):
+            z, multiplier = state.z[-1][:, part], state.multiplier[:, part]
+            prediction = torch.bmm(before[:, part], layer["weight"].mT)
+            # argmin J + ⟨z, Λ⟩ + β‖z − m‖² = argmin J + 2β/2 ‖z − (m − Λ/2β)‖²
+            z.copy_(problem.loss.prox(prediction - multiplier / (2.0 * beta), problem.y[part], 2.0 * beta))
+            if state.iteration >= self.warm_start:
+                multiplier.add_((z - prediction).mul_(beta))
+
+    def _input_factor(self, x: Tensor, replicas: int) -> Tensor:
+        gram, scratch = zero_gram(1, x.shape[1], x), Scratch(x)
+        for part in slices(len(x), self.slice_size):
+            add_gram(gram, x[None, part], scratch)
+        return self._factor(gram, replicas, x.dtype).expand(replicas, -1, -1).contiguous()
+
+    def _factor(self, gram: Tensor, replicas: int, dtype: torch.dtype) -> Tensor:
+        """Of AᵀA + λ/β I, [S, d, d], or [1, d, d] where gram and λ/β are the same for all replicas."""
+        values = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
+        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in values)
+        ridge = weight_decay / beta
+        return factorise(gram.expand(max(len(gram), len(ridge)), -1, -1), ridge, torch.finfo(dtype).eps)
+
+    def _value(self, name: str, state: TaylorState) -> float | Tensor:
+        """A hyperparameter: a number, or [S, 1, 1]."""
+        return broadcast(per_replica(name, getattr(self, name), len(state.seeds)), state.multiplier)
+
+    def _draw(self, variables: dict[str, list[Tensor]], seeds: Sequence[int]) -> None:
+        spread = (
+            torch.as_tensor(per_replica("spread", self.spread, len(seeds)), dtype=torch.float64)
+            .expand(len(seeds))
+            .tolist()
+        )
+        for name, tensors in variables.items():
+            for number, tensor in enumerate(tensors, start=1):
+                for replica, seed, width in zip(tensor, seeds, spread, strict=True):
+                    random, draw = generator(seed, f"{_NAME} {name}", number), torch.empty_like(replica, device="cpu")
+                    if self.start_from == "gaussian":
+                        replica.copy_(draw.normal_(0.0, width, generator=random))
+                    else:
+                        replica.copy_(draw.uniform_(0.0, width, generator=random))
+
+    def _check(self, problem: Problem, replicas: int) -> None:
+        one_of("start_from", self.start_from, ("gaussian", "uniform"))
+        at_least_one("slice_size", self.slice_size)
+        if not isinstance(self.warm_start, int) or self.warm_start < 0:
+            raise ValueError(f"optimizer.warm_start: {self.warm_start!r} is not a whole number from 0 up")
+        for name in ("beta", "gamma", "weight_decay", "spread"):
+            value = torch.as_tensor(per_replica(name, getattr(self, name), replicas))
+            if name in ("beta", "gamma") and not bool((value > 0).all()):
+                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive")
+        if not callable(getattr(problem.loss, "prox", None)):
+            raise ValueError(
+                f"loss: {type(problem.loss).__name__} has no prox; {_NAME} supports losses with one: "
+                "squared_error, hinge, cross_entropy"
+            )
+
+
+def _zero_cross(a: Tensor, target: Tensor) -> Tensor:
+    """[S, d, d'], for `add_cross`."""
+    return a.new_zeros(len(target), a.shape[2], target.shape[2])
+
+
+def _square(t: Tensor) -> Tensor:
+    """‖t‖² of each replica, [S]."""
+    return t.flatten(1).square().sum(1)

@@ -1,0 +1,185 @@
+"""A literal transcription of dlADMM's updates (Wang et al. 2019, KDD), as its authors evaluate them.
+
+One replica, samples are columns. Nothing is kept: every update evaluates its own products, and each trial of the two
+searches evaluates the objective and the quadratic model from the data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Variables:
+    """w, b, z: L tensors [d_l, d_{l−1}], [d_l, 1], [d_l, N]; a: L − 1 tensors [d_l, N]; u: [C, N]."""
+
+    w: list[Tensor]
+    b: list[Tensor]
+    z: list[Tensor]
+    a: list[Tensor]
+    u: Tensor
+    rho: float = 1e-6
+    theta: float = 1.0
+    tau: float = 1.0
+    costs: list[float] = field(default_factory=list)
+    accepted_theta: list[float] = field(default_factory=list)  # of the last iteration, in its order
+    accepted_tau: list[float] = field(default_factory=list)
+
+
+def iterate(v: Variables, x: Tensor, y: Tensor, loss: str = "cross_entropy", step: float = 4.0) -> None:
+    """One iteration in place. x: [d_0, N], y: one-hot [C, N]. step: FISTA's, 4 in the authors' program."""
+    last = len(v.w) - 1
+    v.accepted_theta, v.accepted_tau = [], []
+
+    def before(i: int) -> Tensor:
+        return x if i == 0 else v.a[i - 1]
+
+    def dual(i: int) -> Tensor | float:
+        return v.u if i == last else 0.0
+
+    def z_step(i: int) -> None:
+        if i == last:
+            v.z[i] = fista(before(i), v.w[i], v.b[i], v.z[i], v.u, y, v.rho, loss, step)
+        else:
+            v.z[i] = z_minimiser(before(i), v.w[i], v.b[i], v.a[i])
+
+    def b_step(i: int) -> None:
+        gradient = v.rho * (v.w[i] @ before(i) + v.b[i] - v.z[i] - dual(i) / v.rho)
+        v.b[i] = v.b[i] - gradient.mean(1, keepdim=True) / v.rho
+
+    def w_step(i: int) -> None:
+        v.w[i], theta = w_search(before(i), v.w[i], v.b[i], v.z[i], dual(i), v.rho, v.theta)
+        v.accepted_theta.append(theta)
+
+    def a_step(i: int) -> None:
+        v.a[i], tau = a_search(v.a[i], v.w[i + 1], v.b[i + 1], v.z[i + 1], dual(i + 1), v.z[i], v.rho, v.tau)
+        v.accepted_tau.append(tau)
+
+    for i in range(last, -1, -1):
+        z_step(i)
+        b_step(i)
+        w_step(i)
+        if i > 0:
+            a_step(i - 1)
+    for i in range(last + 1):
+        w_step(i)
+        b_step(i)
+        z_step(i)
+        if i < last:
+            a_step(i)
+    v.u = v.u + v.rho * (v.z[last] - v.w[last] @ before(last) - v.b[last])
+    schedule(v, x, y, loss)
+
+
+def schedule(v: Variables, x: Tensor, y: Tensor, loss: str) -> None:
+    output = x
+    for i, (w, b) in enumerate(zip(v.w, v.b, strict=True)):
+        output = w @ (output if i == 0 else output.clamp(min=0)) + b
+    v.costs.append(float(value(output, y, loss) / y.shape[1]))
+    c = v.costs[-4:]
+    if len(c) == 4 and c[0] < c[1] < c[2] < c[3]:
+        v.rho = min(10 * v.rho, 0.1)
+        if v.a and max(a.shape[0] for a in v.a) >= 100:
+            v.theta, v.tau = 10 * v.theta, 10 * v.tau
+
+
+def phi(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
+    residual = z - w @ a - b + u / rho
+    return rho / 2 * (residual * residual).sum()
+
+
+def phi_by_w(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
+    return rho * (w @ a + b - z - u / rho) @ a.T
+
+
+def phi_by_a(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
+    return rho * w.T @ (w @ a + b - z - u / rho)
+
+
+def w_search(
+    a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float, theta: float
+) -> tuple[Tensor, float]:
+    """W − ∇φ/θ with the first θ of the doubling search."""
+
+    def model(new: Tensor) -> Tensor:
+        change = new - w
+        linear = (phi_by_w(a, w, b, z, u, rho) * change).sum()
+        return phi(a, w, b, z, u, rho) + linear + (theta * change * change).sum() / 2
+
+    gradient = phi_by_w(a, w, b, z, u, rho)
+    new = w - gradient / theta
+    while phi(a, new, b, z, u, rho) > model(new):
+        theta = 2 * theta
+        new = w - gradient / theta
+    return new, theta
+
+
+def a_search(
+    a: Tensor, w: Tensor, b: Tensor, z_next: Tensor, u: Tensor | float, z: Tensor, rho: float, tau: float
+) -> tuple[Tensor, float]:
+    """A − ∇/τ with the first τ of the doubling search; w, b, z_next, u are the next layer's."""
+
+    def objective(a: Tensor) -> Tensor:
+        return phi(a, w, b, z_next, u, rho) + rho / 2 * ((a - z.clamp(min=0)) * (a - z.clamp(min=0))).sum()
+
+    def gradient() -> Tensor:
+        return phi_by_a(a, w, b, z_next, u, rho) + rho * (a - z.clamp(min=0))
+
+    def model(new: Tensor) -> Tensor:
+        change = new - a
+        return objective(a) + (gradient() * change).sum() + (tau * change * change).sum() / 2
+
+    slope = gradient()
+    new = a - slope / tau
+    while objective(new) > model(new):
+        tau = 2 * tau
+        new = a - slope / tau
+    return new, tau
+
+
+def z_minimiser(before: Tensor, w: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def objective(z: Tensor) -> Tensor:
+        return (z - w @ before - b) * (z - w @ before - b) + (a - z.clamp(min=0)) * (a - z.clamp(min=0))
+
+    m = w @ before + b
+    negative, positive = m.clamp(max=0), ((m + a) / 2).clamp(min=0)
+    return torch.where(objective(negative) > objective(positive), positive, negative)
+
+
+def fista(
+    before: Tensor,
+    w: Tensor,
+    b: Tensor,
+    z: Tensor,
+    u: Tensor,
+    y: Tensor,
+    rho: float,
+    loss: str,
+    step: float,
+    max_steps: int = 500,
+    tolerance: float = 1e-3,
+) -> Tensor:
+    objective, zeta, weight = math.inf, z, 1.0
+    for _ in range(max_steps):
+        last_objective, last_zeta, last_weight = objective, zeta, weight
+        residual = z - w @ before - b + u / rho
+        objective = float(value(z, y, loss) + rho / 2 * (residual * residual).sum())
+        if abs(objective - last_objective) < tolerance:
+            break
+        weight = (1 + math.sqrt(1 + 4 * weight * weight)) / 2
+        gamma = (1 - last_weight) / weight
+        gradient = torch.softmax(z, 0) - y if loss == "cross_entropy" else z - y
+        zeta = (rho * (w @ before + b - u / rho) + (z - step * gradient) / step) / (rho + 1 / step)
+        z = (1 - gamma) * zeta + gamma * last_zeta
+    return z
+
+
+def value(z: Tensor, y: Tensor, loss: str) -> Tensor:
+    """Summed over the samples. The authors' softmax clips what overflows; this one cannot overflow."""
+    if loss == "cross_entropy":
+        return -(y * torch.log_softmax(z, 0)).sum()
+    return ((z - y) * (z - y)).sum() / 2
