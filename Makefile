@@ -32,6 +32,7 @@ figures: env ## redraw every figure and table from results/ alone
 
 bench: env ## measure speed and memory into results/bench.csv (on an idle machine)
 	$(BIN)/python -m scripts.bench
+	$(BIN)/python -m scripts.bench_rivals
 
 clean: ## remove .venv and caches, keep data/, results/ and outputs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

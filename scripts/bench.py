@@ -160,14 +160,14 @@ def block_admm_flops(optimizer: BlockADMM, problem: Problem) -> float:
     return len(problem.x) * 2.0 * (forward + rounds + theta + dual + inverses)
 
 
-def turns(*tasks: Task) -> list[list[float]]:
-    """Seconds of each task in `TURNS` turns, after one uncounted turn."""
+def turns(*tasks: Task, counted: int = TURNS, uncounted: int = 1) -> list[list[float]]:
+    """Seconds of each task in `counted` turns, after `uncounted` ones."""
     times: list[list[float]] = [[] for _ in tasks]
-    for turn in range(TURNS + 1):
+    for turn in range(uncounted + counted):
         for own, task in zip(times, tasks, strict=True):
             start = time.perf_counter()
             task()
-            if turn:
+            if turn >= uncounted:
                 own.append(time.perf_counter() - start)
     return times
 

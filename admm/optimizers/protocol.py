@@ -88,7 +88,9 @@ def _overwrite(value: Any, saved: Any, name: str) -> None:
         if value.shape != saved.shape:
             raise ValueError(f"checkpoint: {name} has shape {list(saved.shape)}, expected {list(value.shape)}")
         value.copy_(saved)
-    elif isinstance(value, list) and len(value) == len(saved):
+    elif isinstance(value, list):
+        if len(value) != len(saved):
+            raise ValueError(f"checkpoint: {name} has {len(saved)} entries, expected {len(value)}")
         for item, other in zip(value, saved, strict=True):
             _overwrite(item, other, name)
     elif _plain(value) != saved:
