@@ -1,9 +1,9 @@
-"""Mini-batches without replacement: each replica shuffles the samples by itself, once an epoch."""
+"""Parts of the samples: mini-batches without replacement, shuffled by each replica once an epoch, and slices."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -36,3 +36,9 @@ def check_batch_size(batch_size: int, samples: int) -> None:
 def rows(data: Tensor, indices: Tensor) -> Tensor:
     """Samples of shared data [N, ...] for each replica's indices [S, B]: [S, B, ...]."""
     return data.index_select(0, indices.flatten()).view(*indices.shape, *data.shape[1:])
+
+
+def slices(samples: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` samples."""
+    for start in range(0, samples, size):
+        yield slice(start, min(start + size, samples))

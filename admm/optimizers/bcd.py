@@ -3,14 +3,15 @@ descent in deep learning"): the network's pre-activations and activations are va
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Parameters, Views
-from admm.optimizers.fully_connected import Start, known, linear_layers, put, relu_prox
+from admm.minibatches import slices
+from admm.optimizers.fully_connected import Start, known, linear_layers, pre_activation, put, relu_prox
 from admm.optimizers.protocol import Problem, spectral_norms
 from admm.schedules import Number, per_replica
 
@@ -68,9 +69,9 @@ class BCD:
         v = [torch.empty_like(values) for values in u]
         state = BCDState(tuple(seeds), 0, theta, u, v, problem.x.new_empty(0))
         x_gram = _zero_gram(layers[0]["weight"])
-        for part in _slices(problem):
+        for part in slices(len(problem.x), _SLICE):
             for number, layer in enumerate(layers, start=1):
-                u[number - 1][:, part] = _affine(layer, _before(problem, state, number, part))
+                u[number - 1][:, part] = pre_activation(layer, _before(problem, state, number, part))
                 v[number - 1][:, part] = u[number - 1][:, part].relu() if number < len(u) else u[-1][:, part]
             _add_gram(x_gram, _before(problem, state, 1, part))
         put("u", u, start)
@@ -102,11 +103,11 @@ class BCD:
         layers = linear_layers(problem.blocks, state.theta, "bcd")
         affine, activation = (problem.x.new_zeros(len(layers), len(state.seeds)).double() for _ in range(2))
         loss = affine.new_zeros(len(state.seeds))
-        for part in _slices(problem):
+        for part in slices(len(problem.x), _SLICE):
             loss += problem.loss.value(state.v[-1][:, part], problem.y[part]).sum(1)
             for number, layer in enumerate(layers, start=1):
                 u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
-                affine[number - 1] += _square(u - _affine(layer, _before(problem, state, number, part)))
+                affine[number - 1] += _square(u - pre_activation(layer, _before(problem, state, number, part)))
                 activation[number - 1] += _square(v - (u.relu() if number < len(layers) else u))
         values = {"objective": loss + 0.5 * (gamma * activation.sum(0) + rho * affine.sum(0))}
         for number, (u, v) in enumerate(zip(state.u, state.v, strict=True), start=1):
@@ -134,13 +135,13 @@ class BCD:
             gain = _activation_gain(above["weight"], gamma, rho)
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
         gram = _zero_gram(weight) if number > 1 else None
-        for part in _slices(problem):
+        for part in slices(len(problem.x), _SLICE):
             before, u, v = (
                 _before(problem, state, number, part),
                 state.u[number - 1][:, part],
                 state.v[number - 1][:, part],
             )
-            affine = _affine(layer, before)
+            affine = pre_activation(layer, before)
             if last:
                 # V_L = argmin J(V) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_L‖²; U_L = (γ V_L + ρ (W_L V_{L−1} + b_L))/(γ + ρ)
                 v.copy_(problem.loss.prox((gamma * u + alpha * v) / (gamma + alpha), problem.y[part], gamma + alpha))
@@ -149,7 +150,7 @@ class BCD:
                 # V_l = (ρ WᵀW + γ I)⁻¹ (ρ Wᵀ(U_{l+1} − b) + γ h) with W = W_{l+1}, b = b_{l+1}, h = relu(U_l), which is
                 # h + (ρ WᵀW + γ I)⁻¹ ρ Wᵀ (U_{l+1} − b − W h)
                 hidden = u.relu()
-                torch.baddbmm(hidden, _affine(above, hidden).neg_().add_(state.u[number][:, part]), gain, out=v)
+                torch.baddbmm(hidden, pre_activation(above, hidden).neg_().add_(state.u[number][:, part]), gain, out=v)
                 # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
                 u.copy_(relu_prox(torch.lerp(u, affine, rho / (rho + alpha)), v, gamma / (rho + alpha)))
             residual = affine.neg_().add_(u)
@@ -166,22 +167,12 @@ class BCD:
         bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
 
 
-def _slices(problem: Problem) -> Iterator[slice]:
-    for start in range(0, len(problem.x), _SLICE):
-        yield slice(start, min(start + _SLICE, len(problem.x)))
-
-
 def _before(problem: Problem, state: BCDState, number: int, part: slice) -> Tensor:
     """V_{l−1} of a slice of samples, [S, n, d_{l−1}]; all replicas share V_0 = X."""
     if number > 1:
         return state.v[number - 2][:, part]
     x = problem.x[part].flatten(1)
     return x.expand(len(state.seeds), *x.shape)
-
-
-def _affine(layer: Views, before: Tensor) -> Tensor:
-    """V_{l−1} W_lᵀ + b_l in a new tensor [S, n, d_l]."""
-    return torch.baddbmm(layer["bias"].unsqueeze(1), before, layer["weight"].mT)
 
 
 def _activation_gain(weight: Tensor, gamma: Tensor, rho: Tensor) -> Tensor:

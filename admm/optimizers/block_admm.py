@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, generator, minibatches, rows
+from admm.minibatches import check_batch_size, generator, minibatches, rows, slices
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
@@ -96,7 +96,7 @@ class BlockADMM:
         self.z_update.check(problem.blocks, theta)
         self._schedules(len(problem.blocks), len(seeds))
         z: list[Tensor] = []
-        for part in self._slices(problem):
+        for part in slices(len(problem.x), self.slice_size):
             chain = Chain(problem.blocks, theta, problem.x[part].expand(len(seeds), *problem.x[part].shape))
             z = z or [o.new_empty(len(seeds), len(problem.x), *o.shape[2:]) for o in chain.z]
             for whole, values in zip(z, chain.z, strict=True):
@@ -136,7 +136,7 @@ class BlockADMM:
         gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
         square = torch.zeros_like(state.beta)
-        for part in self._slices(problem):
+        for part in slices(len(problem.x), self.slice_size):
             x = problem.x[part].expand(len(state.seeds), *problem.x[part].shape)
             chain = Chain(problem.blocks, theta, x, [z[:, part] for z in state.z])
             multiplier = [broadcast(b, u) * u[:, part] for b, u in zip(state.beta, state.u, strict=True)]
@@ -174,10 +174,6 @@ class BlockADMM:
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
 
-    def _slices(self, problem: Problem) -> Iterator[slice]:
-        for start in range(0, len(problem.x), self.slice_size):
-            yield slice(start, start + self.slice_size)
-
     def _initial_dual(self, z: Tensor, seeds: Sequence[int], t: int) -> Tensor:
         u = torch.zeros_like(z)
         if self.dual_init:
@@ -212,12 +208,12 @@ class _Sweep:
     def batch(self) -> Tensor:
         """Algorithm 1 as printed. Returns ‖h‖ [S] as `AdaptivePenalty` defines it."""
         options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
-        slices = list(options._slices(self.problem))
+        parts = list(slices(samples, options.slice_size))
         passes = math.ceil(options.theta_passes)
         for primal in range(options.primal_rounds):
             self._begin(primal / options.primal_rounds)
             self._evaluate_curvature()
-            for part in slices:
+            for part in parts:
                 visit = self._view(part)
                 if primal == 0:
                     self._refresh(visit)
@@ -233,7 +229,7 @@ class _Sweep:
             ]
             for batch in batches[: math.ceil(options.theta_passes / passes * len(batches))]:
                 self._update_theta(self._gather(batch))
-        return self._norm([self._update_dual(self._view(part)) for part in slices])
+        return self._norm([self._update_dual(self._view(part)) for part in parts])
 
     def minibatches(self) -> Tensor:
         """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one. Returns ‖h‖ [S]."""

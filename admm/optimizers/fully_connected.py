@@ -55,6 +55,11 @@ def known(start: Mapping[str, Any] | None, names: Sequence[str]) -> None:
         raise ValueError(f"start: no variable {sorted(unknown)}; the variables are {', '.join(names)}")
 
 
+def pre_activation(layer: Views, a: Tensor, out: Tensor | None = None) -> Tensor:
+    """Z = A Wᵀ + b [S, n, d_l] of A [S, n, d_{l−1}], in a new tensor or in `out`."""
+    return torch.baddbmm(layer["bias"].unsqueeze(1), a, layer["weight"].mT, out=out)
+
+
 def relu_prox(p: Tensor, q: Tensor, ratio: float | Tensor) -> Tensor:
     """argmin_z ½ (z − p)² + ratio/2 (q − max(z, 0))² of each element, for ratio > 0; the negative one of two minima.
 

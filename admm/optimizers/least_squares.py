@@ -8,16 +8,10 @@ the rounding error of a float32 one would exceed the ridge.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def slices(samples: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` samples."""
-    for start in range(0, samples, size):
-        yield slice(start, min(start + size, samples))
 
 
 class Scratch:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters, Views
-from admm.minibatches import generator
-from admm.optimizers.fully_connected import Start, known, linear_layers, put
+from admm.minibatches import generator, slices
+from admm.optimizers.fully_connected import Start, known, linear_layers, pre_activation, put
 from admm.optimizers.least_squares import (
     Scratch,
     add_cross,
@@ -20,7 +20,6 @@ from admm.optimizers.least_squares import (
     gain,
     regress,
     relu_prox_,
-    slices,
     zero_gram,
 )
 from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
@@ -111,7 +110,7 @@ class StandardADMM:
         for number, (layer, inputs, z) in enumerate(zip(layers, before, state.z, strict=True), start=1):
             square, activation_square = torch.zeros(2, len(state.seeds)).to(z)
             for part in slices(z.shape[1], self.slice_size):
-                square += _square(z[:, part] - _affine(layer, inputs[:, part]))
+                square += _square(z[:, part] - pre_activation(layer, inputs[:, part]))
                 if number <= len(state.a):
                     activation_square += _square(state.a[number - 1][:, part] - z[:, part].relu())
             values[f"residual_{number}"] = (square / _square(z)).sqrt()
@@ -153,7 +152,7 @@ class StandardADMM:
         before = x[:, part]
         for number, layer in enumerate(layers):
             z, u = state.z[number][:, part], state.u[number][:, part]
-            target = _affine(layer, before, scratch.take("target", z.shape)).sub_(u)  # W_l A_{l−1} + b_l − U_l
+            target = pre_activation(layer, before, scratch.take("target", z.shape)).sub_(u)  # W_l A_{l−1} + b_l − U_l
             if number == len(layers) - 1:
                 z.copy_(problem.loss.prox(target, problem.y[part], beta))
             else:
@@ -203,7 +202,7 @@ class StandardADMM:
         for part in slices(len(x), self.slice_size):
             before = x[part].expand(len(z[0]), -1, -1)
             for number, layer in enumerate(layers):
-                z[number][:, part] = _affine(layer, before)
+                z[number][:, part] = pre_activation(layer, before)
                 if number < len(a):
                     a[number][:, part] = before = z[number][:, part].relu()
 
@@ -221,11 +220,6 @@ class StandardADMM:
                 f"loss: {type(problem.loss).__name__} has no prox; {_NAME} supports losses with one: "
                 "squared_error, cross_entropy, hinge"
             )
-
-
-def _affine(layer: Views, a: Tensor, out: Tensor | None = None) -> Tensor:
-    """A Wᵀ + b, [S, n, d'], in a new tensor or in `out`."""
-    return torch.baddbmm(layer["bias"].unsqueeze(1), a, layer["weight"].mT, out=out)
 
 
 def _square(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters, Views
-from admm.minibatches import generator
+from admm.minibatches import generator, slices
 from admm.optimizers.fully_connected import Start, known, linear_layers, put
 from admm.optimizers.least_squares import (
     Scratch,
@@ -21,7 +21,6 @@ from admm.optimizers.least_squares import (
     gain,
     regress,
     relu_prox_,
-    slices,
     zero_gram,
 )
 from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
