@@ -56,6 +56,19 @@ def per_replica(name: str, value: Number, replicas: int) -> float | Tensor:
     return _number(name, value)
 
 
+def replica_values(name: str, value: Number, replicas: int) -> Tensor:
+    """[S] in float64, from a number or S of them. Raises ValueError as `per_replica` does."""
+    return torch.as_tensor(per_replica(name, value, replicas), dtype=torch.float64).expand(replicas).clone()
+
+
+def positive(name: str, value: Number, replicas: int) -> Tensor:
+    """As `replica_values`. Raises ValueError that names the hyperparameter also where one is 0."""
+    numbers = replica_values(name, value, replicas)
+    if not bool((numbers > 0).all()):
+        raise ValueError(f"optimizer.{name}: {value} is not positive")
+    return numbers
+
+
 def _number(name: str, value: object) -> float:
     if isinstance(value, int | float) and value >= 0:
         return float(value)

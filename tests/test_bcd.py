@@ -14,7 +14,6 @@ from admm.losses import CrossEntropy, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 from admm.optimizers.bcd import BCD
-from admm.optimizers.fully_connected import relu_prox
 from admm.optimizers.protocol import restore, save
 from scripts.literal import bcd as literal
 
@@ -177,20 +176,6 @@ def test_the_literal_transcription_has_the_same_iterates(depth):
                 assert float((a[0] - b).norm() / b.norm()) < 1e-8
 
 
-@pytest.mark.parametrize("rho, gamma, alpha", [(1.0, 1.0, 5.0), (2.0, 0.3, 0.1), (0.2, 3.0, 1.0)])
-def test_the_preactivations_are_global_minimisers_by_the_authors_cases_too(rho, gamma, alpha):
-    v, merged = (0.1 * t.flatten() for t in torch.meshgrid(*[torch.arange(-31.0, 32.0).double()] * 2, indexing="ij"))
-    ratio = torch.tensor(gamma / (rho + alpha), dtype=torch.float64)
-    ours, theirs = relu_prox(merged, v, ratio), literal.relu_prox(v, merged, float(1.0 / ratio))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    grid = torch.linspace(-4.0, 4.0, 8001, dtype=torch.float64)[:, None]
-
-    def value(z: Tensor) -> Tensor:
-        return (z - merged) ** 2 + ratio * (v - z.relu()) ** 2
-
-    assert (value(ours) <= value(grid).amin(0) + 1e-12).all()
-
-
 LOSSES = [SquaredError(), CrossEntropy()]
 
 
@@ -291,7 +276,7 @@ def test_it_refuses_what_it_cannot_do(conv_problem):
     problem = make()
     with pytest.raises(ValueError, match=r"bcd supports fully connected ReLU networks .*, not Conv2d, Tanh, GroupNorm"):
         OPTIMIZER.init(conv_problem(), SEEDS)
-    with pytest.raises(ValueError, match="loss: bcd supports losses with a prox, which object has not"):
+    with pytest.raises(ValueError, match="loss: object has no prox; bcd supports losses with one"):
         OPTIMIZER.init(replace(problem, loss=object()), SEEDS)
     for name in PENALTIES:
         with pytest.raises(ValueError, match=rf"optimizer\.{name}: \(1.0, 0.0, 1.0\) is not positive"):

@@ -11,9 +11,20 @@ from torch import Tensor
 
 from admm.blocks import Parameters, Views
 from admm.minibatches import slices
-from admm.optimizers.fully_connected import Start, known, linear_layers, pre_activation, put, relu_prox
+from admm.optimizers.fully_connected import (
+    Start,
+    check_prox,
+    known,
+    linear_layers,
+    pre_activation,
+    put,
+    relative_residuals,
+    relu_prox_,
+    square_residuals,
+)
+from admm.optimizers.least_squares import gain
 from admm.optimizers.protocol import Problem, spectral_norms
-from admm.schedules import Number, per_replica
+from admm.schedules import Number, positive
 
 _SLICE = 2000  # samples that are visited at a time: their temporaries stay in the processor's cache
 _PANEL = 192  # columns of a symmetric product at a time: of 1500, 0.56 of its entries are computed
@@ -56,8 +67,7 @@ class BCD:
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> BCDState:
         """Raises ValueError for another network, a loss without a prox, or a value that is not positive."""
         known(start, ("weight", "bias", "u", "v"))
-        if not callable(getattr(problem.loss, "prox", None)):
-            raise ValueError(f"loss: bcd supports losses with a prox, which {type(problem.loss).__name__} has not")
+        check_prox(problem.loss, "bcd")
         replicas = len(seeds)
         _, rho, alpha = self._penalties(problem, replicas)
         theta = problem.initial(seeds)
@@ -97,33 +107,25 @@ class BCD:
         return state.theta
 
     def diagnostics(self, problem: Problem, state: BCDState) -> dict[str, Tensor]:
-        """`objective`; by layer `residual_l` = ‖U_l − V_{l−1} W_lᵀ − b_l‖/‖U_l‖ and `activation_residual_l` =
-        ‖V_l − relu(U_l)‖/‖V_l‖ (of the last layer, without relu); and `sigma_t`."""
+        """`objective`, `residual_l` and `activation_residual_l` (see `relative_residuals`) by layer, and `sigma_t`."""
         gamma, rho, _ = (p.flatten() for p in self._penalties(problem, len(state.seeds)))
         layers = linear_layers(problem.blocks, state.theta, "bcd")
-        affine, activation = (problem.x.new_zeros(len(layers), len(state.seeds)).double() for _ in range(2))
-        loss = affine.new_zeros(len(state.seeds))
-        for part in slices(len(problem.x), _SLICE):
-            loss += problem.loss.value(state.v[-1][:, part], problem.y[part]).sum(1)
-            for number, layer in enumerate(layers, start=1):
-                u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
-                affine[number - 1] += _square(u - pre_activation(layer, _before(problem, state, number, part)))
-                activation[number - 1] += _square(v - (u.relu() if number < len(layers) else u))
-        values = {"objective": loss + 0.5 * (gamma * activation.sum(0) + rho * affine.sum(0))}
-        for number, (u, v) in enumerate(zip(state.u, state.v, strict=True), start=1):
-            values[f"residual_{number}"] = (affine[number - 1] / _square(u)).sqrt()
-            values[f"activation_residual_{number}"] = (activation[number - 1] / _square(v)).sqrt()
-        return values | spectral_norms(problem, state.theta)
+        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        affine, activation = square_residuals(x, layers, state.u, state.v, _SLICE)
+        loss = problem.loss.value(state.v[-1], problem.y).sum(1, dtype=torch.float64)
+        return {
+            "objective": loss + 0.5 * (gamma * activation.sum(0) + rho * affine.sum(0)),
+            **relative_residuals(affine, activation, state.u, state.v),
+            **spectral_norms(problem, state.theta),
+        }
 
     def _penalties(self, problem: Problem, replicas: int) -> tuple[Tensor, Tensor, Tensor]:
         """γ, ρ and α, each [S, 1, 1]. Raises ValueError that names one that is not positive."""
-        values = []
-        for name in ("gamma", "rho", "alpha"):
-            value = torch.as_tensor(per_replica(name, getattr(self, name), replicas), dtype=torch.float64)
-            if not bool((value > 0).all()):
-                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive")
-            values.append(value.expand(replicas).to(problem.x).view(-1, 1, 1))
-        return values[0], values[1], values[2]
+        gamma, rho, alpha = (
+            positive(name, getattr(self, name), replicas).to(problem.x).view(-1, 1, 1)
+            for name in ("gamma", "rho", "alpha")
+        )
+        return gamma, rho, alpha
 
     def _update_layer(self, problem: Problem, state: BCDState, layers: list[Views], number: int) -> None:
         """V_l, U_l, and W_l and b_l."""
@@ -132,7 +134,7 @@ class BCD:
         weight, bias = layer["weight"], layer["bias"]
         if not last:
             above = layers[number]
-            gain = _activation_gain(above["weight"], gamma, rho)
+            above_gain = gain(above["weight"], gamma / rho)
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
         gram = _zero_gram(weight) if number > 1 else None
         for part in slices(len(problem.x), _SLICE):
@@ -150,9 +152,11 @@ class BCD:
                 # V_l = (ρ WᵀW + γ I)⁻¹ (ρ Wᵀ(U_{l+1} − b) + γ h) with W = W_{l+1}, b = b_{l+1}, h = relu(U_l), which is
                 # h + (ρ WᵀW + γ I)⁻¹ ρ Wᵀ (U_{l+1} − b − W h)
                 hidden = u.relu()
-                torch.baddbmm(hidden, pre_activation(above, hidden).neg_().add_(state.u[number][:, part]), gain, out=v)
+                gap = pre_activation(above, hidden).neg_().add_(state.u[number][:, part])
+                torch.baddbmm(hidden, gap, above_gain, out=v)
                 # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
-                u.copy_(relu_prox(torch.lerp(u, affine, rho / (rho + alpha)), v, gamma / (rho + alpha)))
+                u.lerp_(affine, rho / (rho + alpha))
+                relu_prox_(u, hidden.copy_(v), gamma / (rho + alpha), torch.empty_like(hidden))
             residual = affine.neg_().add_(u)
             cross.baddbmm_(residual.mT, before)
             total += residual.sum(1)
@@ -175,13 +179,6 @@ def _before(problem: Problem, state: BCDState, number: int, part: slice) -> Tens
     return x.expand(len(state.seeds), *x.shape)
 
 
-def _activation_gain(weight: Tensor, gamma: Tensor, rho: Tensor) -> Tensor:
-    """ρ W (ρ WᵀW + γ I)⁻¹, [S, d_{l+1}, d_l], for the weight W of layer l+1."""
-    system = torch.baddbmm(gamma * torch.eye(weight.shape[2]).to(weight), weight.mT, rho * weight)
-    factor, _ = torch.linalg.cholesky_ex(system)  # no error for the NaN of a diverged replica
-    return torch.cholesky_solve((rho * weight).mT, factor).mT
-
-
 def _zero_gram(weight: Tensor) -> Tensor:
     """For V_{l−1}ᵀV_{l−1}, [S, d_{l−1}, d_{l−1}]; a float32 sum over all samples may not be positive definite."""
     return weight.new_zeros(len(weight), weight.shape[2], weight.shape[2], dtype=torch.float64)
@@ -200,8 +197,3 @@ def _factor(gram: Tensor, rho: Tensor, alpha: Tensor) -> Tensor:
     gram.mul_(rho).diagonal(dim1=1, dim2=2).add_(alpha.squeeze(2))
     factor: Tensor = torch.linalg.cholesky_ex(gram).L  # no error for the NaN of a diverged replica
     return factor
-
-
-def _square(values: Tensor) -> Tensor:
-    """‖·‖² of each replica, [S], in float64."""
-    return values.square().sum((1, 2), dtype=torch.float64)

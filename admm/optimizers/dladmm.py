@@ -11,10 +11,9 @@ from torch import Tensor
 
 from admm.blocks import Parameters, Views
 from admm.losses import CrossEntropy, Loss, SquaredError
-from admm.minibatches import generator
-from admm.optimizers.fully_connected import Start, known, linear_layers, put
+from admm.optimizers.fully_connected import Start, draw, known, linear_layers, pre_activation, put, relu_prox_
 from admm.optimizers.protocol import Problem, at_least_one
-from admm.schedules import Number, per_replica
+from admm.schedules import Number, positive, replica_values
 
 BACKWARD, FORWARD = 0, 1  # the two sweeps of an iteration
 _SLICE = 2000  # samples that the training cost's forward pass holds at a time
@@ -100,7 +99,9 @@ class DLADMM:
         layers = linear_layers(problem.blocks, theta, "dladmm")
         if any("bias" not in layer for layer in layers):
             raise ValueError("optimizer: dladmm supports fully connected ReLU networks with a bias in every layer")
-        self._draw(layers, seeds)
+        deviation = replica_values("deviation", self.deviation, len(seeds))
+        for name in ("weight", "bias"):
+            draw(name, [layer[name] for layer in layers], seeds, deviation, "normal")
         put("weight", [layer["weight"] for layer in layers], start)
         put("bias", [layer["bias"] for layer in layers], start)
 
@@ -167,7 +168,7 @@ class DLADMM:
         for number, (z, error) in enumerate(zip(state.z, state.error, strict=True), start=1):
             if number == len(state.z):  # its error contains the dual
                 before = state.a[-1] if state.a else problem.x.flatten(1).expand(len(z), -1, -1)
-                error = _linear(layers[-1], before) - z
+                error = pre_activation(layers[-1], before) - z
             values[f"residual_{number}"] = (_square(error) / _square(z)).sqrt()
         for name, accepted in (("theta", state.accepted_theta), ("tau", state.accepted_tau)):
             for number, curvature in enumerate(accepted, start=1):
@@ -190,27 +191,18 @@ class DLADMM:
     def _check(self, loss: Loss, replicas: int) -> None:
         for name in ("rises", "wide", "fista_steps"):
             at_least_one(name, getattr(self, name))
-        curvature = _per_replica("fista_curvature", self.curvature(loss), replicas)
+        curvature = replica_values("fista_curvature", self.curvature(loss), replicas)
         if isinstance(loss, SquaredError) and not bool((curvature >= loss.scale).all()):
             raise ValueError(
                 f"optimizer.fista_curvature: {self.fista_curvature} is below {loss.scale}, the scale of squared_error, "
                 "where FISTA diverges; use null"
             )
         for name in ("rho", "theta", "tau", "rho_factor", "rho_max", "start_factor"):
-            if not bool((_per_replica(name, getattr(self, name), replicas) > 0).all()):
-                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive")
+            positive(name, getattr(self, name), replicas)
 
     def _number(self, name: str, like: Tensor) -> Tensor:
         """A hyperparameter [S]."""
-        return _per_replica(name, getattr(self, name), len(like)).to(like)
-
-    def _draw(self, layers: Sequence[Views], seeds: Sequence[int]) -> None:
-        deviations = _per_replica("deviation", self.deviation, len(seeds))
-        for number, layer in enumerate(layers, start=1):
-            for name, parameter in layer.items():
-                for replica, seed, deviation in zip(parameter, seeds, deviations, strict=True):
-                    random = generator(seed, name, number)
-                    replica.copy_(torch.randn(replica.shape, dtype=replica.dtype, generator=random).mul_(deviation))
+        return replica_values(name, getattr(self, name), len(like)).to(like)
 
     def _schedule(self, state: DLADMMState, cost: Tensor) -> None:
         state.rises.copy_(torch.where(cost > state.cost, state.rises + 1.0, 0.0))
@@ -312,13 +304,7 @@ class _Sweep:
             z.copy_(self._fista(z, target))
         else:
             a = self.state.a[layer - 1]
-            # (m + a)/2 is the minimiser where m + min(a, (√2 − 1) a) > 0, see `relu_prox`; elsewhere min(m, 0).
-            gate = torch.mul(a, math.sqrt(2.0) - 1.0, out=self._buffer("gradient", a))
-            torch.minimum(gate, a, out=gate).add_(target)
-            negative = torch.clamp(target, max=0.0, out=self._buffer("image", a))
-            # Not by torch.where, whose branch for each element is slow.
-            _keep(torch.add(target, a, out=z).mul_(0.5), gate, out=z)
-            z.add_(negative.sub_(_keep(negative, gate, out=gate)))
+            relu_prox_(z.copy_(target), self._buffer("gradient", a).copy_(a), 1.0, self._buffer("image", a))
         target.sub_(z)
 
     def update_u(self) -> None:
@@ -342,14 +328,14 @@ class _Sweep:
             part = slice(first, min(first + _SLICE, samples))
             z = self.state.z[0][:, part] + self.state.error[0][:, part]
             for views in self.layers[1:]:
-                z = _linear(views, z.relu_())
+                z = pre_activation(views, z.relu_())
             total += self.problem.loss.value(z, self.problem.y[part]).sum(1)
         return total.div_(samples)
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
         """Minimises J(z) + ρ/2 ‖z − target‖², from z. Samples are columns here, for fast sums over the classes."""
         options, loss = self.options, self.problem.loss
-        curvature = _column(_per_replica("fista_curvature", options.curvature(loss), len(z)).to(z))
+        curvature = _column(replica_values("fista_curvature", options.curvature(loss), len(z)).to(z))
         tolerance = options._number("fista_tolerance", z)
         z, target, y = z.mT.contiguous(), target.mT.contiguous(), self.problem.y.mT.contiguous()
         result, proximal, momentum = torch.empty_like(z), z, 1.0
@@ -392,12 +378,6 @@ def _value_and_gradient(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return loss.value(z.mT, y.mT).sum(1), loss.gradient(z.mT, y.mT).mT
 
 
-def _keep(value: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-    """`value` where gate > 0, else 0."""
-    kept: Tensor = torch.ops.aten.threshold_backward.grad_input(value, gate, 0.0, grad_input=out)
-    return kept
-
-
 def _doubled(start: Tensor, least: Tensor) -> Tensor:
     """The first of start, 2 start, 4 start, … that is at least `least`; start for NaN. All [S]."""
     value = start.clone()
@@ -408,21 +388,12 @@ def _doubled(start: Tensor, least: Tensor) -> Tensor:
 
 def _forward(layers: Sequence[Views], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Z_1..Z_L and A_1..A_{L−1} of x [N, d_0]."""
-    z = [_linear(layers[0], x.expand(len(layers[0]["weight"]), -1, -1))]
+    z = [pre_activation(layers[0], x.expand(len(layers[0]["weight"]), -1, -1))]
     a: list[Tensor] = []
     for views in layers[1:]:
         a.append(z[-1].relu())
-        z.append(_linear(views, a[-1]))
+        z.append(pre_activation(views, a[-1]))
     return z, a
-
-
-def _linear(views: Views, before: Tensor) -> Tensor:
-    return torch.baddbmm(views["bias"].unsqueeze(1), before, views["weight"].mT)
-
-
-def _per_replica(name: str, value: Number, replicas: int) -> Tensor:
-    """A hyperparameter, [S] in float64. Raises ValueError that names it for another number of values."""
-    return torch.as_tensor(per_replica(name, value, replicas), dtype=torch.float64).expand(replicas).clone()
 
 
 def _square(value: Tensor) -> Tensor:

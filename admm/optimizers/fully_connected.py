@@ -1,4 +1,5 @@
-"""What the algorithms for fully connected ReLU networks share: the network's form, starting values, the ReLU's prox.
+"""What the algorithms for fully connected ReLU networks share: the network's form, starting values, the ReLU's prox,
+the constraints' residuals.
 
 Notation: layer l = 1..L has a weight W_l [S, d_l, d_{l−1}] and, if the algorithm knows it, a bias b_l [S, d_l];
 Z_l = A_{l−1} W_lᵀ + b_l is the pre-activation [S, N, d_l], A_l = relu(Z_l), and A_0 = X. Python lists start at 0.
@@ -7,12 +8,14 @@ Z_l = A_{l−1} W_lᵀ + b_l is the pre-activation [S, N, d_l], A_l = relu(Z_l),
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from admm.blocks import Blocks, Parameters, Views, leaves
+from admm.losses import Loss
+from admm.minibatches import generator, slices
 
 Start = Mapping[str, Sequence[Tensor]]  # starting values by the name of a state's variable
 
@@ -55,18 +58,83 @@ def known(start: Mapping[str, Any] | None, names: Sequence[str]) -> None:
         raise ValueError(f"start: no variable {sorted(unknown)}; the variables are {', '.join(names)}")
 
 
+def draw(
+    name: str,
+    variables: Sequence[Tensor],
+    seeds: Sequence[int],
+    spread: Tensor,
+    distribution: Literal["normal", "uniform"],
+) -> None:
+    """Overwrite replica s of each variable by draws from N(0, spread_s²) or U(0, spread_s), each by a generator of its
+    own that follows from the seed and the name."""
+    for number, variable in enumerate(variables, start=1):
+        for replica, seed, width in zip(variable, seeds, spread.tolist(), strict=True):
+            random, drawn = generator(seed, name, number), torch.empty_like(replica, device="cpu")
+            if distribution == "normal":
+                drawn.normal_(0.0, width, generator=random)
+            else:
+                drawn.uniform_(0.0, width, generator=random)
+            replica.copy_(drawn)
+
+
+def check_prox(loss: Loss, algorithm: str) -> None:
+    """Raises ValueError for a loss without a proximal operator."""
+    if not callable(getattr(loss, "prox", None)):
+        raise ValueError(
+            f"loss: {type(loss).__name__} has no prox; {algorithm} supports losses with one: "
+            "squared_error, cross_entropy, hinge"
+        )
+
+
 def pre_activation(layer: Views, a: Tensor, out: Tensor | None = None) -> Tensor:
-    """Z = A Wᵀ + b [S, n, d_l] of A [S, n, d_{l−1}], in a new tensor or in `out`."""
+    """Z = A Wᵀ + b [S, n, d_l] of A [S, n, d_{l−1}], in a new tensor or in `out`; b is 0 if the layer has none."""
+    if "bias" not in layer:
+        return torch.bmm(a, layer["weight"].mT, out=out)
     return torch.baddbmm(layer["bias"].unsqueeze(1), a, layer["weight"].mT, out=out)
 
 
-def relu_prox(p: Tensor, q: Tensor, ratio: float | Tensor) -> Tensor:
-    """argmin_z ½ (z − p)² + ratio/2 (q − max(z, 0))² of each element, for ratio > 0; the negative one of two minima.
+def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> None:
+    """argmin_z ½ (z − p)² + ratio/2 (q − max(z, 0))² of each element, into p; the negative one of two minima.
 
-    On z > 0 the minimiser is z⁺ = (p + ratio q)/(1 + ratio), on z ≤ 0 it is min(p, 0). For p > 0, z⁺ is better wherever
-    it is positive; for p ≤ 0, where p > −(√(1 + ratio) − 1) q, which implies z⁺ > 0.
+    ratio > 0 is a number or [S, 1, 1]; q and spare, of p's shape, are overwritten. On z > 0 the minimiser is
+    z⁺ = (p + ratio q)/(1 + ratio), on z ≤ 0 it is min(p, 0). For p > 0, z⁺ is better wherever it is positive; for
+    p ≤ 0, where p > −(√(1 + ratio) − 1) q, which implies z⁺ > 0.
     """
-    ratio = torch.as_tensor(ratio, dtype=q.dtype, device=q.device)
-    positive = (ratio * q).add_(p).div_(1.0 + ratio).clamp_(min=0.0)
-    chosen = ((1.0 - (1.0 + ratio).sqrt()) * q).clamp_(max=0.0).lt_(p)  # 1 where z⁺ is better, else 0, and p <= 0 there
-    return torch.lerp(p, positive, chosen)  # exactly one of the two, several times faster than torch.where
+    torch.mul(q, 1.0 - (1.0 + ratio) ** 0.5, out=spare).clamp_(max=0.0).lt_(p)  # 1 where z⁺ is better; p ≤ 0 elsewhere
+    q.mul_(ratio).add_(p).mul_(1.0 / (1.0 + ratio)).clamp_(min=0.0)
+    p.lerp_(q, spare)  # exactly one of the two, many times faster than torch.where
+
+
+def square(values: Tensor) -> Tensor:
+    """‖·‖² of each replica, [S], summed in float64."""
+    return values.square().sum(tuple(range(1, values.ndim)), dtype=torch.float64)
+
+
+def square_residuals(
+    x: Tensor, layers: Sequence[Views], z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int
+) -> tuple[Tensor, Tensor]:
+    """‖Z_l − A_{l−1} W_lᵀ − b_l‖² [L, S] and ‖A_l − relu(Z_l)‖² [len(a), S], of an A_L that there is ‖A_L − Z_L‖².
+
+    Of x [S, N, d_0], L tensors z and L − 1 or L tensors a, in float64.
+    """
+    affine, activation = (torch.zeros(len(v), len(x), dtype=torch.float64, device=x.device) for v in (z, a))
+    for part in slices(x.shape[1], slice_size):
+        for number, (layer, before, own) in enumerate(zip(layers, [x, *a], z, strict=False)):
+            own = own[:, part]
+            affine[number] += square(own - pre_activation(layer, before[:, part]))
+            if number < len(a):
+                activation[number] += square(a[number][:, part] - (own.relu() if number + 1 < len(z) else own))
+    return affine, activation
+
+
+def relative_residuals(
+    affine: Tensor, activation: Tensor, z: Sequence[Tensor], a: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """`residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖ and `activation_residual_l` = ‖A_l − relu(Z_l)‖/‖A_l‖, of what
+    `square_residuals` returns."""
+    named = {"residual": (affine, z), "activation_residual": (activation, a)}
+    return {
+        f"{name}_{number}": (own / square(variable)).sqrt()
+        for name, (squares, variables) in named.items()
+        for number, (own, variable) in enumerate(zip(squares, variables, strict=True), start=1)
+    }

@@ -14,7 +14,7 @@ from admm.minibatches import check_batch_size, minibatches, rows
 from admm.optimizers.coupling import Chain
 from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
 from admm.optimizers.rules import SGD, Adam, Rule
-from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, per_replica, schedule
+from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, positive, schedule
 
 
 @dataclass
@@ -99,10 +99,7 @@ class Gotmare:
 
     def _penalty(self, like: Tensor, replicas: int) -> Tensor:
         """ρ, [S]."""
-        rho = torch.as_tensor(per_replica("rho", self.rho, replicas), dtype=torch.float64)
-        if not bool((rho > 0).all()):
-            raise ValueError(f"optimizer.rho: {self.rho} is not positive")
-        return rho.to(like).expand(replicas)
+        return positive("rho", self.rho, replicas).to(like)
 
 
 class _Terms:

@@ -93,16 +93,3 @@ def gain(weight: Tensor, ratio: float | Tensor) -> Tensor:
     system.diagonal(dim1=-2, dim2=-1).add_(ratio if isinstance(ratio, float) else ratio.squeeze(-1))
     factor, _ = torch.linalg.cholesky_ex(system)
     return torch.cholesky_solve(w, factor).to(weight)
-
-
-def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> None:
-    """`fully_connected.relu_prox(p, q, ratio)` into p; q and spare, of p's shape, are overwritten.
-
-    z⁺ = (p + ratio q)/(1 + ratio) is the minimiser where p > max(−ratio q, −(√(1 + ratio) − 1) q).
-    """
-    torch.mul(q, 1.0 - (1.0 + ratio) ** 0.5, out=spare)
-    q.mul_(-ratio)
-    torch.maximum(q, spare, out=spare)
-    better = p > spare
-    torch.sub(p, q, out=q).mul_(1.0 / (1.0 + ratio))
-    torch.where(better, q, p.clamp_(max=0.0), out=p)

@@ -10,8 +10,20 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters, Views
-from admm.minibatches import generator, slices
-from admm.optimizers.fully_connected import Start, known, linear_layers, pre_activation, put
+from admm.minibatches import slices
+from admm.optimizers.fully_connected import (
+    Start,
+    check_prox,
+    draw,
+    known,
+    linear_layers,
+    pre_activation,
+    put,
+    relative_residuals,
+    relu_prox_,
+    square,
+    square_residuals,
+)
 from admm.optimizers.least_squares import (
     Scratch,
     add_cross,
@@ -19,11 +31,10 @@ from admm.optimizers.least_squares import (
     factorise,
     gain,
     regress,
-    relu_prox_,
     zero_gram,
 )
 from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
-from admm.schedules import Number, broadcast, per_replica
+from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "standard_admm"
 _EPSILON = torch.finfo(torch.float64).eps
@@ -72,6 +83,7 @@ class StandardADMM:
         theta = problem.initial(seeds)
         layers = linear_layers(problem.blocks, theta, _NAME)
         self._check(problem, layers, len(seeds))
+        spread = replica_values("spread", self.spread, len(seeds))
         known(start, ("weight", "bias", "z", "a", "u", "v"))
         x, replicas = problem.x.flatten(1), len(seeds)
         z = [x.new_zeros(replicas, len(x), layer["bias"].shape[1]) for layer in layers]
@@ -79,11 +91,12 @@ class StandardADMM:
         variables = {name: [layer[name] for layer in layers] for name in ("weight", "bias")}
         variables |= {"z": z, "a": a, "u": u, "v": v}
         if self.start_from == "uniform":
-            self._draw(variables, seeds)
+            for name, tensors in variables.items():
+                draw(f"{_NAME} {name}", tensors, seeds, spread, "uniform")
         else:
             self._forward(x, layers, z, a)
-        for name, values in variables.items():
-            put(name, values, start)
+        for name, tensors in variables.items():
+            put(name, tensors, start)
         return StandardADMMState(tuple(seeds), 0, theta, z, a, u, v, self._factor(x, replicas))
 
     def step(self, problem: Problem, state: StandardADMMState) -> StandardADMMState:
@@ -102,22 +115,15 @@ class StandardADMM:
         return state.theta
 
     def diagnostics(self, problem: Problem, state: StandardADMMState) -> dict[str, Tensor]:
-        """By layer, `residual_l` = ‖Z_l − W_l A_{l−1} − b_l‖/‖Z_l‖, `dual_rms_l` = rms(U_l), and for l < L
-        `activation_residual_l` = ‖A_l − h(Z_l)‖/‖A_l‖, `activation_dual_rms_l` = rms(V_l); `sigma_t`."""
+        """`residual_l` and `activation_residual_l` (see `relative_residuals`), `dual_rms_l` = rms(U_l) and
+        `activation_dual_rms_l` = rms(V_l) by layer; `sigma_t`."""
         layers = linear_layers(problem.blocks, state.theta, _NAME)
-        before = [problem.x.flatten(1).expand(len(state.seeds), -1, -1), *state.a]
-        values = {}
-        for number, (layer, inputs, z) in enumerate(zip(layers, before, state.z, strict=True), start=1):
-            square, activation_square = torch.zeros(2, len(state.seeds)).to(z)
-            for part in slices(z.shape[1], self.slice_size):
-                square += _square(z[:, part] - pre_activation(layer, inputs[:, part]))
-                if number <= len(state.a):
-                    activation_square += _square(state.a[number - 1][:, part] - z[:, part].relu())
-            values[f"residual_{number}"] = (square / _square(z)).sqrt()
-            values[f"dual_rms_{number}"] = _rms(state.u[number - 1])
-            if number <= len(state.a):
-                values[f"activation_residual_{number}"] = (activation_square / _square(state.a[number - 1])).sqrt()
-                values[f"activation_dual_rms_{number}"] = _rms(state.v[number - 1])
+        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
+        values = relative_residuals(*squares, state.z, state.a)
+        for name, duals in (("dual_rms", state.u), ("activation_dual_rms", state.v)):
+            for number, dual in enumerate(duals, start=1):
+                values[f"{name}_{number}"] = (square(dual) / dual[0].numel()).sqrt()
         return values | spectral_norms(problem, state.theta)
 
     def _update_weights(self, x: Tensor, layers: list[Views], state: StandardADMMState, scratch: Scratch) -> None:
@@ -182,21 +188,9 @@ class StandardADMM:
 
     def _ridge(self, replicas: int) -> Tensor:
         """2λ/β, [S, 1], or [1, 1] where all replicas have the same."""
-        values = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
-        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in values)
+        pair = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
+        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in pair)
         return 2.0 * weight_decay / beta
-
-    def _draw(self, variables: dict[str, list[Tensor]], seeds: Sequence[int]) -> None:
-        spread = (
-            torch.as_tensor(per_replica("spread", self.spread, len(seeds)), dtype=torch.float64)
-            .expand(len(seeds))
-            .tolist()
-        )
-        for name, tensors in variables.items():
-            for number, tensor in enumerate(tensors, start=1):
-                for replica, seed, width in zip(tensor, seeds, spread, strict=True):
-                    draw = torch.empty_like(replica, device="cpu")
-                    replica.copy_(draw.uniform_(0.0, width, generator=generator(seed, f"{_NAME} {name}", number)))
 
     def _forward(self, x: Tensor, layers: list[Views], z: list[Tensor], a: list[Tensor]) -> None:
         for part in slices(len(x), self.slice_size):
@@ -209,23 +203,8 @@ class StandardADMM:
     def _check(self, problem: Problem, layers: list[Views], replicas: int) -> None:
         one_of("start_from", self.start_from, ("uniform", "forward"))
         at_least_one("slice_size", self.slice_size)
-        for name in ("beta", "gamma", "weight_decay", "spread"):
-            value = torch.as_tensor(per_replica(name, getattr(self, name), replicas))
-            if name in ("beta", "gamma") and not bool((value > 0).all()):
-                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive (Algorithm 3)")
+        for name in ("beta", "gamma"):
+            positive(name, getattr(self, name), replicas)
         if not all("bias" in layer for layer in layers):
             raise ValueError(f"optimizer: {_NAME} supports layers with a bias only (the intercept of its regressions)")
-        if not callable(getattr(problem.loss, "prox", None)):
-            raise ValueError(
-                f"loss: {type(problem.loss).__name__} has no prox; {_NAME} supports losses with one: "
-                "squared_error, cross_entropy, hinge"
-            )
-
-
-def _square(t: Tensor) -> Tensor:
-    """‖t‖² of each replica, [S]."""
-    return t.flatten(1).square().sum(1)
-
-
-def _rms(t: Tensor) -> Tensor:
-    return (_square(t) / t[0].numel()).sqrt()
+        check_prox(problem.loss, _NAME)

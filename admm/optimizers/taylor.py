@@ -11,8 +11,19 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters, Views
-from admm.minibatches import generator, slices
-from admm.optimizers.fully_connected import Start, known, linear_layers, put
+from admm.minibatches import slices
+from admm.optimizers.fully_connected import (
+    Start,
+    check_prox,
+    draw,
+    known,
+    linear_layers,
+    put,
+    relative_residuals,
+    relu_prox_,
+    square,
+    square_residuals,
+)
 from admm.optimizers.least_squares import (
     Scratch,
     add_cross,
@@ -20,11 +31,10 @@ from admm.optimizers.least_squares import (
     factorise,
     gain,
     regress,
-    relu_prox_,
     zero_gram,
 )
 from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
-from admm.schedules import Number, broadcast, per_replica
+from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "taylor"
 
@@ -86,9 +96,11 @@ class Taylor:
         z = [x.new_zeros(replicas, len(x), weight.shape[1]) for weight in w]
         a, multiplier = [torch.zeros_like(t) for t in z[:-1]], torch.zeros_like(z[-1])
         drawn = {"z": z, "a": a} if self.start_from == "gaussian" else {"z": z, "a": a, "weight": w}
-        self._draw(drawn, seeds)
-        for name, values in {"weight": w, "z": z, "a": a, "multiplier": [multiplier]}.items():
-            put(name, values, start)
+        spread = replica_values("spread", self.spread, len(seeds))
+        for name, tensors in drawn.items():
+            draw(f"{_NAME} {name}", tensors, seeds, spread, "normal" if self.start_from == "gaussian" else "uniform")
+        for name, tensors in {"weight": w, "z": z, "a": a, "multiplier": [multiplier]}.items():
+            put(name, tensors, start)
         return TaylorState(tuple(seeds), 0, theta, z, a, multiplier, self._input_factor(x, replicas))
 
     def step(self, problem: Problem, state: TaylorState) -> TaylorState:
@@ -110,22 +122,17 @@ class Taylor:
         return state.theta
 
     def diagnostics(self, problem: Problem, state: TaylorState) -> dict[str, Tensor]:
-        """By layer, `residual_l` = ‖Z_l − W_l A_{l−1}‖/‖Z_l‖, and for l < L `activation_residual_l` =
-        ‖A_l − h(Z_l)‖/‖A_l‖; `multiplier_rms` = rms(Λ); `sigma_t`."""
+        """`residual_l` and `activation_residual_l` (see `relative_residuals`) by layer; `multiplier_rms` = rms(Λ);
+        `sigma_t`."""
         layers = linear_layers(problem.blocks, state.theta, _NAME)
-        before = [problem.x.flatten(1).expand(len(state.seeds), -1, -1), *state.a]
-        values = {}
-        for number, (layer, inputs, z) in enumerate(zip(layers, before, state.z, strict=True), start=1):
-            square, activation_square = torch.zeros(2, len(state.seeds)).to(z)
-            for part in slices(z.shape[1], self.slice_size):
-                square += _square(z[:, part] - torch.bmm(inputs[:, part], layer["weight"].mT))
-                if number <= len(state.a):
-                    activation_square += _square(state.a[number - 1][:, part] - z[:, part].relu())
-            values[f"residual_{number}"] = (square / _square(z)).sqrt()
-            if number <= len(state.a):
-                values[f"activation_residual_{number}"] = (activation_square / _square(state.a[number - 1])).sqrt()
-        values["multiplier_rms"] = (_square(state.multiplier) / state.multiplier[0].numel()).sqrt()
-        return values | spectral_norms(problem, state.theta)
+        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
+        multiplier_rms = (square(state.multiplier) / state.multiplier[0].numel()).sqrt()
+        return {
+            **relative_residuals(*squares, state.z, state.a),
+            "multiplier_rms": multiplier_rms,
+            **spectral_norms(problem, state.theta),
+        }
 
     def _update_hidden(
         self, before: Tensor, layer: Views, following: Views, state: TaylorState, number: int, scratch: Scratch
@@ -166,8 +173,8 @@ class Taylor:
 
     def _factor(self, gram: Tensor, replicas: int, dtype: torch.dtype) -> Tensor:
         """Of AᵀA + λ/β I, [S, d, d], or [1, d, d] where gram and λ/β are the same for all replicas."""
-        values = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
-        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in values)
+        pair = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
+        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in pair)
         ridge = weight_decay / beta
         return factorise(gram.expand(max(len(gram), len(ridge)), -1, -1), ridge, torch.finfo(dtype).eps)
 
@@ -175,42 +182,16 @@ class Taylor:
         """A hyperparameter: a number, or [S, 1, 1]."""
         return broadcast(per_replica(name, getattr(self, name), len(state.seeds)), state.multiplier)
 
-    def _draw(self, variables: dict[str, list[Tensor]], seeds: Sequence[int]) -> None:
-        spread = (
-            torch.as_tensor(per_replica("spread", self.spread, len(seeds)), dtype=torch.float64)
-            .expand(len(seeds))
-            .tolist()
-        )
-        for name, tensors in variables.items():
-            for number, tensor in enumerate(tensors, start=1):
-                for replica, seed, width in zip(tensor, seeds, spread, strict=True):
-                    random, draw = generator(seed, f"{_NAME} {name}", number), torch.empty_like(replica, device="cpu")
-                    if self.start_from == "gaussian":
-                        replica.copy_(draw.normal_(0.0, width, generator=random))
-                    else:
-                        replica.copy_(draw.uniform_(0.0, width, generator=random))
-
     def _check(self, problem: Problem, replicas: int) -> None:
         one_of("start_from", self.start_from, ("gaussian", "uniform"))
         at_least_one("slice_size", self.slice_size)
         if not isinstance(self.warm_start, int) or self.warm_start < 0:
             raise ValueError(f"optimizer.warm_start: {self.warm_start!r} is not a whole number from 0 up")
-        for name in ("beta", "gamma", "weight_decay", "spread"):
-            value = torch.as_tensor(per_replica(name, getattr(self, name), replicas))
-            if name in ("beta", "gamma") and not bool((value > 0).all()):
-                raise ValueError(f"optimizer.{name}: {getattr(self, name)} is not positive")
-        if not callable(getattr(problem.loss, "prox", None)):
-            raise ValueError(
-                f"loss: {type(problem.loss).__name__} has no prox; {_NAME} supports losses with one: "
-                "squared_error, hinge, cross_entropy"
-            )
+        for name in ("beta", "gamma"):
+            positive(name, getattr(self, name), replicas)
+        check_prox(problem.loss, _NAME)
 
 
 def _zero_cross(a: Tensor, target: Tensor) -> Tensor:
     """[S, d, d'], for `add_cross`."""
     return a.new_zeros(len(target), a.shape[2], target.shape[2])
-
-
-def _square(t: Tensor) -> Tensor:
-    """‖t‖² of each replica, [S]."""
-    return t.flatten(1).square().sum(1)

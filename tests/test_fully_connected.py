@@ -1,0 +1,60 @@
+"""What the algorithms for fully connected networks share."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from admm.optimizers.fully_connected import draw, relu_prox_
+from scripts.literal import bcd as literal
+
+numbers = st.floats(-4.0, 4.0, width=32)
+
+
+def prox(p, q, ratio):
+    result, spare = p.clone(), torch.empty_like(p)
+    relu_prox_(result, q.clone(), ratio, spare)
+    return result
+
+
+@given(p=numbers, q=numbers, ratio=st.floats(0.01, 100.0))
+def test_the_relu_s_prox_is_the_lowest_point_of_a_grid(p, q, ratio):
+    grid = torch.linspace(-5.0, 5.0, 2001, dtype=torch.float64)
+
+    def value(z):
+        return 0.5 * (z - p) ** 2 + ratio / 2 * (q - z.relu()) ** 2
+
+    lowest = value(grid).min()
+    found = value(prox(*(torch.tensor([v], dtype=torch.float64) for v in (p, q)), ratio))
+    assert lowest - (1 + ratio) * 0.005**2 <= found <= lowest + 1e-12
+
+
+@pytest.mark.parametrize("ratio", [1.0 / 6.0, 0.3 / 2.1, 1.0, 2.5])
+def test_the_relu_s_prox_is_that_of_bcd_s_authors(ratio):
+    p, q = (0.1 * t.flatten() for t in torch.meshgrid(*[torch.arange(-31.0, 32.0).double()] * 2, indexing="ij"))
+    torch.testing.assert_close(prox(p, q, ratio), literal.relu_prox(q, p, 1.0 / ratio), rtol=1e-12, atol=1e-12)
+
+
+def test_the_relu_s_prox_takes_a_ratio_for_each_replica():
+    p, q = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    ratios = torch.tensor([0.1, 1.0, 10.0])
+    together = prox(p, q, ratios.view(3, 1, 1))
+    for s, ratio in enumerate(ratios.tolist()):
+        torch.testing.assert_close(together[s], prox(p[s], q[s], ratio))
+
+
+@pytest.mark.parametrize("distribution, mean, deviation", [("normal", 0.0, 1.0), ("uniform", 0.5, 12**-0.5)])
+def test_draws_have_the_spread_of_their_replica_and_follow_from_seed_and_name(distribution, mean, deviation):
+    def drawn(name, seeds, spread):
+        variables = [torch.empty(len(seeds), 100, 200) for _ in range(2)]
+        draw(name, variables, seeds, torch.tensor(spread), distribution)
+        return variables
+
+    both = drawn("weight", (3, 4), (1.0, 10.0))
+    for s, spread in enumerate((1.0, 10.0)):
+        assert abs(float(both[0][s].mean()) / spread - mean) < 0.03
+        assert abs(float(both[0][s].std()) / spread - deviation) < 0.02
+        alone = drawn("weight", (3 + s,), (spread,))
+        assert all(torch.equal(a[0], b[s]) for a, b in zip(alone, both, strict=True))
+    assert not torch.equal(both[0][0], both[1][0])
+    assert not torch.equal(both[0][0], drawn("bias", (3,), (1.0,))[0][0])
