@@ -97,6 +97,7 @@ def load(
     root: str | Path,
     *,
     normalisation: str = "unit",
+    first: int | None = None,
     holdout: int = 0,
     holdout_seed: int = 0,
     device: str | torch.device = "cpu",
@@ -114,11 +115,12 @@ def load(
     normalisation: "unit", pixels in [0, 1]; "symmetric", in [-1, 1]; "standard", mean 0 and standard
         deviation 1 in each channel of x_train (that is, after the hold-out, so that held-out samples tell
         nothing).
-    holdout: number of training samples held out, stratified by class. If not 0, they are x_test and y_test,
+    first: use only the first so many training samples, as some authors do; None: all of them.
+    holdout: number of these training samples held out, stratified by class. If not 0, they are x_test and y_test,
         and the test set is not returned: what is tuned on them never sees it.
     holdout_seed: which samples are held out; the same seed always gives the same ones.
 
-    Raises ValueError for an unknown name or normalisation or an impossible hold-out, DatasetError if the data
+    Raises ValueError for an unknown name or normalisation or an impossible number of samples, DatasetError if the data
     are absent, damaged or not the published ones.
     """
     if name not in SOURCES:
@@ -128,6 +130,12 @@ def load(
     source = SOURCES[name]
     arrays = _digits() if name == "digits" else _find(name, Path(root).expanduser(), download)
     x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
+    if first is not None:
+        if not isinstance(first, int) or not 0 < first <= len(y_train):
+            raise ValueError(
+                f"first must be a whole number of samples from 1 to {len(y_train)}, or null, not {first!r}"
+            )
+        x_train, y_train = x_train[:first], y_train[:first]
     if holdout != 0:
         held = _stratified(y_train, holdout, holdout_seed)
         x_test, y_test = x_train[held], y_train[held]

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 import yaml
 from hydra.experimental.callback import Callback
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from omegaconf import DictConfig
 from pandas.api.types import is_numeric_dtype
 from rich.console import Console
@@ -32,8 +34,7 @@ COLOURS = {
     "sgd": "#000000",
     "adam": "#CC79A7",
 }
-LINES = {"tuned": "-", "faithful": "--"}
-REDUCING = ("iterations=", "seeds=", "model.")  # overrides that make less of an experiment
+REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides that make less of an experiment
 
 
 @cache
@@ -67,12 +68,21 @@ class Curve:
         return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
 
     @property
+    def legend(self) -> str:
+        row, paper = self.row(), "" if self.reference is None else f" (paper {self.reference:.2f})"
+        spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
+        remark = self.setting.removeprefix(self.info["setting"]).lstrip(":, ")
+        return f"{self.method}{f', {remark}' if remark else ''}: {row['mean']:.2f}{spread} %{paper}"
+
+    @property
     def reference(self) -> float | None:
         """The paper's number for this method in this experiment, percent."""
-        if not self.is_of_the_paper:
-            return None
-        numbers = paper()["experiments"].get(self.info["experiment"], {}).get("accuracy", {})
-        return numbers.get(self.info["method"])  # type: ignore[no-any-return]
+        return self._known("accuracy").get(self.info["method"])
+
+    def _known(self, key: str) -> dict[str, Any]:
+        """By method, what `paper.yaml` has on this experiment under `key`, if the run is of it."""
+        known = paper()["experiments"].get(self.info["experiment"], {}) if self.is_of_the_paper else {}
+        return known.get(key, {})  # type: ignore[no-any-return]
 
     @property
     def is_of_the_paper(self) -> bool:
@@ -92,11 +102,12 @@ class Curve:
 
     def row(self) -> dict[str, Any]:
         """Test accuracy of the replicas that reached the last iteration, in percent."""
-        last = self._final()
+        last, authors = self._final(), self._known("authors").get(self.info["method"])
         return {
             "method": self.method,
             "setting": self.setting,
             "paper": self.reference,
+            **({"authors": authors} if authors else {}),
             "mean": round(last.mean(), 2),
             "std": round(last.std(), 2),
             "seeds": len(last),
@@ -129,49 +140,49 @@ def table(shown: list[Curve]) -> pd.DataFrame:
 
 
 def figure(experiment: str, shown: list[Curve]) -> Figure:
-    """Mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted."""
-    drawn = Figure(figsize=(8.0, 5.2), layout="constrained")
-    axes = drawn.add_subplot()
-    references: dict[str, float] = {}
-    for number, curve in enumerate(shown):
-        colour = COLOURS.get(curve.info["method"], f"C{number}")
-        statistics = curve.by_iteration("test_accuracy")
-        row = curve.row()
-        spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
-        label = f"{curve.method} ({curve.setting}): {row['mean']:.2f}{spread} %"
-        x, mean, std = (
-            statistics.index.to_numpy(),
-            statistics["mean"].to_numpy(),
-            statistics["std"].to_numpy(),
-        )
-        axes.plot(x, mean, LINES.get(curve.info["setting"], "-."), color=colour, label=label, linewidth=1.6)
-        axes.fill_between(x, mean - std, np.minimum(mean + std, 100.0), color=colour, alpha=0.18, linewidth=0)
-        if curve.reference is not None:
-            references[curve.info["method"]] = curve.reference
-    for method, value in references.items():
-        colour = COLOURS.get(method, "0.5")
-        axes.axhline(
-            value,
-            color=colour,
-            linestyle=":",
-            linewidth=1.0,
-            label=f"paper, {paper()['labels'][method]}: {value:.2f} %",
-        )
+    """Mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
+
+    One panel for each setting, with the legend below it.
+    """
+    settings = list(dict.fromkeys(curve.info["setting"] for curve in shown))
+    drawn = Figure(figsize=(6.0 * len(settings) + 1.5, 4.6 + 0.22 * len(shown) / len(settings)), layout="constrained")
+    panels = drawn.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     held_out = all(curve.info["dataset"]["holdout"] for curve in shown)
-    axes.set(xlabel="iteration", ylabel=f"{'held-out' if held_out else 'test'} accuracy (%)")
-    _focus(axes, shown, references)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7.5, loc="lower right")
+    for panel, setting in zip(panels, settings, strict=True):
+        _draw(panel, [curve for curve in shown if curve.info["setting"] == setting])
+        panel.set(title=setting, xlabel="iteration", ylabel=f"{'held-out' if held_out else 'test'} accuracy (%)")
+        panel.label_outer()
+    panels[0].set_ylim(_lowest(shown), 100.3)
     drawn.supxlabel(_caption(experiment, shown), fontsize=8)
     return drawn
 
 
-def _focus(axes: Any, shown: list[Curve], references: dict[str, float]) -> None:
-    """Accuracies from the worst final one that learnt something, with room below for the legend, to 100 %."""
-    finals = [curve.by_iteration("test_accuracy")["mean"].iloc[-1] for curve in shown] + list(references.values())
+def _draw(axes: Axes, shown: list[Curve]) -> None:
+    for number, curve in enumerate(shown):
+        colour = COLOURS.get(curve.info["method"], f"C{number}")
+        statistics = curve.by_iteration("test_accuracy")
+        x, mean, std = (v.to_numpy() for v in (statistics.index, statistics["mean"], statistics["std"]))
+        axes.plot(x, mean, color=colour, label=curve.legend, linewidth=1.6)
+        axes.fill_between(x, mean - std, np.minimum(mean + std, 100.0), color=colour, alpha=0.18, linewidth=0)
+        if curve.reference is not None:
+            axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
+    iterations = [curve.info["iterations"] for curve in shown]
+    if max(iterations) > 4 * min(iterations):
+        axes.set(xscale="log", xlim=(1, max(iterations)))
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    else:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def _lowest(shown: list[Curve]) -> float:
+    """The lower end of the accuracies to show: a little below the worst final one that learnt something."""
+    finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in shown]
+    finals += [curve.reference for curve in shown if curve.reference is not None]
     learnt = [value for value in finals if value > 50.0] or [0.0]
-    axes.set_ylim(max(0.0, 100.0 - 2.2 * (100.0 - min(learnt)) - 4.0), 100.3)
-    axes.set_xlim(left=0)
+    return max(0.0, 100.0 - 1.4 * (100.0 - min(learnt)) - 1.0)
 
 
 def _caption(experiment: str, shown: list[Curve]) -> str:

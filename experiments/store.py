@@ -50,9 +50,18 @@ def determining(config: dict[str, Any]) -> dict[str, Any]:
     return kept  # type: ignore[no-any-return]
 
 
+def _without_nulls(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_nulls(value) for key, value in node.items() if value is not None}
+    return node
+
+
 def identity(config: dict[str, Any], sha256: str) -> str:
-    """Twelve hexadecimal digits of the hash of the determining configuration and of the data's content."""
-    content = json.dumps([determining(config), sha256], sort_keys=True)
+    """Twelve hexadecimal digits of the hash of the determining configuration and of the data's content.
+
+    Keys that are null do not count, so that a new option that is null where it is not used leaves finished runs valid.
+    """
+    content = json.dumps([_without_nulls(determining(config)), sha256], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 

@@ -382,6 +382,19 @@ def test_the_holdout_is_stratified(labels, draw):
     assert (np.abs(np.bincount(y[mask], minlength=5) - share) < 1).all()
 
 
+def test_the_first_training_samples_alone(digits):
+    whole, part, split = digits(), digits(first=500), digits(first=500, holdout=100)
+    assert torch.equal(part.x_train, whole.x_train[:500]) and torch.equal(part.y_train, whole.y_train[:500])
+    assert torch.equal(part.x_test, whole.x_test) and part.sha256 == whole.sha256
+    assert len(split.x_train) == 400 and len(split.x_test) == 100
+
+
+@pytest.mark.parametrize("first", [0, -1, 1438, 0.5])
+def test_an_impossible_number_of_first_samples_is_refused(first, digits):
+    with pytest.raises(ValueError, match=f"first must be a whole number of samples from 1 to 1437, .*not {first}"):
+        digits(first=first)
+
+
 @pytest.mark.parametrize("holdout", [-1, 1437, 0.1])
 def test_an_impossible_holdout_is_refused(holdout, digits):
     with pytest.raises(ValueError, match=f"samples from 0 to 1436, not {holdout}"):
@@ -422,6 +435,6 @@ def test_the_configuration_calls_load(name, monkeypatch):
     config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(CONF / f"{name}.yaml"), resolve=True)
     assert config["name"] == name and config["root"] == "data"
     defaults = {key: p.default for key, p in inspect.signature(load).parameters.items()}
-    for key in ("normalisation", "holdout", "holdout_seed", "download"):
+    for key in ("normalisation", "first", "holdout", "holdout_seed", "download"):
         assert config.pop(key) == defaults[key]
     assert config.keys() == {"name", "root"}

@@ -248,6 +248,7 @@ def test_identity_is_of_what_determines_the_numbers() -> None:
     assert identity(config, "data") == identity(same, "data")
     assert identity(config, "data") != identity(other, "data")
     assert identity(config, "data") != identity(config, "other data")
+    assert identity(config, "data") == identity(config | {"new": None, "dataset": {"name": "a", "first": None}}, "data")
     assert config["dataset"] == {"name": "a", "root": "x"} and "root" not in determining(config)["dataset"]
 
 
