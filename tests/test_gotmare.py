@@ -1,6 +1,5 @@
 """BlockProp against a literal loop with autograd and `torch.optim`."""
 
-import io
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,6 @@ from admm.losses import CrossEntropy, SquaredError
 from admm.minibatches import minibatches
 from admm.optimizers import SGD, Adam, Problem
 from admm.optimizers.gotmare import Gotmare
-from admm.optimizers.protocol import restore, save
 
 SEEDS = (3, 1, 7)
 BASE = Gotmare(4, {"start": 0.05, "end": 0.0}, {"start": 0.4, "end": 0.1}, rho=0.8, batch_size=7, update=SGD())
@@ -159,34 +157,6 @@ def test_a_stack_and_a_grid_are_their_replicas_alone(variant, name, request):
         assert_replica(stack, s, trained(options, problem, (seed,), 3))
         alone = replace(options, **{key: values[s] for key, values in grid.items()})
         assert_replica(points, s, trained(alone, problem, (seed,), 3))
-
-
-@pytest.mark.parametrize("name", ["mlp_problem", "conv_problem"])
-def test_resuming_from_a_checkpoint_is_bit_identical(name, request):
-    problem, options = request.getfixturevalue(name)(), replace(VARIANTS["adam"], z_rounds=2)
-    through = trained(options, problem, SEEDS, 4)
-    buffer = io.BytesIO()
-    torch.save(save(trained(options, problem, SEEDS, 2)), buffer)
-    buffer.seek(0)
-    resumed = options.init(problem, SEEDS)
-    restore(resumed, torch.load(buffer, weights_only=True))
-    for _ in range(2):
-        options.step(problem, resumed)
-    assert torch.equal(resumed.theta.flat, through.theta.flat) and resumed.iteration == 4
-    assert all(torch.equal(a, b) for a, b in zip(resumed.moments, through.moments, strict=True))
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_diverged_replica_leaves_the_others_bit_identical(mlp_problem, value):
-    problem, options = mlp_problem(), VARIANTS["adam on z"]
-    healthy, other = (trained(options, problem, SEEDS, 1) for _ in range(2))
-    other.theta.flat[1] = value
-    for _ in range(2):
-        options.step(problem, healthy)
-        options.step(problem, other)
-    assert not other.theta.flat[1].isfinite().any()
-    for s in (0, 2):
-        assert torch.equal(other.theta.flat[s], healthy.theta.flat[s])
 
 
 def test_it_learns(mlp_problem):

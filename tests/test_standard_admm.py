@@ -1,54 +1,21 @@
 """Standard ADMM against a plain NumPy transcription of Algorithm 3, from the same starting variables."""
 
-import io
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fully_connected import SEEDS, NoProx, assert_close, converted, depths, gaussian, make, trained
 from torch import Tensor
 
 from admm.blocks import split
-from admm.losses import CrossEntropy, Hinge, SquaredError, one_hot
-from admm.models import initialiser, mlp
-from admm.optimizers.protocol import Problem, restore, save
+from admm.losses import CrossEntropy, Hinge, SquaredError
+from admm.optimizers.protocol import Problem
 from admm.optimizers.standard_admm import StandardADMM, StandardADMMState
 from scripts.literal import standard_admm as literal
 
-SEEDS = (5, 0, 11)
-SAMPLES, INPUTS, CLASSES = 60, 6, 3
+NAMES = ("weight", "bias", "z", "u", "a", "v")
 ADMM = StandardADMM(beta=2.0, gamma=3.0, weight_decay=0.05, slice_size=13)
-depths = pytest.mark.parametrize("hidden", [[5], [5, 4], [4, 7, 5]], ids=["two", "three", "four layers"])
-
-
-def make(hidden: list[int], loss: Any = None, dtype: torch.dtype = torch.float64) -> Problem:
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, 2, INPUTS // 2, dtype=torch.float64, generator=random).to(dtype)
-    y = one_hot(x.flatten(1)[:, :CLASSES].argmax(1), CLASSES, x)
-    blocks = split(mlp(INPUTS, hidden, CLASSES), per_layer=True)
-    return Problem(x, y, blocks, loss or SquaredError(0.7), initialiser("pytorch"))
-
-
-def start(hidden: list[int], replicas: int) -> dict[str, list[Tensor]]:
-    """Gaussian starting variables, float64."""
-    random, widths = np.random.default_rng(1), [*hidden, CLASSES]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.tensor(random.normal(size=(replicas, *shape)))
-
-    return {
-        "weight": [normal(d, before) for before, d in zip([INPUTS, *widths], widths, strict=False)],
-        "bias": [normal(d) for d in widths],
-        "z": [normal(SAMPLES, d) for d in widths],
-        "u": [normal(SAMPLES, d) for d in widths],
-        "a": [normal(SAMPLES, d) for d in hidden],
-        "v": [normal(SAMPLES, d) for d in hidden],
-    }
-
-
-def converted(variables: dict[str, list[Tensor]], dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    return {name: [t.to(dtype) for t in tensors] for name, tensors in variables.items()}
 
 
 def variables_of(problem: Problem, state: StandardADMMState) -> dict[str, list[Tensor]]:
@@ -122,17 +89,9 @@ def reference(problem: Problem, given: dict[str, list[Tensor]], s: int, admm: St
     return Reference(x, y, w, **own, beta=admm.beta, gamma=admm.gamma, weight_decay=admm.weight_decay, scale=0.7)
 
 
-def assert_close(ours: dict[str, list[Tensor]], s: int, expected: dict[str, list[Any]], tolerance: float) -> None:
-    """Relative to each variable's largest entry."""
-    for name, tensors in expected.items():
-        for mine, theirs in zip(ours[name], tensors, strict=True):
-            difference = np.abs(mine[s].numpy() - np.asarray(theirs)).max()
-            assert difference <= tolerance * np.abs(np.asarray(theirs)).max(), name
-
-
 @depths
 def test_iterates_are_the_reference_s(hidden):
-    problem, given = make(hidden), start(hidden, 3)
+    problem, given = make(hidden), gaussian(hidden, 3, NAMES)
     state = ADMM.init(problem, SEEDS, given)
     references = [reference(problem, given, s, ADMM) for s in range(3)]
     for _ in range(10):
@@ -144,7 +103,7 @@ def test_iterates_are_the_reference_s(hidden):
 
 @depths
 def test_float32_weights_are_the_reference_s(hidden):
-    problem, given = make(hidden, dtype=torch.float32), start(hidden, 1)
+    problem, given = make(hidden, dtype=torch.float32), gaussian(hidden, 1, NAMES)
     state, own = ADMM.init(problem, (0,), converted(given, torch.float32)), reference(problem, given, 0, ADMM)
     for _ in range(10):
         ADMM.step(problem, state)
@@ -156,7 +115,7 @@ def test_float32_weights_are_the_reference_s(hidden):
 
 @depths
 def test_the_literal_transcription_has_the_same_iterates(hidden):
-    problem, given = make(hidden), start(hidden, 1)
+    problem, given = make(hidden), gaussian(hidden, 1, NAMES)
     state = ADMM.init(problem, (0,), given)
     theirs = {name: [t[0].clone() for t in given[name]] for name in "zauv"}
     pairs = zip(given["weight"], given["bias"], strict=True)
@@ -171,7 +130,7 @@ def test_the_literal_transcription_has_the_same_iterates(hidden):
 @depths
 def test_primal_updates_never_raise_the_augmented_lagrangian(hidden):
     problem = make(hidden)
-    state = ADMM.init(problem, SEEDS, start(hidden, 3))
+    state = ADMM.init(problem, SEEDS, gaussian(hidden, 3, NAMES))
     for _ in range(10):
         before = {name: [t.clone() for t in tensors] for name, tensors in variables_of(problem, state).items()}
         ADMM.step(problem, state)
@@ -184,7 +143,7 @@ def test_primal_updates_never_raise_the_augmented_lagrangian(hidden):
 @pytest.mark.parametrize("loss", [SquaredError(0.7), CrossEntropy(2.0, tolerance=1e-12)], ids=str)
 def test_the_last_dual_carries_the_loss_s_gradient(loss):
     problem = make([5, 4], loss)
-    state = ADMM.init(problem, SEEDS, start([5, 4], 3))
+    state = ADMM.init(problem, SEEDS, gaussian([5, 4], 3, NAMES))
     ADMM.step(problem, state)
     expected = -loss.gradient(state.z[-1], problem.y) / ADMM.beta
     torch.testing.assert_close(state.u[-1], expected, rtol=1e-9, atol=1e-10)
@@ -192,7 +151,7 @@ def test_the_last_dual_carries_the_loss_s_gradient(loss):
 
 def test_a_hinge_s_last_update_is_the_lowest_point_of_a_grid():
     problem = make([5], Hinge(1.5))
-    state = ADMM.init(problem, (0,), start([5], 1))
+    state = ADMM.init(problem, (0,), gaussian([5], 1, NAMES))
     dual = state.u[-1].clone()
     ADMM.step(problem, state)
     p = state.z[-1] - state.u[-1]  # W_L A_{L−1} − U_L
@@ -212,7 +171,7 @@ def _output(problem: Problem, state: StandardADMMState) -> Tensor:
 
 def test_residuals_are_those_of_the_constraints():
     problem = make([5, 4])
-    state = ADMM.step(problem, ADMM.init(problem, SEEDS, start([5, 4], 3)))
+    state = ADMM.step(problem, ADMM.init(problem, SEEDS, gaussian([5, 4], 3, NAMES)))
     values = ADMM.diagnostics(problem, state)
     for s in range(3):
         own = reference(problem, variables_of(problem, state), s, ADMM)
@@ -269,57 +228,15 @@ def test_a_stack_is_its_replicas_alone(grid, start_from):
     assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
 
 
-def trained(admm: StandardADMM, problem: Problem, seeds: tuple[int, ...], steps: int = 4) -> StandardADMMState:
-    state = admm.init(problem, seeds)
-    for _ in range(steps):
-        admm.step(problem, state)
-    return state
-
-
-def test_resuming_is_bit_identical():
-    problem, buffer = make([5, 4]), io.BytesIO()
-    through = trained(ADMM, problem, SEEDS, 4)
-    torch.save(save(trained(ADMM, problem, SEEDS, 2)), buffer)
-    buffer.seek(0)
-    resumed = ADMM.init(problem, SEEDS)
-    restore(resumed, torch.load(buffer, weights_only=True))
-    for _ in range(2):
-        ADMM.step(problem, resumed)
-    assert resumed.iteration == 4 and torch.equal(resumed.theta.flat, through.theta.flat)
-    for name, tensors in variables_of(problem, through).items():
-        for mine, theirs in zip(variables_of(problem, resumed)[name], tensors, strict=True):
-            assert torch.equal(mine, theirs)
-
-
-def test_a_diverged_replica_leaves_the_others_bit_identical():
-    problem = make([5, 4])
-    healthy, other = (trained(ADMM, problem, SEEDS, 1) for _ in range(2))
-    for tensor in other.z:
-        tensor[1] = torch.nan
-    for _ in range(2):
-        ADMM.step(problem, healthy)
-        ADMM.step(problem, other)
-    assert other.theta.flat[1].isnan().any()
-    assert torch.equal(other.theta.flat[[0, 2]], healthy.theta.flat[[0, 2]])
-
-
 def test_a_constant_input_does_not_spoil_the_float32_regression():
     """MNIST has pixels that are always 0; XᵀX + 2λ/β I is then far beyond float32."""
     problem = make([5], dtype=torch.float32)
     problem.x[:, 0, 0] = 0.0
     admm = StandardADMM(weight_decay=5e-5)
-    state = admm.init(problem, (0,), converted(start([5], 1), torch.float32))
+    state = admm.init(problem, (0,), converted(gaussian([5], 1, NAMES), torch.float32))
     admm.step(problem, state)
     weight = variables_of(problem, state)["weight"][0][0]
     assert state.theta.flat.isfinite().all() and (weight[:, 0] == 0).all() and (weight[:, 1:] != 0).all()
-
-
-class NoProx:
-    def value(self, z: Tensor, y: Tensor) -> Tensor:
-        return (z - y).abs().sum(-1)
-
-    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
-        return (z - y).sign()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +263,7 @@ def test_what_it_cannot_train_is_refused_before_training(conv_problem):
     with pytest.raises(ValueError, match=r"no variable \['w'\]; the variables are weight, bias, z, a, u, v"):
         ADMM.init(make([5]), SEEDS, {"w": []})
     with pytest.raises(ValueError, match=r"start\['z'\]: shapes"):
-        ADMM.init(make([5]), SEEDS, {"z": start([4], 3)["z"]})
+        ADMM.init(make([5]), SEEDS, {"z": gaussian([4], 3, NAMES)["z"]})
 
 
 def test_layers_without_bias_are_refused():

@@ -1,54 +1,23 @@
 """Taylor et al. 2016 against a plain NumPy transcription of their Algorithm 1, from the same starting variables."""
 
-import io
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fully_connected import CLASSES, SAMPLES, SEEDS, NoProx, assert_close, converted, depths, gaussian, make, trained
 from torch import Tensor
 
-from admm.blocks import split
-from admm.losses import Hinge, Loss, SquaredError, one_hot
-from admm.models import initialiser, mlp
-from admm.optimizers.protocol import Problem, restore, save
+from admm.losses import Hinge, SquaredError
+from admm.optimizers.protocol import Problem
 from admm.optimizers.taylor import Taylor, TaylorState
 from scripts.literal import taylor as literal
 
-SEEDS = (5, 0, 11)
-SAMPLES, INPUTS, CLASSES = 60, 6, 3
+NAMES = ("weight", "z", "a", "multiplier")
 TAYLOR = Taylor(beta=2.0, gamma=3.0, warm_start=4, slice_size=13)
 LOSSES = [SquaredError(0.7), Hinge(1.5)]
-depths = pytest.mark.parametrize("hidden", [[5], [5, 4], [4, 7, 5]], ids=["two", "three", "four layers"])
 losses = pytest.mark.parametrize("loss", LOSSES, ids=str)
-
-
-def make(hidden: list[int], loss: Any = None, dtype: torch.dtype = torch.float64) -> Problem:
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, 2, INPUTS // 2, dtype=torch.float64, generator=random).to(dtype)
-    y = one_hot(x.flatten(1)[:, :CLASSES].argmax(1), CLASSES, x)
-    blocks = split(mlp(INPUTS, hidden, CLASSES), per_layer=True)
-    return Problem(x, y, blocks, loss or LOSSES[0], initialiser("pytorch"))
-
-
-def start(hidden: list[int], replicas: int) -> dict[str, list[Tensor]]:
-    """Gaussian starting variables, float64."""
-    random, widths = np.random.default_rng(1), [*hidden, CLASSES]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.tensor(random.normal(size=(replicas, *shape)))
-
-    return {
-        "weight": [normal(d, before) for before, d in zip([INPUTS, *widths], widths, strict=False)],
-        "z": [normal(SAMPLES, d) for d in widths],
-        "a": [normal(SAMPLES, d) for d in hidden],
-        "multiplier": [normal(SAMPLES, CLASSES)],
-    }
-
-
-def converted(variables: dict[str, list[Tensor]], dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    return {name: [t.to(dtype) for t in tensors] for name, tensors in variables.items()}
 
 
 def variables_of(state: TaylorState) -> dict[str, list[Tensor]]:
@@ -130,19 +99,11 @@ def reference(problem: Problem, given: dict[str, list[Tensor]], s: int, taylor: 
     return Reference(x, y, **own, **options, loss=problem.loss)
 
 
-def assert_close(ours: dict[str, list[Tensor]], s: int, expected: dict[str, list[Any]], tolerance: float) -> None:
-    """Relative to each variable's largest entry."""
-    for name, tensors in expected.items():
-        for mine, theirs in zip(ours[name], tensors, strict=True):
-            difference = np.abs(mine[s].numpy() - np.asarray(theirs)).max()
-            assert difference <= tolerance * np.abs(np.asarray(theirs)).max(), name
-
-
 @depths
 @losses
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_iterates_are_the_reference_s(hidden, loss, weight_decay):
-    problem, given, taylor = make(hidden, loss), start(hidden, 3), replace(TAYLOR, weight_decay=weight_decay)
+    problem, given, taylor = make(hidden, loss), gaussian(hidden, 3, NAMES), replace(TAYLOR, weight_decay=weight_decay)
     state = taylor.init(problem, SEEDS, given)
     references = [reference(problem, given, s, taylor) for s in range(3)]
     for iteration in range(10):
@@ -156,7 +117,7 @@ def test_iterates_are_the_reference_s(hidden, loss, weight_decay):
 @depths
 @losses
 def test_float32_weights_are_the_reference_s(hidden, loss):
-    problem, given = make(hidden, loss, torch.float32), start(hidden, 1)
+    problem, given = make(hidden, loss, torch.float32), gaussian(hidden, 1, NAMES)
     state, own = TAYLOR.init(problem, (0,), converted(given, torch.float32)), reference(problem, given, 0, TAYLOR)
     for iteration in range(10):
         TAYLOR.step(problem, state)
@@ -169,7 +130,7 @@ def test_float32_weights_are_the_reference_s(hidden, loss):
 @losses
 @pytest.mark.parametrize("reduction", [True, False])
 def test_the_literal_transcription_has_the_same_iterates(hidden, loss, reduction):
-    problem, given = make(hidden, loss), start(hidden, 1)
+    problem, given = make(hidden, loss), gaussian(hidden, 1, NAMES)
     state = TAYLOR.init(problem, (0,), given)
     theirs = {name: [t[0].clone() for t in given[name]] for name in ("z", "a", "multiplier")}
     theirs["w"] = [w[0].clone() for w in given["weight"]]
@@ -188,7 +149,7 @@ def test_the_literal_transcription_has_the_same_iterates(hidden, loss, reduction
 @losses
 def test_updates_with_a_constant_multiplier_never_raise_the_objective(hidden, loss):
     problem, taylor = make(hidden, loss), replace(TAYLOR, warm_start=20, weight_decay=0.1)
-    state = taylor.init(problem, SEEDS, start(hidden, 3))
+    state = taylor.init(problem, SEEDS, gaussian(hidden, 3, NAMES))
     for _ in range(20):
         before = [reference(problem, variables_of(state), s, taylor).objective() for s in range(3)]
         taylor.step(problem, state)
@@ -214,7 +175,7 @@ def test_the_multiplier_waits_for_the_warm_start(loss):
 @losses
 def test_elementwise_minimisers_are_the_lowest_points_of_a_grid(loss):
     problem = make([5], loss)
-    state = TAYLOR.init(problem, (0,), start([5], 1))
+    state = TAYLOR.init(problem, (0,), gaussian([5], 1, NAMES))
     TAYLOR.step(problem, state)
     grid = torch.linspace(-10.0, 10.0, 20001, dtype=torch.float64)
     weight = [w[0] for w in variables_of(state)["weight"]]
@@ -233,7 +194,7 @@ def test_elementwise_minimisers_are_the_lowest_points_of_a_grid(loss):
 
 def test_residuals_are_those_of_the_constraints():
     problem = make([5, 4])
-    state = TAYLOR.step(problem, TAYLOR.init(problem, SEEDS, start([5, 4], 3)))
+    state = TAYLOR.step(problem, TAYLOR.init(problem, SEEDS, gaussian([5, 4], 3, NAMES)))
     values = TAYLOR.diagnostics(problem, state)
     for s in range(3):
         own = reference(problem, variables_of(state), s, TAYLOR)
@@ -254,7 +215,7 @@ def test_singular_inputs_have_the_pseudo_inverse_s_predictions(singular, dtype):
     """MNIST has pixels that are always 0: their weights are 0, as with the pseudo-inverse."""
     problem = make([5], dtype=dtype)
     problem.x[:, 0, 0] = 0.0 if singular == "always zero" else problem.x[:, 1, 1]
-    given = start([5], 1)
+    given = gaussian([5], 1, NAMES)
     state = TAYLOR.init(problem, (0,), converted(given, dtype))
     expected = torch.tensor(reference(problem, given, 0, TAYLOR).regression(0))
     TAYLOR.step(problem, state)
@@ -314,47 +275,6 @@ def test_a_stack_is_its_replicas_alone(grid, start_from, loss):
     assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
 
 
-def trained(taylor: Taylor, problem: Problem, seeds: tuple[int, ...], steps: int = 4) -> TaylorState:
-    state = taylor.init(problem, seeds)
-    for _ in range(steps):
-        taylor.step(problem, state)
-    return state
-
-
-def test_resuming_is_bit_identical():
-    problem, buffer, taylor = make([5, 4]), io.BytesIO(), replace(TAYLOR, warm_start=1)
-    through = trained(taylor, problem, SEEDS, 4)
-    torch.save(save(trained(taylor, problem, SEEDS, 2)), buffer)
-    buffer.seek(0)
-    resumed = taylor.init(problem, SEEDS)
-    restore(resumed, torch.load(buffer, weights_only=True))
-    for _ in range(2):
-        taylor.step(problem, resumed)
-    assert resumed.iteration == 4 and torch.equal(resumed.theta.flat, through.theta.flat)
-    for name, tensors in variables_of(through).items():
-        for mine, theirs in zip(variables_of(resumed)[name], tensors, strict=True):
-            assert torch.equal(mine, theirs)
-
-
-def test_a_diverged_replica_leaves_the_others_bit_identical():
-    problem = make([5, 4])
-    healthy, other = (trained(TAYLOR, problem, SEEDS, 1) for _ in range(2))
-    for tensor in other.z:
-        tensor[1] = torch.nan
-    for _ in range(2):
-        TAYLOR.step(problem, healthy)
-        TAYLOR.step(problem, other)
-    assert other.theta.flat[1].isnan().any()
-    assert torch.equal(other.theta.flat[[0, 2]], healthy.theta.flat[[0, 2]])
-
-
-class NoProx:
-    def value(self, z: Tensor, y: Tensor) -> Tensor:
-        return (z - y).abs().sum(-1)
-
-    gradient: Loss | None = None
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -380,4 +300,4 @@ def test_what_it_cannot_train_is_refused_before_training(conv_problem):
     with pytest.raises(ValueError, match=r"no variable \['bias'\]; the variables are weight, z, a, multiplier"):
         TAYLOR.init(make([5]), SEEDS, {"bias": []})
     with pytest.raises(ValueError, match=r"start\['z'\]: shapes"):
-        TAYLOR.init(make([5]), SEEDS, {"z": start([4], 3)["z"]})
+        TAYLOR.init(make([5]), SEEDS, {"z": gaussian([4], 3, NAMES)["z"]})
