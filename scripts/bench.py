@@ -6,6 +6,7 @@ The contestants of a ratio take turns; a ratio is the median over the turns. Run
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,23 +32,35 @@ from experiments.provenance import machine
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
+COLUMNS = ["name", "value", "unit", "machine"]
+Row = tuple[str, float, str]
 Task = Callable[[], object]
 
 
 def main(path: Path) -> None:
-    rows: list[tuple[str, float, str]] = []
+    rows: list[Row] = []
     for measure in (stacks, rivals, share_of_peak, memory):
         for row in measure():
             rows.append(row)
             print(f"{row[0]:40s} {row[1]:10.3f} {row[2]}", flush=True)
-    table = pd.DataFrame(rows, columns=["name", "value", "unit"])
-    table["value"] = table["value"].round(4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.assign(machine=machine(torch.device("cpu"))).to_csv(path, index=False)
+    write(path, rows)
     print(f"written: {path}")
 
 
-def stacks() -> list[tuple[str, float, str]]:
+def write(path: Path, rows: list[Row]) -> None:
+    """Replaces the rows of these names, keeps the others as they are; at once, or not at all."""
+    here = machine(torch.device("cpu"))
+    table = pd.DataFrame([(name, f"{value:.5g}", unit, here) for name, value, unit in rows], columns=COLUMNS)
+    if path.exists():
+        old = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.concat([old[~old["name"].isin(table["name"])], table])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    table.to_csv(made, index=False)
+    os.replace(made, path)
+
+
+def stacks() -> list[Row]:
     """Five stacked seeds over one seed alone, batch size 64."""
     rows = []
     for name, optimizer in (("online", "online_block_admm"), ("sgd", "sgd")):
@@ -74,7 +87,7 @@ def sgd_products() -> None:
                 torch.bmm(x[layer + 1], weight)  # gradient of the input
 
 
-def rivals() -> list[tuple[str, float, str]]:
+def rivals() -> list[Row]:
     """Plain PyTorch loops over ours, one seed of SGD, batch size 64."""
     problem = _problem(_config("sgd"))
     ours = _step(_config("sgd", f"optimizer.batch_size={BATCH}"), SEEDS[:1])
@@ -98,7 +111,7 @@ def _five_torch_over_stack(batches: Callable[[], Any]) -> tuple[float, str]:
     return 5.0 * ratio(times, 0, 1), "ratio"
 
 
-def share_of_peak() -> list[tuple[str, float, str]]:
+def share_of_peak() -> list[Row]:
     """FLOP/s of one Block-ADMM iteration, five seeds, as a share of a product of its own largest shape."""
     config = _config("block_admm")
     optimizer: BlockADMM = instantiate(config.optimizer, _convert_="all")
@@ -122,7 +135,7 @@ def share_of_peak() -> list[tuple[str, float, str]]:
     ]
 
 
-def memory() -> list[tuple[str, float, str]]:
+def memory() -> list[Row]:
     """Training variables: all tensors of the state, the gradient, and for the online form a mini-batch's Z."""
     sizes = {}
     for name in ("block_admm", "online_block_admm"):

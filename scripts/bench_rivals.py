@@ -1,8 +1,8 @@
 """The rivals as published over ours: python -m scripts.bench_rivals [results/bench.csv] [--only NAME] [--samples N]
 
 Seconds of an iteration of the literal transcription (`scripts.literal`) over ours, one replica: generated data, the
-same starting variables, the contestants take turns. Then by how much their weights differ, and the peak memory of
-each. Replaces its own rows of the file and keeps the others. Run it on an idle machine.
+same starting variables, the contestants take turns. Then by how much their weights differ, the peak memory of each, and
+how near our iteration comes to the machine's matrix products. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from admm.blocks import split
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
@@ -29,15 +30,12 @@ from admm.optimizers.dladmm import DLADMM, DLADMMState
 from admm.optimizers.fully_connected import linear_layers
 from admm.optimizers.standard_admm import StandardADMM, StandardADMMState
 from admm.optimizers.taylor import Taylor, TaylorState
-from experiments.provenance import machine
-from scripts.bench import CLASSES, FEATURES, Task, ratio, turns
+from scripts.bench import CLASSES, FEATURES, Row, Task, ratio, turns, write
 from scripts.literal import bcd, dladmm, standard_admm, taylor
 
 DIFFERENCE_SAMPLES = 2_000  # where the differences are measured in float64
 WARM_SAMPLES = 64  # of the iterations before the baseline of the peak memory
 ROOT = Path(__file__).parents[1]
-COLUMNS = ["name", "value", "unit", "machine"]
-Row = tuple[str, float, str]
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ def measure(name: str, samples: int | None) -> Iterator[Row]:
     speed, difference = compete(rival, generated(rival, samples))
     yield row, speed, "ratio"
     yield f"{row}_difference_float32", difference, "relative"
+    yield from share_of_peak(name, generated(rival, samples))
     if Path("/proc/self/clear_refs").exists():
         for side in ("ours", "literal"):
             yield f"{row}_peak_{side}", _in_fresh_process(name, side, samples), "MiB"
@@ -99,6 +98,25 @@ def compete(rival: Rival, problem: Problem) -> tuple[float, float]:
     times = turns(theirs.iterate, mine.iterate, counted=rival.counted, uncounted=rival.uncounted)
     pairs = zip(mine.weights(), theirs.weights(), strict=True)
     return ratio(times, 0, 1), max(_relative(a.double(), b.double()) for a, b in pairs)
+
+
+def share_of_peak(name: str, problem: Problem) -> Iterator[Row]:
+    """FLOP/s of our iteration's matrix products as a share of those of the widest layer's product alone."""
+    rival = RIVALS[name]
+    state = rival.optimizer.init(problem, (0,))
+    with FlopCounterMode(display=False) as counter:
+        rival.optimizer.step(problem, state)
+    needed = counter.get_total_flops()
+    x, weight = torch.rand(1, 2000, FEATURES), torch.rand(1, FEATURES, rival.hidden[0])
+    product = 2.0 * x.numel() * rival.hidden[0]
+    count = max(1, round(needed / product))
+    iteration, alone = turns(
+        lambda: rival.optimizer.step(problem, state), lambda: [torch.bmm(x, weight) for _ in range(count)]
+    )
+    shares = [needed / i / (count * product / p) for i, p in zip(iteration, alone, strict=True)]
+    yield f"{name}_flops", needed / 1e9, "GFLOP/iteration"
+    yield f"{name}_seconds", median(iteration), "s/iteration"
+    yield f"{name}_share_of_peak", median(shares), "share"
 
 
 def peak(name: str, side: str, samples: int) -> float:
@@ -188,19 +206,6 @@ RIVALS = {
     "standard_admm": Rival(StandardADMM(), literal_standard_admm),
     "taylor": Rival(Taylor(), literal_taylor),
 }
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    """Replaces the rows of these names, keeps the others as they are; at once, or not at all."""
-    here = machine(torch.device("cpu"))
-    table = pd.DataFrame([(name, f"{value:.5g}", unit, here) for name, value, unit in rows], columns=COLUMNS)
-    if path.exists():
-        old = pd.read_csv(path, dtype=str, keep_default_na=False)
-        table = pd.concat([old[~old["name"].isin(table["name"])], table])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    table.to_csv(made, index=False)
-    os.replace(made, path)
 
 
 def _in_fresh_process(name: str, side: str, samples: int) -> float:
