@@ -119,7 +119,13 @@ def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
     """`sigma_t` [S]: the largest singular value of block t's weight, for blocks of one linear layer."""
     weights = [block.linear_weight(views) for block, views in zip(problem.blocks, theta.blocks, strict=True)]
     return {
-        f"sigma_{t}": torch.linalg.matrix_norm(weight.nan_to_num(), 2)
+        f"sigma_{t}": _largest_singular_value(weight.nan_to_num())
         for t, weight in enumerate(weights, start=1)
         if weight is not None
     }
+
+
+def _largest_singular_value(weight: Tensor) -> Tensor:
+    """[S], by the eigenvalues of the smaller of WWᵀ and WᵀW, several times faster than an SVD."""
+    short = weight if weight.shape[1] <= weight.shape[2] else weight.mT
+    return torch.linalg.eigvalsh(torch.bmm(short, short.mT))[:, -1].clamp(min=0.0).sqrt()
