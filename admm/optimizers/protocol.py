@@ -128,4 +128,5 @@ def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
 def _largest_singular_value(weight: Tensor) -> Tensor:
     """[S], by the eigenvalues of the smaller of WWᵀ and WᵀW, several times faster than an SVD."""
     short = weight if weight.shape[1] <= weight.shape[2] else weight.mT
-    return torch.linalg.eigvalsh(torch.bmm(short, short.mT))[:, -1].clamp(min=0.0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(torch.bmm(short, short.mT))
+    return squares[:, -1].clamp(min=0.0).sqrt()
