@@ -16,7 +16,7 @@ env: .venv/installed ## build .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb]'
 	touch $@
 
-demo: env ## the main job on the embedded digits: four optimizers, five seeds, a table and a figure
+demo: env ## the main job on the embedded digits: nine optimizers, five seeds, a table and a figure
 	$(BIN)/python run.py experiment=digits_shallow results=outputs/demo
 
 test: env ## all tests

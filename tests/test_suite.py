@@ -44,7 +44,7 @@ def stored(folder: Path) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """All four optimizers of the experiment, two seeds, three iterations."""
+    """All optimizers of the experiment, two seeds, three iterations."""
     folder = tmp_path_factory.mktemp("launch")
     return folder, launch(folder)
 
@@ -53,7 +53,7 @@ def test_an_experiment_runs_all_of_its_optimizers(launched: tuple[Path, subproce
     folder, done = launched
     assert done.returncode == 0, done.stderr
     runs = stored(folder)
-    assert {run.info["method"] for run in runs} == {"block_admm", "online_block_admm", "sgd", "adam"}
+    assert {run.info["method"] for run in runs} == {path.stem for path in (ROOT / "conf/optimizer").glob("*.yaml")}
     for run in runs:
         assert list(run.history["iteration"].unique()) == [0, 1, 2, 3]
         assert list(run.history["seed"].unique()) == [0, 1]
@@ -92,7 +92,7 @@ def test_what_is_finished_is_not_run_again(launched: tuple[Path, subprocess.Comp
     folder, _ = launched
     before = {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)}
     again = launch(folder, "threads=2", "checkpoint_seconds=7")  # neutral keys do not change the identity
-    assert again.returncode == 0 and again.stdout.count("is there already") == 4
+    assert again.returncode == 0 and again.stdout.count("is there already") == 9
     assert {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)} == before
     forced = launch(folder, "optimizer=sgd", "force=true")
     assert forced.returncode == 0
@@ -224,13 +224,14 @@ def test_the_optimizer_of_the_contributing_guide_trains() -> None:
     names: dict[str, Any] = {"__name__": "guide"}
     sys.modules["guide"] = types.ModuleType("guide")
     exec(code, names)
-    x, labels = torch.randn(60, 5), torch.arange(60) % 3
+    x, labels = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
     problem = Problem(
         x, one_hot(labels, 3, x), split(mlp(5, [8], 3), per_layer=True), SquaredError(), initialiser("pytorch")
     )
     optimizer = names["GradientDescent"](step_size=0.1)
     history = train(problem, optimizer, optimizer.init(problem, (0, 1)), 5, (x, labels))
-    assert history.rows[-1]["train_loss"] < history.rows[0]["train_loss"]
+    for before, after in zip(history.rows[:2], history.rows[-2:], strict=True):
+        assert after["train_loss"] < before["train_loss"]
 
 
 def test_the_library_example_of_the_readme_runs() -> None:
