@@ -69,15 +69,23 @@ class Curve:
 
     @property
     def legend(self) -> str:
-        row, paper = self.row(), "" if self.reference is None else f" (paper {self.reference:.2f})"
+        row = self.row()
+        known = {"paper": self.reference, "its authors": self.authors}
+        others = ", ".join(f"{who} {value}" for who, value in known.items() if value is not None)
+        others = f" ({others})" if others else ""
         spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
         remark = self.setting.removeprefix(self.info["setting"]).lstrip(":, ")
-        return f"{self.method}{f', {remark}' if remark else ''}: {row['mean']:.2f}{spread} %{paper}"
+        return f"{self.method}{f', {remark}' if remark else ''}: {row['mean']:.2f}{spread} %{others}"
 
     @property
     def reference(self) -> float | None:
         """The paper's number for this method in this experiment, percent."""
         return self._known("accuracy").get(self.info["method"])
+
+    @property
+    def authors(self) -> str | None:
+        """What a rival's own authors publish for this experiment, percent."""
+        return self._known("authors").get(self.info["method"])
 
     def _known(self, key: str) -> dict[str, Any]:
         """By method, what `paper.yaml` has on this experiment under `key`, if the run is of it."""
@@ -102,12 +110,12 @@ class Curve:
 
     def row(self) -> dict[str, Any]:
         """Test accuracy of the replicas that reached the last iteration, in percent."""
-        last, authors = self._final(), self._known("authors").get(self.info["method"])
+        last = self._final()
         return {
             "method": self.method,
             "setting": self.setting,
             "paper": self.reference,
-            **({"authors": authors} if authors else {}),
+            **({"authors": self.authors} if self.authors else {}),
             "mean": round(last.mean(), 2),
             "std": round(last.std(), 2),
             "seeds": len(last),
