@@ -168,6 +168,15 @@ def test_it_learns(mlp_problem):
     assert set(options.diagnostics(problem, state)) == {"sigma_1", "sigma_2", "sigma_3"}
 
 
+def test_it_goes_on_from_given_parameters(mlp_problem):
+    problem = mlp_problem()
+    given = trained(VARIANTS["adam"], problem, SEEDS, 2).theta.flat.clone()
+    state = VARIANTS["adam"].init(problem, (1, 1, 1), {"theta": [given]})
+    assert torch.equal(state.theta.flat, given) and state.iteration == 0
+    with pytest.raises(ValueError, match=r"start: no variable \['z'\]"):
+        VARIANTS["adam"].init(problem, SEEDS, {"z": []})
+
+
 def test_it_refuses_wrong_values(mlp_problem):
     for key, value in {"rho": 0.0, "z_rounds": 0, "batch_size": 100, "z_step": {"blocks": [1.0] * 3}}.items():
         with pytest.raises(ValueError, match=rf"optimizer\.{key}: "):

@@ -12,6 +12,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, minibatches, rows
 from admm.optimizers.coupling import Chain
+from admm.optimizers.fully_connected import Start, known, put
 from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
 from admm.optimizers.rules import SGD, Adam, Rule
 from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, positive, schedule
@@ -48,13 +49,18 @@ class Gotmare:
     z_update: Rule = field(default_factory=SGD)
     update: Rule = field(default_factory=Adam)
 
-    def init(self, problem: Problem, seeds: Sequence[int]) -> GotmareState:
-        """Θ by the problem's initialisation. Raises ValueError that names a hyperparameter."""
+    def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> GotmareState:
+        """Θ by the problem's initialisation, or from the starting variable `theta`, one tensor [S, P].
+
+        Raises ValueError that names a hyperparameter, or for a starting variable of another name or shape.
+        """
+        known(start, ("theta",))
         check_batch_size(self.batch_size, len(problem.x))
         at_least_one("z_rounds", self.z_rounds)
         self._schedules(len(problem.blocks), len(seeds))
         self._penalty(problem.x, len(seeds))
         theta = problem.initial(seeds)
+        put("theta", [theta.flat], start)
         return GotmareState(tuple(seeds), 0, theta, self.update.init(theta.flat))
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
