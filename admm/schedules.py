@@ -42,7 +42,7 @@ def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     """T values: `value` for every block, or its own for each from `{blocks: [one a block]}`."""
     if not isinstance(value, Mapping) or "blocks" not in value:
         return [value] * blocks
-    if set(value) != {"blocks"} or len(value["blocks"]) != blocks:
+    if set(value) != {"blocks"} or not isinstance(value["blocks"], Sequence) or len(value["blocks"]) != blocks:
         raise ValueError(f"optimizer.{name}: {dict(value)} is not {{blocks: [{blocks} values, one a block]}}")
     return list(value["blocks"])
 
@@ -72,7 +72,7 @@ def positive(name: str, value: Number, replicas: int) -> Tensor:
 def _number(name: str, value: object) -> float:
     if isinstance(value, int | float) and value >= 0:
         return float(value)
-    raise ValueError(f"optimizer.{name}: {value!r} is not a number from 0 up, [one a replica] or {{start: …, end: …}}")
+    raise ValueError(f"optimizer.{name}: {value!r} is not a number from 0 up or [one a replica]")
 
 
 def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -152,8 +152,7 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
 
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
     """The network, its blocks, the loss and the initialisation of a configuration, on a data set."""
-    features = dataset.x_train[0].numel()
-    network = instantiate(config.model, in_features=features, out_features=dataset.classes, _convert_="all")
+    network = instantiate(config.model, in_features=dataset.features, out_features=dataset.classes, _convert_="all")
     return Problem(
         x=dataset.x_train,
         y=one_hot(dataset.y_train, dataset.classes, dataset.x_train),
@@ -195,15 +194,19 @@ def check_groups(overrides: Sequence[str], settings: Path) -> None:
 def spread_grid(config: DictConfig) -> list[str]:
     """Turn the grid into lists of hyperparameters, one value a replica, in place; `seeds` become the replicas' seeds.
 
-    Returns, for each replica, its point of the grid in words; nothing without a grid.
+    Returns, for each replica, its point of the grid in words; nothing without a grid. Raises ValueError for another
+    form than {optimizer.key: [value, …], …} or a key that is not there.
     """
-    if not config.grid:
+    if config.grid is None:
         return []
-    grid = {str(key): list(values) for key, values in config.grid.items()}
+    grid: Any = OmegaConf.to_container(config.grid) if OmegaConf.is_config(config.grid) else config.grid
+    if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
+        raise ValueError(f"grid: {grid!r} is not of the form {{optimizer.step_size: [0.1, 0.2]}}")
     points = [point for point in product(*grid.values()) for _ in config.seeds]
     config.seeds = list(config.seeds) * (len(points) // len(config.seeds))
     for number, key in enumerate(grid):
-        if not key.startswith("optimizer.") or OmegaConf.select(config, key) is None:
+        parent, _, name = key.rpartition(".")
+        if not key.startswith("optimizer.") or name not in (OmegaConf.select(config, parent) or ()):
             raise ValueError(f"grid: {key!r} is not a hyperparameter of the optimizer; use -m {key}=… instead")
         OmegaConf.update(config, key, [point[number] for point in points], merge=False)
     return [", ".join(f"{key}={value}" for key, value in zip(grid, point, strict=True)) for point in points]

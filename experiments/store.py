@@ -144,7 +144,7 @@ class Slot:
 
 
 def finished_runs(root: Path, experiment: str) -> list[Run]:
-    """The finished runs of an experiment, by name, the newest of each method and setting last."""
+    """The finished runs of an experiment, from the oldest to the newest."""
     folders = (root / "runs" / experiment).glob("*/run.json")
     return sorted((Run(path.parent) for path in folders), key=lambda run: (run.info["finished"], run.folder.name))
 

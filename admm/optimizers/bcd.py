@@ -22,12 +22,11 @@ from admm.optimizers.fully_connected import (
     relu_prox_,
     square_residuals,
 )
-from admm.optimizers.least_squares import gain
+from admm.optimizers.least_squares import Scratch, add_gram, factorise, gain, input_factor, zero_gram
 from admm.optimizers.protocol import Problem, spectral_norms
 from admm.schedules import Number, positive
 
 _SLICE = 2000  # samples that are visited at a time: their temporaries stay in the processor's cache
-_PANEL = 192  # columns of a symmetric product at a time: of 1500, 0.56 of its entries are computed
 
 
 @dataclass
@@ -35,7 +34,7 @@ class BCDState:
     """BCD's variables for L layers, N samples, S replicas.
 
     theta: weights W_l and biases b_l. u, v: pre-activations U_l and activations V_l, l = 1..L, [S, N, d_l] each.
-    x_factor: Cholesky factor of α I + ρ XᵀX, [S, d_0, d_0] in float64.
+    x_factor: Cholesky factor of α/ρ I + XᵀX, [S, d_0, d_0] in float64.
     """
 
     seeds: tuple[int, ...]
@@ -77,16 +76,14 @@ class BCD:
         widths = [layer["weight"].shape[1] for layer in layers]
         u = [problem.x.new_empty(replicas, len(problem.x), width) for width in widths]
         v = [torch.empty_like(values) for values in u]
-        state = BCDState(tuple(seeds), 0, theta, u, v, problem.x.new_empty(0))
-        x_gram = _zero_gram(layers[0]["weight"])
+        x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE)
+        state = BCDState(tuple(seeds), 0, theta, u, v, x_factor)
         for part in slices(len(problem.x), _SLICE):
             for number, layer in enumerate(layers, start=1):
                 u[number - 1][:, part] = pre_activation(layer, _before(problem, state, number, part))
                 v[number - 1][:, part] = u[number - 1][:, part].relu() if number < len(u) else u[-1][:, part]
-            _add_gram(x_gram, _before(problem, state, 1, part))
         put("u", u, start)
         put("v", v, start)
-        state.x_factor = _factor(x_gram, rho, alpha)
         return state
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
@@ -136,7 +133,9 @@ class BCD:
             above = layers[number]
             above_gain = gain(above["weight"], gamma / rho)
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
-        gram = _zero_gram(weight) if number > 1 else None
+        scratch, gram = Scratch(weight), None
+        if number > 1:
+            gram = zero_gram(len(weight), weight.shape[2], weight)
         for part in slices(len(problem.x), _SLICE):
             before, u, v = (
                 _before(problem, state, number, part),
@@ -161,13 +160,14 @@ class BCD:
             cross.baddbmm_(residual.mT, before)
             total += residual.sum(1)
             if gram is not None:
-                _add_gram(gram, before)
+                add_gram(gram, before, scratch)
         # With E = U_l − W_l V_{l−1} − b_l for the old W_l and b_l, the authors' updates of both are
-        # W_l = (α W_l + ρ (U_l − b_l)ᵀV_{l−1}) (α I + ρ VᵀV)⁻¹ = W_l + ρ EᵀV_{l−1} (α I + ρ VᵀV)⁻¹ and
+        # W_l = (α W_l + ρ (U_l − b_l)ᵀV_{l−1}) (α I + ρ VᵀV)⁻¹ = W_l + EᵀV_{l−1} (α/ρ I + VᵀV)⁻¹ and
         # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for
         # two blocks of a convex quadratic this never raises it either.
-        factor = state.x_factor if gram is None else _factor(gram, rho, alpha)
-        weight += torch.cholesky_solve((rho * cross).mT.double(), factor).mT
+        ridge = (alpha / rho).view(-1, 1)
+        factor = state.x_factor if gram is None else factorise(gram, ridge)
+        weight += torch.cholesky_solve(cross.mT.double(), factor).mT
         bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
 
 
@@ -177,23 +177,3 @@ def _before(problem: Problem, state: BCDState, number: int, part: slice) -> Tens
         return state.v[number - 2][:, part]
     x = problem.x[part].flatten(1)
     return x.expand(len(state.seeds), *x.shape)
-
-
-def _zero_gram(weight: Tensor) -> Tensor:
-    """For V_{l−1}ᵀV_{l−1}, [S, d_{l−1}, d_{l−1}]; a float32 sum over all samples may not be positive definite."""
-    return weight.new_zeros(len(weight), weight.shape[2], weight.shape[2], dtype=torch.float64)
-
-
-def _add_gram(gram: Tensor, v: Tensor) -> None:
-    """Adds the lower triangle of vᵀv, all that a Cholesky factorisation reads, and a little more."""
-    width = v.shape[2]
-    for start in range(0, width, _PANEL):
-        stop = min(start + _PANEL, width)
-        gram[:, start:stop, :stop] += torch.bmm(v[:, :, start:stop].mT, v[:, :, :stop])
-
-
-def _factor(gram: Tensor, rho: Tensor, alpha: Tensor) -> Tensor:
-    """Cholesky factor of α I + ρ V_{l−1}ᵀV_{l−1}, in float64; overwrites the product."""
-    gram.mul_(rho).diagonal(dim1=1, dim2=2).add_(alpha.squeeze(2))
-    factor: Tensor = torch.linalg.cholesky_ex(gram).L  # no error for the NaN of a diverged replica
-    return factor

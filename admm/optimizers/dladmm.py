@@ -11,7 +11,17 @@ from torch import Tensor
 
 from admm.blocks import Parameters, Views
 from admm.losses import CrossEntropy, Loss, SquaredError
-from admm.optimizers.fully_connected import Start, draw, known, linear_layers, pre_activation, put, relu_prox_
+from admm.minibatches import slices
+from admm.optimizers.fully_connected import (
+    Start,
+    draw,
+    known,
+    linear_layers,
+    pre_activation,
+    put,
+    relu_prox_,
+    squared_norm,
+)
 from admm.optimizers.protocol import Problem, at_least_one
 from admm.schedules import Number, positive, replica_values
 
@@ -97,8 +107,6 @@ class DLADMM:
         self._check(problem.loss, len(seeds))
         theta = problem.initial(seeds)
         layers = linear_layers(problem.blocks, theta, "dladmm")
-        if any("bias" not in layer for layer in layers):
-            raise ValueError("optimizer: dladmm supports fully connected ReLU networks with a bias in every layer")
         deviation = replica_values("deviation", self.deviation, len(seeds))
         for name in ("weight", "bias"):
             draw(name, [layer[name] for layer in layers], seeds, deviation, "normal")
@@ -191,7 +199,8 @@ class DLADMM:
     def _check(self, loss: Loss, replicas: int) -> None:
         for name in ("rises", "wide", "fista_steps"):
             at_least_one(name, getattr(self, name))
-        curvature = replica_values("fista_curvature", self.curvature(loss), replicas)
+        replica_values("fista_tolerance", self.fista_tolerance, replicas)
+        curvature = positive("fista_curvature", self.curvature(loss), replicas)
         if isinstance(loss, SquaredError) and not bool((curvature >= loss.scale).all()):
             raise ValueError(
                 f"optimizer.fista_curvature: {self.fista_curvature} is below {loss.scale}, the scale of squared_error, "
@@ -323,28 +332,27 @@ class _Sweep:
 
     def training_cost(self) -> Tensor:
         """The mean loss of a plain forward pass, [S], whose first layer is already known: Z_1 + E_1 (without dual)."""
-        samples, total = len(self.problem.x), torch.zeros_like(self.state.rho)
-        for first in range(0, samples, _SLICE):
-            part = slice(first, min(first + _SLICE, samples))
+        total = torch.zeros_like(self.state.rho)
+        for part in slices(len(self.problem.x), _SLICE):
             z = self.state.z[0][:, part] + self.state.error[0][:, part]
             for views in self.layers[1:]:
                 z = pre_activation(views, z.relu_())
             total += self.problem.loss.value(z, self.problem.y[part]).sum(1)
-        return total.div_(samples)
+        return total.div_(len(self.problem.x))
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
         """Minimises J(z) + ρ/2 ‖z − target‖², from z. Samples are columns here, for fast sums over the classes."""
         options, loss = self.options, self.problem.loss
         curvature = _column(replica_values("fista_curvature", options.curvature(loss), len(z)).to(z))
-        tolerance = options._number("fista_tolerance", z)
+        tolerance = replica_values("fista_tolerance", options.fista_tolerance, len(z)).to(z.device)
         z, target, y = z.mT.contiguous(), target.mT.contiguous(), self.problem.y.mT.contiguous()
         result, proximal, momentum = torch.empty_like(z), z, 1.0
-        before = torch.full_like(self.state.rho, math.inf)
+        before = torch.full_like(self.state.rho, math.inf, dtype=torch.float64)  # float32 cannot tell `tolerance`
         running = torch.ones_like(before, dtype=torch.bool)
         pull, total = self.rho * target, self.rho + curvature
         for _ in range(options.fista_steps):
             value, gradient = _value_and_gradient(loss, z, y)
-            value += 0.5 * self.state.rho * _square(z - target)
+            value += 0.5 * self.state.rho * squared_norm(z - target)
             # A replica stops by itself and goes on without effect; one that has diverged stops too.
             stops = running & ~((value - before).abs() >= tolerance)
             if stops.any():
@@ -371,11 +379,11 @@ class _Sweep:
 
 
 def _value_and_gradient(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """J summed over samples [S] and its gradient [S, C, N], for z [S, C, N] and y [C, N]."""
+    """J summed over samples [S], in float64, and its gradient [S, C, N], for z [S, C, N] and y [C, N]."""
     if isinstance(loss, CrossEntropy):  # both need the same exponentials
         log_p = torch.log_softmax(z, 1)
-        return (log_p * y).sum((1, 2)).mul_(-loss.scale), log_p.exp_().sub_(y).mul_(loss.scale)
-    return loss.value(z.mT, y.mT).sum(1), loss.gradient(z.mT, y.mT).mT
+        return (log_p * y).sum((1, 2), dtype=torch.float64).mul_(-loss.scale), log_p.exp_().sub_(y).mul_(loss.scale)
+    return loss.value(z.mT, y.mT).sum(1, dtype=torch.float64), loss.gradient(z.mT, y.mT).mT
 
 
 def _doubled(start: Tensor, least: Tensor) -> Tensor:
@@ -397,7 +405,7 @@ def _forward(layers: Sequence[Views], x: Tensor) -> tuple[list[Tensor], list[Ten
 
 
 def _square(value: Tensor) -> Tensor:
-    """‖·‖² of each replica, [S]."""
+    """‖·‖² of each replica, [S], in the data's own precision and without a copy of it: enough for a search."""
     norm: Tensor = torch.linalg.vector_norm(value, dim=(1, 2))
     return norm.square_()
 

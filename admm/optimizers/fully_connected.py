@@ -20,12 +20,13 @@ from admm.minibatches import generator, slices
 Start = Mapping[str, Sequence[Tensor]]  # starting values by the name of a state's variable
 
 
-def linear_layers(blocks: Blocks, theta: Parameters, algorithm: str) -> list[Views]:
+def linear_layers(blocks: Blocks, theta: Parameters, algorithm: str, biases: bool = True) -> list[Views]:
     """`weight` and `bias` of layers 1..L, as views into theta.
 
-    Raises ValueError unless the network is `Linear, ReLU, Linear, …, Linear`, after a `Flatten` or not.
+    Raises ValueError unless the network is `Linear, ReLU, Linear, …, Linear`, after a `Flatten` or not, and if `biases`
+    are needed, all of its layers have one.
     """
-    modules = dict(blocks.network.named_modules())
+    modules = dict(blocks.network.named_modules(remove_duplicate=False))
     kinds = [type(modules[name]) for name in leaves(blocks.network)]
     body = kinds[1:] if kinds[0] is nn.Flatten else kinds
     if len(body) % 2 == 0 or body != [nn.Linear, nn.ReLU] * (len(body) // 2) + [nn.Linear]:
@@ -33,7 +34,10 @@ def linear_layers(blocks: Blocks, theta: Parameters, algorithm: str) -> list[Vie
             f"optimizer: {algorithm} supports fully connected ReLU networks (Linear, ReLU, …, Linear), not "
             f"{', '.join(kind.__name__ for kind in kinds)}"
         )
-    return [views for block in theta.blocks for views in block if views]
+    layers = [views for block in theta.blocks for views in block if views]
+    if biases and not all("bias" in layer for layer in layers):
+        raise ValueError(f"optimizer: {algorithm} supports fully connected ReLU networks with a bias in every layer")
+    return layers
 
 
 def put(name: str, variables: Sequence[Tensor], start: Start | None) -> None:
@@ -43,7 +47,7 @@ def put(name: str, variables: Sequence[Tensor], start: Start | None) -> None:
     """
     if start is None or name not in start:
         return
-    given = start[name]
+    given = [torch.as_tensor(value) for value in start[name]]
     if [v.shape for v in given] != [v.shape for v in variables]:
         raise ValueError(
             f"start[{name!r}]: shapes {[list(v.shape) for v in given]}, expected {[list(v.shape) for v in variables]}"
@@ -100,12 +104,13 @@ def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> No
     z⁺ = (p + ratio q)/(1 + ratio), on z ≤ 0 it is min(p, 0). For p > 0, z⁺ is better wherever it is positive; for
     p ≤ 0, where p > −(√(1 + ratio) − 1) q, which implies z⁺ > 0.
     """
-    torch.mul(q, 1.0 - (1.0 + ratio) ** 0.5, out=spare).clamp_(max=0.0).lt_(p)  # 1 where z⁺ is better; p ≤ 0 elsewhere
+    below = -ratio / (1.0 + (1.0 + ratio) ** 0.5)  # 1 − √(1 + ratio), without cancellation
+    torch.mul(q, below, out=spare).clamp_(max=0.0).lt_(p)  # 1 where z⁺ is better; p ≤ 0 elsewhere
     q.mul_(ratio).add_(p).mul_(1.0 / (1.0 + ratio)).clamp_(min=0.0)
     p.lerp_(q, spare)  # exactly one of the two, many times faster than torch.where
 
 
-def square(values: Tensor) -> Tensor:
+def squared_norm(values: Tensor) -> Tensor:
     """‖·‖² of each replica, [S], summed in float64."""
     return values.square().sum(tuple(range(1, values.ndim)), dtype=torch.float64)
 
@@ -121,9 +126,9 @@ def square_residuals(
     for part in slices(x.shape[1], slice_size):
         for number, (layer, before, own) in enumerate(zip(layers, [x, *a], z, strict=False)):
             own = own[:, part]
-            affine[number] += square(own - pre_activation(layer, before[:, part]))
+            affine[number] += squared_norm(own - pre_activation(layer, before[:, part]))
             if number < len(a):
-                activation[number] += square(a[number][:, part] - (own.relu() if number + 1 < len(z) else own))
+                activation[number] += squared_norm(a[number][:, part] - (own.relu() if number + 1 < len(z) else own))
     return affine, activation
 
 
@@ -134,7 +139,7 @@ def relative_residuals(
     `square_residuals` returns."""
     named = {"residual": (affine, z), "activation_residual": (activation, a)}
     return {
-        f"{name}_{number}": (own / square(variable)).sqrt()
+        f"{name}_{number}": (own / squared_norm(variable)).sqrt()
         for name, (squares, variables) in named.items()
         for number, (own, variable) in enumerate(zip(squares, variables, strict=True), start=1)
     }

@@ -39,8 +39,9 @@ State = TypeVar("State")
 class Optimizer(Protocol[State]):
     """An algorithm: an immutable object with hyperparameters, over an explicit state of tensors.
 
-    All state has the replica axis S in front, one replica a seed. `step` works in place and returns the state;
-    it never prints, logs, evaluates or reads a clock, and depends on nothing but the problem and the state.
+    All variables have a replica axis S, one replica a seed, in front unless a state says otherwise. `step` works in
+    place and returns the state; it never prints, logs, evaluates or reads a clock, and depends on nothing but the
+    problem and the state.
     """
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> State:
@@ -85,12 +86,14 @@ def _overwrite(value: Any, saved: Any, name: str) -> None:
     if isinstance(value, Parameters):
         value = value.flat
     if isinstance(value, Tensor):
-        if value.shape != saved.shape:
-            raise ValueError(f"checkpoint: {name} has shape {list(saved.shape)}, expected {list(value.shape)}")
+        found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
+        if found != list(value.shape):
+            raise ValueError(f"checkpoint: {name} has shape {found}, expected {list(value.shape)}")
         value.copy_(saved)
     elif isinstance(value, list):
-        if len(value) != len(saved):
-            raise ValueError(f"checkpoint: {name} has {len(saved)} entries, expected {len(value)}")
+        if not isinstance(saved, list) or len(value) != len(saved):
+            entries = len(saved) if isinstance(saved, list) else "no"
+            raise ValueError(f"checkpoint: {name} has {entries} entries, expected {len(value)}")
         for item, other in zip(value, saved, strict=True):
             _overwrite(item, other, name)
     elif _plain(value) != saved:
@@ -119,14 +122,17 @@ def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
     """`sigma_t` [S]: the largest singular value of block t's weight, for blocks of one linear layer."""
     weights = [block.linear_weight(views) for block, views in zip(problem.blocks, theta.blocks, strict=True)]
     return {
-        f"sigma_{t}": _largest_singular_value(weight.nan_to_num())
-        for t, weight in enumerate(weights, start=1)
-        if weight is not None
+        f"sigma_{t}": _largest_singular_value(weight) for t, weight in enumerate(weights, start=1) if weight is not None
     }
 
 
 def _largest_singular_value(weight: Tensor) -> Tensor:
-    """[S], by the eigenvalues of the smaller of WWᵀ and WᵀW, several times faster than an SVD."""
-    short = weight if weight.shape[1] <= weight.shape[2] else weight.mT
+    """[S], by the eigenvalues of the smaller of WWᵀ and WᵀW, faster than an SVD; not finite where the weight is not.
+
+    Of the weight over its largest entry, whose products cannot overflow.
+    """
+    largest = weight.abs().amax((1, 2))
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, torch.inf)  # then the quotient is 0
+    short = (weight if weight.shape[1] <= weight.shape[2] else weight.mT).nan_to_num() / scale.view(-1, 1, 1)
     squares: Tensor = torch.linalg.eigvalsh(torch.bmm(short, short.mT))
-    return squares[:, -1].clamp(min=0.0).sqrt()
+    return squares[:, -1].clamp(min=0.0).sqrt() * largest

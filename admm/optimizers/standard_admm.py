@@ -21,8 +21,8 @@ from admm.optimizers.fully_connected import (
     put,
     relative_residuals,
     relu_prox_,
-    square,
     square_residuals,
+    squared_norm,
 )
 from admm.optimizers.least_squares import (
     Scratch,
@@ -30,6 +30,7 @@ from admm.optimizers.least_squares import (
     add_gram,
     factorise,
     gain,
+    input_factor,
     regress,
     zero_gram,
 )
@@ -37,7 +38,6 @@ from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_nor
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "standard_admm"
-_EPSILON = torch.finfo(torch.float64).eps
 
 
 @dataclass
@@ -82,7 +82,7 @@ class StandardADMM:
         """Raises ValueError for other networks, a layer without bias, a loss without prox, or a wrong value."""
         theta = problem.initial(seeds)
         layers = linear_layers(problem.blocks, theta, _NAME)
-        self._check(problem, layers, len(seeds))
+        self._check(problem, len(seeds))
         spread = replica_values("spread", self.spread, len(seeds))
         known(start, ("weight", "bias", "z", "a", "u", "v"))
         x, replicas = problem.x.flatten(1), len(seeds)
@@ -97,7 +97,8 @@ class StandardADMM:
             self._forward(x, layers, z, a)
         for name, tensors in variables.items():
             put(name, tensors, start)
-        return StandardADMMState(tuple(seeds), 0, theta, z, a, u, v, self._factor(x, replicas))
+        factor = input_factor(x, self._ridge(replicas), self.slice_size, intercept=True)
+        return StandardADMMState(tuple(seeds), 0, theta, z, a, u, v, factor)
 
     def step(self, problem: Problem, state: StandardADMMState) -> StandardADMMState:
         layers = linear_layers(problem.blocks, state.theta, _NAME)
@@ -123,7 +124,7 @@ class StandardADMM:
         values = relative_residuals(*squares, state.z, state.a)
         for name, duals in (("dual_rms", state.u), ("activation_dual_rms", state.v)):
             for number, dual in enumerate(duals, start=1):
-                values[f"{name}_{number}"] = (square(dual) / dual[0].numel()).sqrt()
+                values[f"{name}_{number}"] = (squared_norm(dual) / dual[0].numel()).sqrt()
         return values | spectral_norms(problem, state.theta)
 
     def _update_weights(self, x: Tensor, layers: list[Views], state: StandardADMMState, scratch: Scratch) -> None:
@@ -137,7 +138,7 @@ class StandardADMM:
                 add_cross(own, a[:, part], target)
             for gram, a in zip(grams, state.a, strict=True):
                 add_gram(gram, a[:, part], scratch)
-        factors = [state.factor, *(factorise(gram, self._ridge(replicas), _EPSILON) for gram in grams)]
+        factors = [state.factor, *(factorise(gram, self._ridge(replicas)) for gram in grams)]
         for layer, factor, own in zip(layers, factors, cross, strict=True):
             regress(factor, own, layer["weight"], layer["bias"])
 
@@ -178,19 +179,10 @@ class StandardADMM:
                 before = a
             torch.sub(z, target, out=u)  # U_l + Z_l − W_l A_{l−1} − b_l
 
-    def _factor(self, x: Tensor, replicas: int) -> Tensor:
-        """Of XᵀX + 2λ/β I, with the ones."""
-        gram, scratch = zero_gram(1, x.shape[1] + 1, x), Scratch(x)
-        for part in slices(len(x), self.slice_size):
-            add_gram(gram, x[None, part], scratch)
-        ridge = self._ridge(replicas)
-        return factorise(gram.expand(len(ridge), -1, -1), ridge, _EPSILON).expand(replicas, -1, -1).contiguous()
-
     def _ridge(self, replicas: int) -> Tensor:
-        """2λ/β, [S, 1], or [1, 1] where all replicas have the same."""
-        pair = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
-        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in pair)
-        return 2.0 * weight_decay / beta
+        """2λ/β, [S, 1]."""
+        weight_decay, beta = (replica_values(k, getattr(self, k), replicas) for k in ("weight_decay", "beta"))
+        return (2.0 * weight_decay / beta).view(-1, 1)
 
     def _forward(self, x: Tensor, layers: list[Views], z: list[Tensor], a: list[Tensor]) -> None:
         for part in slices(len(x), self.slice_size):
@@ -200,11 +192,9 @@ class StandardADMM:
                 if number < len(a):
                     a[number][:, part] = before = z[number][:, part].relu()
 
-    def _check(self, problem: Problem, layers: list[Views], replicas: int) -> None:
+    def _check(self, problem: Problem, replicas: int) -> None:
         one_of("start_from", self.start_from, ("uniform", "forward"))
         at_least_one("slice_size", self.slice_size)
         for name in ("beta", "gamma"):
             positive(name, getattr(self, name), replicas)
-        if not all("bias" in layer for layer in layers):
-            raise ValueError(f"optimizer: {_NAME} supports layers with a bias only (the intercept of its regressions)")
         check_prox(problem.loss, _NAME)

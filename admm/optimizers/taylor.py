@@ -21,8 +21,8 @@ from admm.optimizers.fully_connected import (
     put,
     relative_residuals,
     relu_prox_,
-    square,
     square_residuals,
+    squared_norm,
 )
 from admm.optimizers.least_squares import (
     Scratch,
@@ -30,6 +30,7 @@ from admm.optimizers.least_squares import (
     add_gram,
     factorise,
     gain,
+    input_factor,
     regress,
     zero_gram,
 )
@@ -85,7 +86,7 @@ class Taylor:
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> TaylorState:
         """Raises ValueError for other networks, a loss without prox, or a wrong value."""
         theta = problem.initial(seeds)
-        layers = linear_layers(problem.blocks, theta, _NAME)
+        layers = linear_layers(problem.blocks, theta, _NAME, biases=False)
         self._check(problem, len(seeds))
         known(start, ("weight", "z", "a", "multiplier"))
         x, replicas = problem.x.flatten(1), len(seeds)
@@ -101,10 +102,11 @@ class Taylor:
             draw(f"{_NAME} {name}", tensors, seeds, spread, "normal" if self.start_from == "gaussian" else "uniform")
         for name, tensors in {"weight": w, "z": z, "a": a, "multiplier": [multiplier]}.items():
             put(name, tensors, start)
-        return TaylorState(tuple(seeds), 0, theta, z, a, multiplier, self._input_factor(x, replicas))
+        factor = input_factor(x, self._ridge(replicas), self.slice_size, epsilon=torch.finfo(x.dtype).eps)
+        return TaylorState(tuple(seeds), 0, theta, z, a, multiplier, factor)
 
     def step(self, problem: Problem, state: TaylorState) -> TaylorState:
-        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        layers = linear_layers(problem.blocks, state.theta, _NAME, biases=False)
         before = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         factor, cross, scratch = state.factor, _zero_cross(before, state.z[0]), Scratch(before)
         for part in slices(before.shape[1], self.slice_size):
@@ -124,10 +126,10 @@ class Taylor:
     def diagnostics(self, problem: Problem, state: TaylorState) -> dict[str, Tensor]:
         """`residual_l` and `activation_residual_l` (see `relative_residuals`) by layer; `multiplier_rms` = rms(Λ);
         `sigma_t`."""
-        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        layers = linear_layers(problem.blocks, state.theta, _NAME, biases=False)
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
-        multiplier_rms = (square(state.multiplier) / state.multiplier[0].numel()).sqrt()
+        multiplier_rms = (squared_norm(state.multiplier) / state.multiplier[0].numel()).sqrt()
         return {
             **relative_residuals(*squares, state.z, state.a),
             "multiplier_rms": multiplier_rms,
@@ -152,7 +154,7 @@ class Taylor:
             relu_prox_(z, activation.copy_(a), ratio, scratch.take("gap", z.shape))
             add_gram(gram, a, scratch)
             add_cross(cross, a, next_z)
-        return self._factor(gram, len(state.seeds), a_all.dtype), cross
+        return factorise(gram, self._ridge(len(gram)), torch.finfo(gram.dtype).eps), cross
 
     def _update_last(self, problem: Problem, before: Tensor, layer: Views, state: TaylorState) -> None:
         """Z_L, and Λ after the warm start."""
@@ -165,18 +167,10 @@ class Taylor:
             if state.iteration >= self.warm_start:
                 multiplier.add_((z - prediction).mul_(beta))
 
-    def _input_factor(self, x: Tensor, replicas: int) -> Tensor:
-        gram, scratch = zero_gram(1, x.shape[1], x), Scratch(x)
-        for part in slices(len(x), self.slice_size):
-            add_gram(gram, x[None, part], scratch)
-        return self._factor(gram, replicas, x.dtype).expand(replicas, -1, -1).contiguous()
-
-    def _factor(self, gram: Tensor, replicas: int, dtype: torch.dtype) -> Tensor:
-        """Of AᵀA + λ/β I, [S, d, d], or [1, d, d] where gram and λ/β are the same for all replicas."""
-        pair = (per_replica(name, getattr(self, name), replicas) for name in ("weight_decay", "beta"))
-        weight_decay, beta = (torch.as_tensor(value, dtype=torch.float64).view(-1, 1) for value in pair)
-        ridge = weight_decay / beta
-        return factorise(gram.expand(max(len(gram), len(ridge)), -1, -1), ridge, torch.finfo(dtype).eps)
+    def _ridge(self, replicas: int) -> Tensor:
+        """λ/β, [S, 1]."""
+        weight_decay, beta = (replica_values(k, getattr(self, k), replicas) for k in ("weight_decay", "beta"))
+        return (weight_decay / beta).view(-1, 1)
 
     def _value(self, name: str, state: TaylorState) -> float | Tensor:
         """A hyperparameter: a number, or [S, 1, 1]."""
