@@ -218,23 +218,6 @@ def assert_replica(state: Any, s: int, other: Any) -> None:
             torch.testing.assert_close(a[s], b[0], rtol=1e-10, atol=1e-10)
 
 
-def test_a_stack_is_its_replicas_alone():
-    problem = make(4)
-    together = trained(OPTIMIZER, problem, SEEDS, 5)
-    for s, seed in enumerate(SEEDS):
-        assert_replica(together, s, trained(OPTIMIZER, problem, (seed,), 5))
-
-
-def test_a_grid_of_hyperparameters_is_separate_runs():
-    problem = make(4, loss=CrossEntropy(tolerance=1e-14))
-    grid = {"gamma": (0.7, 2.0, 1.0), "rho": (1.0, 0.5, 3.0), "alpha": (5.0, 1.0, 0.1)}
-    together = trained(replace(OPTIMIZER, **grid), problem, (5, 5, 5), 5)
-    for s in range(3):
-        alone = replace(OPTIMIZER, **{name: values[s] for name, values in grid.items()})
-        assert_replica(together, s, trained(alone, problem, (5,), 5))
-    assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
-
-
 def test_it_learns_without_being_given_a_start():
     problem = make(3, samples=200)
     state = trained(BCD(), problem, SEEDS, 60)

@@ -147,18 +147,6 @@ def assert_replica(state: Any, s: int, other: Any) -> None:
         torch.testing.assert_close(a[s], b[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("variant", ["adam", "adam on z"])
-@pytest.mark.parametrize("name", ["mlp_problem", "conv_problem"])
-def test_a_stack_and_a_grid_are_their_replicas_alone(variant, name, request):
-    problem, options = request.getfixturevalue(name)(CrossEntropy()), VARIANTS[variant]
-    grid = {"theta_step": (0.02, 0.005, 0.01), "z_step": (0.1, 0.5, 0.3), "rho": (1.0, 0.5, 2.0)}
-    stack, points = trained(options, problem, SEEDS, 3), trained(replace(options, **grid), problem, SEEDS, 3)
-    for s, seed in enumerate(SEEDS):
-        assert_replica(stack, s, trained(options, problem, (seed,), 3))
-        alone = replace(options, **{key: values[s] for key, values in grid.items()})
-        assert_replica(points, s, trained(alone, problem, (seed,), 3))
-
-
 def test_it_learns(mlp_problem):
     problem = mlp_problem(CrossEntropy(), per_layer=True, activation="start")
     options = Gotmare(40, {"start": 0.02, "end": 0.0}, 0.5, batch_size=8)

@@ -25,7 +25,7 @@ from admm.optimizers import (
     Taylor,
     ZUpdate,
 )
-from admm.optimizers.protocol import restore, save
+from admm.optimizers.protocol import restore, save, spectral_norms
 
 SEEDS = (5, 0, 11)
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -295,10 +295,31 @@ def test_diagnostics_are_one_number_a_replica_and_change_nothing(case, problem):
 
 
 def test_the_state_stays_in_the_problem_s_dtype(case, problem):
-    state = trained(case.optimizer, problem, SEEDS, 1)
-    saved = save(state)
+    problem = replace(problem, x=problem.x.float(), y=problem.y.float())
+    saved = save(trained(case.optimizer, problem, SEEDS, 1))
+    for factor in ("factor", "x_factor"):  # of linear systems, always in float64
+        saved.pop(factor, None)
     saved["moments"] = saved.get("moments", [])[:2]  # Adam's count of steps is PyTorch's own
-    assert {t.dtype for t in tensors(saved)} == {torch.float64}
+    assert {t.dtype for t in tensors(saved)} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30, torch.inf, torch.nan])
+def test_spectral_norms_are_right_whatever_the_size_of_one_replica(mlp_problem, dtype, value):
+    problem = mlp_problem()
+    problem = replace(problem, x=problem.x.to(dtype))
+    theta = problem.initial(SEEDS)
+    theta.flat[1] *= value
+    norms = spectral_norms(problem, theta)
+    for t, block in enumerate(theta.blocks, start=1):
+        weight = next(layer["weight"] for layer in block if layer)
+        for s in range(3):
+            if weight[s].isfinite().all():
+                expected = torch.linalg.svdvals(weight[s].double() / (value if s == 1 and value else 1.0))[0]
+                expected *= value if s == 1 else 1.0
+                assert norms[f"sigma_{t}"][s].item() == pytest.approx(expected.item(), rel=1e-5)
+            else:
+                assert not norms[f"sigma_{t}"][s].isfinite()
 
 
 def test_another_seed_s_checkpoint_is_refused(case, problem):

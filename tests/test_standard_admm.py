@@ -269,5 +269,5 @@ def test_what_it_cannot_train_is_refused_before_training(conv_problem):
 def test_layers_without_bias_are_refused():
     network = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     problem = replace(make([5]), x=make([5]).x.flatten(1), blocks=split(network, per_layer=True))
-    with pytest.raises(ValueError, match="standard_admm supports .* with a bias in every layer"):
+    with pytest.raises(ValueError, match=r"standard_admm supports .* with a bias in every layer"):
         ADMM.init(problem, SEEDS)

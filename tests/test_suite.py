@@ -166,6 +166,7 @@ def test_wandb_gets_one_offline_run_a_seed(tmp_path: Path) -> None:
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
         ("dataset=mnist", r"error: no mnist.npz, and (?s:.*)Three ways to provide mnist(?s:.*)nowhere/mnist.npz"),
         ("grid={split.n_blocks:[1]}", r"error: grid: 'split.n_blocks' is not a hyperparameter"),
+        ("grid={optimizer.step_size:0.1}", r"error: grid: {'optimizer.step_size': 0.1} is not of the form {"),
     ],
 )
 def test_bad_input_names_the_key_and_what_would_be_right(tmp_path: Path, argument: str, message: str) -> None:
