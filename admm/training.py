@@ -130,6 +130,7 @@ def _record(
 
 def _save(path: Path, state: Any, history: History) -> None:
     """Written beside and renamed, so that a kill leaves the former checkpoint whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     torch.save({"state": save(state), "history": vars(history)}, part)
     os.replace(part, path)
