@@ -60,7 +60,7 @@ def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, 
         if rows[-1]["iteration"] == stop:
             raise Killed
 
-    optimizer, checkpoint = OPTIMIZERS[name], tmp_path / "checkpoint.pt"
+    optimizer, checkpoint = OPTIMIZERS[name], tmp_path / "new" / "checkpoint.pt"
     whole_state, whole = run(problem, optimizer, SEEDS, 6, test_of(problem))
     with pytest.raises(Killed):
         run(problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, kill)
