@@ -113,7 +113,10 @@ def share_of_peak(name: str, problem: Problem) -> Iterator[Row]:
     product = 2.0 * x.numel() * rival.hidden[0]
     count = max(1, round(needed / product))
     iteration, alone = turns(
-        lambda: rival.optimizer.step(problem, state), lambda: [torch.bmm(x, weight) for _ in range(count)]
+        lambda: rival.optimizer.step(problem, state),
+        lambda: [torch.bmm(x, weight) for _ in range(count)],
+        counted=rival.counted,
+        uncounted=rival.uncounted,
     )
     shares = [needed / i / (count * product / p) for i, p in zip(iteration, alone, strict=True)]
     yield f"{name}_flops", needed / 1e9, "GFLOP/iteration"
