@@ -14,6 +14,7 @@ from admm.minibatches import slices
 from admm.optimizers.fully_connected import (
     Start,
     check_prox,
+    forward,
     known,
     linear_layers,
     pre_activation,
@@ -76,15 +77,12 @@ class BCD:
         widths = [layer["weight"].shape[1] for layer in layers]
         u = [problem.x.new_empty(replicas, len(problem.x), width) for width in widths]
         v = [torch.empty_like(values) for values in u]
-        x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE)
-        state = BCDState(tuple(seeds), 0, theta, u, v, x_factor)
-        for part in slices(len(problem.x), _SLICE):
-            for number, layer in enumerate(layers, start=1):
-                u[number - 1][:, part] = pre_activation(layer, _before(problem, state, number, part))
-                v[number - 1][:, part] = u[number - 1][:, part].relu() if number < len(u) else u[-1][:, part]
+        forward(layers, problem.x.flatten(1), u, v[:-1], _SLICE)
+        v[-1].copy_(u[-1])
         put("u", u, start)
         put("v", v, start)
-        return state
+        x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE)
+        return BCDState(tuple(seeds), 0, theta, u, v, x_factor)
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
         """The blocks V_L, U_L, (W_L, b_L), then V_l, U_l, (W_l, b_l) for l = L−1..1, in the authors' order.
@@ -155,7 +153,7 @@ class BCD:
                 torch.baddbmm(hidden, gap, above_gain, out=v)
                 # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
                 u.lerp_(affine, rho / (rho + alpha))
-                relu_prox_(u, hidden.copy_(v), gamma / (rho + alpha), torch.empty_like(hidden))
+                relu_prox_(u, hidden.copy_(v), gamma / (rho + alpha), scratch.take("spare", hidden.shape))
             residual = affine.neg_().add_(u)
             cross.baddbmm_(residual.mT, before)
             total += residual.sum(1)

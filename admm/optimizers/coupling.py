@@ -16,18 +16,14 @@ from torch import Tensor
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
 from admm.optimizers.protocol import at_least_one, in_range, one_of
-from admm.schedules import BlockValue, block_values, broadcast, per_replica
+from admm.schedules import BlockValue, block_values, broadcast, positive
 
 Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t, in a new tensor
 
 
 def penalties(beta: BlockValue, blocks: int, replicas: int, like: Tensor) -> Tensor:
     """β [T, S] of a hyperparameter, in the dtype of `like`. Raises ValueError unless all are positive."""
-    values = [per_replica("beta", value, replicas) for value in block_values("beta", beta, blocks)]
-    table = torch.stack([torch.as_tensor(v, dtype=torch.float64).expand(replicas) for v in values]).to(like)
-    if not bool((table > 0).all()):
-        raise ValueError(f"optimizer.beta: {beta} is not positive")
-    return table
+    return torch.stack([positive("beta", value, replicas) for value in block_values("beta", beta, blocks)]).to(like)
 
 
 class Chain:

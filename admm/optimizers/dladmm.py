@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm.blocks import Parameters, Views
+from admm.blocks import Parameters
 from admm.losses import CrossEntropy, Loss, SquaredError
 from admm.minibatches import slices
 from admm.optimizers.fully_connected import (
     Start,
     draw,
+    forward,
     known,
     linear_layers,
     pre_activation,
@@ -114,7 +115,9 @@ class DLADMM:
         put("bias", [layer["bias"] for layer in layers], start)
 
         x = problem.x.flatten(1)
-        z, a = _forward(layers, x)
+        z = [x.new_empty(len(seeds), len(x), layer["weight"].shape[1]) for layer in layers]
+        a = [torch.empty_like(own) for own in z[:-1]]
+        forward(layers, x, z, a, _SLICE)
         z[-1].copy_(torch.where(problem.y == 0, -1.0, 1.0))
         u = [torch.zeros_like(z[-1])]
         for name, variables in (("z", z), ("a", a), ("u", u)):
@@ -392,16 +395,6 @@ def _doubled(start: Tensor, least: Tensor) -> Tensor:
     while (less := least > value).any():
         value = torch.where(less, 2.0 * value, value)
     return value
-
-
-def _forward(layers: Sequence[Views], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Z_1..Z_L and A_1..A_{L−1} of x [N, d_0]."""
-    z = [pre_activation(layers[0], x.expand(len(layers[0]["weight"]), -1, -1))]
-    a: list[Tensor] = []
-    for views in layers[1:]:
-        a.append(z[-1].relu())
-        z.append(pre_activation(views, a[-1]))
-    return z, a
 
 
 def _square(value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Z_l = A_{l−1} W_lᵀ + b_l is the pre-activation [S, N, d_l], A_l = relu(Z_l),
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,16 @@ def pre_activation(layer: Views, a: Tensor, out: Tensor | None = None) -> Tensor
     if "bias" not in layer:
         return torch.bmm(a, layer["weight"].mT, out=out)
     return torch.baddbmm(layer["bias"].unsqueeze(1), a, layer["weight"].mT, out=out)
+
+
+def forward(layers: Sequence[Views], x: Tensor, z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int) -> None:
+    """A forward pass of x [N, d_0], which all replicas share, into Z_1..Z_L and A_1..A_{L−1}, [S, N, d_l] each."""
+    for part in slices(len(x), slice_size):
+        before = x[part].expand(len(z[0]), -1, -1)
+        for layer, own, activation in zip_longest(layers, z, a):
+            own[:, part] = pre_activation(layer, before)
+            if activation is not None:
+                before = torch.clamp(own[:, part], min=0.0, out=activation[:, part])
 
 
 def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> None:

@@ -15,6 +15,7 @@ from admm.optimizers.fully_connected import (
     Start,
     check_prox,
     draw,
+    forward,
     known,
     linear_layers,
     pre_activation,
@@ -94,7 +95,7 @@ class StandardADMM:
             for name, tensors in variables.items():
                 draw(f"{_NAME} {name}", tensors, seeds, spread, "uniform")
         else:
-            self._forward(x, layers, z, a)
+            forward(layers, x, z, a, self.slice_size)
         for name, tensors in variables.items():
             put(name, tensors, start)
         factor = input_factor(x, self._ridge(replicas), self.slice_size, intercept=True)
@@ -183,14 +184,6 @@ class StandardADMM:
         """2λ/β, [S, 1]."""
         weight_decay, beta = (replica_values(k, getattr(self, k), replicas) for k in ("weight_decay", "beta"))
         return (2.0 * weight_decay / beta).view(-1, 1)
-
-    def _forward(self, x: Tensor, layers: list[Views], z: list[Tensor], a: list[Tensor]) -> None:
-        for part in slices(len(x), self.slice_size):
-            before = x[part].expand(len(z[0]), -1, -1)
-            for number, layer in enumerate(layers):
-                z[number][:, part] = pre_activation(layer, before)
-                if number < len(a):
-                    a[number][:, part] = before = z[number][:, part].relu()
 
     def _check(self, problem: Problem, replicas: int) -> None:
         one_of("start_from", self.start_from, ("uniform", "forward"))
