@@ -13,6 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,7 +103,7 @@ def compete(rival: Rival, problem: Problem) -> tuple[float, float]:
 
 
 def share_of_peak(name: str, problem: Problem) -> Iterator[Row]:
-    """FLOP/s of our iteration's matrix products as a share of those of the widest layer's product alone."""
+    """FLOP/s of our iteration's matrix products as a share of those of the largest layer's product alone."""
     rival = RIVALS[name]
     state = rival.optimizer.init(problem, (0,))
     counter, aten = FlopCounterMode(display=False), torch.ops.aten
@@ -109,12 +111,13 @@ def share_of_peak(name: str, problem: Problem) -> Iterator[Row]:
     with counter:
         rival.optimizer.step(problem, state)
     needed = counter.get_total_flops()
-    x, weight = torch.rand(1, 2000, FEATURES), torch.rand(1, FEATURES, rival.hidden[0])
-    product = 2.0 * x.numel() * rival.hidden[0]
+    fan_in, fan_out = max(pairwise((FEATURES, *rival.hidden)), key=prod)
+    x, weight, out = (torch.rand(shape) for shape in ((2000, fan_in), (fan_in, fan_out), (2000, fan_out)))
+    product = 2.0 * x.numel() * fan_out
     count = max(1, round(needed / product))
     iteration, alone = turns(
         lambda: rival.optimizer.step(problem, state),
-        lambda: [torch.bmm(x, weight) for _ in range(count)],
+        lambda: [torch.mm(x, weight, out=out) for _ in range(count)],
         counted=rival.counted,
         uncounted=rival.uncounted,
     )
