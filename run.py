@@ -3,14 +3,13 @@
 import sys
 
 import hydra
+from hydra.utils import get_method
 from omegaconf import DictConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
-    from experiments.classification import run
-
-    run(config)
+    get_method(config.task)(config)
 
 
 if __name__ == "__main__":

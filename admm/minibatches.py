@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -17,20 +18,29 @@ def generator(seed: int, stream: str, counter: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def minibatches(samples: int, batch_size: int, seeds: Sequence[int], epoch: int, device: torch.device) -> list[Tensor]:
-    """Indices [S, B] of an epoch's mini-batches: every sample once a replica; the last batch may be smaller.
+def minibatches(
+    samples: int, batch_size: int, seeds: Sequence[int], iteration: int, device: torch.device, parts: int | None = None
+) -> list[Tensor]:
+    """Indices [S, B] of an iteration's mini-batches. In an epoch each replica sees every sample once; the last batch
+    may be smaller. An iteration is an epoch, or one of its `parts`.
 
     Raises ValueError unless 1 <= batch_size <= samples.
     """
-    check_batch_size(batch_size, samples)
+    check_batch_size(batch_size, samples, parts)
+    epoch, part = divmod(iteration, parts or 1)
     orders = [torch.randperm(samples, generator=generator(seed, "minibatches", epoch)) for seed in seeds]
-    return list(torch.stack(orders).to(device).split(batch_size, dim=1))
+    batches = torch.stack(orders).to(device).split(batch_size, dim=1)
+    begin, end = (number * len(batches) // (parts or 1) for number in (part, part + 1))
+    return list(batches[begin:end])
 
 
-def check_batch_size(batch_size: int, samples: int) -> None:
-    """Raises ValueError unless 1 <= batch_size <= samples."""
+def check_batch_size(batch_size: int, samples: int, parts: int | None = None) -> None:
+    """Raises ValueError unless 1 <= batch_size <= samples, with a mini-batch at least for each of an epoch's parts."""
     if not isinstance(batch_size, int) or not 1 <= batch_size <= samples:
         raise ValueError(f"optimizer.batch_size: {batch_size!r} is not between 1 and the {samples} training samples")
+    batches = math.ceil(samples / batch_size)
+    if parts is not None and (not isinstance(parts, int) or not 1 <= parts <= batches):
+        raise ValueError(f"optimizer.epoch_parts: {parts!r} is not null or between 1 and an epoch's {batches} batches")
 
 
 def rows(data: Tensor, indices: Tensor) -> Tensor:

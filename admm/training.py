@@ -63,7 +63,7 @@ def train(
         observe(_record(problem, optimizer, state, test, history), history)
     saved = time.monotonic()
     while state.iteration < iterations and len(history.diverged) < len(state.seeds):
-        history.seconds += _timed_step(problem, optimizer, state)
+        history.seconds += timed_step(problem, optimizer, state)
         if state.iteration % evaluate_every and state.iteration < iterations:
             continue
         observe(_record(problem, optimizer, state, test, history), history)
@@ -95,7 +95,8 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Te
     return 100.0 * right / len(x)
 
 
-def _timed_step(problem: Problem, optimizer: Optimizer[Any], state: Any) -> float:
+def timed_step(problem: Problem, optimizer: Optimizer[Any], state: Any) -> float:
+    """One iteration, in place; returns its seconds."""
     _synchronize(problem.x.device)
     start = time.perf_counter()
     optimizer.step(problem, state)

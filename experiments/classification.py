@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from experiments.store import NEUTRAL, Run, Slot, identity
 log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"
 ROW_NAMES = ("experiment", "optimizer", "setting")  # overrides that choose a row of an experiment
+load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -43,36 +45,44 @@ class Job:
 
 
 def run(config: DictConfig) -> None:
-    """Run one job of a launch, unless it has been run, and leave a note of it in Hydra's folder for the report.
+    """Run one job of a launch, unless it has been run.
 
     Bad input ends the program with a message that names the key or file; `hydra.verbose=true` shows where.
     """
     with bad_input_in_words():
-        job = find_job(config)
+        job = find_job(config, HydraConfig.get().runtime.choices["optimizer"])
     with job.slot.lock():
         finished = None if config.force else job.slot.finished()
         if finished is not None:
             log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
         else:
             finished = execute(config, job)
+    report_to_launch([finished])
     if not job.info["overrides"]:
         job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
-    (Path(HydraConfig.get().runtime.output_dir) / "run.txt").write_text(str(finished.folder.absolute()))
 
 
-def find_job(config: DictConfig) -> Job:
-    """Check the configuration, load the data set, and find the run's place. Raises ValueError or DatasetError."""
+def report_to_launch(runs: Sequence[Run]) -> None:
+    """Leave a note of finished runs in Hydra's folder, for the report at the end of the launch."""
+    note = Path(HydraConfig.get().runtime.output_dir) / "runs.txt"
+    note.write_text("\n".join(str(run.folder.absolute()) for run in runs))
+
+
+def find_job(config: DictConfig, method: str) -> Job:
+    """Check the configuration of an optimizer, `method`, load the data set, and find the run's place.
+
+    Raises ValueError or DatasetError.
+    """
     check(config)
-    choices, task = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
-    experiment, method = choices["experiment"], choices["optimizer"]
-    overrides = [override for override in task if not chooses_only(override)]
+    experiment = HydraConfig.get().runtime.choices["experiment"]
+    overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
     setting = config.setting if settings.exists() else "default"
     check_groups(overrides, settings)
     device = find_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
+    dataset = load_once(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     points = spread_grid(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root = Path(config.outputs if overrides else config.results)

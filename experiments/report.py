@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from hydra.experimental.callback import Callback
+from hydra.utils import get_method
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -34,6 +35,7 @@ COLOURS = {
     "sgd": "#000000",
     "adam": "#CC79A7",
 }
+Content = tuple[pd.DataFrame, dict[str, Figure]]  # a table and the figures by name
 REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides that make less of an experiment
 
 
@@ -147,6 +149,12 @@ def table(shown: list[Curve]) -> pd.DataFrame:
     return pd.DataFrame([curve.row() for curve in shown])
 
 
+def accuracy(experiment: str, runs: list[Run]) -> Content:
+    """The table and the figure of test accuracy against iteration."""
+    shown = curves(runs)
+    return table(shown), {experiment: figure(experiment, shown)}
+
+
 def figure(experiment: str, shown: list[Curve]) -> Figure:
     """Mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
 
@@ -161,17 +169,29 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
         panel.set(title=setting, xlabel="iteration", ylabel=f"{'held-out' if held_out else 'test'} accuracy (%)")
         panel.label_outer()
     panels[0].set_ylim(_lowest(shown), 100.3)
-    drawn.supxlabel(_caption(experiment, shown), fontsize=8)
+    dotted = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in shown) else ""
+    drawn.supxlabel(caption(experiment, shown, dotted), fontsize=8)
     return drawn
+
+
+def draw_curve(
+    axes: Axes, curve: Curve, column: str, colour: str, label: str, x: str = "iteration", highest: float = np.inf
+) -> None:
+    """Mean of a column of the history over the seeds, by iteration, with ±1 standard deviation shaded.
+
+    x: the column, or `iteration`, whose mean is the abscissa. highest: what the shading does not exceed.
+    """
+    statistics = curve.by_iteration(column)
+    mean, std = (statistics[name].to_numpy() for name in ("mean", "std"))
+    at = statistics.index.to_numpy() if x == "iteration" else curve.by_iteration(x)["mean"].to_numpy()
+    axes.plot(at, mean, color=colour, label=label, linewidth=1.6)
+    axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
 
 
 def _draw(axes: Axes, shown: list[Curve]) -> None:
     for number, curve in enumerate(shown):
         colour = COLOURS.get(curve.info["method"], f"C{number}")
-        statistics = curve.by_iteration("test_accuracy")
-        x, mean, std = (v.to_numpy() for v in (statistics.index, statistics["mean"], statistics["std"]))
-        axes.plot(x, mean, color=colour, label=curve.legend, linewidth=1.6)
-        axes.fill_between(x, mean - std, np.minimum(mean + std, 100.0), color=colour, alpha=0.18, linewidth=0)
+        draw_curve(axes, curve, "test_accuracy", colour, curve.legend, highest=100.0)
         if curve.reference is not None:
             axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
     iterations = [curve.info["iterations"] for curve in shown]
@@ -193,29 +213,33 @@ def _lowest(shown: list[Curve]) -> float:
     return max(0.0, 100.0 - 1.4 * (100.0 - min(learnt)) - 1.0)
 
 
-def _caption(experiment: str, shown: list[Curve]) -> str:
+def caption(experiment: str, shown: list[Curve], remark: str = "") -> str:
+    """What a figure shows, of how many seeds, on which machine."""
     known = paper()["experiments"].get(experiment, {}) if all(c.is_of_the_paper for c in shown) else {}
     seeds = sorted({curve.row()["seeds"] for curve in shown})
-    dotted = "; dotted: the paper's final accuracy" if known.get("accuracy") else ""
     source = f"Reproduction of {known['source']}: " if known.get("source") else ""
     text = (
         f"{source}{known.get('caption', experiment)}. Mean over {' or '.join(map(str, seeds))} seeds, "
-        f"shaded ±1 standard deviation{dotted}. {', '.join(sorted({c.info['machine'] for c in shown}))}."
+        f"shaded ±1 standard deviation{remark}. {', '.join(sorted({c.info['machine'] for c in shown}))}."
     )
     return textwrap.fill(text, 120)
 
 
 def report(experiment: str, runs: list[Run], figures: Path, tables: Path) -> pd.DataFrame:
-    """Write `<figures>/<experiment>.png` and `.pdf` and `<tables>/<experiment>.csv`; returns the table."""
-    shown = curves(runs)
-    result = table(shown)
+    """Write the experiment's `<tables>/<experiment>.csv` and its figures, `<figures>/<name>.png` and `.pdf`.
+
+    Returns the table. What is made of the runs is `paper.yaml`'s `report` of the experiment, a function of its name
+    and the runs.
+    """
+    make = get_method(paper()["experiments"].get(experiment, {}).get("report", "experiments.report.accuracy"))
+    result, drawn = make(experiment, runs)
     figures.mkdir(parents=True, exist_ok=True)
     tables.mkdir(parents=True, exist_ok=True)
     result.to_csv(tables / f"{experiment}.csv", index=False)
-    drawn = figure(experiment, shown)
-    drawn.savefig(figures / f"{experiment}.png", dpi=150)
-    drawn.savefig(figures / f"{experiment}.pdf", metadata={"CreationDate": None})  # the same bytes each time
-    return result
+    for name, picture in drawn.items():
+        picture.savefig(figures / f"{name}.png", dpi=150)
+        picture.savefig(figures / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes each time
+    return result  # type: ignore[no-any-return]
 
 
 def cells(result: pd.DataFrame) -> list[list[str]]:
@@ -227,9 +251,10 @@ def cells(result: pd.DataFrame) -> list[list[str]]:
     return [[text(value) for value in row] for row in result.itertuples(index=False)]
 
 
-def show(result: pd.DataFrame, title: str) -> None:
-    """Print a table to the terminal."""
-    printed = Table(title=title)
+def show(result: pd.DataFrame, experiment: str) -> None:
+    """Print an experiment's table to the terminal."""
+    known = paper()["experiments"].get(experiment, {})
+    printed = Table(title=f"{experiment}: {known.get('quantity', 'test accuracy in percent')}")
     for column in result.columns:
         printed.add_column(column, justify="right" if is_numeric_dtype(result[column]) else "left", overflow="fold")
     for row in cells(result):
@@ -251,7 +276,8 @@ class Report(Callback):
         self._report(config, Path(config.hydra.sweep.dir))
 
     def _report(self, config: DictConfig, launch: Path) -> None:
-        runs = [Run(Path(note.read_text())) for note in sorted(launch.rglob("run.txt"))]
+        notes = sorted(launch.rglob("runs.txt"))
+        runs = [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
         if not runs:
             return
         experiment = runs[0].info["experiment"]
@@ -259,6 +285,5 @@ class Report(Callback):
         if not any(run.info["overrides"] for run in runs):
             root = Path(config.results)
             runs, figures, tables = finished_runs(root, experiment), root / "figures", root / "tables"
-        result = report(experiment, runs, figures, tables)
-        show(result, f"{experiment}: test accuracy in percent")
-        Console().print(f"figure: {figures / experiment}.png, table: {tables / experiment}.csv", soft_wrap=True)
+        show(report(experiment, runs, figures, tables), experiment)
+        Console().print(f"figures: {figures}, table: {tables / experiment}.csv", soft_wrap=True)

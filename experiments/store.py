@@ -24,6 +24,7 @@ from filelock import FileLock
 
 # Keys of the configuration that say where and how a run is made, not what its numbers are.
 NEUTRAL = (
+    "task",
     "dataset.root",
     "dataset.download",
     "device",

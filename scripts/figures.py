@@ -20,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 def main(root: Path) -> None:
     for experiment in experiments_in(root):
         result = report(experiment, finished_runs(root, experiment), root / "figures", root / "tables")
-        show(result, f"{experiment}: test accuracy in percent")
+        show(result, experiment)
         if root.resolve() == README.parent / "results":
             write_into(README, experiment, result)
 

@@ -77,3 +77,16 @@ def test_rows_picks_each_replica_s_samples():
     assert (
         torch.equal(picked[0, 0], data[3]) and torch.equal(picked[2, 1], data[3]) and torch.equal(picked[1, 0], data[1])
     )
+
+
+def test_the_parts_of_an_epoch_are_the_epoch():
+    whole = minibatches(23, 4, (0, 3), 1, CPU)
+    parts = [minibatches(23, 4, (0, 3), 1 * 4 + part, CPU, parts=4) for part in range(4)]
+    assert [len(part) for part in parts] == [1, 2, 1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(whole, [batch for part in parts for batch in part], strict=True))
+
+
+@pytest.mark.parametrize("parts", [0, 7, "many", 1.5])
+def test_more_parts_than_mini_batches_are_refused_by_name(parts):
+    with pytest.raises(ValueError, match=r"optimizer.epoch_parts: .* an epoch's 6 batches"):
+        minibatches(23, 4, (0,), 0, CPU, parts)

@@ -251,6 +251,26 @@ def test_a_diverged_replica_leaves_the_others_bit_identical(case, problem, diver
             assert torch.equal(values[name][s], expected[name][s])
 
 
+PARTED = [
+    name
+    for name, case in CASES.items()
+    if hasattr(case.optimizer, "epoch_parts") and getattr(case.optimizer, "sweep", "minibatch") == "minibatch"
+]
+
+
+@pytest.mark.parametrize("case", PARTED, indirect=True)
+def test_the_parts_of_an_epoch_end_where_the_epoch_does(case, problem):
+    """With constant steps: schedules and the adaptive penalty go by iterations."""
+    constant = {step_key(case.optimizer): 0.01}
+    for name, value in (("z_step", 0.01), ("penalty", None), ("curvature_every", 1)):
+        if name in case.optimizer.__dict__:
+            constant[name] = value
+    whole = replace(case.optimizer, **constant)
+    epochs = trained(whole, problem, SEEDS, 2)
+    parts = trained(replace(whole, epoch_parts=3), problem, SEEDS, 6)
+    assert torch.equal(epochs.theta.flat, parts.theta.flat)
+
+
 @pytest.mark.parametrize("case", STEPPED, indirect=True)
 @pytest.mark.parametrize("zero", [0.0, (0.0, 0.0, 0.0)], ids=str)
 def test_a_step_size_of_zero_leaves_theta_as_it_is(case, problem, zero):

@@ -33,9 +33,10 @@ class Backprop:
     update: Rule
     step_size: Value
     batch_size: int = 64
+    epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
-        check_batch_size(self.batch_size, len(problem.x))
+        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
         return BackpropState(tuple(seeds), 0, theta, self.update.init(theta.flat))
@@ -44,7 +45,8 @@ class Backprop:
         blocks, theta = problem.blocks, state.theta
         step_size = schedule("step_size", self.step_size, len(state.seeds))
         gradient = blocks.parameters(torch.empty_like(theta.flat))
-        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, problem.x.device)
+        device, parts = problem.x.device, self.epoch_parts
+        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, device, parts)
         for number, batch in enumerate(batches):
             z, records = rows(problem.x, batch), []
             for block, views in zip(blocks, theta.blocks, strict=True):

@@ -78,6 +78,7 @@ class BlockADMM:
     beta: BlockValue = 1.0  # no schedule
     sweep: Literal["batch", "minibatch"] = "batch"
     batch_size: int = 64
+    epoch_parts: int | None = None  # sweep=minibatch: an iteration is an epoch, or one of so many parts of it
     primal_rounds: int = 3
     theta_passes: float = 1.0  # an iteration and primal round; below 1 for a part of the mini-batches
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("adam"))
@@ -165,7 +166,7 @@ class BlockADMM:
 
     def _check(self, problem: Problem) -> None:
         one_of("sweep", self.sweep, ("batch", "minibatch"))
-        check_batch_size(self.batch_size, len(problem.x))
+        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("dual_init", self.dual_init)
@@ -173,6 +174,8 @@ class BlockADMM:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
+        if self.sweep == "batch" and self.epoch_parts is not None:
+            raise ValueError(f"optimizer.epoch_parts: {self.epoch_parts}, but sweep=batch moves all samples at a time")
 
     def _initial_dual(self, z: Tensor, seeds: Sequence[int], t: int) -> Tensor:
         u = torch.zeros_like(z)
@@ -229,13 +232,14 @@ class _Sweep:
             ]
             for batch in batches[: math.ceil(options.theta_passes / passes * len(batches))]:
                 self._update_theta(self._gather(batch))
-        return self._norm([self._update_dual(self._view(part)) for part in parts])
+        return self._norm([self._update_dual(self._view(part)) for part in parts], samples)
 
     def minibatches(self) -> Tensor:
         """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one. Returns ‖h‖ [S]."""
         options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
-        batches = minibatches(samples, options.batch_size, seeds, self.state.iteration, self.problem.x.device)
-        squares = []
+        device, parts = self.problem.x.device, options.epoch_parts
+        batches = minibatches(samples, options.batch_size, seeds, self.state.iteration, device, parts)
+        epoch, squares = self.state.iteration // (parts or 1), []
         for number, batch in enumerate(batches):
             self._begin(number / len(batches))
             if number % options.curvature_every == 0:
@@ -243,12 +247,12 @@ class _Sweep:
             visit = self._gather(batch)
             self._refresh(visit)
             for primal in range(options.primal_rounds):
-                self.z_count = (self.state.iteration * options.primal_rounds + primal) * options.z_update.steps
+                self.z_count = (epoch * options.primal_rounds + primal) * options.z_update.steps
                 self._update_z(visit)
                 self._update_theta(visit)
             squares.append(self._update_dual(visit))
             self._scatter(batch, visit)
-        return self._norm(squares)
+        return self._norm(squares, sum(batch.shape[1] for batch in batches))
 
     def _begin(self, part: float) -> None:
         progress = (self.state.iteration + part) / self.options.iterations
@@ -337,8 +341,9 @@ class _Sweep:
             visit.u[t - 1].add_(residual.mul_(broadcast(self.dual_step, residual)))
         return square
 
-    def _norm(self, squares: list[Tensor]) -> Tensor:
-        return (torch.stack(squares).sum(0) / len(self.problem.x)).sqrt()
+    @staticmethod
+    def _norm(squares: list[Tensor], samples: int) -> Tensor:
+        return (torch.stack(squares).sum(0) / samples).sqrt()
 
 
 def _flat_index(batch: Tensor, samples: int) -> Tensor:

@@ -45,6 +45,7 @@ class Gotmare:
     z_step: BlockValue = 1.0  # ζ
     rho: Number = 1.0
     batch_size: int = 64
+    epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
     z_rounds: int = 1
     z_update: Rule = field(default_factory=SGD)
     update: Rule = field(default_factory=Adam)
@@ -55,7 +56,7 @@ class Gotmare:
         Raises ValueError that names a hyperparameter, or for a starting variable of another name or shape.
         """
         known(start, ("theta",))
-        check_batch_size(self.batch_size, len(problem.x))
+        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("z_rounds", self.z_rounds)
         self._schedules(len(problem.blocks), len(seeds))
         self._penalty(problem.x, len(seeds))
@@ -67,7 +68,8 @@ class Gotmare:
         blocks, replicas = problem.blocks, len(state.seeds)
         theta_step, z_steps = self._schedules(len(blocks), replicas)
         gradient = blocks.parameters(torch.empty_like(state.theta.flat))
-        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, problem.x.device)
+        device, parts = problem.x.device, self.epoch_parts
+        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, device, parts)
         for number, batch in enumerate(batches):
             progress = (state.iteration + number / len(batches)) / self.iterations
             terms = _Terms(problem, state, batch, self._penalty(problem.x, replicas))

@@ -53,6 +53,7 @@ class OnlineBlockADMM:
     z_step: BlockValue = 1.0  # ζ
     beta: BlockValue = 1.0  # no schedule
     batch_size: int = 64
+    epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("lipschitz", steps=3))
     update: Rule = field(default_factory=Adam)
     dual: Literal["paper", "reset", "decay", "none"] = "none"
@@ -81,9 +82,10 @@ class OnlineBlockADMM:
         beta = [b.view(-1, 1, 1) for b in penalties(self.beta, len(blocks), replicas, problem.x)]
         gradient = blocks.parameters(torch.empty_like(state.theta.flat))
         inverse_curvature: list[Tensor] = []
-        if self.dual == "reset":
+        if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
-        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, problem.x.device)
+        device, parts = problem.x.device, self.epoch_parts
+        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, device, parts)
         for number, batch in enumerate(batches):
             progress = (state.iteration + number / len(batches)) / self.iterations
             if number % self.curvature_every == 0:
@@ -125,7 +127,7 @@ class OnlineBlockADMM:
 
     def _check(self, problem: Problem) -> None:
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
-        check_batch_size(self.batch_size, len(problem.x))
+        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("curvature_every", self.curvature_every)
         in_range("dual_decay", self.dual_decay)
         if self.dual != "none" and (self.z_update.last == "prox" or self.z_update.name in ("lipschitz", "majorised")):

@@ -1,0 +1,161 @@
+"""Figure 5: test accuracy against training seconds. One seed at a time, the optimizers take turns in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from omegaconf import DictConfig
+
+from admm.optimizers import Optimizer, Problem
+from admm.training import Row, accuracy, timed_step
+from experiments.classification import Job, bad_input_in_words, build_problem, find_job, report_to_launch
+from experiments.progress import RunProgress
+from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve
+from experiments.store import Run
+
+TARGETS = (90, 93, 95, 97)  # test accuracy, percent
+
+
+@dataclass
+class Contestant:
+    """An optimizer in training."""
+
+    job: Job
+    problem: Problem
+    optimizer: Optimizer[Any]
+    state: Any
+    seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    def step(self) -> None:
+        self.seconds += timed_step(self.problem, self.optimizer, self.state)
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        theta, data = self.optimizer.parameters(self.state), self.job.dataset
+        row = {"iteration": self.state.iteration, "seed": self.state.seeds[0], "seconds": self.seconds}
+        if torch.isfinite(theta.flat).all():
+            right = accuracy(self.problem.blocks, theta, data.x_test, data.y_test)
+            self.rows.append(row | {"test_accuracy": right.item()})
+
+    @property
+    def is_done(self) -> bool:
+        """At its last iteration, or diverged: without a row of its newest one."""
+        newest = self.state.iteration
+        return bool(newest >= self.job.info["iterations"] or self.rows[-1]["iteration"] < newest)
+
+
+def run(config: DictConfig) -> None:
+    """Time `config.optimizers` against each other, unless that has been done.
+
+    A run of each is put into the store when all have ended. An interrupted race goes on with the seed it was at.
+    """
+    with bad_input_in_words():
+        jobs = {method: find_job(method_config(method), method) for method in config.optimizers}
+    first = next(iter(jobs.values())).slot
+    with first.lock():
+        runs = [run for job in jobs.values() if (run := job.slot.finished())]
+        if config.force or len(runs) < len(jobs):
+            runs = race(config, jobs)
+    report_to_launch(runs)
+
+
+def method_config(method: str) -> DictConfig:
+    """The experiment's configuration for an optimizer, with the command line's overrides."""
+    given = [override for override in HydraConfig.get().overrides.task if not override.startswith("optimizer=")]
+    return compose("config", [*given, f"optimizer={method}"])
+
+
+def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
+    """All seeds, one after the other; after each, what was measured is kept beside the store."""
+    kept = next(iter(jobs.values())).slot.partial / "race.json"
+    histories: dict[str, list[list[Row]]] = json.loads(kept.read_text()) if kept.exists() else {m: [] for m in jobs}
+    for replica, seed in enumerate(config.seeds):
+        if replica < len(histories[next(iter(jobs))]):
+            continue
+        for method, rows in race_one(config, jobs, seed).items():
+            histories[method].append([{"replica": replica} | row for row in rows])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(".part")
+        part.write_text(json.dumps(histories))
+        os.replace(part, kept)
+    ended = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "diverged": {}}
+    runs = []
+    for method, job in reversed(jobs.items()):  # the first, which keeps the race, is completed last
+        rows = [row for history in histories[method] for row in history]
+        seconds = sum(history[-1]["seconds"] for history in histories[method])
+        runs.append(job.slot.complete(job.config, rows, job.info | ended | {"seconds": round(seconds, 3)}))
+    return runs
+
+
+def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, list[Row]]:
+    """One seed: the contestant that has trained for the shortest time makes the next iteration."""
+    contestants = {method: contestant(method, job, seed) for method, job in jobs.items()}
+    total = sum(job.info["iterations"] for job in jobs.values())
+    with RunProgress(f"seed {seed}", total, config.progress) as progress:
+        while running := [c for c in contestants.values() if not c.is_done]:
+            min(running, key=lambda c: c.seconds).step()
+            done = sum(c.state.iteration for c in contestants.values())
+            if done % len(contestants) == 0:
+                mean = sum(c.rows[-1]["test_accuracy"] for c in contestants.values()) / len(contestants)
+                progress.update(done, mean, sum(c.seconds for c in contestants.values()))
+    return {method: c.rows for method, c in contestants.items()}
+
+
+def contestant(method: str, job: Job, seed: int) -> Contestant:
+    """Ready to start, warmed up by an iteration of a twin."""
+    config = method_config(method)
+    with bad_input_in_words():
+        problem = build_problem(config, job.dataset)
+        optimizer = instantiate(config.optimizer, _convert_="all")
+        optimizer.step(problem, optimizer.init(problem, (seed,)))
+        state = optimizer.init(problem, (seed,))
+    made = Contestant(job, problem, optimizer, state)
+    made.evaluate()
+    return made
+
+
+def report(experiment: str, runs: list[Run]) -> Content:
+    """Seconds to reach each target, and accuracy against seconds."""
+    shown = curves(runs)
+    drawn = Figure(figsize=(7.5, 4.6 + 0.22 * len(shown)), layout="constrained")
+    axes = drawn.subplots()
+    for number, curve in enumerate(shown):
+        trained = replace(curve, history=curve.history[curve.history["iteration"] > 0])  # no 0 on a logarithmic axis
+        colour = COLOURS.get(curve.info["method"], f"C{number}")
+        draw_curve(axes, trained, "test_accuracy", colour, curve.legend, "seconds", highest=100.0)
+    axes.set(xlabel="training time of one seed (s)", ylabel="test accuracy (%)", xscale="log", ylim=(70, 100.3))
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    remark = ". Set-up, data and evaluation excluded; the optimizers take turns in one process"
+    drawn.supxlabel(caption(experiment, shown, remark), fontsize=8)
+    return pd.DataFrame([times(curve) for curve in shown]), {experiment: drawn}
+
+
+def times(curve: Curve) -> dict[str, Any]:
+    """Mean training seconds of a seed until an iteration ends at a target or above, if every seed gets there."""
+    row = curve.row()
+    reached = {f"{target} %": seconds_to(curve.history, target) for target in TARGETS}
+    ends = curve.history.groupby("replica")["seconds"].max()
+    names = ("method", "setting", "mean", "std", "seeds", "iterations", "machine")
+    kept = {name: row[name] for name in names}
+    return {"method": kept.pop("method"), "setting": kept.pop("setting")} | reached | {"total s": ends.mean()} | kept
+
+
+def seconds_to(history: pd.DataFrame, target: float) -> float:
+    """Mean over the seeds, NaN unless all reach it."""
+    first = history[history["test_accuracy"] >= target].groupby("replica")["seconds"].min()
+    return float(first.mean()) if len(first) == history["replica"].nunique() else float("nan")
