@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,7 +45,12 @@ class Job:
 
 
 def run(config: DictConfig) -> None:
-    """Run one job of a launch, unless it has been run.
+    """Train and evaluate, unless it has been done."""
+    run_once(config, execute)
+
+
+def run_once(config: DictConfig, make: Callable[[DictConfig, Job], Run]) -> None:
+    """Find or `make` the run that one job of a launch asks for.
 
     Bad input ends the program with a message that names the key or file; `hydra.verbose=true` shows where.
     """
@@ -56,7 +61,7 @@ def run(config: DictConfig) -> None:
         if finished is not None:
             log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
         else:
-            finished = execute(config, job)
+            finished = make(config, job)
     report_to_launch([finished])
     if not job.info["overrides"]:
         job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)

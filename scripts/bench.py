@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -24,10 +23,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from admm.blocks import Parameters
 from admm.data import Dataset
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from experiments.classification import build_problem
+from experiments.memory import MIB, variables
 from experiments.provenance import machine
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
@@ -136,20 +135,12 @@ def share_of_peak() -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """Training variables: all tensors of the state, the gradient, and for the online form a mini-batch's Z."""
-    sizes = {}
-    for name in ("block_admm", "online_block_admm"):
-        config = _config(name)
-        problem, optimizer = _problem(config), instantiate(config.optimizer, _convert_="all")
-        state = optimizer.init(problem, SEEDS[:1])
-        per_sample = sum(problem.blocks.forward(optimizer.parameters(state), problem.x[None, :1])[0, 0].shape)
-        per_sample += sum(config.model.hidden)
-        extra = optimizer.batch_size * per_sample if name.startswith("online") else 0
-        sizes[name] = 4 * (_numbers(state) + optimizer.parameters(state).flat.numel() + extra)
-    batch, online = sizes["block_admm"], sizes["online_block_admm"]
+    """Training variables of a seed, batch over online."""
+    configs = [_config(name) for name in ("block_admm", "online_block_admm")]
+    batch, online = (sum(variables(config, _problem(config), SEEDS[0]).values()) for config in configs)
     return [
-        ("memory_batch", batch / 2**20, "MiB/seed"),
-        ("memory_online", online / 2**20, "MiB/seed"),
+        ("memory_batch", batch / MIB, "MiB/seed"),
+        ("memory_online", online / MIB, "MiB/seed"),
         ("memory_batch_over_online", batch / online, "ratio"),
     ]
 
@@ -220,19 +211,6 @@ def _torch_epoch(batches: Callable[[], Any]) -> Task:
             optimizer.step()
 
     return epoch
-
-
-def _numbers(state: Any) -> int:
-    """How many numbers the tensors of a state hold."""
-
-    def count(value: Any) -> int:
-        if isinstance(value, Parameters):
-            return value.flat.numel()
-        if isinstance(value, Tensor):
-            return value.numel()
-        return sum(map(count, value)) if isinstance(value, list) else 0
-
-    return sum(count(getattr(state, field.name)) for field in fields(state))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from admm.optimizers.dladmm import DLADMM, DLADMMState
 from admm.optimizers.fully_connected import linear_layers
 from admm.optimizers.standard_admm import StandardADMM, StandardADMMState
 from admm.optimizers.taylor import Taylor, TaylorState
+from experiments.memory import MIB, reset_high_water_mark, resident
 from scripts.bench import CLASSES, FEATURES, Row, Task, ratio, turns, write
 from scripts.literal import bcd, dladmm, standard_admm, taylor
 
@@ -136,16 +137,16 @@ def peak(name: str, side: str, samples: int) -> float:
     small = generated(rival, WARM_SAMPLES)  # the libraries' code and buffers are nobody's
     compete(rival, small)
     problem = generated(rival, samples)
-    before = _resident("VmRSS")
-    _reset_high_water_mark()
+    before = resident("VmRSS")
+    reset_high_water_mark()
     state = rival.optimizer.init(problem, (0,))
     make = ours if side == "ours" else _theirs
     contestant = make(rival, problem, state)
     del problem, state
     if side == "literal":
-        _reset_high_water_mark()
+        reset_high_water_mark()
     contestant.iterate()
-    return (_resident("VmHWM") - before) / 2**10
+    return (resident("VmHWM") - before) / MIB
 
 
 def generated(rival: Rival, samples: int, dtype: torch.dtype = torch.float32) -> Problem:
@@ -222,16 +223,6 @@ def _in_fresh_process(name: str, side: str, samples: int) -> float:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     arguments = [sys.executable, "-c", program]
     return float(subprocess.run(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-
-
-def _resident(name: str) -> int:
-    """KiB of this process: VmRSS now, or VmHWM, the most since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-
-
-def _reset_high_water_mark() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _theirs(rival: Rival, problem: Problem, state: Any) -> Contestant:

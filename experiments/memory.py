@@ -1,0 +1,161 @@
+"""The paper's memory claim (§4.1): bytes of training variables of batch and online Block-ADMM, and a process's peak."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from admm.blocks import Parameters
+from admm.optimizers import OnlineBlockADMM, Optimizer, Problem
+from admm.optimizers.coupling import Chain
+from experiments.classification import DTYPES, Job, build_problem, find_device, load_once, run_once
+from experiments.report import COLOURS, Content, paper
+from experiments.store import Run
+
+MIB = 2**20
+WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the libraries' own memory is nobody's
+NAMES = {"theta": "Θ", "moments": "moments of Θ", "z": "Z", "u": "U", "z_moments": "moments of Z"}
+
+
+def run(config: DictConfig) -> None:
+    """Measure one optimizer, unless it has been done."""
+    run_once(config, measure)
+
+
+def measure(config: DictConfig, job: Job) -> Run:
+    """Bytes by variable for one seed, and the peak of a training iteration in a process of its own."""
+    problem = build_problem(config, job.dataset)
+    rows: list[dict[str, Any]] = [
+        {"quantity": name, "bytes": size} for name, size in variables(config, problem, config.seeds[0]).items()
+    ]
+    rows.append({"quantity": "peak", "bytes": peak_in_fresh_process(config)})
+    return job.slot.complete(job.config, rows, job.info | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]:
+    """Bytes of a seed's training variables by name: its state's tensors, and for the online form a mini-batch's Z."""
+    optimizer: Optimizer[Any] = instantiate(config.optimizer, _convert_="all")
+    state = optimizer.init(problem, (seed,))
+    sizes = {field.name: _bytes(getattr(state, field.name)) for field in fields(state) if field.name in NAMES}
+    if isinstance(optimizer, OnlineBlockADMM):
+        chain = Chain(problem.blocks, state.theta, problem.x[None, : optimizer.batch_size])
+        sizes |= {"z": _bytes(chain.z), "z_moments": _bytes(optimizer.z_update.moments(chain.z))}
+    return sizes
+
+
+def peak_in_fresh_process(config: DictConfig) -> float:
+    """`peak` in a process whose allocator returns every tensor of 64 KiB or more to the system at once."""
+    name, former = "MALLOC_MMAP_THRESHOLD_", os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    os.environ[name] = str(2**16)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(peak, OmegaConf.to_yaml(config, resolve=True)).result()
+    finally:
+        os.environ.pop(name) if former is None else os.environ.update({name: former})
+
+
+def peak(config: str) -> float:
+    """Most bytes in an iteration beyond the data, the initial state included, for this process only; NaN if the
+    system does not tell. On a GPU of its memory, else resident.
+
+    config: YAML.
+    """
+    options: Any = OmegaConf.create(config)
+    device = find_device(options.device)
+    dataset = load_once(**options.dataset, device=device, dtype=DTYPES[options.dtype])
+    problem = build_problem(options, dataset)
+    optimizer = instantiate(options.optimizer, _convert_="all")
+    small = replace(problem, x=problem.x[:WARM_SAMPLES], y=problem.y[:WARM_SAMPLES])
+    optimizer.step(small, optimizer.init(small, options.seeds[:1]))
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        optimizer.step(problem, optimizer.init(problem, options.seeds[:1]))
+        return torch.cuda.max_memory_allocated(device) - before
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    before = resident("VmRSS")
+    reset_high_water_mark()
+    optimizer.step(problem, optimizer.init(problem, options.seeds[:1]))
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS now, or VmHWM, the most since the last reset (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+def reset_high_water_mark() -> None:
+    """From here on VmHWM is counted anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _bytes(value: Any) -> int:
+    """Of all tensors in a variable of a state."""
+    if isinstance(value, Parameters):
+        return _bytes(value.flat)
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_bytes, value))
+
+
+def report(experiment: str, runs: list[Run]) -> Content:
+    """MiB by variable, how many times more the batch form takes than each, and the bars."""
+    shown = sorted(runs, key=lambda run: (run.info["setting"], run.info["method"]))
+    result = pd.DataFrame([row(run) for run in shown])
+    batch = {run.info["setting"]: size for run, size in zip(shown, result["total"], strict=True) if _is_batch(run)}
+    result["batch/this"] = [batch.get(run.info["setting"], float("nan")) for run in shown] / result["total"]
+    result["paper"] = [
+        1.0 if _is_batch(run) else paper()["experiments"][experiment]["batch_over_online"] for run in shown
+    ]
+    result["machine"] = [run.info["machine"] for run in shown]
+    return result, {experiment: figure(experiment, result)}
+
+
+def row(run: Run) -> dict[str, Any]:
+    """A run's line of the table, MiB a seed."""
+    sizes = run.history.set_index("quantity")["bytes"] / MIB
+    named = {label: float(sizes.get(name, 0.0)) for name, label in NAMES.items()}
+    info = run.info
+    setting = ", ".join([info["setting"], *info["overrides"]])
+    named |= {"total": sum(named.values()), "peak of the process": float(sizes["peak"])}
+    return {"method": paper()["labels"].get(info["method"], info["method"]), "setting": setting} | named
+
+
+def figure(experiment: str, result: pd.DataFrame) -> Figure:
+    """A stacked bar for each run, its total and the process's peak in figures."""
+    drawn = Figure(figsize=(8.0, 1.6 + 0.6 * len(result)), layout="constrained")
+    axes = drawn.subplots()
+    labels = [f"{method}\n{setting}" for method, setting in zip(result["method"], result["setting"], strict=True)]
+    left = 0.0 * result["total"]
+    for colour, name in zip(COLOURS.values(), NAMES.values(), strict=False):
+        axes.barh(labels, result[name], left=left, color=colour, label=name)
+        left = left + result[name]
+    for height, line in enumerate(result.to_dict("records")):
+        less = f", {line['batch/this']:.0f} times less" if line["batch/this"] > 1 else ""
+        text = f" {line['total']:.1f} MiB{less}; process {line['peak of the process']:.1f} MiB"
+        axes.text(line["total"], height, text, va="center", fontsize=8)
+    axes.set(xlabel="training variables of one seed (MiB)", xlim=(0, 1.6 * result["total"].max()))
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, loc="lower right")
+    remark = "process: the most that an iteration takes beyond the data; the paper: 10 times less online"
+    drawn.supxlabel(textwrap.fill(f"{paper()['experiments'][experiment]['caption']}; {remark}.", 120), fontsize=8)
+    return drawn
+
+
+def _is_batch(run: Run) -> bool:
+    return bool(run.info["method"] == "block_admm")
