@@ -57,6 +57,7 @@ class Reference:
         self.network = problem.blocks.export(problem.initial([seed]))
         self.blocks = as_blocks(problem, self.network)
         self.T, self.N, self.k = len(self.blocks), len(problem.x), 0
+        self.rounds_done = 0
         self.beta = by_block(options.beta, self.T)
         self.z = self.forward(problem.x)
         self.u = [torch.zeros_like(z) for z in self.z] if u is None else [v.clone() for v in u]
@@ -165,7 +166,7 @@ class Reference:
 
     def step(self) -> None:
         options, everything = self.options, torch.arange(self.N)
-        rounds = options.primal_rounds
+        rounds = options.primal_rounds + int((options.primal_growth or 0) * self.k)
         if options.sweep == "batch":
             for r in range(rounds):
                 part = r / rounds
@@ -173,7 +174,7 @@ class Reference:
                     self.refresh(everything, self.value("refresh", part))
                 self.remember_weights()
                 self.update_z(everything, part)
-                for i in self.batches(self.k * rounds + r):
+                for i in self.batches(self.rounds_done + r):
                     self.update_theta(i, self.value("theta_step", part))
             self.update_u(everything, self.value("dual_step", part))
         else:
@@ -188,6 +189,7 @@ class Reference:
                     self.update_theta(i, self.value("theta_step", part))
                 self.update_u(i, self.value("dual_step", part))
         self.k += 1
+        self.rounds_done += rounds
 
     def batches(self, epoch: int) -> list[Tensor]:
         return [b[0] for b in minibatches(self.N, self.options.batch_size, [self.seed], epoch, torch.device("cpu"))]
@@ -207,6 +209,9 @@ VARIANTS = {
     "prox": replace(BASE, z_update=ZUpdate("gradient")),
     "several steps": replace(BASE, z_update=ZUpdate("gradient", steps=3, last="step")),
     "several rounds": replace(BASE, primal_rounds=3),
+    "more and more rounds": replace(
+        BASE, primal_growth=0.7, z_update=ADAM, update=Adam(), theta_step=1e-2, z_step=1e-2
+    ),
     "momentum": replace(BASE, update=SGD(momentum=0.9, weight_decay=0.1)),
     "paper's setting": replace(BASE, primal_rounds=3, z_update=ADAM, update=Adam(), theta_step=1e-2, z_step=1e-2),
     "adam's options": replace(
@@ -578,6 +583,15 @@ def test_a_wrong_factor_is_refused_by_name(c):
 
 
 # --- Diagnostics
+
+
+def test_the_primal_rounds_of_the_last_iteration_are_recorded(mlp_problem):
+    problem, options = mlp_problem(), replace(BASE, primal_rounds=2, primal_growth=0.7)
+    state, recorded = options.init(problem, SEEDS), []
+    for _ in range(4):
+        options.step(problem, state)
+        recorded.append(options.diagnostics(problem, state)["primal_rounds"].tolist())
+    assert recorded == [[rounds] * 3 for rounds in (2, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("slice_size", [7, 2000])

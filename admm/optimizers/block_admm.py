@@ -80,6 +80,7 @@ class BlockADMM:
     batch_size: int = 64
     epoch_parts: int | None = None  # sweep=minibatch: an iteration is an epoch, or one of so many parts of it
     primal_rounds: int = 3
+    primal_growth: float | None = None  # rounds more with each iteration: 0.1 for one every tenth (after Proposition 1)
     theta_passes: float = 1.0  # an iteration and primal round; below 1 for a part of the mini-batches
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("adam"))
     update: Rule = field(default_factory=Adam)
@@ -129,6 +130,10 @@ class BlockADMM:
     def parameters(self, state: BlockADMMState) -> Parameters:
         return state.theta
 
+    def rounds(self, iteration: int) -> int:
+        """Primal rounds of an iteration, counted from 0."""
+        return self.primal_rounds + int((self.primal_growth or 0.0) * iteration)
+
     def diagnostics(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
         """By block, `residual_t` = ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, `dual_rms_t` = rms(U_t), `beta_t`, `sigma_t`; and
         `kkt`, the norm of the gradient of the Lagrangian J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which
@@ -157,6 +162,8 @@ class BlockADMM:
             values[f"residual_{t}"] = (square[t - 1] / z.square().flatten(1).sum(1)).sqrt()
             values[f"dual_rms_{t}"] = u.square().flatten(1).mean(1).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
+        if self.primal_growth is not None:
+            values["primal_rounds"] = torch.full_like(state.beta[0], self.rounds(max(state.iteration - 1, 0)))
         return values | spectral_norms(problem, theta)
 
     def _schedules(self, blocks: int, replicas: int) -> tuple[dict[str, Schedule], list[Schedule]]:
@@ -170,6 +177,7 @@ class BlockADMM:
         for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("dual_init", self.dual_init)
+        in_range("primal_growth", self.primal_growth or 0.0)
         if not self.theta_passes > 0.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
@@ -205,7 +213,10 @@ class _Sweep:
         self.beta = [broadcast(b, z) for b, z in zip(state.beta, state.z, strict=True)]  # to multiply Z_t
         self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
         self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
-        self.z_count = state.iteration * options.primal_rounds * options.z_update.steps
+        self.rounds = options.rounds(state.iteration)
+        parts = options.epoch_parts or 1
+        earlier = range(state.iteration % parts, state.iteration, parts)  # iterations that saw the same samples
+        self.rounds_before = sum(map(options.rounds, earlier))
         self.inverse_curvature: list[Tensor] = []
 
     def batch(self) -> Tensor:
@@ -213,18 +224,17 @@ class _Sweep:
         options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
         parts = list(slices(samples, options.slice_size))
         passes = math.ceil(options.theta_passes)
-        for primal in range(options.primal_rounds):
-            self._begin(primal / options.primal_rounds)
+        for primal in range(self.rounds):
+            self._begin(primal / self.rounds)
             self._evaluate_curvature()
             for part in parts:
                 visit = self._view(part)
                 if primal == 0:
                     self._refresh(visit)
-                self._update_z(visit)
+                self._update_z(visit, primal)
                 for z, new in zip(self.state.z, visit.chain.z, strict=True):
                     z[:, part] = new
-            self.z_count += options.z_update.steps
-            first = (self.state.iteration * options.primal_rounds + primal) * passes
+            first = (self.rounds_before + primal) * passes
             batches = [
                 batch
                 for epoch in range(first, first + passes)
@@ -239,16 +249,15 @@ class _Sweep:
         options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
         device, parts = self.problem.x.device, options.epoch_parts
         batches = minibatches(samples, options.batch_size, seeds, self.state.iteration, device, parts)
-        epoch, squares = self.state.iteration // (parts or 1), []
+        squares = []
         for number, batch in enumerate(batches):
             self._begin(number / len(batches))
             if number % options.curvature_every == 0:
                 self._evaluate_curvature()
             visit = self._gather(batch)
             self._refresh(visit)
-            for primal in range(options.primal_rounds):
-                self.z_count = (epoch * options.primal_rounds + primal) * options.z_update.steps
-                self._update_z(visit)
+            for primal in range(self.rounds):
+                self._update_z(visit, primal)
                 self._update_theta(visit)
             squares.append(self._update_dual(visit))
             self._scatter(batch, visit)
@@ -308,7 +317,7 @@ class _Sweep:
         """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2)."""
         return visit.chain.residual(t).add_(visit.u[t - 1]).mul_(self.beta[t - 1])
 
-    def _update_z(self, visit: _Visit) -> None:
+    def _update_z(self, visit: _Visit, primal: int) -> None:
         self.options.z_update.apply(
             visit.chain,
             lambda t: self._force(visit, t),
@@ -319,7 +328,7 @@ class _Sweep:
             self.z_steps,
             self.inverse_curvature,
             visit.z_moments,
-            self.z_count,
+            (self.rounds_before + primal) * self.options.z_update.steps,
         )
 
     def _update_theta(self, visit: _Visit) -> None:
