@@ -3,17 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint figures bench clean
+.PHONY: help env demo test lint figures tables reproduce reproduce-gpu bench clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 env: .venv/installed ## build .venv
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb,search,notebooks]'
 	touch $@
 
 demo: env ## the main job on the embedded digits: nine optimizers, five seeds, a table and a figure
@@ -27,8 +27,22 @@ lint: env ## ruff, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-figures: env ## redraw every figure and table from results/ alone
+figures: env ## redraw every figure and the README's tables from results/ alone
 	$(BIN)/python -m scripts.figures
+
+tables: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
+	$(BIN)/python -m scripts.tables
+
+# in the order that gives results early
+EXPERIMENTS := memory mnist_shallow mnist_deep10 mnist_deep20 mnist_walltime convergence bcd_zeng \
+	fashion_mnist dladmm_wang_mnist dladmm_wang_fashion bcd_zeng_deep
+
+reproduce: env ## run every experiment that has not been run, then figures and tables (ARGS="key=value ...")
+	for name in $(EXPERIMENTS); do $(BIN)/python run.py experiment=$$name $(ARGS) || exit 1; done
+	$(MAKE) figures tables
+
+reproduce-gpu: ## the same on a GPU
+	$(MAKE) reproduce ARGS="device=cuda $(ARGS)"
 
 bench: env ## measure speed and memory into results/bench.csv (on an idle machine)
 	$(BIN)/python -m scripts.bench

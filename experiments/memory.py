@@ -119,9 +119,7 @@ def report(experiment: str, runs: list[Run]) -> Content:
     result = pd.DataFrame([row(run) for run in shown])
     batch = {run.info["setting"]: size for run, size in zip(shown, result["total"], strict=True) if _is_batch(run)}
     result["batch/this"] = [batch.get(run.info["setting"], float("nan")) for run in shown] / result["total"]
-    result["paper"] = [
-        1.0 if _is_batch(run) else paper()["experiments"][experiment]["batch_over_online"] for run in shown
-    ]
+    result["paper"] = [paper()["experiments"][experiment]["ratio"].get(run.info["method"], 1.0) for run in shown]
     result["machine"] = [run.info["machine"] for run in shown]
     return result, {experiment: figure(experiment, result)}
 

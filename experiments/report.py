@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ class Curve:
     def by_iteration(self, column: str) -> pd.DataFrame:
         """Mean and sample standard deviation over the replicas, by iteration."""
         return self.history.groupby("iteration")[column].agg(["mean", "std"]).fillna(0.0)
+
+    def after_training(self) -> Curve:
+        """Without the evaluation before the first iteration."""
+        return replace(self, history=self.history[self.history["iteration"] > 0])
 
     def _final(self) -> pd.Series[float]:
         final: pd.Series[float] = self.history.loc[
@@ -218,28 +222,35 @@ def caption(experiment: str, shown: list[Curve], remark: str = "") -> str:
     known = paper()["experiments"].get(experiment, {}) if all(c.is_of_the_paper for c in shown) else {}
     seeds = sorted({curve.row()["seeds"] for curve in shown})
     source = f"Reproduction of {known['source']}: " if known.get("source") else ""
+    mean = (
+        f"Mean over {' or '.join(map(str, seeds))} seeds, shaded ±1 standard deviation" if seeds != [1] else "One seed"
+    )
     text = (
-        f"{source}{known.get('caption', experiment)}. Mean over {' or '.join(map(str, seeds))} seeds, "
-        f"shaded ±1 standard deviation{remark}. {', '.join(sorted({c.info['machine'] for c in shown}))}."
+        f"{source}{known.get('caption', experiment)}. {mean}{remark}. "
+        f"{', '.join(sorted({c.info['machine'] for c in shown}))}."
     )
     return textwrap.fill(text, 120)
+
+
+def content(experiment: str, runs: list[Run]) -> Content:
+    """What is made of an experiment's runs, by the function that `paper.yaml` has as its `report`."""
+    make = get_method(paper()["experiments"].get(experiment, {}).get("report", "experiments.report.accuracy"))
+    return make(experiment, runs)  # type: ignore[no-any-return]
 
 
 def report(experiment: str, runs: list[Run], figures: Path, tables: Path) -> pd.DataFrame:
     """Write the experiment's `<tables>/<experiment>.csv` and its figures, `<figures>/<name>.png` and `.pdf`.
 
-    Returns the table. What is made of the runs is `paper.yaml`'s `report` of the experiment, a function of its name
-    and the runs.
+    Returns the table.
     """
-    make = get_method(paper()["experiments"].get(experiment, {}).get("report", "experiments.report.accuracy"))
-    result, drawn = make(experiment, runs)
+    result, drawn = content(experiment, runs)
     figures.mkdir(parents=True, exist_ok=True)
     tables.mkdir(parents=True, exist_ok=True)
     result.to_csv(tables / f"{experiment}.csv", index=False)
     for name, picture in drawn.items():
         picture.savefig(figures / f"{name}.png", dpi=150)
         picture.savefig(figures / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes each time
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def cells(result: pd.DataFrame) -> list[list[str]]:
@@ -249,6 +260,12 @@ def cells(result: pd.DataFrame) -> list[list[str]]:
         return "–" if pd.isna(value) else f"{value:.2f}" if isinstance(value, float) else str(value)  # type: ignore[call-overload]
 
     return [[text(value) for value in row] for row in result.itertuples(index=False)]
+
+
+def markdown(result: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    lines = [list(result.columns), ["---"] * len(result.columns), *cells(result)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def show(result: pd.DataFrame, experiment: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -132,7 +132,7 @@ def report(experiment: str, runs: list[Run]) -> Content:
     drawn = Figure(figsize=(7.5, 4.6 + 0.22 * len(shown)), layout="constrained")
     axes = drawn.subplots()
     for number, curve in enumerate(shown):
-        trained = replace(curve, history=curve.history[curve.history["iteration"] > 0])  # no 0 on a logarithmic axis
+        trained = curve.after_training()  # no 0 on a logarithmic axis
         colour = COLOURS.get(curve.info["method"], f"C{number}")
         draw_curve(axes, trained, "test_accuracy", colour, curve.legend, "seconds", highest=100.0)
     axes.set(xlabel="training time of one seed (s)", ylabel="test accuracy (%)", xscale="log", ylim=(70, 100.3))

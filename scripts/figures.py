@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.report import cells, report, show
+from experiments.report import markdown, report, show
 from experiments.store import experiments_in, finished_runs
 
 README = Path(__file__).parents[1] / "README.md"
@@ -27,10 +27,8 @@ def main(root: Path) -> None:
 
 def write_into(page: Path, experiment: str, result: pd.DataFrame) -> None:
     """Replace the experiment's table in a Markdown page, if it has a place for it."""
-    lines = [list(result.columns), ["---"] * len(result.columns), *cells(result)]
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     place = re.compile(rf"(<!-- table: {experiment} -->\n).*?(<!-- end -->)", re.DOTALL)
-    page.write_text(place.sub(lambda match: f"{match[1]}{markdown}\n{match[2]}", page.read_text()))
+    page.write_text(place.sub(lambda match: f"{match[1]}{markdown(result)}\n{match[2]}", page.read_text()))
 
 
 if __name__ == "__main__":

@@ -677,7 +677,8 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
 @pytest.mark.parametrize("name", ["majorised", "lipschitz"])
 def test_updates_by_curvature_need_one_linear_layer_a_block(mlp_problem, conv_problem, name):
     options = replace(BASE, z_update=ZUpdate(name))
-    with pytest.raises(ValueError, match=r"'" + name + r"' needs one linear layer a block, block 2 is \['1.0', '1.1'"):
+    needs = rf"'{name}' needs blocks of one linear layer, with or without a ReLU; block 2 is \['1.0', '1.1'"
+    with pytest.raises(ValueError, match=needs):
         options.init(conv_problem(), SEEDS)
     with pytest.raises(ValueError, match="block 2 is"):
         options.init(mlp_problem(after=["fc1"]), SEEDS)

@@ -109,8 +109,9 @@ class ZUpdate:
             for t, (block, views) in enumerate(zip(blocks, theta.blocks, strict=True), start=1):
                 if t > 1 and block.linear_weight(views) is None:
                     raise ValueError(
-                        f"optimizer.z_update.name: {self.name!r} needs one linear layer a block, block {t} is "
-                        f"{[layer.name for layer in block.layers]}; use gradient or adam, or split per_layer"
+                        f"optimizer.z_update.name: {self.name!r} needs blocks of one linear layer, with or without a "
+                        f"ReLU; block {t} is {[layer.name for layer in block.layers]}; use gradient or adam, or split "
+                        "per_layer"
                     )
 
     def power_vectors(self, blocks: Blocks, theta: Parameters) -> list[Tensor]:

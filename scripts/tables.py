@@ -1,0 +1,102 @@
+"""Write results/README.md from the results store alone: python -m scripts.tables [results]
+
+Every number of the paper with ours beside it; then, for each experiment, its figures, its table, the training time that
+it took, and the command that reproduces it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.report import content, curves, markdown, paper
+from experiments.store import Run, experiments_in, finished_runs
+
+
+def main(root: Path) -> None:
+    page = root / "README.md"
+    page.write_text("\n\n".join(sections(root)) + "\n")
+    print(f"written: {page}")
+
+
+def sections(root: Path) -> Iterator[str]:
+    """The page, part by part."""
+    found = {name: finished_runs(root, name) for name in experiments_in(root)}
+    numbers = papers_numbers(found)
+    yield "# Results"
+    yield (
+        "Written by `make tables` from the runs in this folder. Accuracies are test accuracies in percent after the "
+        "last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md)."
+    )
+    yield "## The paper's numbers"
+    yield markdown(numbers)
+    yield falls_short(numbers)
+    order = list(paper()["experiments"])
+    for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
+        yield from experiment(name, found[name])
+
+
+def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
+    """Each number of the paper beside each of our settings; without one if it has not been run."""
+    rows: list[dict[str, Any]] = []
+    for name, known in paper()["experiments"].items():
+        if not known["source"]:
+            continue
+        runs = found.get(name, [])
+        ours = measured_accuracies(runs) if known["accuracy"] else measured_ratios(name, runs)
+        for method, value in (known["accuracy"] or known.get("ratio", {})).items():
+            place = {"in the paper": known["source"], "experiment": name, "method": paper()["labels"][method]}
+            for line in [line for line in ours if line["method"] == place["method"]] or [{"setting": "not run"}]:
+                rows.append(place | {"paper": float(value)} | line)
+    result = pd.DataFrame(rows).assign(difference=lambda table: table["ours"] - table["paper"])
+    result = result.astype({"seeds": "Int64", "iterations": "Int64"})
+    head = ["in the paper", "experiment", "method", "setting", "paper", "ours", "difference"]
+    return result[[*head, *(column for column in result.columns if column not in head)]]
+
+
+def measured_accuracies(runs: list[Run]) -> list[dict[str, Any]]:
+    rows = [curve.row() for curve in curves(runs)]
+    kept = ("method", "setting", "mean", "std", "seeds", "iterations")
+    return [{"ours" if key == "mean" else key: row[key] for key in kept} for row in rows]
+
+
+def measured_ratios(name: str, runs: list[Run]) -> list[dict[str, Any]]:
+    """Of an experiment whose number in the paper is a ratio of memory."""
+    table = content(name, runs)[0] if runs else pd.DataFrame()
+    return [{"method": r["method"], "setting": r["setting"], "ours": r["batch/this"]} for r in table.to_dict("records")]
+
+
+def falls_short(numbers: pd.DataFrame) -> str:
+    """In words, which of our numbers are below the paper's, and what has not been run."""
+    short = [
+        f"{row['method']} in {row['experiment']}, {row['setting']}: {row['ours']:.2f} ({row['paper']:.2f})"
+        for row in numbers[numbers["difference"] < 0].to_dict("records")
+    ]
+    missing = [f"{row['method']} in {row['experiment']}" for row in numbers[numbers["ours"].isna()].to_dict("records")]
+    below = f"Below the paper (its number in brackets): {'; '.join(short)}." if short else "None is below the paper."
+    return below + (f" Not run: {'; '.join(missing)}." if missing else "")
+
+
+def experiment(name: str, runs: list[Run]) -> Iterator[str]:
+    """The part of one experiment."""
+    known = paper()["experiments"].get(name, {})
+    result, figures = content(name, runs)
+    yield f"## {name}"
+    source = f"The paper's {known['source']}. " if known.get("source") else ""
+    yield f"{source}{known.get('caption', name)}."
+    yield "\n".join(f"![{name}](figures/{figure}.png)" for figure in figures)
+    yield markdown(result)
+    yield f"    python run.py experiment={name}"
+    seconds = sum(run.info.get("seconds", 0.0) for run in runs)
+    machines = " and ".join(sorted({run.info["machine"] for run in runs}))
+    commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
+    took = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds else "seconds"
+    yield f"Training time of these runs, evaluation not counted: {took} ({machines}). Commits: {commits}."
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))

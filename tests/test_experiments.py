@@ -1,0 +1,202 @@
+"""Experiments with a task or a report of their own, on the embedded digits, and the page of results."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import pandas as pd
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from admm.data import load
+from admm.training import train
+from experiments.classification import build_problem
+from experiments.convergence import row
+from experiments.memory import NAMES
+from experiments.report import content, curves, paper
+from experiments.store import Run, experiments_in, finished_runs
+from experiments.walltime import seconds_to
+from scripts.tables import papers_numbers, sections
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+RACE = ["experiment=mnist_walltime", "optimizers=[sgd,bcd]", "iterations=4", "seeds=[0,1]"]
+
+
+def command(folder: Path, arguments: list[str]) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), "dataset=digits", "threads=1", f"outputs={folder}", *arguments]
+
+
+def launch(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        command(folder, list(arguments)), env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def stored(folder: Path) -> dict[str, Run]:
+    runs = [Run(path.parent) for path in folder.glob("runs/*/*/run.json")]
+    return {f"{run.info['method']} {run.info['setting']}": run for run in runs}
+
+
+# --- Figure 5
+
+
+@pytest.fixture(scope="module")
+def race(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("race")
+    launch(folder, *RACE)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["sgd", "bcd"])
+def test_optimizers_that_take_turns_end_where_they_do_alone(race: Path, method: str) -> None:
+    run, data = stored(race)[f"{method} tuned"], load("digits", ".")
+    config = OmegaConf.load(run.folder / "config.yaml")
+    problem, optimizer = build_problem(config, data), instantiate(config.optimizer, _convert_="all")  # type: ignore[arg-type]
+    alone = train(problem, optimizer, optimizer.init(problem, (1,)), 4, (data.x_test, data.y_test)).rows
+    raced = run.history[run.history["seed"] == 1]
+    assert raced["iteration"].tolist() == [0, 1, 2, 3, 4]
+    assert raced["test_accuracy"].tolist() == pytest.approx([r["test_accuracy"] for r in alone], abs=1e-4)
+
+
+def test_a_race_times_each_seed_by_itself(race: Path) -> None:
+    for run in stored(race).values():
+        for _, rows in run.history.groupby("seed"):
+            assert rows["seconds"].iloc[0] == 0.0 and rows["seconds"].is_monotonic_increasing
+        assert run.info["seconds"] == pytest.approx(run.history.groupby("seed")["seconds"].max().sum(), abs=2e-3)
+
+
+def test_a_race_is_not_run_again(race: Path) -> None:
+    before = {name: run.info["finished"] for name, run in stored(race).items()}
+    assert "mnist_walltime" in launch(race, *RACE)
+    assert {name: run.info["finished"] for name, run in stored(race).items()} == before
+
+
+def test_a_killed_race_goes_on_with_the_seed_that_it_was_at(tmp_path: Path) -> None:
+    process = subprocess.Popen(command(tmp_path, RACE), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/.partial/*/race.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert stored(tmp_path) == {}
+    output = launch(tmp_path, *RACE)
+    assert "seed 1: " in output and "seed 0: " not in output
+    assert all(run.history["seed"].unique().tolist() == [0, 1] for run in stored(tmp_path).values())
+
+
+def test_a_target_counts_where_every_seed_reaches_it() -> None:
+    history = pd.DataFrame(
+        {
+            "replica": [0, 0, 0, 1, 1],
+            "seconds": [1.0, 2.0, 3.0, 3.0, 6.0],
+            "test_accuracy": [89.0, 90.0, 96.0, 92.0, 93.0],
+        }
+    )
+    assert seconds_to(history, 90) == 2.5
+    assert pd.isna(seconds_to(history, 95))
+
+
+# --- Memory
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("memory")
+    launch(folder, "experiment=memory", "setting=tuned,faithful")
+    return stored(folder)
+
+
+def test_training_variables_are_counted_by_hand(measured: dict[str, Run]) -> None:
+    """784 → 64 inputs of the digits, 1437 samples, 128 + 128 + 10 coupling variables each, float32."""
+    parameters, coupling = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10, 128 + 128 + 10
+    expected = {
+        "block_admm tuned": [parameters, 2 * parameters + 1, 1437 * coupling, 1437 * coupling, 0],
+        "block_admm faithful": [parameters, 2 * parameters + 1, 1437 * coupling, 1437 * coupling, 2 * 1437 * coupling],
+        "online_block_admm tuned": [parameters, 2 * parameters + 1, 128 * coupling, 3, 0],
+    }
+    for name, numbers in expected.items():
+        found = measured[name].history.set_index("quantity")["bytes"]
+        assert [found.get(key, 0) for key in NAMES] == [4 * count for count in numbers]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is known on Linux alone")
+def test_the_peak_holds_the_variables(measured: dict[str, Run]) -> None:
+    """Within what an allocator takes in small pieces."""
+    for name in ("block_admm tuned", "block_admm faithful"):
+        found = measured[name].history.set_index("quantity")["bytes"]
+        assert found["peak"] > 0.8 * found.drop("peak").sum()
+
+
+# --- Convergence
+
+
+def test_residuals_and_growing_rounds_are_drawn(tmp_path: Path) -> None:
+    launch(tmp_path, "experiment=convergence", "iterations=12", "seeds=[0,1]", "evaluate_every=1")
+    runs = stored(tmp_path)
+    assert set(runs) == {"block_admm constant", "block_admm adaptive", "block_admm growing"}
+    table, figures = content("convergence", list(runs.values()))
+    assert set(figures) == {"convergence", "convergence_rounds"} and len(table) == 3
+    growing = runs["block_admm growing"].history
+    assert growing.groupby("iteration")["primal_rounds"].first().tolist() == [1] * 11 + [2] * 2
+    last = growing[growing["iteration"] == 12]["kkt"]
+    (curve,) = curves([runs["block_admm growing"]])
+    assert row(curve)["kkt"] == f"{last.mean():.2e}"
+
+
+# --- The page of results, against the committed runs
+
+
+def raw(run: Run) -> list[dict[str, str]]:
+    with (run.folder / "history.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("name", experiments_in(RESULTS))
+def test_a_cell_of_every_table_from_the_raw_history(name: str) -> None:
+    """Of the newest run, without the report's code."""
+    run = finished_runs(RESULTS, name)[-1]
+    rows, label = raw(run), paper()["labels"][run.info["method"]]
+    table = pd.read_csv(RESULTS / "tables" / f"{name}.csv", dtype=str)
+    line = table[table.get("method", label) == label]
+    line = line[line["setting"].str.split("[:,]", regex=True).str[0] == run.info["setting"]].iloc[0]
+    if name == "memory":
+        total = sum(float(r["bytes"]) for r in rows if r["quantity"] != "peak") / 2**20
+        assert float(line["total"]) == pytest.approx(total, rel=1e-6)
+    else:
+        last = [float(r["test_accuracy"]) for r in rows if int(r["iteration"]) == run.info["iterations"]]
+        assert float(line["mean"]) == pytest.approx(mean(last), abs=0.006)
+
+
+def test_the_page_sets_every_number_of_the_paper_beside_ours() -> None:
+    found = {name: finished_runs(RESULTS, name) for name in experiments_in(RESULTS)}
+    numbers = papers_numbers(found)
+    for name, known in paper()["experiments"].items():
+        for method, value in known["accuracy"].items() if known["source"] else ():
+            lines = numbers[(numbers["experiment"] == name) & (numbers["method"] == paper()["labels"][method])]
+            assert set(lines["paper"]) == {value}
+    run = next(
+        run for run in found["mnist_shallow"] if (run.info["method"], run.info["setting"]) == ("sgd", "faithful")
+    )
+    last = mean(float(r["test_accuracy"]) for r in raw(run) if int(r["iteration"]) == run.info["iterations"])
+    line = numbers[(numbers["method"] == "SGD") & (numbers["setting"] == "faithful")].iloc[0]
+    assert line["difference"] == pytest.approx(last - 95.29, abs=0.006)
+
+
+def test_the_committed_page_is_what_the_store_says() -> None:
+    page = (RESULTS / "README.md").read_text()
+    assert page == "\n\n".join(sections(RESULTS)) + "\n"
+    for picture in re.findall(r"\((figures/.*?)\)", page):
+        assert (RESULTS / picture).exists()
