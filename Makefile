@@ -13,7 +13,7 @@ env: .venv/installed ## build .venv
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb,search,notebooks]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb,notebooks]'
 	touch $@
 
 demo: env ## the main job on the embedded digits: nine optimizers, five seeds, a table and a figure

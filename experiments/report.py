@@ -77,7 +77,9 @@ class Curve:
         others = f" ({others})" if others else ""
         spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
         remark = self.setting.removeprefix(self.info["setting"]).lstrip(":, ")
-        return f"{self.method}{f', {remark}' if remark else ''}: {row['mean']:.2f}{spread} %{others}"
+        return textwrap.fill(
+            f"{self.method}{f', {remark}' if remark else ''}: {row['mean']:.2f}{spread} %{others}", 100
+        )
 
     @property
     def reference(self) -> float | None:
@@ -165,7 +167,8 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
     One panel for each setting, with the legend below it.
     """
     settings = list(dict.fromkeys(curve.info["setting"] for curve in shown))
-    drawn = Figure(figsize=(6.0 * len(settings) + 1.5, 4.6 + 0.22 * len(shown) / len(settings)), layout="constrained")
+    lines = max(legend_lines([c for c in shown if c.info["setting"] == setting]) for setting in settings)
+    drawn = Figure(figsize=(6.0 * len(settings) + 1.5, 4.6 + 0.2 * lines), layout="constrained")
     panels = drawn.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     held_out = all(curve.info["dataset"]["holdout"] for curve in shown)
     for panel, setting in zip(panels, settings, strict=True):
@@ -192,9 +195,14 @@ def draw_curve(
     axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
 
 
+def legend_lines(shown: list[Curve]) -> int:
+    return sum(1 + curve.legend.count("\n") for curve in shown)
+
+
 def _draw(axes: Axes, shown: list[Curve]) -> None:
+    one_each = len({curve.info["method"] for curve in shown}) == len(shown)
     for number, curve in enumerate(shown):
-        colour = COLOURS.get(curve.info["method"], f"C{number}")
+        colour = COLOURS.get(curve.info["method"], f"C{number}") if one_each else f"C{number}"
         draw_curve(axes, curve, "test_accuracy", colour, curve.legend, highest=100.0)
         if curve.reference is not None:
             axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)

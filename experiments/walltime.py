@@ -21,7 +21,7 @@ from admm.optimizers import Optimizer, Problem
 from admm.training import Row, accuracy, timed_step
 from experiments.classification import Job, bad_input_in_words, build_problem, find_job, report_to_launch
 from experiments.progress import RunProgress
-from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve
+from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines
 from experiments.store import Run
 
 TARGETS = (90, 93, 95, 97)  # test accuracy, percent
@@ -129,7 +129,7 @@ def contestant(method: str, job: Job, seed: int) -> Contestant:
 def report(experiment: str, runs: list[Run]) -> Content:
     """Seconds to reach each target, and accuracy against seconds."""
     shown = curves(runs)
-    drawn = Figure(figsize=(7.5, 4.6 + 0.22 * len(shown)), layout="constrained")
+    drawn = Figure(figsize=(7.5, 4.6 + 0.2 * legend_lines(shown)), layout="constrained")
     axes = drawn.subplots()
     for number, curve in enumerate(shown):
         trained = curve.after_training()  # no 0 on a logarithmic axis

@@ -38,6 +38,11 @@ def sections(root: Path) -> Iterator[str]:
     order = list(paper()["experiments"])
     for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
         yield from experiment(name, found[name])
+    searches = sorted((root / "searches").glob("*.csv"))
+    if searches:
+        yield "## Searches"
+        yield "Grids of `hydra/sweeper=<search>`, scored on held-out training data; `searches/` has all that was tried."
+        yield markdown(pd.DataFrame([search(path) for path in searches]))
 
 
 def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
@@ -96,6 +101,15 @@ def experiment(name: str, runs: list[Run]) -> Iterator[str]:
     commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
     took = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds else "seconds"
     yield f"Training time of these runs, evaluation not counted: {took} ({machines}). Commits: {commits}."
+
+
+def search(path: Path) -> dict[str, Any]:
+    """How many configurations a search has tried, and the best one; its file has that one first."""
+    found = pd.read_csv(path, dtype=str)
+    best = found.iloc[0]
+    values = ", ".join(f"{key}={best[key]}" for key in found.columns[: list(found.columns).index("held-out")])
+    kept = {name: best[name] for name in ("held-out", "seeds", "samples held out")}
+    return {"search": path.stem, "configurations": len(found), "best": values} | kept
 
 
 if __name__ == "__main__":
