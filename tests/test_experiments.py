@@ -25,7 +25,7 @@ from experiments.memory import NAMES
 from experiments.report import content, curves, paper
 from experiments.store import Run, experiments_in, finished_runs
 from experiments.walltime import seconds_to
-from scripts.tables import papers_numbers, sections
+from scripts.tables import papers_numbers, search, sections
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -154,6 +154,25 @@ def test_residuals_and_growing_rounds_are_drawn(tmp_path: Path) -> None:
     last = growing[growing["iteration"] == 12]["kkt"]
     (curve,) = curves([runs["block_admm growing"]])
     assert row(curve)["kkt"] == f"{last.mean():.2e}"
+
+
+# --- A search
+
+
+def test_a_search_tries_its_whole_grid_and_puts_the_best_first(tmp_path: Path) -> None:
+    sweeper = "hydra/sweeper=mnist_shallow_block_admm"
+    common = ["optimizer=block_admm", "setting=tuned", "dataset.holdout=200", "iterations=1"]
+    launch(tmp_path, "experiment=mnist_shallow", sweeper, *common)
+    (folder,) = (note.parents[1] for note in tmp_path.glob("logs/*/*/0/runs.txt"))
+    subprocess.run([sys.executable, "-m", "scripts.search", str(folder), str(tmp_path)], cwd=ROOT, check=True)
+    found = pd.read_csv(tmp_path / "searches/mnist_shallow_block_admm.csv")
+    searched = ["optimizer.theta_step.start", "loss.scale", "optimizer.update.weight_decay"]
+    assert len(found) == len(found.drop_duplicates(searched)) == 18
+    assert found["held-out"].is_monotonic_decreasing and set(found["samples held out"]) == {200}
+    line = search(tmp_path / "searches/mnist_shallow_block_admm.csv")
+    assert line["configurations"] == 18 and f"loss.scale={found['loss.scale'][0]}" in line["best"]
+    accuracies = [Run(path.parent).history["test_accuracy"].iloc[-1] for path in tmp_path.glob("runs/*/*/run.json")]
+    assert max(accuracies) == pytest.approx(found["held-out"][0], abs=1e-4)
 
 
 # --- The page of results, against the committed runs
