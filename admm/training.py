@@ -19,6 +19,10 @@ Row = dict[str, float]  # one evaluation of one replica
 SLICE = 2000  # samples that are evaluated at a time
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is not of this optimizer, network or seeds."""
+
+
 @dataclass
 class History:
     """What a run has measured so far.
@@ -51,7 +55,7 @@ def train(
     `evaluate_every` and after the last; only `optimizer.step` is timed. With a `checkpoint` path, the state is
     saved there at evaluations at least `checkpoint_seconds` apart, and a run that finds such a file goes on from
     it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with
-    all former ones.
+    all former ones. Raises CheckpointError if the file is of another optimizer, network or seeds.
     """
     if iterations < 1 or evaluate_every < 1:
         raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
@@ -142,5 +146,5 @@ def _load(path: Path, state: Any, history: History) -> None:
     try:
         restore(state, saved["state"])
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; delete the file to start anew") from None
+        raise CheckpointError(f"{path}: {error}; delete the file to start anew") from None
     vars(history).update(saved["history"])

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from admm.data import Dataset, DatasetError, load
 from admm.losses import one_hot
 from admm.optimizers import Problem
-from admm.training import History, Row, train
+from admm.training import CheckpointError, History, Row, train
 from experiments.progress import RunProgress
 from experiments.provenance import provenance
 from experiments.store import NEUTRAL, Run, Slot, identity
@@ -142,6 +142,8 @@ def execute(config: DictConfig, job: Job) -> Run:
                 config.checkpoint_seconds,
                 observe,
             )
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from None
     finally:
         logger.close()
     ended = {

@@ -12,7 +12,7 @@ from admm.blocks import split
 from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, OnlineBlockADMM, Problem, ZUpdate
-from admm.training import History, Row, accuracy, train
+from admm.training import CheckpointError, History, Row, accuracy, train
 
 OPTIMIZERS = {
     "sgd": Backprop(6, SGD(momentum=0.9), 0.05, batch_size=16),
@@ -120,7 +120,7 @@ def test_only_steps_are_timed(problem: Problem, monkeypatch: pytest.MonkeyPatch)
 def test_a_checkpoint_of_another_optimizer_is_refused(problem: Problem, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     run(problem, OPTIMIZERS["sgd"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: checkpoint: .*delete the file"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: checkpoint: .*delete the file"):
         run(problem, OPTIMIZERS["batch"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
 
 
