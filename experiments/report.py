@@ -170,10 +170,11 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
     lines = max(legend_lines([c for c in shown if c.info["setting"] == setting]) for setting in settings)
     drawn = Figure(figsize=(6.0 * len(settings) + 1.5, 4.6 + 0.2 * lines), layout="constrained")
     panels = drawn.subplots(1, len(settings), sharey=True, squeeze=False)[0]
-    held_out = all(curve.info["dataset"]["holdout"] for curve in shown)
+    measure = "held-out" if all(curve.info["dataset"]["holdout"] for curve in shown) else "test"
+    titles = paper()["experiments"].get(experiment, {}).get("panels", {})
     for panel, setting in zip(panels, settings, strict=True):
         _draw(panel, [curve for curve in shown if curve.info["setting"] == setting])
-        panel.set(title=setting, xlabel="iteration", ylabel=f"{'held-out' if held_out else 'test'} accuracy (%)")
+        panel.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=f"{measure} accuracy (%)")
         panel.label_outer()
     panels[0].set_ylim(_lowest(shown), 100.3)
     dotted = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in shown) else ""
@@ -218,11 +219,10 @@ def _draw(axes: Axes, shown: list[Curve]) -> None:
 
 
 def _lowest(shown: list[Curve]) -> float:
-    """The lower end of the accuracies to show: a little below the worst final one that learnt something."""
+    """The lower end of the accuracies to show: a little below the worst final one, or 0 if one has not learnt."""
     finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in shown]
     finals += [curve.reference for curve in shown if curve.reference is not None]
-    learnt = [value for value in finals if value > 50.0] or [0.0]
-    return max(0.0, 100.0 - 1.4 * (100.0 - min(learnt)) - 1.0)
+    return 100.0 - 1.4 * (100.0 - min(finals)) - 1.0 if min(finals) > 50.0 else 0.0
 
 
 def caption(experiment: str, shown: list[Curve], remark: str = "") -> str:
