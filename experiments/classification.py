@@ -1,4 +1,4 @@
-"""The task of all experiments but DeepFacto: train a classifier, keep what was measured in the store."""
+"""The task of most experiments: train a classifier, keep what was measured in the store."""
 
 from __future__ import annotations
 

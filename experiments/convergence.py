@@ -36,7 +36,8 @@ def row(curve: Curve) -> dict[str, Any]:
 
 
 def residual_names(curve: Curve) -> list[str]:
-    return sorted(name for name in curve.history.columns if name.startswith("residual_"))
+    """By block, as `residual_1` comes first in a history."""
+    return [name for name in curve.history.columns if name.startswith("residual_")]
 
 
 def residuals(experiment: str, shown: list[Curve]) -> Figure:
@@ -45,7 +46,8 @@ def residuals(experiment: str, shown: list[Curve]) -> Figure:
     panels = drawn.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, curve in zip(panels, shown, strict=True):
         for t, name in enumerate(residual_names(curve), start=1):
-            draw_curve(panel, curve, name, PALETTE[t], f"‖Z_{t} − block_{t}(Z_{t - 1})‖ / ‖Z_{t}‖")
+            colour = PALETTE[t % len(PALETTE)]
+            draw_curve(panel, curve, name, colour, f"‖Z_{t} − block_{t}(Z_{t - 1})‖ / ‖Z_{t}‖")
         draw_curve(panel, curve, "kkt", "#000000", "KKT: norm of the Lagrangian's gradient")
         draw_curve(panel, curve, "beta_1", "#999999", "penalty β")
         _finish(panel, textwrap.fill(curve.setting, 40))

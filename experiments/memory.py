@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.optimizers import OnlineBlockADMM, Optimizer, Problem
+from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import Chain
-from experiments.classification import DTYPES, Job, build_problem, find_device, load_once, run_once
+from experiments.classification import DTYPES, Job, bad_input_in_words, build_problem, find_device, load_once, run_once
 from experiments.report import COLOURS, Content, paper
 from experiments.store import Run
 
@@ -37,17 +37,25 @@ def run(config: DictConfig) -> None:
 
 def measure(config: DictConfig, job: Job) -> Run:
     """Bytes by variable for one seed, and the peak of a training iteration in a process of its own."""
-    problem = build_problem(config, job.dataset)
-    rows: list[dict[str, Any]] = [
-        {"quantity": name, "bytes": size} for name, size in variables(config, problem, config.seeds[0]).items()
-    ]
+    with bad_input_in_words():
+        if config.grid is not None:
+            raise ValueError("grid: memory is measured of one seed; use -m optimizer.batch_size=64,128 instead")
+        sizes = variables(config, build_problem(config, job.dataset), config.seeds[0])
+    rows: list[dict[str, Any]] = [{"quantity": name, "bytes": size} for name, size in sizes.items()]
     rows.append({"quantity": "peak", "bytes": peak_in_fresh_process(config)})
     return job.slot.complete(job.config, rows, job.info | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]:
-    """Bytes of a seed's training variables by name: its state's tensors, and for the online form a mini-batch's Z."""
-    optimizer: Optimizer[Any] = instantiate(config.optimizer, _convert_="all")
+    """Bytes of a seed's training variables by name: those of `NAMES` in its state, for the online form of a mini-batch.
+
+    Raises ValueError for another optimizer.
+    """
+    optimizer = instantiate(config.optimizer, _convert_="all")
+    if not isinstance(optimizer, BlockADMM | OnlineBlockADMM):
+        raise ValueError(
+            f"optimizer: memory is measured of block_admm and online_block_admm, not {config.optimizer._target_}"
+        )
     state = optimizer.init(problem, (seed,))
     sizes = {field.name: _bytes(getattr(state, field.name)) for field in fields(state) if field.name in NAMES}
     if isinstance(optimizer, OnlineBlockADMM):
@@ -74,6 +82,8 @@ def peak(config: str) -> float:
     config: YAML.
     """
     options: Any = OmegaConf.create(config)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = find_device(options.device)
     dataset = load_once(**options.dataset, device=device, dtype=DTYPES[options.dtype])
     problem = build_problem(options, dataset)

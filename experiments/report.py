@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from omegaconf import DictConfig
 from pandas.api.types import is_numeric_dtype
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.store import Run, finished_runs
@@ -283,7 +284,7 @@ def show(result: pd.DataFrame, experiment: str) -> None:
     for column in result.columns:
         printed.add_column(column, justify="right" if is_numeric_dtype(result[column]) else "left", overflow="fold")
     for row in cells(result):
-        printed.add_row(*row)
+        printed.add_row(*map(escape, row))
     Console(width=None if Console().is_terminal else 140).print(printed)
 
 

@@ -2,7 +2,7 @@
 
     <root>/runs/<experiment>/<method>-<setting>-<identity>/
         config.yaml   all that determines the numbers
-        history.csv   one row an evaluation and replica, see `admm.training.History`
+        history.csv   one row an evaluation and replica, see `admm.training.History`; or what its task measures
         run.json      what was run, from where, and how it ended
 
 A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/`.
@@ -22,7 +22,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-# Keys of the configuration that say where and how a run is made, not what its numbers are.
+# Keys of the configuration that say where and how a run is made, not what its numbers are; an experiment has one task.
 NEUTRAL = (
     "task",
     "dataset.root",

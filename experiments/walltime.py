@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from admm.optimizers import Optimizer, Problem
 from admm.training import Row, accuracy, timed_step
@@ -24,6 +26,8 @@ from experiments.progress import RunProgress
 from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines
 from experiments.store import Run
 
+log = logging.getLogger(__name__)
+SAME = ("identity", "commit", "machine", "versions")  # of all seeds of a race
 TARGETS = (90, 93, 95, 97)  # test accuracy, percent
 
 
@@ -62,41 +66,72 @@ def run(config: DictConfig) -> None:
     A run of each is put into the store when all have ended. An interrupted race goes on with the seed it was at.
     """
     with bad_input_in_words():
+        check_race(config)
         jobs = {method: find_job(method_config(method), method) for method in config.optimizers}
     first = next(iter(jobs.values())).slot
     with first.lock():
         runs = [run for job in jobs.values() if (run := job.slot.finished())]
         if config.force or len(runs) < len(jobs):
             runs = race(config, jobs)
+        else:
+            log.info(
+                "%s is there already, timed on %s; force=true times anew", first.experiment, runs[0].info["machine"]
+            )
     report_to_launch(runs)
+    for job in jobs.values():
+        if not job.info["overrides"]:
+            job.slot.supersede(Path(config.outputs) / "superseded" / first.experiment)
+
+
+def check_race(config: DictConfig) -> None:
+    """Raises ValueError for what only a single optimizer's run can have."""
+    if any(override.startswith("optimizer=") for override in HydraConfig.get().overrides.task):
+        raise ValueError("optimizer: a race has several; optimizers=[sgd,gotmare] chooses them")
+    if not isinstance(config.optimizers, ListConfig) or not config.optimizers:
+        raise ValueError(f"optimizers: {config.optimizers!r} is not a list of optimizers, such as [sgd,gotmare]")
+    if config.grid is not None:
+        raise ValueError("grid: a race times single runs; experiment=mnist_shallow trains a grid")
 
 
 def method_config(method: str) -> DictConfig:
     """The experiment's configuration for an optimizer, with the command line's overrides."""
-    given = [override for override in HydraConfig.get().overrides.task if not override.startswith("optimizer=")]
-    return compose("config", [*given, f"optimizer={method}"])
+    return compose("config", [*HydraConfig.get().overrides.task, f"optimizer={method}"])
 
 
 def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
-    """All seeds, one after the other; after each, what was measured is kept beside the store."""
+    """All seeds, one after the other; after each, what was measured is kept beside the store.
+
+    A race that was begun with other settings, code or machine is not gone on with.
+    """
     kept = next(iter(jobs.values())).slot.partial / "race.json"
-    histories: dict[str, list[list[Row]]] = json.loads(kept.read_text()) if kept.exists() else {m: [] for m in jobs}
-    for replica, seed in enumerate(config.seeds):
-        if replica < len(histories[next(iter(jobs))]):
-            continue
-        for method, rows in race_one(config, jobs, seed).items():
+    conditions = {method: {key: job.info[key] for key in SAME} for method, job in jobs.items()}
+    histories: dict[str, list[list[Row]]] = {method: [] for method in jobs}
+    if kept.exists():
+        begun = json.loads(kept.read_text())
+        if begun["conditions"] == conditions:
+            histories = begun["histories"]
+        else:
+            log.warning("the race in %s was begun with other settings, code or machine: it starts anew", kept.parent)
+    for replica in range(len(histories[next(iter(jobs))]), len(config.seeds)):
+        for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
-        part.write_text(json.dumps(histories))
+        part.write_text(json.dumps({"conditions": conditions, "histories": histories}))
         os.replace(part, kept)
-    ended = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "diverged": {}}
-    runs = []
-    for method, job in reversed(jobs.items()):  # the first, which keeps the race, is completed last
-        rows = [row for history in histories[method] for row in history]
-        seconds = sum(history[-1]["seconds"] for history in histories[method])
-        runs.append(job.slot.complete(job.config, rows, job.info | ended | {"seconds": round(seconds, 3)}))
-    return runs
+    # the first, which keeps the race, is completed last
+    return [complete(job, histories[method]) for method, job in reversed(jobs.items())]
+
+
+def complete(job: Job, histories: list[list[Row]]) -> Run:
+    """Put an optimizer's part of the race into the store."""
+    ends = [history[-1] for history in histories]
+    ended = {
+        "seconds": round(sum(end["seconds"] for end in ends), 3),
+        "diverged": {r: end["iteration"] for r, end in enumerate(ends) if end["iteration"] < job.info["iterations"]},
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return job.slot.complete(job.config, [row for history in histories for row in history], job.info | ended)
 
 
 def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, list[Row]]:

@@ -1,11 +1,12 @@
-"""What a search has found: python -m scripts.search <folder of the launch> [results]
+"""What a search has found: python -m scripts.search <folder of the launch> [--results results]
 
 Writes <results>/searches/<experiment>_<optimizer>.csv, a line for each configuration tried, the best held-out accuracy
-first, and prints the best one, which goes to conf/settings/tuned/<experiment>_<optimizer>.yaml.
+first, and prints them. The best one goes to conf/settings/tuned/<experiment>_<optimizer>.yaml.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,22 @@ from experiments.store import Run
 FIXED = ("dataset", "seeds=", "iterations=")  # overrides that are not what is searched for
 
 
-def main(launch: Path, root: Path) -> None:
-    runs = [Run(Path(note.read_text().strip())) for note in sorted(launch.rglob("runs.txt"))]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("launch", type=Path, help="a launch's folder, such as outputs/logs/<day>/<time>")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    notes = sorted(options.launch.rglob("runs.txt"))
+    runs = [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
     if not runs:
         sys.exit(
-            f"error: {launch} has no finished run; it should be a launch's folder, such as outputs/logs/<day>/<time>"
+            f"error: {options.launch} has no finished run; it should be a folder such as outputs/logs/<day>/<time>"
         )
     info = runs[0].info
+    if any(not run.info["dataset"]["holdout"] or run.info["points"] for run in runs):
+        sys.exit(f"error: {options.launch}: a search needs dataset.holdout=10000 or so, and a sweep instead of grid=")
     found = pd.DataFrame([line(run) for run in runs]).sort_values("held-out", ascending=False)
-    path = root / "searches" / f"{info['experiment']}_{info['method']}.csv"
+    path = options.results / "searches" / f"{info['experiment']}_{info['method']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     found.to_csv(path, index=False, float_format="%.7g")
     print(found.to_string(index=False))
@@ -33,17 +41,14 @@ def main(launch: Path, root: Path) -> None:
 
 
 def line(run: Run) -> dict[str, Any]:
-    """A configuration: the values searched over, and the last held-out accuracy, percent, the mean over seeds."""
+    """A configuration: the values searched over, and the last held-out accuracy, percent, the mean over the seeds that
+    have not diverged, with their number."""
     info, history = run.info, run.history
     searched = [override for override in info["overrides"] if not override.startswith(FIXED)]
     last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
     values: dict[str, Any] = dict(override.split("=", 1) for override in searched)
-    return values | {
-        "held-out": last.mean(),
-        "seeds": len(info["seeds"]),
-        "samples held out": info["dataset"]["holdout"],
-    }
+    return values | {"held-out": last.mean(), "seeds": len(last), "samples held out": info["dataset"]["holdout"]}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "results"))
+    main()

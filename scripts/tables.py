@@ -16,6 +16,9 @@ import pandas as pd
 from experiments.report import content, curves, markdown, paper
 from experiments.store import Run, experiments_in, finished_runs
 
+COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
+COLUMNS += ["std", "seeds", "iterations"]
+
 
 def main(root: Path) -> None:
     page = root / "README.md"
@@ -49,18 +52,22 @@ def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
     """Each number of the paper beside each of our settings; without one if it has not been run."""
     rows: list[dict[str, Any]] = []
     for name, known in paper()["experiments"].items():
-        if not known["source"]:
+        stated = known["accuracy"] or known.get("ratio", {})
+        if not known["source"] or not stated:
             continue
-        runs = found.get(name, [])
+        runs, unit = found.get(name, []), "%" if known["accuracy"] else "times less"
         ours = measured_accuracies(runs) if known["accuracy"] else measured_ratios(name, runs)
-        for method, value in (known["accuracy"] or known.get("ratio", {})).items():
-            place = {"in the paper": known["source"], "experiment": name, "method": paper()["labels"][method]}
+        for method, value in stated.items():
+            place = {
+                "in the paper": known["source"],
+                "experiment": name,
+                "method": paper()["labels"][method],
+                "unit": unit,
+            }
             for line in [line for line in ours if line["method"] == place["method"]] or [{"setting": "not run"}]:
                 rows.append(place | {"paper": float(value)} | line)
-    result = pd.DataFrame(rows).assign(difference=lambda table: table["ours"] - table["paper"])
-    result = result.astype({"seeds": "Int64", "iterations": "Int64"})
-    head = ["in the paper", "experiment", "method", "setting", "paper", "ours", "difference"]
-    return result[[*head, *(column for column in result.columns if column not in head)]]
+    result = pd.DataFrame(rows, columns=COLUMNS).assign(difference=lambda table: table["ours"] - table["paper"])
+    return result.astype({"seeds": "Int64", "iterations": "Int64"})
 
 
 def measured_accuracies(runs: list[Run]) -> list[dict[str, Any]]:
@@ -96,11 +103,12 @@ def experiment(name: str, runs: list[Run]) -> Iterator[str]:
     yield "\n".join(f"![{name}](figures/{figure}.png)" for figure in figures)
     yield markdown(result)
     yield f"    python run.py experiment={name}"
-    seconds = sum(run.info.get("seconds", 0.0) for run in runs)
+    seconds = sum(run.info.get("seconds", 0.0) for run in runs)  # a run that does not train has none
     machines = " and ".join(sorted({run.info["machine"] for run in runs}))
     commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
-    took = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds else "seconds"
-    yield f"Training time of these runs, evaluation not counted: {took} ({machines}). Commits: {commits}."
+    took = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    time = f"Training time of these runs, evaluation not counted: {took}. " if seconds else ""
+    yield f"{time}Machine: {machines}. Commits: {commits}."
 
 
 def search(path: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +99,33 @@ def test_a_killed_race_goes_on_with_the_seed_that_it_was_at(tmp_path: Path) -> N
     assert all(run.history["seed"].unique().tolist() == [0, 1] for run in stored(tmp_path).values())
 
 
+def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
+    launch(tmp_path, *RACE)
+    (sgd,) = tmp_path.glob("runs/*/sgd-*/run.json")
+    kept = tmp_path / "runs/.partial" / json.loads(sgd.read_text())["identity"] / "race.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
+    output = launch(tmp_path, *RACE, "force=true")
+    assert "begun with other settings, code or machine: it starts anew" in output and "seed 0: " in output
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment=mnist_walltime", "optimizer=sgd"], r"optimizer: a race has several; optimizers=\[sgd,gotmare\]"),
+        (["experiment=mnist_walltime", "optimizers=[]"], r"optimizers: \[\] is not a list of optimizers"),
+        (["experiment=mnist_walltime", "grid={optimizer.batch_size:[1]}"], "grid: a race times single runs"),
+        (["experiment=memory", "optimizer=sgd"], "optimizer: memory is measured of .*, not admm.optimizers.Backprop"),
+        (["experiment=memory", "grid={optimizer.z_step:[1]}"], "grid: memory is measured of one seed"),
+    ],
+)
+def test_what_a_task_cannot_do_is_refused_by_name(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = subprocess.run(command(tmp_path, arguments), capture_output=True, text=True)
+    assert done.returncode != 0 and re.search(f"error: {message}", done.stderr) and "Traceback" not in done.stderr
+    assert stored(tmp_path) == {}
+
+
 def test_a_target_counts_where_every_seed_reaches_it() -> None:
     history = pd.DataFrame(
         {
@@ -164,7 +193,9 @@ def test_a_search_tries_its_whole_grid_and_puts_the_best_first(tmp_path: Path) -
     common = ["optimizer=block_admm", "setting=tuned", "dataset.holdout=200", "iterations=1"]
     launch(tmp_path, "experiment=mnist_shallow", sweeper, *common)
     (folder,) = (note.parents[1] for note in tmp_path.glob("logs/*/*/0/runs.txt"))
-    subprocess.run([sys.executable, "-m", "scripts.search", str(folder), str(tmp_path)], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "scripts.search", str(folder), "--results", str(tmp_path)], cwd=ROOT, check=True
+    )
     found = pd.read_csv(tmp_path / "searches/mnist_shallow_block_admm.csv")
     searched = ["optimizer.theta_step.start", "loss.scale", "optimizer.update.weight_decay"]
     assert len(found) == len(found.drop_duplicates(searched)) == 18
@@ -189,7 +220,7 @@ def test_a_cell_of_every_table_from_the_raw_history(name: str) -> None:
     run = finished_runs(RESULTS, name)[-1]
     rows, label = raw(run), paper()["labels"][run.info["method"]]
     table = pd.read_csv(RESULTS / "tables" / f"{name}.csv", dtype=str)
-    line = table[table.get("method", label) == label]
+    line = table[table["method"] == label] if "method" in table else table
     line = line[line["setting"].str.split("[:,]", regex=True).str[0] == run.info["setting"]].iloc[0]
     if name == "memory":
         total = sum(float(r["bytes"]) for r in rows if r["quantity"] != "peak") / 2**20
@@ -212,6 +243,20 @@ def test_the_page_sets_every_number_of_the_paper_beside_ours() -> None:
     last = mean(float(r["test_accuracy"]) for r in raw(run) if int(r["iteration"]) == run.info["iterations"])
     line = numbers[(numbers["method"] == "SGD") & (numbers["setting"] == "faithful")].iloc[0]
     assert line["difference"] == pytest.approx(last - 95.29, abs=0.006)
+
+
+def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], tmp_path: Path) -> None:
+    assert "Not run: " in "".join(sections(tmp_path))
+    for run in [*stored(race).values(), *measured.values()]:
+        experiment = run.info["experiment"]
+        shutil.copytree(run.folder, tmp_path / "runs" / experiment / run.folder.name)
+        assert f"## {experiment}" in list(sections(tmp_path))
+
+
+def test_every_experiment_to_reproduce_is_there() -> None:
+    (names,) = re.findall(r"^EXPERIMENTS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    missing = [name for name in names.split() if not (ROOT / "conf/experiment" / f"{name}.yaml").exists()]
+    assert names and not missing
 
 
 def test_the_committed_page_is_what_the_store_says() -> None:

@@ -184,6 +184,8 @@ class BlockADMM:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
         if self.sweep == "batch" and self.epoch_parts is not None:
             raise ValueError(f"optimizer.epoch_parts: {self.epoch_parts}, but sweep=batch moves all samples at a time")
+        if self.primal_growth is not None and self.epoch_parts is not None:
+            raise ValueError(f"optimizer.primal_growth: {self.primal_growth} goes by epochs; epoch_parts must be null")
 
     def _initial_dual(self, z: Tensor, seeds: Sequence[int], t: int) -> Tensor:
         u = torch.zeros_like(z)
@@ -214,9 +216,8 @@ class _Sweep:
         self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
         self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
         self.rounds = options.rounds(state.iteration)
-        parts = options.epoch_parts or 1
-        earlier = range(state.iteration % parts, state.iteration, parts)  # iterations that saw the same samples
-        self.rounds_before = sum(map(options.rounds, earlier))
+        epochs = state.iteration // (options.epoch_parts or 1)
+        self.rounds_before = sum(map(options.rounds, range(epochs)))  # that each sample has seen
         self.inverse_curvature: list[Tensor] = []
 
     def batch(self) -> Tensor:

@@ -36,8 +36,8 @@ class Gotmare:
 
     z starts with a forward pass and takes `z_rounds` rounds of steps `z_update`, each from z_{T−1} to z_1, of size
     `z_step` ζ (with a schedule, or one a gluing variable); then each block takes one step `update` of size `theta_step`
-    on its own term's mean over the mini-batch. An iteration is an epoch. For any network, cut into any blocks, and any
-    loss with a gradient; one block is back-propagation.
+    on its own term's mean over the mini-batch. An iteration is an epoch, or a part of one. For any
+    network, cut into any blocks, and any loss with a gradient; one block is back-propagation.
     """
 
     iterations: int  # the schedules' horizon

@@ -34,7 +34,7 @@ class OnlineBlockADMMState:
 @dataclass(frozen=True)
 class OnlineBlockADMM:
     """Algorithm 2. For each mini-batch: Z by a forward pass, `z_update` in reverse order, one step of Θ, and the
-    dual. An iteration is an epoch.
+    dual. An iteration is an epoch, or a part of one.
 
     The coupling term of block t and one sample is `β/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)²`, and
 

@@ -48,7 +48,7 @@ class Optimizer(Protocol[State]):
         """The state before the first iteration. Raises ValueError for what the algorithm cannot do."""
 
     def step(self, problem: Problem, state: State) -> State:
-        """One iteration over all N samples (an epoch, for mini-batch methods)."""
+        """One iteration over all N samples (an epoch or a part of one, for mini-batch methods)."""
 
     def parameters(self, state: State) -> Parameters:
         """The blocks' parameters."""
