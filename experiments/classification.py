@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -149,7 +148,6 @@ def execute(config: DictConfig, job: Job) -> Run:
     ended = {
         "seconds": round(history.seconds, 3),
         "diverged": history.diverged,  # by replica
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return slot.complete(job.config, history.rows, info | ended)
 

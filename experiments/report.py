@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.store import Run, finished_runs
+from experiments.store import Run, finished_runs, launched_runs
 
 # Okabe & Ito's colours, told apart with any common colour blindness.
 COLOURS = {
@@ -302,8 +302,7 @@ class Report(Callback):
         self._report(config, Path(config.hydra.sweep.dir))
 
     def _report(self, config: DictConfig, launch: Path) -> None:
-        notes = sorted(launch.rglob("runs.txt"))
-        runs = [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
+        runs = launched_runs(launch)
         if not runs:
             return
         experiment = runs[0].info["experiment"]

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class Slot:
 
     def complete(self, config: dict[str, Any], rows: list[dict[str, float]], info: dict[str, Any]) -> Run:
         """Put the finished run in its place: written elsewhere and renamed. A former one is there until then."""
+        info = {"finished": datetime.now(UTC).isoformat(timespec="seconds")} | info
         made = self.partial / "complete"
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
@@ -148,6 +150,12 @@ def finished_runs(root: Path, experiment: str) -> list[Run]:
     """The finished runs of an experiment, from the oldest to the newest."""
     folders = (root / "runs" / experiment).glob("*/run.json")
     return sorted((Run(path.parent) for path in folders), key=lambda run: (run.info["finished"], run.folder.name))
+
+
+def launched_runs(launch: Path) -> list[Run]:
+    """The runs that the jobs of a launch have left notes of in Hydra's folder."""
+    notes = sorted(launch.rglob("runs.txt"))
+    return [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
 
 
 def experiments_in(root: Path) -> list[str]:

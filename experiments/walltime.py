@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.optimizers import Optimizer, Problem
 from admm.training import Row, accuracy, timed_step
@@ -129,14 +128,13 @@ def complete(job: Job, histories: list[list[Row]]) -> Run:
     ended = {
         "seconds": round(sum(end["seconds"] for end in ends), 3),
         "diverged": {r: end["iteration"] for r, end in enumerate(ends) if end["iteration"] < job.info["iterations"]},
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return job.slot.complete(job.config, [row for history in histories for row in history], job.info | ended)
 
 
 def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, list[Row]]:
     """One seed: the contestant that has trained for the shortest time makes the next iteration."""
-    contestants = {method: contestant(method, job, seed) for method, job in jobs.items()}
+    contestants = {method: contestant(job, seed) for method, job in jobs.items()}
     total = sum(job.info["iterations"] for job in jobs.values())
     with RunProgress(f"seed {seed}", total, config.progress) as progress:
         while running := [c for c in contestants.values() if not c.is_done]:
@@ -148,9 +146,9 @@ def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, l
     return {method: c.rows for method, c in contestants.items()}
 
 
-def contestant(method: str, job: Job, seed: int) -> Contestant:
+def contestant(job: Job, seed: int) -> Contestant:
     """Ready to start, warmed up by an iteration of a twin."""
-    config = method_config(method)
+    config = OmegaConf.create(job.config)
     with bad_input_in_words():
         problem = build_problem(config, job.dataset)
         optimizer = instantiate(config.optimizer, _convert_="all")
@@ -185,9 +183,9 @@ def times(curve: Curve) -> dict[str, Any]:
     row = curve.row()
     reached = {f"{target} %": seconds_to(curve.history, target) for target in TARGETS}
     ends = curve.history.groupby("replica")["seconds"].max()
-    names = ("method", "setting", "mean", "std", "seeds", "iterations", "machine")
-    kept = {name: row[name] for name in names}
-    return {"method": kept.pop("method"), "setting": kept.pop("setting")} | reached | {"total s": ends.mean()} | kept
+    named = {name: row[name] for name in ("method", "setting")}
+    kept = {name: row[name] for name in ("mean", "std", "seeds", "iterations", "machine")}
+    return named | reached | {"total s": ends.mean()} | kept
 
 
 def seconds_to(history: pd.DataFrame, target: float) -> float:

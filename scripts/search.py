@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.store import Run
+from experiments.store import Run, launched_runs
 
 FIXED = ("dataset", "seeds=", "iterations=")  # overrides that are not what is searched for
 
@@ -23,8 +23,7 @@ def main() -> None:
     parser.add_argument("launch", type=Path, help="a launch's folder, such as outputs/logs/<day>/<time>")
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
-    notes = sorted(options.launch.rglob("runs.txt"))
-    runs = [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
+    runs = launched_runs(options.launch)
     if not runs:
         sys.exit(
             f"error: {options.launch} has no finished run; it should be a folder such as outputs/logs/<day>/<time>"

@@ -7,16 +7,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 
 import pandas as pd
 import pytest
 from hydra.utils import instantiate
+from launches import kill_when_there
 from omegaconf import OmegaConf
 
 from admm.data import load
@@ -86,13 +85,7 @@ def test_a_race_is_not_run_again(race: Path) -> None:
 
 
 def test_a_killed_race_goes_on_with_the_seed_that_it_was_at(tmp_path: Path) -> None:
-    process = subprocess.Popen(command(tmp_path, RACE), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/.partial/*/race.json")) and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_there(command(tmp_path, RACE), tmp_path, "runs/.partial/*/race.json")
     assert stored(tmp_path) == {}
     output = launch(tmp_path, *RACE)
     assert "seed 1: " in output and "seed 0: " not in output

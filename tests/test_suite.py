@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from launches import kill_when_there
 
 from admm.blocks import split
 from admm.losses import SquaredError, one_hot
@@ -105,13 +104,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
     (tmp_path / "whole").mkdir()
     assert launch(tmp_path / "whole", *arguments).returncode == 0
     places = [f"outputs={tmp_path}/killed/outputs", f"results={tmp_path}/killed/results"]
-    process = subprocess.Popen([*COMMAND, *places, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/outputs/runs/.partial/*/checkpoint.pt")) and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_there([*COMMAND, *places, *arguments], tmp_path, "killed/outputs/runs/.partial/*/checkpoint.pt")
     assert stored(tmp_path / "killed") == []
     resumed = launch(tmp_path / "killed", *arguments)
     assert resumed.returncode == 0 and "resuming from" in resumed.stdout
