@@ -84,8 +84,9 @@ class Curve:
 
     @property
     def reference(self) -> float | None:
-        """The paper's number for this method in this experiment, percent."""
-        return self._known("accuracy").get(self.info["method"])
+        """The paper's number for this method in this experiment, percent; None in a setting that it does not have."""
+        beyond = self.info["setting"] in self._known("beyond")
+        return None if beyond else self._known("accuracy").get(self.info["method"])
 
     @property
     def authors(self) -> str | None:
@@ -167,12 +168,13 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
 
     One panel for each setting, with the legend below it.
     """
-    settings = list(dict.fromkeys(curve.info["setting"] for curve in shown))
+    titles = paper()["experiments"].get(experiment, {}).get("panels", {})
+    names = dict.fromkeys(curve.info["setting"] for curve in shown)
+    settings = [*filter(names.__contains__, titles), *(name for name in names if name not in titles)]
     lines = max(legend_lines([c for c in shown if c.info["setting"] == setting]) for setting in settings)
     drawn = Figure(figsize=(6.0 * len(settings) + 1.5, 4.6 + 0.2 * lines), layout="constrained")
     panels = drawn.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     measure = "held-out" if all(curve.info["dataset"]["holdout"] for curve in shown) else "test"
-    titles = paper()["experiments"].get(experiment, {}).get("panels", {})
     for panel, setting in zip(panels, settings, strict=True):
         _draw(panel, [curve for curve in shown if curve.info["setting"] == setting])
         panel.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=f"{measure} accuracy (%)")

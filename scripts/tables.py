@@ -71,7 +71,7 @@ def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
 
 
 def measured_accuracies(runs: list[Run]) -> list[dict[str, Any]]:
-    rows = [curve.row() for curve in curves(runs)]
+    rows = [curve.row() for curve in curves(runs) if curve.reference is not None]
     kept = ("method", "setting", "mean", "std", "seeds", "iterations")
     return [{"ours" if key == "mean" else key: row[key] for key in kept} for row in rows]
 
