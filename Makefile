@@ -34,7 +34,7 @@ tables: env ## write results/README.md, the paper's numbers beside ours, from re
 	$(BIN)/python -m scripts.tables
 
 # in the order that gives results early
-EXPERIMENTS := memory mnist_shallow mnist_walltime convergence bcd_zeng dladmm_wang_mnist dladmm_wang_fashion bcd_zeng_deep
+EXPERIMENTS := memory mnist_shallow mnist_deep10 mnist_deep20 mnist_walltime convergence fashion_mnist bcd_zeng dladmm_wang_mnist dladmm_wang_fashion bcd_zeng_deep
 
 reproduce: env ## run every experiment that has not been run, then figures and tables (ARGS="key=value ...")
 	for name in $(EXPERIMENTS); do $(BIN)/python run.py experiment=$$name $(ARGS) || exit 1; done
