@@ -81,7 +81,8 @@ def find_job(config: DictConfig, method: str) -> Job:
     experiment = HydraConfig.get().runtime.choices["experiment"]
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
-    setting = config.setting if settings.exists() else "default"
+    changes = settings.exists() or "defaults" in OmegaConf.load(CONF / f"setting/{config.setting}.yaml")
+    setting = config.setting if changes else "default"
     check_groups(overrides, settings)
     device = find_device(config.device)
     if config.threads is not None:

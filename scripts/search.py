@@ -40,13 +40,14 @@ def main() -> None:
 
 
 def line(run: Run) -> dict[str, Any]:
-    """A configuration: the values searched over, and the last held-out accuracy, percent, the mean over the seeds that
-    have not diverged, with their number."""
+    """A configuration: its setting, the values searched over, and the last held-out accuracy in percent, the mean over
+    the seeds that have not diverged, with their number."""
     info, history = run.info, run.history
     searched = [override for override in info["overrides"] if not override.startswith(FIXED)]
-    last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
     values: dict[str, Any] = dict(override.split("=", 1) for override in searched)
-    return values | {"held-out": last.mean(), "seeds": len(last), "samples held out": info["dataset"]["holdout"]}
+    last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
+    found = {"held-out": last.mean(), "seeds": len(last), "samples held out": info["dataset"]["holdout"]}
+    return {"setting": info["setting"]} | values | found
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def sections(root: Path) -> Iterator[str]:
     searches = sorted((root / "searches").glob("*.csv"))
     if searches:
         yield "## Searches"
-        yield "Grids of `hydra/sweeper=<search>`, scored on held-out training data; `searches/` has all that was tried."
-        yield markdown(pd.DataFrame([search(path) for path in searches]))
+        yield "Grids, scored on held-out training data; `searches/` has all that was tried."
+        yield markdown(pd.DataFrame([line for path in searches for line in search(path)]))
 
 
 def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
@@ -111,13 +111,18 @@ def experiment(name: str, runs: list[Run]) -> Iterator[str]:
     yield f"{time}Machine: {machines}. Commits: {commits}."
 
 
-def search(path: Path) -> dict[str, Any]:
-    """How many configurations a search has tried, and the best one; its file has that one first."""
+def search(path: Path) -> list[dict[str, Any]]:
+    """For each setting, how many configurations a search has tried, and the best one, which its file has first."""
     found = pd.read_csv(path, dtype=str)
-    best = found.iloc[0]
-    values = ", ".join(f"{key}={best[key]}" for key in found.columns[: list(found.columns).index("held-out")])
-    kept = {name: best[name] for name in ("held-out", "seeds", "samples held out")}
-    return {"search": path.stem, "configurations": len(found), "best": values} | kept
+    searched = found.columns[1 : found.columns.get_loc("held-out")]
+
+    def best(setting: str, tried: pd.DataFrame) -> dict[str, Any]:
+        first = tried.iloc[0]
+        values = ", ".join(f"{key}={first[key]}" for key in searched)
+        kept = {name: first[name] for name in ("held-out", "seeds", "samples held out")}
+        return {"search": path.stem, "setting": setting, "configurations": len(tried), "best": values} | kept
+
+    return [best(str(setting), tried) for setting, tried in found.groupby("setting", sort=False)]
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from launches import kill_when_there
 from omegaconf import OmegaConf
@@ -193,7 +195,7 @@ def test_a_search_tries_its_whole_grid_and_puts_the_best_first(tmp_path: Path) -
     searched = ["optimizer.theta_step.start", "loss.scale", "optimizer.update.weight_decay"]
     assert len(found) == len(found.drop_duplicates(searched)) == 18
     assert found["held-out"].is_monotonic_decreasing and set(found["samples held out"]) == {200}
-    line = search(tmp_path / "searches/mnist_shallow_block_admm.csv")
+    (line,) = search(tmp_path / "searches/mnist_shallow_block_admm.csv")
     assert line["configurations"] == 18 and f"loss.scale={found['loss.scale'][0]}" in line["best"]
     accuracies = [Run(path.parent).history["test_accuracy"].iloc[-1] for path in tmp_path.glob("runs/*/*/run.json")]
     assert max(accuracies) == pytest.approx(found["held-out"][0], abs=1e-4)
@@ -244,6 +246,47 @@ def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], 
         experiment = run.info["experiment"]
         shutil.copytree(run.folder, tmp_path / "runs" / experiment / run.folder.name)
         assert f"## {experiment}" in list(sections(tmp_path))
+
+
+def rows_of(path: Path) -> list[tuple[str, str, str]]:
+    """(experiment, optimizer, setting) of an experiment's sweep."""
+    params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
+    names = product(params.get("optimizer", "").split(","), params.get("setting", "").split(","))
+    return [(path.stem, optimizer, setting) for optimizer, setting in names if optimizer]
+
+
+@pytest.mark.parametrize(
+    "name, optimizer, setting", [row for path in sorted(ROOT.glob("conf/experiment/*.yaml")) for row in rows_of(path)]
+)
+def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimizer: str, setting: str) -> None:
+    assert (ROOT / "conf/settings" / setting / f"{name}_{optimizer}.yaml").exists()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(
+            overrides=[f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}", "dataset=digits"]
+        )
+    problem = build_problem(config, load(**config.dataset))
+    state = instantiate(config.optimizer, _convert_="all").init(problem, [0])
+    assert state.theta.flat.isfinite().all()
+
+
+def test_a_setting_chooses_the_initialisation_and_the_command_line_another_one() -> None:
+    def init(*overrides: str) -> str:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            name: str = compose(overrides=["experiment=mnist_deep10", "optimizer=sgd", *overrides]).init.name
+        return name
+
+    assert init("setting=normal") == "normal"
+    assert init("setting=kaiming") == "kaiming_normal"
+    assert init("setting=kaiming", "init=kaiming_uniform") == "kaiming_uniform"
+
+
+def test_a_setting_that_the_paper_does_not_have_is_not_set_beside_its_number() -> None:
+    runs = finished_runs(RESULTS, "mnist_deep10")
+    stated = {curve.info["setting"]: curve.reference for curve in curves(runs) if curve.info["method"] == "sgd"}
+    assert stated == {"normal": 10.28, "kaiming": None}
+    _, figures = content("mnist_deep10", runs)
+    panels = [axes.get_title() for axes in figures["mnist_deep10"].axes]
+    assert panels == list(paper()["experiments"]["mnist_deep10"]["panels"].values())
 
 
 def test_every_experiment_to_reproduce_is_there() -> None:
