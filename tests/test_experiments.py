@@ -251,7 +251,7 @@ def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], 
 def rows_of(path: Path) -> list[tuple[str, str, str]]:
     """(experiment, optimizer, setting) of an experiment's sweep."""
     params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
-    names = product(params.get("optimizer", "").split(","), params.get("setting", "").split(","))
+    names = product(params.get("optimizer", "").split(","), params.get("setting", "tuned").split(","))
     return [(path.stem, optimizer, setting) for optimizer, setting in names if optimizer]
 
 
@@ -262,7 +262,14 @@ def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimiz
     assert (ROOT / "conf/settings" / setting / f"{name}_{optimizer}.yaml").exists()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose(
-            overrides=[f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}", "dataset=digits"]
+            "config",
+            overrides=[
+                f"experiment={name}",
+                f"optimizer={optimizer}",
+                f"setting={setting}",
+                "dataset=digits",
+                "dataset.first=null",
+            ],
         )
     problem = build_problem(config, load(**config.dataset))
     state = instantiate(config.optimizer, _convert_="all").init(problem, [0])
@@ -272,7 +279,7 @@ def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimiz
 def test_a_setting_chooses_the_initialisation_and_the_command_line_another_one() -> None:
     def init(*overrides: str) -> str:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            name: str = compose(overrides=["experiment=mnist_deep10", "optimizer=sgd", *overrides]).init.name
+            name: str = compose("config", overrides=["experiment=mnist_deep10", "optimizer=sgd", *overrides]).init.name
         return name
 
     assert init("setting=normal") == "normal"
