@@ -91,12 +91,12 @@ class Curve:
     @property
     def authors(self) -> str | None:
         """What a rival's own authors publish for this experiment, percent."""
-        return self._known("authors").get(self.info["method"])
+        return self._known("authors").get(self.info["method"])  # type: ignore[no-any-return]
 
-    def _known(self, key: str) -> dict[str, Any]:
-        """By method, what `paper.yaml` has on this experiment under `key`, if the run is of it."""
+    def _known(self, key: str) -> Any:
+        """What `paper.yaml` has on this experiment under `key`; {} if nothing, or if the run is not of it."""
         known = paper()["experiments"].get(self.info["experiment"], {}) if self.is_of_the_paper else {}
-        return known.get(key, {})  # type: ignore[no-any-return]
+        return known.get(key, {})
 
     @property
     def is_of_the_paper(self) -> bool:
