@@ -41,7 +41,7 @@ def residual_names(curve: Curve) -> list[str]:
 
 
 def residuals(experiment: str, shown: list[Curve]) -> Figure:
-    """A panel for each setting: relative constraint residual of each block, and the KKT residual."""
+    """A panel for each setting: relative constraint residual of each block, and the KKT residual; Eq. 6's, if used."""
     drawn = Figure(figsize=(4.6 * len(shown) + 0.6, 4.6), layout="constrained")
     panels = drawn.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, curve in zip(panels, shown, strict=True):
@@ -50,8 +50,12 @@ def residuals(experiment: str, shown: list[Curve]) -> Figure:
             draw_curve(panel, curve, name, colour, f"‖Z_{t} − block_{t}(Z_{t - 1})‖ / ‖Z_{t}‖")
         draw_curve(panel, curve, "kkt", "#000000", "KKT: norm of the Lagrangian's gradient")
         draw_curve(panel, curve, "beta_1", "#999999", "penalty β")
+        if "bound" in curve.history:
+            draw_curve(panel, curve, "h", "#000000", "‖h‖ of Eq. 6", line=":")
+            draw_curve(panel, curve, "bound", "#999999", "its bound η", line=":")
         _finish(panel, textwrap.fill(curve.setting, 40))
-    drawn.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=5)
+    legend = {text: line for panel in panels for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    drawn.legend(legend.values(), legend.keys(), fontsize=8, loc="outside upper center", ncols=4)
     drawn.supxlabel(caption(experiment, shown), fontsize=8)
     return drawn
 

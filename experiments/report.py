@@ -186,7 +186,14 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
 
 
 def draw_curve(
-    axes: Axes, curve: Curve, column: str, colour: str, label: str, x: str = "iteration", highest: float = np.inf
+    axes: Axes,
+    curve: Curve,
+    column: str,
+    colour: str,
+    label: str,
+    x: str = "iteration",
+    highest: float = np.inf,
+    line: str = "-",
 ) -> None:
     """Mean of a column of the history over the seeds, by iteration, with ±1 standard deviation shaded.
 
@@ -195,7 +202,7 @@ def draw_curve(
     statistics = curve.by_iteration(column)
     mean, std = (statistics[name].to_numpy() for name in ("mean", "std"))
     at = statistics.index.to_numpy() if x == "iteration" else curve.by_iteration(x)["mean"].to_numpy()
-    axes.plot(at, mean, color=colour, label=label, linewidth=1.6)
+    axes.plot(at, mean, color=colour, label=label, linewidth=1.6, linestyle=line)
     axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
 
 

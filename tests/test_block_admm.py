@@ -547,8 +547,12 @@ def test_beta_grows_exactly_when_the_residual_exceeds_its_bound(mlp_problem):
     adaptive, expected, changes = options.init(problem, SEEDS), torch.ones(3, dtype=torch.float64), set()
     for k in range(1, 9):
         options.step(problem, adaptive)
+        values = options.diagnostics(problem, adaptive)
+        assert values["bound"].tolist() == pytest.approx([bound * 0.9 ** (k - 1)] * 3)
         for s in range(3):
-            grows = constraint_norm(problem, adaptive, s) > bound / 0.9 * 0.9**k
+            norm = constraint_norm(problem, adaptive, s)
+            assert values["h"][s].item() == pytest.approx(norm)
+            grows = norm > bound / 0.9 * 0.9**k
             changes.add(grows)
             expected[s] *= 1 / c if grows else 1.0
         for t in range(3):
@@ -602,7 +606,7 @@ def test_diagnostics_are_autograd_s(mlp_problem, loss, slice_size):
     state = mixed_state(problem, options)
     values = options.diagnostics(problem, state)
     names = {f"{kind}_{t}" for kind in ("residual", "dual_rms", "beta", "sigma") for t in (1, 2, 3)}
-    assert set(values) == names | {"kkt"}
+    assert set(values) == names | {"kkt", "h"}
     for s in range(3):
         network = problem.blocks.export(state.theta, s)
         z, total = [v.requires_grad_() for v in z_of(state, s)], loss_sum(loss, state.z[-1][s], problem.y)

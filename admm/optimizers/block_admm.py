@@ -54,9 +54,13 @@ class AdaptivePenalty:
         if not 0.0 < self.c < 1.0:
             raise ValueError(f"optimizer.penalty.c: {self.c} is not between 0 and 1 (Eq. 6)")
 
+    def eta(self, iteration: int) -> float:
+        """η_k, where iteration k is the k-th to be finished."""
+        return self.bound * self.shrink**iteration
+
     def factor(self, beta: Tensor, residual: Tensor, iteration: int) -> Tensor:
         """What β [T, S] is multiplied with, [T, S], given the residual's norm [S]."""
-        grows = (residual > self.bound * self.shrink**iteration) & (beta / self.c <= self.largest)
+        grows = (residual > self.eta(iteration)) & (beta / self.c <= self.largest)
         return torch.where(grows, torch.full_like(beta, 1.0 / self.c), 1.0)
 
 
@@ -135,9 +139,10 @@ class BlockADMM:
         return self.primal_rounds + int((self.primal_growth or 0.0) * iteration)
 
     def diagnostics(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
-        """By block, `residual_t` = ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, `dual_rms_t` = rms(U_t), `beta_t`, `sigma_t`; and
-        `kkt`, the norm of the gradient of the Lagrangian J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which
-        gradients by Z count as the root of the mean square over samples, and by Θ as the mean over samples."""
+        """By block, `residual_t` = ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, `dual_rms_t` = rms(U_t), `beta_t`, `sigma_t`; `h`,
+        the ‖h‖ of `AdaptivePenalty`, and `bound`, its η_k; and `kkt`, the norm of the gradient of the Lagrangian
+        J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which gradients by Z count as the root of the mean square over
+        samples, and by Θ as the mean over samples."""
         blocks, theta, samples = len(state.z), state.theta, len(problem.x)
         gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
@@ -157,11 +162,16 @@ class BlockADMM:
                     by_z += problem.loss.gradient(chain.z[-1], problem.y[part])
                 z_square += by_z.square().flatten(1).sum(1)
             theta_gradient += gradient.flat
-        values = {"kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt()}
+        values = {
+            "kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt(),
+            "h": (square.sum(0) / samples).sqrt(),
+        }
         for t, (z, u) in enumerate(zip(state.z, state.u, strict=True), start=1):
             values[f"residual_{t}"] = (square[t - 1] / z.square().flatten(1).sum(1)).sqrt()
             values[f"dual_rms_{t}"] = u.square().flatten(1).mean(1).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
+        if self.penalty is not None:
+            values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
         if self.primal_growth is not None:
             values["primal_rounds"] = torch.full_like(state.beta[0], self.rounds(max(state.iteration - 1, 0)))
         return values | spectral_norms(problem, theta)
