@@ -13,6 +13,7 @@ from experiments.report import COLOURS, Content, Curve, caption, curves, draw_cu
 from experiments.store import Run
 
 PALETTE = list(COLOURS.values())
+WIDTH = 7.4  # inches: a caption's line
 
 
 def report(experiment: str, runs: list[Run]) -> Content:
@@ -42,7 +43,7 @@ def residual_names(curve: Curve) -> list[str]:
 
 def residuals(experiment: str, shown: list[Curve]) -> Figure:
     """A panel for each setting: relative constraint residual of each block, and the KKT residual; Eq. 6's, if used."""
-    drawn = Figure(figsize=(4.6 * len(shown) + 0.6, 4.6), layout="constrained")
+    drawn = Figure(figsize=(max(4.6 * len(shown) + 0.6, WIDTH), 4.6), layout="constrained")
     panels = drawn.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, curve in zip(panels, shown, strict=True):
         for t, name in enumerate(residual_names(curve), start=1):
@@ -54,15 +55,16 @@ def residuals(experiment: str, shown: list[Curve]) -> Figure:
             draw_curve(panel, curve, "h", "#000000", "‖h‖ of Eq. 6", line=":")
             draw_curve(panel, curve, "bound", "#999999", "its bound η", line=":")
         _finish(panel, textwrap.fill(curve.setting, 40))
+    panels[0].set_ylabel("residuals and β, no units")
     legend = {text: line for panel in panels for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    drawn.legend(legend.values(), legend.keys(), fontsize=8, loc="outside upper center", ncols=4)
+    drawn.legend(legend.values(), legend.keys(), fontsize=8, loc="outside upper center", ncols=min(4, 2 * len(shown)))
     drawn.supxlabel(caption(experiment, shown), fontsize=8)
     return drawn
 
 
 def rounds(experiment: str, shown: list[Curve]) -> Figure:
     """Primal rounds of each iteration where their number grows, and the KKT residual of all settings."""
-    drawn = Figure(figsize=(6.4, 5.4), layout="constrained")
+    drawn = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     above, below = drawn.subplots(2, 1, sharex=True)
     for colour, curve in zip(PALETTE, shown, strict=False):
         draw_curve(below, curve, "kkt", colour, curve.setting)
