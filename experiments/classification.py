@@ -81,8 +81,9 @@ def find_job(config: DictConfig, method: str) -> Job:
     experiment = HydraConfig.get().runtime.choices["experiment"]
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
-    changes = settings.exists() or "defaults" in OmegaConf.load(CONF / f"setting/{config.setting}.yaml")
-    setting = config.setting if changes else "default"
+    setting = config.setting if settings.exists() else "default"
+    if setting == "default" and "defaults" in OmegaConf.load(CONF / f"setting/{config.setting}.yaml"):
+        overrides.append(f"setting={config.setting}")  # it changes a group, but is not a row of this experiment
     check_groups(overrides, settings)
     device = find_device(config.device)
     if config.threads is not None:
@@ -195,7 +196,7 @@ def check(config: DictConfig) -> None:
 def check_groups(overrides: Sequence[str], settings: Path) -> None:
     """Raises ValueError where a group of the command line (init=uniform) would be changed into another one by the
     experiment's settings, which are composed after it."""
-    chosen: Any = OmegaConf.load(settings) if settings.exists() else {}
+    chosen = inherited(settings)
     for group, _, option in (override.partition("=") for override in overrides):
         own = CONF / group / f"{option}.yaml"
         if own.exists() and group in chosen:
@@ -205,6 +206,13 @@ def check_groups(overrides: Sequence[str], settings: Path) -> None:
                     f"{group}={option}: conf/settings/{settings.parent.name}/{settings.name} sets {group}."
                     f"{f', {group}.'.join(sorted(foreign))}; override these, or take setting=default"
                 )
+
+
+def inherited(settings: Path) -> Any:
+    """The content of a settings file, if it exists, on that of the files in its defaults list."""
+    own: Any = OmegaConf.load(settings) if settings.exists() else OmegaConf.create()
+    parents = [inherited(CONF / f"{parent.lstrip('/')}.yaml") for parent in own.pop("defaults", [])]
+    return OmegaConf.merge(*parents, own)
 
 
 def spread_grid(config: DictConfig) -> list[str]:

@@ -13,7 +13,7 @@ from experiments.report import COLOURS, Content, Curve, caption, curves, draw_cu
 from experiments.store import Run
 
 PALETTE = list(COLOURS.values())
-WIDTH = 7.4  # inches: a caption's line
+WIDTH = 7.4  # inches, of a caption's 120 characters
 
 
 def report(experiment: str, runs: list[Run]) -> Content:
@@ -42,7 +42,7 @@ def residual_names(curve: Curve) -> list[str]:
 
 
 def residuals(experiment: str, shown: list[Curve]) -> Figure:
-    """A panel for each setting: relative constraint residual of each block, and the KKT residual; Eq. 6's, if used."""
+    """A panel for each setting: relative constraint residual of each block, KKT residual, ‖h‖ and β."""
     drawn = Figure(figsize=(max(4.6 * len(shown) + 0.6, WIDTH), 4.6), layout="constrained")
     panels = drawn.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, curve in zip(panels, shown, strict=True):
@@ -51,11 +51,11 @@ def residuals(experiment: str, shown: list[Curve]) -> Figure:
             draw_curve(panel, curve, name, colour, f"‖Z_{t} − block_{t}(Z_{t - 1})‖ / ‖Z_{t}‖")
         draw_curve(panel, curve, "kkt", "#000000", "KKT: norm of the Lagrangian's gradient")
         draw_curve(panel, curve, "beta_1", "#999999", "penalty β")
+        draw_curve(panel, curve, "h", "#000000", "‖h‖ of Eq. 6", line=":")
         if "bound" in curve.history:
-            draw_curve(panel, curve, "h", "#000000", "‖h‖ of Eq. 6", line=":")
             draw_curve(panel, curve, "bound", "#999999", "its bound η", line=":")
         _finish(panel, textwrap.fill(curve.setting, 40))
-    panels[0].set_ylabel("residuals and β, no units")
+    panels[0].set_ylabel("relative residuals, norms and β")
     legend = {text: line for panel in panels for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
     drawn.legend(legend.values(), legend.keys(), fontsize=8, loc="outside upper center", ncols=min(4, 2 * len(shown)))
     drawn.supxlabel(caption(experiment, shown), fontsize=8)

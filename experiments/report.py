@@ -60,7 +60,7 @@ class Curve:
 
     @property
     def setting(self) -> str:
-        """faithful, tuned, default or reduced (less than the experiment), and what is to be known of the run."""
+        """The setting's name, whether it is reduced (less than the experiment), and what is to be known of the run."""
         given = [override for override in self.info["overrides"] if not override.startswith("grid=")]
         less = any(override.startswith(REDUCING) for override in given)
         name = f"{'reduced ' if less else ''}{self.info['setting']}"
@@ -118,6 +118,11 @@ class Curve:
         ]
         return final
 
+    @property
+    def seeds_disagree(self) -> bool:
+        """Whether some seeds learn and others do not, so that their mean and deviation describe none."""
+        return bool(self._final().std() > 10.0)
+
     def row(self) -> dict[str, Any]:
         """Test accuracy of the replicas that reached the last iteration, in percent."""
         last = self._final()
@@ -135,12 +140,26 @@ class Curve:
 
 
 def curves(runs: list[Run]) -> list[Curve]:
-    """The newest run of each method, setting and overrides, in the order of the paper's legend."""
+    """The newest run of each method, setting and overrides, in the order of the paper's legend and of the panels."""
     newest = {(run.info["method"], run.info["setting"], *run.info["overrides"]): run for run in runs}
-    order = {method: rank for rank, method in enumerate(paper()["labels"])}
-    rank = {key: (order.get(key[0], len(order)), key[0], key[1] != "tuned") for key in newest}
-    ranked = [newest[key] for key in sorted(newest, key=rank.__getitem__)]
-    return [curve for run in ranked for curve in _points(run)]
+    methods = list(paper()["labels"])
+
+    def rank(run: Run) -> tuple[Any, ...]:
+        method, setting = run.info["method"], run.info["setting"]
+        settings = list(panels(run.info["experiment"])) or ["tuned"]
+        return _place(method, methods), _place(setting, settings), run.info["overrides"]
+
+    return [curve for run in sorted(newest.values(), key=rank) for curve in _points(run)]
+
+
+def panels(experiment: str) -> dict[str, str]:
+    """Titles of the settings that `paper.yaml` orders."""
+    return paper()["experiments"].get(experiment, {}).get("panels", {})  # type: ignore[no-any-return]
+
+
+def _place(name: str, order: list[str]) -> tuple[int, str]:
+    """To sort names by an order, those that it does not have last and by themselves."""
+    return (order.index(name), "") if name in order else (len(order), name)
 
 
 def _points(run: Run) -> list[Curve]:
@@ -168,20 +187,19 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
 
     One panel for each setting, with the legend below it.
     """
-    titles = paper()["experiments"].get(experiment, {}).get("panels", {})
-    names = dict.fromkeys(curve.info["setting"] for curve in shown)
-    settings = [*filter(names.__contains__, titles), *(name for name in names if name not in titles)]
-    lines = max(legend_lines([c for c in shown if c.info["setting"] == setting]) for setting in settings)
-    drawn = Figure(figsize=(6.0 * len(settings) + 1.5, 4.6 + 0.2 * lines), layout="constrained")
-    panels = drawn.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    titles, names = panels(experiment), {curve.info["setting"] for curve in shown}
+    settings = sorted(names, key=lambda name: _place(name, list(titles) or ["tuned"]))
+    groups = [[curve for curve in shown if curve.info["setting"] == setting] for setting in settings]
+    size = 6.0 * len(settings) + 1.5, 4.6 + 0.2 * max(map(legend_lines, groups))
+    drawn = Figure(figsize=size, layout="constrained")
     measure = "held-out" if all(curve.info["dataset"]["holdout"] for curve in shown) else "test"
-    for panel, setting in zip(panels, settings, strict=True):
-        _draw(panel, [curve for curve in shown if curve.info["setting"] == setting])
-        panel.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=f"{measure} accuracy (%)")
-        panel.label_outer()
-    panels[0].set_ylim(_lowest(shown), 100.3)
-    dotted = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in shown) else ""
-    drawn.supxlabel(caption(experiment, shown, dotted), fontsize=8)
+    for axes, setting, group in zip(drawn.subplots(1, len(groups), squeeze=False)[0], settings, groups, strict=True):
+        _draw(axes, group)
+        axes.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=f"{measure} accuracy (%)")
+        axes.set_ylim(_lowest(group), 100.3)
+    remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in shown) else ""
+    remark += "; thin: the seeds of a method in which they disagree" if any(c.seeds_disagree for c in shown) else ""
+    drawn.supxlabel(caption(experiment, shown, remark), fontsize=8)
     return drawn
 
 
@@ -215,6 +233,9 @@ def _draw(axes: Axes, shown: list[Curve]) -> None:
     for number, curve in enumerate(shown):
         colour = COLOURS.get(curve.info["method"], f"C{number}") if one_each else f"C{number}"
         draw_curve(axes, curve, "test_accuracy", colour, curve.legend, highest=100.0)
+        if curve.seeds_disagree:
+            for _, seed in curve.history.groupby("replica"):
+                axes.plot(seed["iteration"], seed["test_accuracy"], color=colour, linewidth=0.5)
         if curve.reference is not None:
             axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
     iterations = [curve.info["iterations"] for curve in shown]

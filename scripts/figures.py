@@ -9,9 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-import pandas as pd
-
-from experiments.report import markdown, report, show
+from experiments.report import content, markdown, report, show
 from experiments.store import experiments_in, finished_runs
 
 README = Path(__file__).parents[1] / "README.md"
@@ -21,14 +19,18 @@ def main(root: Path) -> None:
     for experiment in experiments_in(root):
         result = report(experiment, finished_runs(root, experiment), root / "figures", root / "tables")
         show(result, experiment)
-        if root.resolve() == README.parent / "results":
-            write_into(README, experiment, result)
+    if root.resolve() == README.parent / "results":
+        README.write_text(with_tables(README.read_text(), root))
 
 
-def write_into(page: Path, experiment: str, result: pd.DataFrame) -> None:
-    """Replace the experiment's table in a Markdown page, if it has a place for it."""
-    place = re.compile(rf"(<!-- table: {experiment} -->\n).*?(<!-- end -->)", re.DOTALL)
-    page.write_text(place.sub(lambda match: f"{match[1]}{markdown(result)}\n{match[2]}", page.read_text()))
+def with_tables(page: str, root: Path) -> str:
+    """A Markdown page with its experiments' tables as they are in the store."""
+
+    def table(place: re.Match[str]) -> str:
+        runs = finished_runs(root, place[2])
+        return f"{place[1]}{markdown(content(place[2], runs)[0]) if runs else 'Not run.'}\n{place[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from omegaconf import OmegaConf
 
+from experiments.classification import CONF
 from experiments.report import content, curves, markdown, paper
 from experiments.store import Run, experiments_in, finished_runs
 
@@ -37,7 +40,7 @@ def sections(root: Path) -> Iterator[str]:
     )
     yield "## The paper's numbers"
     yield markdown(numbers)
-    yield falls_short(numbers)
+    yield f"{falls_short(numbers)} {not_run(found)}"
     order = list(paper()["experiments"])
     for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
         yield from experiment(name, found[name])
@@ -83,14 +86,29 @@ def measured_ratios(name: str, runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def falls_short(numbers: pd.DataFrame) -> str:
-    """In words, which of our numbers are below the paper's, and what has not been run."""
+    """In words, which of our numbers are below the paper's."""
     short = [
         f"{row['method']} in {row['experiment']}, {row['setting']}: {row['ours']:.2f} ({row['paper']:.2f})"
         for row in numbers[numbers["difference"] < 0].to_dict("records")
     ]
-    missing = [f"{row['method']} in {row['experiment']}" for row in numbers[numbers["ours"].isna()].to_dict("records")]
-    below = f"Below the paper (its number in brackets): {'; '.join(short)}." if short else "None is below the paper."
-    return below + (f" Not run: {'; '.join(missing)}." if missing else "")
+    return f"Below the paper (its number in brackets): {'; '.join(short)}." if short else "None is below the paper."
+
+
+def not_run(found: dict[str, list[Run]]) -> str:
+    """In words, which rows of the paper's experiments have no run."""
+    labels, missing = paper()["labels"], []
+    for name in [name for name, known in paper()["experiments"].items() if known["source"] or name in found]:
+        there = {(run.info["method"], run.info["setting"]) for run in found.get(name, [])}
+        missing += [f"{labels[m]} in {name}, {setting}" for m, setting in rows_of(name) if (m, setting) not in there]
+    return f"Not run: {'; '.join(missing)}." if missing else "Everything has been run."
+
+
+def rows_of(experiment: str) -> list[tuple[str, str]]:
+    """(optimizer, setting) of an experiment's sweep or race."""
+    config = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
+    return list(product(optimizers, params.get("setting", "tuned").split(",")))
 
 
 def experiment(name: str, runs: list[Run]) -> Iterator[str]:

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -22,13 +21,14 @@ from omegaconf import OmegaConf
 
 from admm.data import load
 from admm.training import train
-from experiments.classification import build_problem
+from experiments.classification import build_problem, inherited
 from experiments.convergence import row
 from experiments.memory import NAMES
 from experiments.report import content, curves, paper
 from experiments.store import Run, experiments_in, finished_runs
 from experiments.walltime import seconds_to
-from scripts.tables import papers_numbers, search, sections
+from scripts.figures import with_tables
+from scripts.tables import not_run, papers_numbers, rows_of, search, sections
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -248,29 +248,19 @@ def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], 
         assert f"## {experiment}" in list(sections(tmp_path))
 
 
-def rows_of(path: Path) -> list[tuple[str, str, str]]:
-    """(experiment, optimizer, setting) of an experiment's sweep."""
-    params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
-    names = product(params.get("optimizer", "").split(","), params.get("setting", "tuned").split(","))
-    return [(path.stem, optimizer, setting) for optimizer, setting in names if optimizer]
-
-
 @pytest.mark.parametrize(
-    "name, optimizer, setting", [row for path in sorted(ROOT.glob("conf/experiment/*.yaml")) for row in rows_of(path)]
+    "name, optimizer, setting",
+    [(path.stem, *row) for path in sorted(ROOT.glob("conf/experiment/*.yaml")) for row in rows_of(path.stem)],
 )
 def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimizer: str, setting: str) -> None:
-    assert (ROOT / "conf/settings" / setting / f"{name}_{optimizer}.yaml").exists()
+    row = [f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose(
-            "config",
-            overrides=[
-                f"experiment={name}",
-                f"optimizer={optimizer}",
-                f"setting={setting}",
-                "dataset=digits",
-                "dataset.first=null",
-            ],
-        )
+        config = compose("config", overrides=[*row, "dataset=digits", "dataset.first=null"])
+    path = ROOT / "conf/settings" / setting / f"{name}_{optimizer}.yaml"
+    assert path.exists() and "settings" not in config
+    assert OmegaConf.merge(config, inherited(path)) == config  # every value has arrived
+    if "epoch_parts" in config.optimizer:
+        config.optimizer.epoch_parts = None  # the digits have fewer mini-batches than parts
     problem = build_problem(config, load(**config.dataset))
     state = instantiate(config.optimizer, _convert_="all").init(problem, [0])
     assert state.theta.flat.isfinite().all()
@@ -285,6 +275,19 @@ def test_a_setting_chooses_the_initialisation_and_the_command_line_another_one()
     assert init("setting=normal") == "normal"
     assert init("setting=kaiming") == "kaiming_normal"
     assert init("setting=kaiming", "init=kaiming_uniform") == "kaiming_uniform"
+
+
+def test_a_setting_that_is_no_row_of_the_experiment_counts_as_an_override(tmp_path: Path) -> None:
+    launch(tmp_path, "experiment=digits_shallow", "optimizer=sgd", "setting=kaiming", "iterations=1", "seeds=[0]")
+    (run,) = stored(tmp_path).values()
+    assert run.info["setting"] == "default" and "setting=kaiming" in run.info["overrides"]
+
+
+def test_a_row_without_a_run_is_named() -> None:
+    runs = finished_runs(RESULTS, "mnist_deep10")
+    without = [run for run in runs if (run.info["method"], run.info["setting"]) != ("sgd", "kaiming")]
+    missing = "SGD in mnist_deep10, kaiming"
+    assert missing in not_run({"mnist_deep10": without}) and missing not in not_run({"mnist_deep10": runs})
 
 
 def test_a_setting_that_the_paper_does_not_have_is_not_set_beside_its_number() -> None:
@@ -307,3 +310,9 @@ def test_the_committed_page_is_what_the_store_says() -> None:
     assert page == "\n\n".join(sections(RESULTS)) + "\n"
     for picture in re.findall(r"\((figures/.*?)\)", page):
         assert (RESULTS / picture).exists()
+
+
+def test_the_readme_s_tables_are_what_the_store_says(tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text()
+    assert page == with_tables(page, RESULTS) and "| Stochastic Block-ADMM | " in page
+    assert "| Stochastic Block-ADMM | " not in with_tables(page, tmp_path)

@@ -182,6 +182,8 @@ def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> N
     check_groups(["loss=cross_entropy", "init.std=2"], settings)
     with pytest.raises(ValueError, match=r"init=uniform: conf/settings/faithful/x_sgd.yaml sets init.name, init.std"):
         check_groups(["init=uniform"], settings)
+    with pytest.raises(ValueError, match=r"mnist_walltime_bcd.yaml sets init.mean, init.name"):  # by inheritance
+        check_groups(["init=uniform"], ROOT / "conf/settings/tuned/mnist_walltime_bcd.yaml")
 
 
 def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ class BlockADMM:
 
     def diagnostics(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
         """By block, `residual_t` = ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, `dual_rms_t` = rms(U_t), `beta_t`, `sigma_t`; `h`,
-        the ‖h‖ of `AdaptivePenalty`, and `bound`, its η_k; and `kkt`, the norm of the gradient of the Lagrangian
+        the ‖h‖ of `AdaptivePenalty` at the end of the iteration (with sweep=minibatch that one has the residuals of the
+        visits), and `bound`, its η_k; and `kkt`, the norm of the gradient of the Lagrangian
         J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which gradients by Z count as the root of the mean square over
         samples, and by Θ as the mean over samples."""
         blocks, theta, samples = len(state.z), state.theta, len(problem.x)
