@@ -1,7 +1,7 @@
 """What a search has found: python -m scripts.search <folder of the launch> [--results results]
 
 Writes <results>/searches/<experiment>_<optimizer>.csv, a line for each configuration tried, the best held-out accuracy
-first, and prints them. The best one goes to conf/settings/tuned/<experiment>_<optimizer>.yaml.
+first, and prints them. The best one goes to conf/settings/<setting>/<experiment>_<optimizer>.yaml.
 """
 
 from __future__ import annotations

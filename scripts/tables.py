@@ -47,7 +47,7 @@ def sections(root: Path) -> Iterator[str]:
     searches = sorted((root / "searches").glob("*.csv"))
     if searches:
         yield "## Searches"
-        yield "Grids, scored on held-out training data; `searches/` has all that was tried."
+        yield "Grids, scored on held-out training data; `searches/` has all of their configurations."
         yield markdown(pd.DataFrame([line for path in searches for line in search(path)]))
 
 
