@@ -145,9 +145,8 @@ def curves(runs: list[Run]) -> list[Curve]:
     methods = list(paper()["labels"])
 
     def rank(run: Run) -> tuple[Any, ...]:
-        method, setting = run.info["method"], run.info["setting"]
-        settings = list(panels(run.info["experiment"])) or ["tuned"]
-        return _place(method, methods), _place(setting, settings), run.info["overrides"]
+        settings = _settings(run.info["experiment"])
+        return _place(run.info["method"], methods), _place(run.info["setting"], settings), run.info["overrides"]
 
     return [curve for run in sorted(newest.values(), key=rank) for curve in _points(run)]
 
@@ -155,6 +154,11 @@ def curves(runs: list[Run]) -> list[Curve]:
 def panels(experiment: str) -> dict[str, str]:
     """Titles of the settings that `paper.yaml` orders."""
     return paper()["experiments"].get(experiment, {}).get("panels", {})  # type: ignore[no-any-return]
+
+
+def _settings(experiment: str) -> list[str]:
+    """In their order, those of its settings that have one."""
+    return list(panels(experiment)) or ["tuned"]
 
 
 def _place(name: str, order: list[str]) -> tuple[int, str]:
@@ -188,7 +192,7 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
     One panel for each setting, with the legend below it.
     """
     titles, names = panels(experiment), {curve.info["setting"] for curve in shown}
-    settings = sorted(names, key=lambda name: _place(name, list(titles) or ["tuned"]))
+    settings = sorted(names, key=lambda name: _place(name, _settings(experiment)))
     groups = [[curve for curve in shown if curve.info["setting"] == setting] for setting in settings]
     size = 6.0 * len(settings) + 1.5, 4.6 + 0.2 * max(map(legend_lines, groups))
     drawn = Figure(figsize=size, layout="constrained")

@@ -9,28 +9,31 @@ import re
 import sys
 from pathlib import Path
 
-from experiments.report import content, markdown, report, show
+import pandas as pd
+
+from experiments.report import markdown, report, show
 from experiments.store import experiments_in, finished_runs
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def main(root: Path) -> None:
+    tables = {}
     for experiment in experiments_in(root):
-        result = report(experiment, finished_runs(root, experiment), root / "figures", root / "tables")
-        show(result, experiment)
+        tables[experiment] = report(experiment, finished_runs(root, experiment), root / "figures", root / "tables")
+        show(tables[experiment], experiment)
     if root.resolve() == README.parent / "results":
-        README.write_text(with_tables(README.read_text(), root))
+        README.write_text(with_tables(README.read_text(), tables))
 
 
-def with_tables(page: str, root: Path) -> str:
-    """A Markdown page with its experiments' tables as they are in the store."""
+def with_tables(page: str, tables: dict[str, pd.DataFrame]) -> str:
+    """A Markdown page with the experiments' tables in their places."""
 
-    def table(place: re.Match[str]) -> str:
-        runs = finished_runs(root, place[2])
-        return f"{place[1]}{markdown(content(place[2], runs)[0]) if runs else 'Not run.'}\n{place[3]}"
+    def filled(place: re.Match[str]) -> str:
+        table = markdown(tables[place[2]]) if place[2] in tables else "Not run."
+        return f"{place[1]}{table}\n{place[3]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", table, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", filled, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
