@@ -22,6 +22,11 @@ class Schedule:
     start: float | Tensor
     end: float | Tensor
 
+    @property
+    def largest(self) -> float:
+        """Of all replicas, over the whole run."""
+        return max(float(torch.as_tensor(value).max()) for value in (self.start, self.end))
+
     def __call__(self, progress: float) -> float | Tensor:
         """The value at `progress`: a float, or a tensor [S]."""
         weight = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

@@ -46,7 +46,8 @@ def line(run: Run) -> dict[str, Any]:
     searched = [override for override in info["overrides"] if not override.startswith(FIXED)]
     values: dict[str, Any] = dict(override.split("=", 1) for override in searched)
     last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
-    found = {"held-out": last.mean(), "seeds": len(last), "samples held out": info["dataset"]["holdout"]}
+    found = {"held-out": last.mean(), "seeds": len(last), "iterations": info["iterations"]}
+    found["samples held out"] = info["dataset"]["holdout"]
     return {"setting": info["setting"]} | values | found
 
 

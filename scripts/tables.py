@@ -137,7 +137,7 @@ def search(path: Path) -> list[dict[str, Any]]:
     def best(setting: str, tried: pd.DataFrame) -> dict[str, Any]:
         first = tried.iloc[0]
         values = ", ".join(f"{key}={first[key]}" for key in searched)
-        kept = {"held-out": float(first["held-out"])} | {name: first[name] for name in ("seeds", "samples held out")}
+        kept = {"held-out": float(first["held-out"])} | dict(first["seeds":])
         return {"search": path.stem, "setting": setting, "configurations": len(tried), "best": values} | kept
 
     return [best(str(setting), tried) for setting, tried in found.groupby("setting", sort=False)]

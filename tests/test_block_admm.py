@@ -664,6 +664,8 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"z_step": {"start": 0.1}}, "optimizer.z_step: a schedule is"),
         ({"dual_step": (1.0,)}, "optimizer.dual_step: 1 values for 3 replicas"),
         ({"refresh": (1.0,)}, "optimizer.refresh: 1 values for 3 replicas"),
+        ({"refresh": {"start": 0.5, "end": (0.5, 1.5, 1.0)}}, "is more than the whole way to the forward pass"),
+        ({"primal_growth": -1.0}, "optimizer.primal_growth: -1.0 is not a number from 0 up"),
         ({"z_update": ZUpdate("newton")}, "optimizer.z_update.name: 'newton' is not one of gradient, adam"),
         (
             {"z_update": ZUpdate("adam", last="exact")},

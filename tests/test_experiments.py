@@ -195,6 +195,7 @@ def test_a_search_tries_its_whole_grid_and_puts_the_best_first(tmp_path: Path) -
     searched = ["optimizer.theta_step.start", "loss.scale", "optimizer.update.weight_decay"]
     assert len(found) == len(found.drop_duplicates(searched)) == 18
     assert found["held-out"].is_monotonic_decreasing and set(found["samples held out"]) == {200}
+    assert set(found["iterations"]) == {1}
     (line,) = search(tmp_path / "searches/mnist_shallow_block_admm.csv")
     assert line["configurations"] == 18 and f"loss.scale={found['loss.scale'][0]}" in line["best"]
     accuracies = [Run(path.parent).history["test_accuracy"].iloc[-1] for path in tmp_path.glob("runs/*/*/run.json")]

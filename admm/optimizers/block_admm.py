@@ -100,7 +100,9 @@ class BlockADMM:
         self._check(problem)
         theta = problem.initial(seeds)
         self.z_update.check(problem.blocks, theta)
-        self._schedules(len(problem.blocks), len(seeds))
+        named, _ = self._schedules(len(problem.blocks), len(seeds))
+        if named["refresh"].largest > 1.0:
+            raise ValueError(f"optimizer.refresh: {self.refresh} is more than the whole way to the forward pass, 1")
         z: list[Tensor] = []
         for part in slices(len(problem.x), self.slice_size):
             chain = Chain(problem.blocks, theta, problem.x[part].expand(len(seeds), *problem.x[part].shape))

@@ -115,7 +115,8 @@ def at_least_one(key: str, value: int) -> None:
 def in_range(key: str, value: object, below: float = math.inf) -> None:
     """Raises ValueError that names the key, unless 0 <= value < below."""
     if not isinstance(value, int | float) or not 0.0 <= value < below:
-        raise ValueError(f"optimizer.{key}: {value!r} is not a number from 0 up to, but not, {below}")
+        bound = "" if below == math.inf else f" and below {below}"
+        raise ValueError(f"optimizer.{key}: {value!r} is not a number from 0 up{bound}")
 
 
 def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
