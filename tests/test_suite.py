@@ -150,7 +150,7 @@ def test_wandb_gets_one_offline_run_a_seed(tmp_path: Path) -> None:
         ("dtype=int8", r"error: dtype: 'int8' is not one of float32, float64"),
         ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
         ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not between"),
-        ("optimizer.update.momentum=1", r"error: optimizer.update.momentum: 1 is not a number from 0 up to"),
+        ("optimizer.update.momentum=1", r"error: optimizer.update.momentum: 1 is not a number from 0 up and below 1.0"),
         ("optimizer.step_size=-1", r"error: optimizer.step_size: -1 is not a number from 0 up"),
         ("model.hidden=64", r"error: model.hidden: 64 is not a list of widths"),
         ("threads=0", r"error: threads: 0 is not a whole number"),
