@@ -200,7 +200,7 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
     for axes, setting, group in zip(drawn.subplots(1, len(groups), squeeze=False)[0], settings, groups, strict=True):
         _draw(axes, group)
         axes.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=f"{measure} accuracy (%)")
-        axes.set_ylim(_lowest(group), 100.3)
+        axes.set_ylim(_range(group))
     remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in shown) else ""
     remark += "; thin: the seeds of a method in which they disagree" if any(c.seeds_disagree for c in shown) else ""
     drawn.supxlabel(caption(experiment, shown, remark), fontsize=8)
@@ -253,11 +253,12 @@ def _draw(axes: Axes, shown: list[Curve]) -> None:
     axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
-def _lowest(shown: list[Curve]) -> float:
-    """The lower end of the accuracies to show: a little below the worst final one, or 0 if one has not learnt."""
+def _range(shown: list[Curve]) -> tuple[float, float]:
+    """The accuracies to show: from below the worst final one, or 0 if one has not learnt, to above the best."""
     finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in shown]
     finals += [curve.reference for curve in shown if curve.reference is not None]
-    return 100.0 - 1.4 * (100.0 - min(finals)) - 1.0 if min(finals) > 50.0 else 0.0
+    missing = 100.0 - min(finals)
+    return 99.0 - 1.4 * missing if missing < 50.0 else 0.0, min(100.3, max(finals) + 0.25 * missing)
 
 
 def caption(experiment: str, shown: list[Curve], remark: str = "") -> str:
