@@ -8,51 +8,47 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-Views = dict[str, Tensor]  # a layer's parameters, each [S, *shape]
+Views = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *shape]
 
 
 class Layer(Protocol):
     """A layer of S stacked replicas: its output, and the pull-back of a cotangent through it."""
 
-    @property
-    def name(self) -> str:
-        """The layer's name in the network."""
+    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
+        """Output for x [S, n, ...]; `overwrite` says that x may be overwritten. `training` says what it says in
+        PyTorch: batch normalisation takes the samples' own statistics, not the running ones."""
 
-    def forward(self, theta: Views, x: Tensor, overwrite: bool) -> Tensor:
-        """Output for x [S, n, ...]; `overwrite` says that x may be overwritten."""
-
-    def record(self, theta: Views, x: Tensor, overwrite: bool) -> tuple[Tensor, Any]:
+    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
         """As `forward`, together with what `pull_back` will need."""
 
     def pull_back(
         self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
     ) -> Tensor | None:
-        """Vector-Jacobian products: the parameters' is written to `into`, the input's is returned."""
+        """Vector-Jacobian products: the parameters' is written to `into`, the input's is returned. With `into`, running
+        statistics that `record` has updated in training are written to `theta`."""
 
 
 @dataclass(frozen=True)
 class LinearLayer:
     """`x Wᵀ + b` as one batched product over the replicas."""
 
-    name: str
-
-    def forward(self, theta: Views, x: Tensor, overwrite: bool) -> Tensor:
+    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
         weight, bias = theta["weight"], theta.get("bias")
         if bias is None:
             return torch.bmm(x, weight.mT)
         return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool) -> tuple[Tensor, Any]:
-        return self.forward(theta, x, overwrite), x
+    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
+        return self.forward(theta, x, overwrite, training), x
 
     def pull_back(
         self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
@@ -68,13 +64,11 @@ class LinearLayer:
 class ReLULayer:
     """`max(x, 0)`; the derivative at 0 is 0, as PyTorch's."""
 
-    name: str
-
-    def forward(self, theta: Views, x: Tensor, overwrite: bool) -> Tensor:
+    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
         return x.relu_() if overwrite else x.relu()
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool) -> tuple[Tensor, Any]:
-        output = self.forward(theta, x, overwrite)
+    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
+        output = self.forward(theta, x, overwrite, training)
         return output, output
 
     def pull_back(
@@ -87,12 +81,10 @@ class ReLULayer:
 class FlattenLayer:
     """Joins all axes of a sample into one."""
 
-    name: str
-
-    def forward(self, theta: Views, x: Tensor, overwrite: bool) -> Tensor:
+    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
         return x.flatten(2)
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool) -> tuple[Tensor, Any]:
+    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
         return x.flatten(2), x.shape
 
     def pull_back(
@@ -102,53 +94,144 @@ class FlattenLayer:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How blocks are evaluated that have other layers than linear, ReLU and flatten; those are a product a layer.
+
+    precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling variables
+    and gradients keep their type. compile: by `torch.compile`. channels_last: images in that memory format. recompute:
+    Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters' gradient instead of keeping
+    its activations while the others' are in use.
+
+    Raises ValueError for another precision; `Blocks` does so for bf16 or compile without such a block.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = True
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: {self.precision!r} is not one of fp32, bf16")
+
+
 class ModuleLayer:
-    """Any other `nn.Module` without buffers, through `torch.func` and autograd."""
+    """Any other modules, one replica after the other, with autograd for their derivatives.
 
-    name: str
-    module: nn.Module
+    Their buffers, such as running statistics, change where the parameters' gradient is taken of what was recorded in
+    training: once a step of Θ, as in back-propagation, however often the block is evaluated before.
+    """
 
-    def forward(self, theta: Views, x: Tensor, overwrite: bool) -> Tensor:
-        output: Tensor = vmap(lambda p, v: functional_call(self.module, p, (v,)), randomness="different")(theta, x)
-        return output
+    def __init__(self, module: nn.Module, execution: Execution) -> None:
+        self.module, self.execution = module, execution
+        self._call = self._compiled(self._evaluate) if execution.compile else self._evaluate
+        self._trained = {name for name, _ in module.named_parameters()}
+        self._others: dict[torch.device, Views] = {}
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool) -> tuple[Tensor, Any]:
-        with torch.enable_grad():
-            leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
-            x = x.detach().requires_grad_()
-            output = self.forward(leaves, x, False)
-        return output.detach(), (leaves, x, output)
+    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
+        self.module.train(training)
+        with torch.no_grad():
+            return _stack([self._call(self._replica(theta, s, x.device), v) for s, v in enumerate(x)])
+
+    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
+        self.module.train(training)
+        saved = []
+        for s in range(len(x)):
+            views, leaf = self._replica(theta, s, x.device), x[s].detach().requires_grad_()
+            for name in self._trained:
+                views[name].requires_grad_()
+            with torch.enable_grad():
+                saved.append((views, leaf, self._call(views, leaf)))
+        return _stack([output.detach() for _, _, output in saved]), saved
 
     def pull_back(
         self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
     ) -> Tensor | None:
-        leaves, x, output = saved
-        wanted = (list(leaves.values()) if into is not None else []) + ([x] if to_input else [])
-        if not wanted:
-            return None
-        gradients = list(torch.autograd.grad(output, wanted, cotangent, retain_graph=True, materialize_grads=True))
-        to_x = gradients.pop() if to_input else None
-        for name, gradient in zip(leaves, gradients, strict=False):
-            assert into is not None
-            into[name].copy_(gradient)
-        return to_x
+        to_x = []
+        for s, (views, x, output) in enumerate(saved):
+            wanted = [views[name] for name in into or ()] + ([x] if to_input else [])
+            gradients: list[Tensor] = []
+            if wanted:
+                pulled = torch.autograd.grad(output, wanted, cotangent[s], retain_graph=True, materialize_grads=True)
+                gradients = list(pulled)
+            if to_input:
+                to_x.append(gradients.pop())
+            if into is not None:
+                for name, gradient in zip(into, gradients, strict=True):
+                    into[name][s].copy_(gradient)
+                for name in theta.keys() - self._trained:
+                    theta[name][s].copy_(views[name])
+        return _stack(to_x) if to_input else None
+
+    def _replica(self, theta: Views, s: int, device: torch.device) -> Views:
+        """The parameters of one replica, detached; copies of its buffers, which modules change in place; and the other
+        buffers, such as counters, which are no replica's own."""
+        views = {name: v[s].detach() if name in self._trained else v[s].clone() for name, v in theta.items()}
+        if device not in self._others:
+            others = (item for item in self.module.named_buffers() if item[0] not in views)
+            self._others[device] = {name: buffer.to(device, copy=True) for name, buffer in others}
+        return views | self._others[device]
+
+    def _evaluate(self, views: Views, x: Tensor) -> Tensor:
+        """The output of one replica for x [n, ...]; changes its buffers in `views` in training."""
+        if self.execution.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
+            output: Tensor = functional_call(self.module, views, (x,))
+        return output.to(x.dtype)
+
+    @staticmethod
+    def _compiled(evaluate: Callable[[Views, Tensor], Tensor]) -> Callable[[Views, Tensor], Tensor]:
+        from torch._dynamo import config as dynamo
+        from torch._functorch import config as functorch
+
+        compiled = torch.compile(evaluate, fullgraph=True)  # an error instead of what is not compiled
+
+        def call(views: Views, x: Tensor) -> Tensor:
+            # All blocks count as one function to be recompiled; a record may be pulled back through more than once.
+            with dynamo.patch(recompile_limit=1000), functorch.patch(donated_buffer=False):
+                return compiled(views, x)
+
+        return call
 
 
-def _stacked(name: str, module: nn.Module) -> Layer:
+def _stack(replicas: list[Tensor]) -> Tensor:
+    """[S, ...], without a copy where S = 1."""
+    return replicas[0].unsqueeze(0) if len(replicas) == 1 else torch.stack(replicas)
+
+
+def _known_layer(module: nn.Module) -> Layer | None:
     if isinstance(module, nn.Linear):
-        return LinearLayer(name)
+        return LinearLayer()
     if isinstance(module, nn.ReLU):
-        return ReLULayer(name)
+        return ReLULayer()
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-        return FlattenLayer(name)
+        return FlattenLayer()
+    return None
+
+
+def _grouped(modules: list[nn.Module]) -> list[nn.Module]:
+    """A block's modules by layer: each alone where all are linear, ReLU or flatten, else all of them as one, in which
+    no ReLU overwrites its input."""
+    if all(_known_layer(module) for module in modules):
+        return modules
+    return [nn.Sequential(*(nn.ReLU() if isinstance(module, nn.ReLU) else module for module in modules))]
+
+
+def _layer(module: nn.Module, execution: Execution) -> Layer:
+    return _known_layer(module) or ModuleLayer(module, execution)
+
+
+def _check_layer(name: str, module: nn.Module) -> None:
+    """Raises ValueError for what cannot be evaluated anew with the same result."""
     if any(getattr(m, "inplace", False) for m in module.modules()):
         raise ValueError(f"layer {name!r} ({type(module).__name__}) overwrites its input; use inplace=False")
-    if next(module.buffers(), None) is not None:
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) for m in module.modules()):
         raise ValueError(
-            f"layer {name!r} ({type(module).__name__}) has buffers (running statistics), which are not "
-            "stacked yet; use a layer without them, such as GroupNorm"
+            f"layer {name!r} ({type(module).__name__}) draws anew in each evaluation, which is not supported"
         )
-    return ModuleLayer(name, module)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None for m in module.modules()):
+        raise ValueError(f"layer {name!r} ({type(module).__name__}) averages over all steps; give it a momentum")
 
 
 @dataclass(frozen=True)
@@ -157,17 +240,17 @@ class Block:
 
     layers: tuple[Layer, ...]
 
-    def forward(self, theta: Sequence[Views], z: Tensor) -> Tensor:
-        """block_Θ(z), [S, n, d] -> [S, n, d']; `z` is left as it is."""
+    def forward(self, theta: Sequence[Views], z: Tensor, training: bool) -> Tensor:
+        """block_Θ(z), [S, n, d] -> [S, n, d']; `z` is left as it is. `training` is as in `Layer`."""
         for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z = layer.forward(views, z, self._is_temporary(position))
+            z = layer.forward(views, z, self._is_temporary(position), training)
         return z
 
-    def record(self, theta: Sequence[Views], z: Tensor) -> tuple[Tensor, list[Any]]:
+    def record(self, theta: Sequence[Views], z: Tensor, training: bool) -> tuple[Tensor, list[Any]]:
         """block_Θ(z) and the record that `pull_back` needs."""
         record = []
         for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z, saved = layer.record(views, z, self._is_temporary(position))
+            z, saved = layer.record(views, z, self._is_temporary(position), training)
             record.append(saved)
         return z, record
 
@@ -180,7 +263,8 @@ class Block:
         to_input: bool = True,
     ) -> Tensor | None:
         """Transposed Jacobian times `cotangent` [S, n, d']: with respect to the parameters, summed over the
-        samples and written to `into`, and, where `to_input`, with respect to the input, returned [S, n, d]."""
+        samples and written to `into`, and, where `to_input`, with respect to the input, returned [S, n, d]. With
+        `into`, running statistics move as the record has it."""
         first = min((i for i, views in enumerate(theta) if views), default=len(self.layers))
         gradient: Tensor | None = cotangent
         for position in reversed(range(len(self.layers))):
@@ -196,6 +280,11 @@ class Block:
             )
         return gradient
 
+    @property
+    def is_autograd(self) -> bool:
+        """Whether a record holds an autograd graph, and with it all activations."""
+        return any(isinstance(layer, ModuleLayer) for layer in self.layers)
+
     def linear_weight(self, theta: Sequence[Views]) -> Tensor | None:
         """W [S, d', d] where the block is one linear layer, with or without ReLUs around it; else None."""
         linear = [views for layer, views in zip(self.layers, theta, strict=True) if isinstance(layer, LinearLayer)]
@@ -209,20 +298,33 @@ class Block:
 
 @dataclass(frozen=True)
 class Parameters:
-    """A network's parameters for S replicas: one flat tensor, and views of it by block and layer."""
+    """A network's parameters for S replicas: one flat tensor, and views of it by block and layer. Its buffers of
+    floating point, the running statistics of batch normalisation, are another one, with views in the same places."""
 
     flat: Tensor  # [S, P]
+    buffers: Tensor  # [S, B]
     blocks: list[list[Views]]
 
 
 class Blocks(Sequence[Block]):
     """A network cut into T blocks; `T = 1` is the network as a whole."""
 
-    def __init__(self, network: nn.Module, names: Sequence[Sequence[str]]) -> None:
-        """names: of the network's layers, block by block, in the order of evaluation."""
-        modules = _modules(network)
-        self.network, self.names = network, names
-        self._blocks = tuple(Block(tuple(_stacked(n, modules[n]) for n in block)) for block in names)
+    def __init__(self, network: nn.Module, names: Sequence[Sequence[str]], execution: Execution | None = None) -> None:
+        """names: of the network's layers, block by block, in the order of evaluation.
+
+        Raises ValueError for a layer that draws random numbers, overwrites its input or averages over all steps, and
+        for an option of `execution` without effect.
+        """
+        self.network, self.names, modules = network, names, _modules(network)
+        for name in chain.from_iterable(names):
+            if _known_layer(modules[name]) is None:
+                _check_layer(name, modules[name])
+        self.execution = execution or Execution()
+        groups = self._groups(network)
+        self._blocks = tuple(Block(tuple(_layer(module, self.execution) for module in group)) for group in groups)
+        for option, value in (("precision", "bf16"), ("compile", True)):
+            if getattr(self.execution, option) == value and not any(block.is_autograd for block in self._blocks):
+                raise ValueError(f"{option}: {value} is for other layers than linear, ReLU and flatten; there are none")
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -230,19 +332,21 @@ class Blocks(Sequence[Block]):
     def __getitem__(self, t: Any) -> Any:
         return self._blocks[t]
 
-    def parameters(self, flat: Tensor) -> Parameters:
-        """Views, by block and layer, of a flat tensor [S, P]."""
-        modules, offset, blocks = _modules(self.network), 0, []
-        for names in self.names:
-            block = []
-            for layer in names:
-                views = {}
-                for name, p in modules[layer].named_parameters():
-                    views[name] = flat[:, offset : offset + p.numel()].view(len(flat), *p.shape)
-                    offset += p.numel()
-                block.append(views)
-            blocks.append(block)
-        return Parameters(flat, blocks)
+    def parameters(self, flat: Tensor, buffers: Tensor | None = None) -> Parameters:
+        """Views, by block and layer, of flat tensors [S, P] and [S, B], or of the former alone."""
+        flats = {"parameters": flat} | ({} if buffers is None else {"buffers": buffers})
+        offsets = dict.fromkeys(flats, 0)
+
+        def views(module: nn.Module) -> Views:
+            found = {}
+            for kind, name, tensor in _tensors(module):
+                if kind in flats:
+                    begin, offsets[kind] = offsets[kind], offsets[kind] + tensor.numel()
+                    found[name] = flats[kind][:, begin : offsets[kind]].view(len(flat), *tensor.shape)
+            return found
+
+        blocks = [[views(module) for module in group] for group in self._groups(self.network)]
+        return Parameters(flat, flat[:, :0] if buffers is None else buffers, blocks)
 
     def initial(self, seeds: Sequence[int], initialise: Callable[[nn.Module], None], like: Tensor) -> Parameters:
         """Parameters [S, P] of one freshly initialised network a seed, in the dtype and on the device of `like`.
@@ -255,29 +359,43 @@ class Blocks(Sequence[Block]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 initialise(network)
-            replicas.append(self.flatten(network))
-        return self.parameters(torch.stack(replicas).to(like))
+            replicas.append(network)
+        flat, buffers = (
+            torch.stack([self.flatten(network, kind) for network in replicas]).to(like)
+            for kind in ("parameters", "buffers")
+        )
+        return self.parameters(flat, buffers)
 
-    def flatten(self, network: nn.Module) -> Tensor:
-        """The parameters [P] of a network of this architecture, in the blocks' order."""
-        modules = _modules(network)
-        tensors = [p for names in self.names for n in names for p in modules[n].parameters()]
-        return torch.cat([p.detach().flatten() for p in tensors]) if tensors else torch.empty(0)
+    def flatten(self, network: nn.Module, kind: Literal["parameters", "buffers"] = "parameters") -> Tensor:
+        """The parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""
+        tensors = chain.from_iterable(map(_tensors, chain.from_iterable(self._groups(network))))
+        return torch.cat([torch.empty(0), *(t.detach().flatten() for found, _, t in tensors if found == kind)])
 
     def forward(self, theta: Parameters, x: Tensor) -> Tensor:
-        """The plain forward pass of all replicas: x [S, n, ...] to outputs [S, n, C]."""
+        """The plain forward pass of all replicas, for evaluation: x [S, n, ...] to outputs [S, n, C]."""
         for block, views in zip(self, theta.blocks, strict=True):
-            x = block.forward(views, x)
+            x = block.forward(views, x, training=False)
         return x
 
     def export(self, theta: Parameters, replica: int = 0) -> nn.Module:
-        """A copy of the network that carries the parameters of one replica."""
-        network = copy.deepcopy(self.network).to(theta.flat.dtype)
-        modules = _modules(network)
-        for names, block in zip(self.names, theta.blocks, strict=True):
-            for name, views in zip(names, block, strict=True):
-                modules[name].load_state_dict({k: v[replica] for k, v in views.items()})
+        """A copy of the network that carries the parameters and buffers of one replica, in evaluation mode."""
+        network = copy.deepcopy(self.network).to(theta.flat.dtype).eval()
+        for group, layers in zip(self._groups(network), theta.blocks, strict=True):
+            for module, views in zip(group, layers, strict=True):
+                for _, name, tensor in _tensors(module):
+                    tensor.detach().copy_(views[name][replica])
         return network
+
+    def _groups(self, network: nn.Module) -> list[list[nn.Module]]:
+        """The modules of a network of this architecture, by block and layer."""
+        modules = _modules(network)
+        return [_grouped([modules[name] for name in names]) for names in self.names]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """What each replica has its own of: (parameters or buffers, name, tensor)."""
+    yield from (("parameters", name, p) for name, p in module.named_parameters())
+    yield from (("buffers", name, b) for name, b in module.named_buffers() if b.is_floating_point())
 
 
 def _modules(network: nn.Module) -> dict[str, nn.Module]:
@@ -298,17 +416,19 @@ def leaves(network: nn.Module) -> list[str]:
 
 def split(
     network: nn.Module,
-    after: Sequence[str] | None = None,
+    after: str | Sequence[str] | None = None,
     per_layer: bool = False,
     n_blocks: int | None = None,
     activation: Literal["end", "start"] | None = None,
+    execution: Execution | None = None,
 ) -> Blocks:
     """Cut a network into blocks (paper, §3.1: "an arbitrary number of blocks").
 
-    Give exactly one of `after` (names of the layers that end a block, the last one excepted; the name of a
+    Give exactly one of `after` (name or names of the layers that end a block, the last one excepted; the name of a
     nested `nn.Sequential` stands for its last layer), `per_layer` (one layer with parameters a block) or
     `n_blocks` (layers with parameters shared out as evenly as possible). For the latter two, `activation`
     puts what stands between two layers with parameters at the `end` of a block (default) or at the `start` of the next.
+    `execution` says how the blocks are evaluated.
     """
     names = leaves(network)
     parameters = [p for name in names for p in _modules(network)[name].parameters()]
@@ -321,11 +441,11 @@ def split(
     if after is not None:
         if activation is not None:
             raise ValueError("split.activation: goes with per_layer or n_blocks; split.after says itself where to cut")
-        ends = _named_boundaries(names, after)
+        ends = _named_boundaries(names, [after] if isinstance(after, str) else after)
     else:
         ends = _even_boundaries(network, names, n_blocks, activation or "end")
     edges = [0, *ends, len(names)]
-    return Blocks(network, tuple(tuple(names[i:j]) for i, j in pairwise(edges)))
+    return Blocks(network, tuple(tuple(names[i:j]) for i, j in pairwise(edges)), execution)
 
 
 def _named_boundaries(names: list[str], after: Sequence[str]) -> list[int]:

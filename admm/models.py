@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,17 +10,19 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 
-def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
+def mlp(input_shape: int | Sequence[int], hidden: Sequence[int], classes: int) -> nn.Sequential:
     """Fully connected ReLU network: `flatten`, `fc1` (`linear`, `relu`), …, `fcL` (`linear`).
 
-    The paper's shallow network is `mlp(784, [128, 128], 10)` (§4.1).
+    input_shape: of a sample, or its number of values. The paper's shallow network is `mlp(784, [128, 128], 10)` (§4.1).
     """
     if not isinstance(hidden, Sequence) or not all(isinstance(width, int) for width in hidden):
         raise ValueError(f"model.hidden: {hidden!r} is not a list of widths, such as [128, 128]")
-    widths = [in_features, *hidden, out_features]
+    features = input_shape if isinstance(input_shape, int) else math.prod(input_shape)
+    widths = [features, *hidden, classes]
     if min(widths) < 1:
         raise ValueError(f"model: layer widths must be at least 1, got {widths}")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
@@ -28,6 +31,51 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
         if number < len(widths) - 1:
             layer["relu"] = nn.ReLU()
         layers[f"fc{number}"] = nn.Sequential(layer)
+    return nn.Sequential(layers)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch normalisation beside a short cut (He et al. 2016, Figure 5 left), which is a 1×1
+    convolution where the shape changes: images [n, before, H, W] to [n, after, H/stride, W/stride]."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        return functional.relu(self.bn2(self.conv2(inner)) + self.shortcut(x), inplace=True)
+
+
+def resnet18(input_shape: Sequence[int], classes: int, width: int = 64) -> nn.Sequential:
+    """ResNet-18 for small images (He et al. 2016): `conv1` is 3×3 and no pooling follows; `conv2_x` to `conv5_x` are
+    two `BasicBlock`s each, with width, 2, 4 and 8 times width channels; then `pool`, `flatten`, `fc`.
+
+    input_shape: of a sample, [C, H, W], or [H, W], to which `channel` adds an axis. Raises ValueError for another one,
+    or a width that is not positive.
+    """
+    if len(input_shape) not in (2, 3):
+        raise ValueError(f"model: ResNet-18 takes images [C, H, W] or [H, W], not samples of {list(input_shape)}")
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"model.width: {width!r} is not a whole number from 1 up")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = input_shape[0]
+    if len(input_shape) == 2:
+        layers["channel"], channels = nn.Unflatten(1, (1, input_shape[0])), 1
+    stem = OrderedDict(conv=nn.Conv2d(channels, width, 3, padding=1, bias=False), bn=nn.BatchNorm2d(width))
+    layers["conv1"] = nn.Sequential(stem | {"relu": nn.ReLU()})
+    before = width
+    for stage, after in enumerate((width, 2 * width, 4 * width, 8 * width), start=2):
+        first = BasicBlock(before, after, stride=1 if stage == 2 else 2)
+        layers[f"conv{stage}_x"] = nn.Sequential(first, BasicBlock(after, after, stride=1))
+        before = after
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(before, classes)}
     return nn.Sequential(layers)
 
 

@@ -142,7 +142,7 @@ def _save(path: Path, state: Any, history: History) -> None:
 
 
 def _load(path: Path, state: Any, history: History) -> None:
-    saved = torch.load(path, weights_only=True, map_location="cpu")
+    saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     try:
         restore(state, saved["state"])
     except ValueError as error:

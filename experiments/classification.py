@@ -18,6 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from admm.blocks import Execution
 from admm.data import Dataset, DatasetError, load
 from admm.losses import one_hot
 from admm.optimizers import Problem
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"
 ROW_NAMES = ("experiment", "optimizer", "setting")  # overrides that choose a row of an experiment
 load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
+PRECISIONS = ("fp32", "tf32", "bf16")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -86,6 +88,8 @@ def find_job(config: DictConfig, method: str) -> Job:
         overrides.append(f"setting={config.setting}")  # it changes a group, but is not a row of this experiment
     check_groups(overrides, settings)
     device = find_device(config.device)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load_once(**config.dataset, device=device, dtype=DTYPES[config.dtype])
@@ -169,13 +173,19 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
 
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
     """The network, its blocks, the loss and the initialisation of a configuration, on a data set."""
-    network = instantiate(config.model, in_features=dataset.features, out_features=dataset.classes, _convert_="all")
+    network = instantiate(config.model, input_shape=dataset.input_shape, classes=dataset.classes, _convert_="all")
+    precision = config.get("precision")  # a stored configuration has neither the default nor the neutral keys
+    how = {key: config[key] for key in ("compile", "channels_last", "recompute") if key in config}
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    execution = Execution("bf16" if precision == "bf16" else "fp32", **how)
     return Problem(
         x=dataset.x_train,
         y=one_hot(dataset.y_train, dataset.classes, dataset.x_train),
-        blocks=instantiate(config.split, network, _convert_="all"),
+        blocks=instantiate(config.split, _partial_=True, _convert_="all")(network, execution=execution),
         loss=instantiate(config.loss),
         initialise=instantiate(config.init),
+        augmentation=instantiate(config.get("augmentation")),
     )
 
 
@@ -189,6 +199,10 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers from 0 up, such as [0, 1, 2, 3, 4]")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: {seeds!r} holds a seed twice")
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"precision: {config.precision!r} is not one of {', '.join(PRECISIONS)}")
+    if config.precision == "bf16" and config.dtype != "float32":
+        raise ValueError(f"precision: bf16 needs dtype=float32, not {config.dtype}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
 

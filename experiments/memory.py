@@ -119,7 +119,7 @@ def reset_high_water_mark() -> None:
 def _bytes(value: Any) -> int:
     """Of all tensors in a variable of a state."""
     if isinstance(value, Parameters):
-        return _bytes(value.flat)
+        return _bytes([value.flat, value.buffers])
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(map(_bytes, value))

@@ -30,6 +30,9 @@ NEUTRAL = (
     "dataset.download",
     "device",
     "threads",
+    "compile",
+    "channels_last",
+    "recompute",
     "progress",
     "checkpoint_seconds",
     "force",
@@ -49,6 +52,9 @@ def determining(config: dict[str, Any]) -> dict[str, Any]:
         for group in groups:
             node = node.get(group, {})
         node.pop(name, None)
+    for node, key, former in ((kept, "precision", "fp32"), (kept.get("optimizer", {}), "variables", "device")):
+        if node.get(key) == former:  # as where there was no choice yet
+            del node[key]
     return kept  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,7 @@
 """Speed and memory, as ratios measured in one run: python -m scripts.bench [results/bench.csv]
 
-The network, the loss and the optimizers are those of experiment=mnist_shallow, the data are generated: 60,000 x 784.
+The networks, the losses and the optimizers are those of experiment=mnist_shallow and, in the rows of CIFAR-10, of
+experiment=cifar10_resnet18_narrow; the data are generated, 60,000 x 784 and 20 mini-batches of 128 images.
 The contestants of a ratio take turns; a ratio is the median over the turns. Run it on an idle machine.
 """
 
@@ -22,6 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from admm.data import Dataset
 from admm.optimizers import BlockADMM, Optimizer, Problem
@@ -31,6 +33,7 @@ from experiments.provenance import machine
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
+IMAGES = 128  # in a mini-batch
 COLUMNS = ["name", "value", "unit", "machine"]
 Row = tuple[str, float, str]
 Task = Callable[[], object]
@@ -38,7 +41,7 @@ Task = Callable[[], object]
 
 def main(path: Path) -> None:
     rows: list[Row] = []
-    for measure in (stacks, rivals, share_of_peak, memory):
+    for measure in (stacks, rivals, share_of_peak, memory, cifar):
         for row in measure():
             rows.append(row)
             print(f"{row[0]:40s} {row[1]:10.3f} {row[2]}", flush=True)
@@ -145,6 +148,38 @@ def memory() -> list[Row]:
     ]
 
 
+def cifar() -> list[Row]:
+    """ResNet-18, one seed: online Block-ADMM over SGD on the narrow one, their FLOP/s as a share of a large product's,
+    and the FLOPs of an epoch of CIFAR-10 at full width."""
+    methods = {"online": "online_block_admm", "sgd": "sgd"}
+    narrow = [_step(_config(m, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20)) for m in methods.values()]
+    needed = [_flops(task) for task in narrow]
+    left, right = torch.rand(2, 2048, 2048)
+    times = turns(*narrow, lambda: left @ right)
+    rows: list[Row] = [("cifar_online_over_sgd", ratio(times, 0, 1), "ratio")]
+    for (name, method), flops, seconds in zip(methods.items(), needed, times, strict=False):
+        shares = [flops / s / (2.0 * 2048**3 / p) for s, p in zip(seconds, times[2], strict=True)]
+        rows.append((f"cifar_{name}_share_of_peak", median(shares), "share"))
+        full = _flops(_step(_config(method, experiment="cifar10_resnet18"), SEEDS[:1], _images(1)))
+        rows.append((f"cifar_{name}_flops", full / IMAGES * 50_000 / 1e12, "TFLOP/epoch"))
+    return rows
+
+
+def _images(batches: int) -> Dataset:
+    """Of the shape of CIFAR-10's, in so many mini-batches."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(batches * IMAGES, 3, 32, 32, generator=random)
+    y = torch.randint(CLASSES, (len(x),), generator=random)
+    return Dataset("generated", x, y, x[:1], y[:1], CLASSES, "")
+
+
+def _flops(task: Task) -> int:
+    """Of products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        task()
+    return int(counter.get_total_flops())
+
+
 def block_admm_flops(optimizer: BlockADMM, problem: Problem) -> float:
     """Matrix-product FLOPs that a replica's iteration needs; for sweep=minibatch, one primal round, majorised Z.
 
@@ -180,20 +215,24 @@ def ratio(times: list[list[float]], above: int, below: int) -> float:
     return median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
-def _config(optimizer: str, *overrides: str) -> DictConfig:
+def _config(optimizer: str, *overrides: str, experiment: str = "mnist_shallow") -> DictConfig:
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
-        return compose("config", ["experiment=mnist_shallow", f"optimizer={optimizer}", "setting=tuned", *overrides])
+        return compose("config", [f"experiment={experiment}", f"optimizer={optimizer}", "setting=tuned", *overrides])
 
 
-def _problem(config: DictConfig) -> Problem:
+def _generated() -> Dataset:
     random = torch.Generator().manual_seed(0)
     x = torch.rand(SAMPLES, FEATURES, generator=random)
     y = torch.randint(CLASSES, (SAMPLES,), generator=random)
-    return build_problem(config, Dataset("generated", x, y, x[:1], y[:1], CLASSES, ""))
+    return Dataset("generated", x, y, x[:1], y[:1], CLASSES, "")
 
 
-def _step(config: DictConfig, seeds: Sequence[int]) -> Task:
-    problem = _problem(config)
+def _problem(config: DictConfig) -> Problem:
+    return build_problem(config, _generated())
+
+
+def _step(config: DictConfig, seeds: Sequence[int], dataset: Dataset | None = None) -> Task:
+    problem = build_problem(config, dataset or _generated())
     optimizer: Optimizer[Any] = instantiate(config.optimizer, _convert_="all")
     state = optimizer.init(problem, seeds)
     return lambda: optimizer.step(problem, state)
@@ -201,7 +240,7 @@ def _step(config: DictConfig, seeds: Sequence[int]) -> Task:
 
 def _torch_epoch(batches: Callable[[], Any]) -> Task:
     """An epoch as most would write it: `nn.Module`, `MSELoss` on one-hot targets, `torch.optim.SGD`."""
-    network = instantiate(_config("sgd").model, in_features=FEATURES, out_features=CLASSES, _convert_="all")
+    network = instantiate(_config("sgd").model, input_shape=FEATURES, classes=CLASSES, _convert_="all")
     optimizer, loss = torch.optim.SGD(network.parameters(), lr=0.1), nn.MSELoss()
 
     def epoch() -> None:

@@ -162,7 +162,7 @@ def generated(rival: Rival, samples: int, dtype: torch.dtype = torch.float32) ->
 
 def ours(rival: Rival, problem: Problem, state: Any) -> Contestant:
     def weights() -> list[Tensor]:
-        return [layer["weight"][0] for layer in linear_layers(problem.blocks, state.theta, "")]
+        return [layer["weight"][0] for layer in linear_layers(problem, state.theta, "")]
 
     return Contestant(lambda: rival.optimizer.step(problem, state), weights)
 
@@ -231,7 +231,7 @@ def _theirs(rival: Rival, problem: Problem, state: Any) -> Contestant:
 
 def _parameters(problem: Problem, state: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Copies of the weights and biases of the one replica."""
-    layers = linear_layers(problem.blocks, state.theta, "")
+    layers = linear_layers(problem, state.theta, "")
     weights, biases = ([layer[name][0].clone() for layer in layers] for name in ("weight", "bias"))
     return weights, biases
 

@@ -21,6 +21,7 @@ from experiments.store import Run, experiments_in, finished_runs
 
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
 COLUMNS += ["std", "seeds", "iterations"]
+GPU_TFLOPS = 14.0  # assumed in `estimate`
 
 
 def main(root: Path) -> None:
@@ -44,6 +45,8 @@ def sections(root: Path) -> Iterator[str]:
     order = list(paper()["experiments"])
     for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
         yield from experiment(name, found[name])
+    if (root / "bench.csv").exists():
+        yield from estimate(found, pd.read_csv(root / "bench.csv").set_index("name")["value"])
     searches = sorted((root / "searches").glob("*.csv"))
     if searches:
         yield "## Searches"
@@ -104,11 +107,17 @@ def not_run(found: dict[str, list[Run]]) -> str:
 
 
 def rows_of(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of an experiment's sweep or race."""
+    """(optimizer, setting) of an experiment's sweep or race, and of its other settings of single optimizers."""
     config = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
-    return list(product(optimizers, params.get("setting", "tuned").split(",")))
+    swept = list(product(optimizers, params.get("setting", "tuned").split(",")))
+    own = {
+        (optimizer, path.parent.name)
+        for optimizer in optimizers
+        for path in CONF.glob(f"settings/*/{experiment}_{optimizer}.yaml")
+    }
+    return [*swept, *sorted(own - set(swept))]
 
 
 def experiment(name: str, runs: list[Run]) -> Iterator[str]:
@@ -127,6 +136,23 @@ def experiment(name: str, runs: list[Run]) -> Iterator[str]:
     took = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     time = f"Training time of these runs, evaluation not counted: {took}. " if seconds else ""
     yield f"{time}Machine: {machines}. Commits: {commits}."
+
+
+def estimate(found: dict[str, list[Run]], bench: pd.Series[float]) -> Iterator[str]:
+    """What Figure 7 at full size would take on a GPU, from the FLOPs that `make bench` has counted, until it is run."""
+    if "cifar10_resnet18" in found or not {"cifar_sgd_flops", "cifar_online_flops"} <= set(bench.index):
+        return
+    config = OmegaConf.load(CONF / "experiment/cifar10_resnet18.yaml")
+    epochs, seeds = config.iterations, len(OmegaConf.load(CONF / "config.yaml").seeds)
+    hours = {name: bench[f"cifar_{name}_flops"] * epochs * seeds / GPU_TFLOPS / 3600 for name in ("sgd", "online")}
+    yield "## Figure 7 at full size: an estimate"
+    yield (
+        f"Not measured: no GPU here. ResNet-18 at full width, {epochs} epochs and {seeds} seeds, at {GPU_TFLOPS:g} "
+        "TFLOP/s, which a card of the class of an RTX 3090 reaches in float32 convolutions (about 40 % of its peak): "
+        f"{hours['sgd']:.0f} h for SGD, {hours['online']:.0f} h for online Block-ADMM, by the FLOPs of an epoch "
+        f"(`bench.csv`: {bench['cifar_sgd_flops']:.0f} and {bench['cifar_online_flops']:.0f} TFLOP a seed)."
+    )
+    yield "    python run.py experiment=cifar10_resnet18 device=cuda"
 
 
 def search(path: Path) -> list[dict[str, Any]]:

@@ -1,15 +1,17 @@
 """Small problems in float64, shared by the tests."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import split
-from admm.losses import Loss, SquaredError, one_hot
-from admm.models import initialiser, mlp
+from admm.augmentation import CropAndFlip
+from admm.blocks import Execution, split
+from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
+from admm.models import initialiser, mlp, resnet18
 from admm.optimizers import Problem
 
 torch.set_num_threads(1)
@@ -37,6 +39,24 @@ def mlp_problem() -> Callable[..., Problem]:
         return Problem(x, y, blocks, loss or SquaredError(), initialiser("pytorch"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def resnet_problem() -> Callable[..., Problem]:
+    """A ResNet-18 with 2 to 16 channels, cut after conv3_x or as the keywords say, and 12 samples [1, 8, 8]."""
+
+    def make(loss: Loss | None = None, execution: Execution | None = None, **cut: Any) -> Problem:
+        x, y = _labelled(12, 1, 8, 8)
+        blocks = split(resnet18((1, 8, 8), 3, width=2), **(cut or {"after": "conv3_x"}), execution=execution)
+        return Problem(x, y, blocks, loss or CrossEntropy(), initialiser("kaiming_normal"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def augmented_problem(resnet_problem: Callable[..., Problem]) -> Callable[..., Problem]:
+    """The same with random crops and flips."""
+    return lambda loss=None: replace(resnet_problem(loss), augmentation=CropAndFlip(1))
 
 
 @pytest.fixture(scope="session")

@@ -57,8 +57,8 @@ def test_a_rule_is_torch_optim_s(rule, oracle, sizes):
 
 
 def plain_training(optimizer: Backprop, problem: Any, seed: int, oracle: Any, loss: nn.Module, epochs: int) -> Tensor:
-    """The same training as a plain PyTorch loop; the parameters after each epoch, [epochs, P]."""
-    network = problem.blocks.export(problem.initial([seed]))
+    """The same training as a plain PyTorch loop; the parameters and buffers after each epoch, [epochs, P + B]."""
+    network = problem.blocks.export(problem.initial([seed])).train()
     torch_optimizer, history = oracle(network.parameters()), []
     torch_optimizer.param_groups[0]["lr"] = optimizer.step_size["start"]
     n_batches = -(-len(problem.x) // optimizer.batch_size)
@@ -72,7 +72,7 @@ def plain_training(optimizer: Backprop, problem: Any, seed: int, oracle: Any, lo
             loss(network(problem.x[batch[0]]), problem.y[batch[0]]).backward()
             torch_optimizer.step()
             scheduler.step()
-        history.append(problem.blocks.flatten(network))
+        history.append(torch.cat([problem.blocks.flatten(network, kind) for kind in ("parameters", "buffers")]))
     return torch.stack(history)
 
 
@@ -104,6 +104,21 @@ def test_training_of_a_convolutional_network_is_a_plain_pytorch_loop(conv_proble
     for s, seed in enumerate(SEEDS):
         expected = plain_training(optimizer, problem, seed, oracle, nn.CrossEntropyLoss(), 2)[-1]
         torch.testing.assert_close(state.theta.flat[s], expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "cut", [{"after": []}, {"after": "conv3_x"}, {"after": ["conv1", "conv2_x.0", "conv4_x"]}], ids=str
+)
+def test_training_of_a_resnet_is_a_plain_pytorch_loop_running_statistics_included(resnet_problem, cut):
+    problem, oracle = resnet_problem(**cut), RULES["momentum"][1]
+    optimizer = Backprop(2, SGD(0.9), {"start": 0.01, "end": 0.0}, batch_size=6)
+    state = optimizer.init(problem, SEEDS)
+    for _ in range(2):
+        optimizer.step(problem, state)
+    for s, seed in enumerate(SEEDS):
+        expected = plain_training(optimizer, problem, seed, oracle, nn.CrossEntropyLoss(), 2)[-1]
+        trained = torch.cat([state.theta.flat[s], state.theta.buffers[s]])
+        torch.testing.assert_close(trained, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_diagnostics_are_the_spectral_norms(mlp_problem):

@@ -41,6 +41,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
         (1, 4, 4),
     ),
     "convolution without bias": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Tanh()), (1, 4, 4)),
+    "batch normalisation": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)),
+        (1, 4, 4),
+    ),
+    "activation in place among others": (
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten()),
+        (1, 4, 4),
+    ),
     "nested": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.Tanh())), nn.Linear(5, 4)),
         (6,),
@@ -68,24 +76,24 @@ def test_forward_of_a_stack_is_each_replica_s_module(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
     output = blocks.forward(theta, x)
-    recorded, _ = blocks[0].record(theta.blocks[0], x)
+    recorded, _ = blocks[0].record(theta.blocks[0], x, training=True)
     for s in range(len(SEEDS)):
-        expected = blocks.export(theta, s)(x[s])
-        torch.testing.assert_close(output[s], expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(recorded[s], expected, rtol=1e-12, atol=1e-12)
+        network = blocks.export(theta, s)
+        torch.testing.assert_close(output[s], network(x[s]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(recorded[s], network.train()(x[s]), rtol=1e-12, atol=1e-12)
 
 
 @each_network
 def test_pull_back_is_autograd_s(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
-    output, record = blocks[0].record(theta.blocks[0], x)
+    output, record = blocks[0].record(theta.blocks[0], x, training=True)
     cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
     into = blocks.parameters(torch.full_like(theta.flat, torch.nan))
     by_x = blocks[0].pull_back(theta.blocks[0], record, cotangent, into.blocks[0])
     for s in range(len(SEEDS)):
-        network, leaf = blocks.export(theta, s), x[s].clone().requires_grad_()
-        (network(leaf) * cotangent[s]).sum().backward()
+        network, leaf = blocks.export(theta, s).train(), x[s].clone().requires_grad_()
+        (network(leaf.clone()) * cotangent[s]).sum().backward()
         torch.testing.assert_close(by_x[s], leaf.grad, rtol=1e-12, atol=1e-12)
         gradients = [p.grad.flatten() for p in network.parameters()]
         if gradients:
@@ -96,7 +104,7 @@ def test_pull_back_is_autograd_s(make, shape):
 def test_pull_back_gives_each_part_alone_and_may_be_repeated(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
-    output, record = blocks[0].record(theta.blocks[0], x)
+    output, record = blocks[0].record(theta.blocks[0], x, training=True)
     cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
     both, alone = (blocks.parameters(torch.full_like(theta.flat, torch.nan)) for _ in range(2))
     by_x = blocks[0].pull_back(theta.blocks[0], record, cotangent, both.blocks[0])
@@ -110,14 +118,54 @@ def test_forward_record_and_pull_back_leave_their_arguments_alone(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta, x_before = stack(blocks), x.clone()
     theta_before = theta.flat.clone()
-    blocks[0].forward(theta.blocks[0], x)
-    output, record = blocks[0].record(theta.blocks[0], x)
+    blocks[0].forward(theta.blocks[0], x, training=True)
+    output, record = blocks[0].record(theta.blocks[0], x, training=True)
     cotangent, output_before = torch.ones_like(output), output.clone()
     blocks[0].pull_back(theta.blocks[0], record, cotangent, blocks.parameters(theta.flat.clone()).blocks[0])
     assert torch.equal(x, x_before)
     assert torch.equal(theta.flat, theta_before)
     assert torch.equal(output, output_before)
     assert torch.equal(cotangent, torch.ones_like(output))
+
+
+def test_running_statistics_move_with_the_parameters_gradient_alone():
+    blocks, x = whole(NETWORKS["batch normalisation"][0]()), inputs(1, 4, 4)
+    theta = stack(blocks)
+    before, gradient = theta.buffers.clone(), blocks.parameters(torch.empty_like(theta.flat))
+    assert theta.buffers.shape == (3, 4) and gradient.buffers.shape == (3, 0)
+    blocks[0].forward(theta.blocks[0], x, training=True)
+    for training in (False, True):
+        output, record = blocks[0].record(theta.blocks[0], x, training)
+        blocks[0].pull_back(theta.blocks[0], record, output)
+        assert torch.equal(theta.buffers, before)
+        for _ in range(2):  # twice from the same record is once
+            blocks[0].pull_back(theta.blocks[0], record, output, gradient.blocks[0])
+    for s in range(len(SEEDS)):
+        network = blocks.export(theta, s)
+        network[1].reset_running_stats()
+        network.train()(x[s])
+        torch.testing.assert_close(theta.buffers[s], blocks.flatten(network, "buffers"), rtol=1e-12, atol=1e-12)
+
+
+def test_an_average_over_all_steps_is_refused_by_name():
+    network = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3), norm=nn.BatchNorm2d(2, momentum=None)))
+    with pytest.raises(ValueError, match=r"layer 'norm' \(BatchNorm2d\) averages over all steps; give it a momentum"):
+        whole(network)
+
+
+def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
+    blocks = split(nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(16, 3)), after="0")
+    theta, x = stack(blocks), inputs(1, 4, 4)
+    output, record = blocks[0].record(theta.blocks[0], x, training=True)
+    blocks[0].pull_back(
+        theta.blocks[0], record, output, blocks.parameters(theta.flat.clone()).blocks[0], to_input=False
+    )
+    torch.testing.assert_close(theta.buffers[:, 0], 0.1 * x.flatten(1).mean(1))
+
+
+def test_dropout_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"layer '0' \(Dropout\) draws anew in each evaluation"):
+        whole(nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("activation", [nn.ELU(inplace=True), nn.SiLU(inplace=True), nn.ReLU(inplace=True)])
@@ -129,16 +177,16 @@ def test_an_in_place_activation_never_overwrites_the_input(activation):
         return
     x = inputs(6)
     before, theta = x.clone(), stack(blocks)
-    blocks[0].forward(theta.blocks[0], x)
+    blocks[0].forward(theta.blocks[0], x, training=True)
     assert torch.equal(x, before)
-    blocks[0].record(theta.blocks[0], x)
+    blocks[0].record(theta.blocks[0], x, training=True)
     assert torch.equal(x, before)
 
 
 def test_the_derivative_of_relu_at_zero_is_zero():
     blocks = whole(nn.Sequential(nn.ReLU()))
     x = torch.zeros(1, 1, 3, dtype=torch.float64)
-    _, record = blocks[0].record([{}], x)
+    _, record = blocks[0].record([{}], x, training=True)
     assert torch.equal(blocks[0].pull_back([{}], record, torch.ones_like(x)), x)
 
 
@@ -235,12 +283,6 @@ def test_a_wrong_cut_is_refused_by_name(options, message):
 def test_only_a_sequential_can_be_cut():
     with pytest.raises(TypeError, match=r"only an nn\.Sequential of layers can be cut into blocks, got Linear"):
         split(nn.Linear(2, 2), per_layer=True)
-
-
-def test_buffers_are_refused_by_name():
-    network = nn.Sequential(OrderedDict(fc=nn.Linear(2, 2), norm=nn.BatchNorm1d(2)))
-    with pytest.raises(ValueError, match=r"layer 'norm' \(BatchNorm1d\) has buffers"):
-        split(network, n_blocks=1)
 
 
 # --- parameters

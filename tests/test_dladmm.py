@@ -38,7 +38,7 @@ def starting(problem: Problem, seed: int = 0, noise: float = 0.3) -> dict[str, l
     """Starting values of one replica that satisfy no constraint."""
     state = STRONG.init(problem, (seed,))
     random = torch.Generator().manual_seed(7)
-    layers = linear_layers(problem.blocks, state.theta, "dladmm")
+    layers = linear_layers(problem, state.theta, "dladmm")
 
     def near(value: Tensor) -> Tensor:
         return value + noise * torch.randn(value.shape, dtype=torch.float64, generator=random).to(value)
@@ -197,7 +197,7 @@ def reference(problem: Problem, start: dict[str, list[Tensor]], options: DLADMM)
 
 
 def variables(problem: Problem, state: DLADMMState) -> dict[str, list[np.ndarray]]:
-    layers = linear_layers(problem.blocks, state.theta, "dladmm")
+    layers = linear_layers(problem, state.theta, "dladmm")
     named = {"w": [v["weight"] for v in layers], "b": [v["bias"] for v in layers], "z": state.z, "a": state.a}
     return {name: [v[0].numpy() for v in values] for name, values in named.items()} | {"u": [state.u[0][0].numpy()]}
 
@@ -283,7 +283,7 @@ def test_iterates_are_those_of_the_literal_transcription(depth, loss):
 
 def objective(problem: Problem, state: DLADMMState, name: str, layer: int) -> Tensor:
     """Of the subproblem of a variable of layer l = 1..L, [S], from the definition."""
-    layers, last = linear_layers(problem.blocks, state.theta, "dladmm"), len(state.z)
+    layers, last = linear_layers(problem, state.theta, "dladmm"), len(state.z)
     rho = state.rho
 
     def phi(number: int) -> Tensor:
@@ -337,7 +337,7 @@ def test_the_error_of_the_state_is_the_constraint():
     state = STRONG.init(problem, SEEDS)
     for _ in range(30):
         STRONG.step(problem, state)
-    layers = linear_layers(problem.blocks, state.theta, "dladmm")
+    layers = linear_layers(problem, state.theta, "dladmm")
     for number, (views, z, error) in enumerate(zip(layers, state.z, state.error, strict=True)):
         before = problem.x if number == 0 else state.a[number - 1]
         expected = before @ views["weight"].mT + views["bias"][:, None] - z
@@ -451,7 +451,7 @@ def test_the_authors_start():
     state = DLADMM(deviation=0.1).init(problem, tuple(range(40)))
     assert state.theta.flat.std().item() == pytest.approx(0.1, rel=0.05) and abs(state.theta.flat.mean()) < 0.01
     x = problem.x.expand(40, -1, -1)
-    layers = linear_layers(problem.blocks, state.theta, "dladmm")
+    layers = linear_layers(problem, state.theta, "dladmm")
     torch.testing.assert_close(state.z[0], x @ layers[0]["weight"].mT + layers[0]["bias"][:, None])
     torch.testing.assert_close(state.a[0], state.z[0].relu())
     torch.testing.assert_close(state.z[1], state.a[0] @ layers[1]["weight"].mT + layers[1]["bias"][:, None])
@@ -491,7 +491,7 @@ def test_diagnostics():
     values = STRONG.diagnostics(problem, state)
     names = {"rho", *(f"residual_{n}" for n in (1, 2, 3)), *(f"theta_{n}" for n in (1, 2, 3)), "tau_1", "tau_2"}
     assert set(values) == names and all(v.shape == (3,) and v.isfinite().all() for v in values.values())
-    last = linear_layers(problem.blocks, state.theta, "dladmm")[-1]
+    last = linear_layers(problem, state.theta, "dladmm")[-1]
     residual = state.z[-1] - state.a[-1] @ last["weight"].mT - last["bias"][:, None]
     norms = [torch.linalg.vector_norm(v, dim=(1, 2)) for v in (residual, state.z[-1])]
     torch.testing.assert_close(values["residual_3"], norms[0] / norms[1])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from references import statistics_kept
 from torch import Tensor, nn
 
 from admm.losses import CrossEntropy, SquaredError
@@ -51,7 +52,7 @@ class Reference:
 
     def __init__(self, problem: Problem, options: Gotmare, seed: int) -> None:
         self.problem, self.options, self.seed, self.epoch = problem, options, seed, 0
-        self.network = problem.blocks.export(problem.initial([seed]))
+        self.network = problem.blocks.export(problem.initial([seed])).train()
         modules = dict(self.network.named_modules())
         self.blocks = [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
         self.rules = [torch_rule(options.update, list(block.parameters())) for block in self.blocks]
@@ -63,23 +64,28 @@ class Reference:
             return loss_sum(self.problem.loss, output, y)
         return self.options.rho / 2 * ((z[t] - output) ** 2).sum()
 
+    def update_z(self, z: list[Tensor], y: Tensor, progress: float) -> None:
+        options = self.options
+        for v in z[1:]:
+            v.requires_grad_()
+        rules = [torch_rule(options.z_update, [v]) for v in z[1:]]
+        for _ in range(options.z_rounds):
+            for t in range(len(self.blocks) - 1, 0, -1):
+                steps = options.z_step["blocks"][t - 1] if "blocks" in options.z_step else options.z_step
+                (z[t].grad,) = torch.autograd.grad(self.own_term(t, z, y) + self.own_term(t + 1, z, y), z[t])
+                rules[t - 1].param_groups[0]["lr"] = at(steps, progress)
+                rules[t - 1].step()
+
     def step(self) -> None:
-        options, problem, last = self.options, self.problem, len(self.blocks)
+        options, problem = self.options, self.problem
         batches = minibatches(len(problem.x), options.batch_size, [self.seed], self.epoch, problem.x.device)
         for number, batch in enumerate(batches):
             progress = (self.epoch + number / len(batches)) / options.iterations
             z, y = [problem.x[batch[0]]], problem.y[batch[0]]
-            for block in self.blocks[:-1]:
-                z.append(block(z[-1]).detach())
-            for v in z[1:]:
-                v.requires_grad_()
-            rules = [torch_rule(options.z_update, [v]) for v in z[1:]]
-            for _ in range(options.z_rounds):
-                for t in range(last - 1, 0, -1):
-                    steps = options.z_step["blocks"][t - 1] if "blocks" in options.z_step else options.z_step
-                    (z[t].grad,) = torch.autograd.grad(self.own_term(t, z, y) + self.own_term(t + 1, z, y), z[t])
-                    rules[t - 1].param_groups[0]["lr"] = at(steps, progress)
-                    rules[t - 1].step()
+            with statistics_kept(self.network):
+                for block in self.blocks[:-1]:
+                    z.append(block(z[-1]).detach())
+                self.update_z(z, y, progress)
             z = [v.detach() for v in z]
             for t, rule in enumerate(self.rules, start=1):
                 rule.param_groups[0]["lr"] = at(options.theta_step, progress)
@@ -98,7 +104,15 @@ def compare(problem: Problem, options: Gotmare, epochs: int) -> None:
             reference.step()
             expected = problem.blocks.flatten(reference.network)
             torch.testing.assert_close(state.theta.flat[s], expected, rtol=1e-8, atol=1e-9)
+            statistics = problem.blocks.flatten(reference.network, "buffers")
+            torch.testing.assert_close(state.theta.buffers[s], statistics, rtol=1e-8, atol=1e-9, check_dtype=False)
     assert (state.theta.flat != start).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("after", ["conv3_x", ["conv1", "conv3_x", "conv4_x"]], ids=str)
+def test_it_is_blockprop_for_a_resnet_running_statistics_included(resnet_problem, after):
+    options = replace(VARIANTS["adam"], batch_size=6, theta_step={"start": 0.002, "end": 0.0})
+    compare(resnet_problem(after=after), options, 2)
 
 
 def trained(options: Gotmare, problem: Problem, seeds: tuple[int, ...], steps: int) -> Any:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from admm.models import initialiser, mlp
+from admm.blocks import split
+from admm.models import initialiser, mlp, resnet18
 
 
 def filled(name: str, seed: int = 0, **options: float) -> nn.Sequential:
@@ -91,3 +92,39 @@ def test_an_unknown_initialisation_lists_the_names():
 def test_an_unknown_option_is_refused_by_name(name):
     with pytest.raises(ValueError, match=r"init: .*'stdd'"):
         initialiser(name, stdd=1.0)
+
+
+# --- ResNet-18
+
+
+def test_resnet18_is_torchvision_s_with_a_stem_for_small_images():
+    theirs = pytest.importorskip("torchvision").models.resnet18(num_classes=10)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    ours, x = resnet18((3, 16, 16), 10), torch.randn(4, 3, 16, 16)
+    for mine, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        mine.copy_(other)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_resnet18_has_the_published_number_of_parameters_and_named_stages():
+    network = resnet18((3, 32, 32), 10)
+    assert sum(p.numel() for p in network.parameters()) == 11_173_962
+    assert list(dict(network.named_children())) == [
+        "conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x", "pool", "flatten", "fc"
+    ]  # fmt: skip
+    blocks = split(network, after="conv3_x")
+    assert [names[-1] for names in blocks.names] == ["conv3_x.1", "fc"]
+
+
+def test_resnet18_takes_grey_images():
+    network, x = resnet18((8, 9), 5, width=4).eval(), torch.randn(2, 8, 9)
+    torch.testing.assert_close(network(x), network[1:](x.unsqueeze(1)))
+
+
+@pytest.mark.parametrize(
+    "shape, width, message", [((9,), 4, r"not samples of \[9\]"), ((8, 8), 0, r"model\.width: 0 is")]
+)
+def test_resnet18_refuses_other_samples_and_widths(shape, width, message):
+    with pytest.raises(ValueError, match=message):
+        resnet18(shape, 10, width)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from references import statistics_kept
 from torch import Tensor, nn
 
+from admm.blocks import Execution
 from admm.losses import CrossEntropy, Loss, SquaredError
 from admm.minibatches import minibatches
 from admm.optimizers import SGD, Adam, OnlineBlockADMM, Problem, ZUpdate
@@ -36,7 +38,7 @@ class Reference:
 
     def __init__(self, problem: Problem, options: OnlineBlockADMM, seed: int) -> None:
         self.problem, self.options, self.seed, self.epoch = problem, options, seed, 0
-        self.network = problem.blocks.export(problem.initial([seed]))
+        self.network = problem.blocks.export(problem.initial([seed])).train()
         modules = dict(self.network.named_modules())
         self.blocks = [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
         self.T, self.u = len(self.blocks), [0.0] * len(self.blocks)
@@ -89,10 +91,11 @@ class Reference:
         for number, batch in enumerate(batches):
             decay = (1 + math.cos(math.pi * (self.epoch + number / len(batches)) / options.iterations)) / 2
             z, y = [problem.x[batch[0]]], problem.y[batch[0]]
-            with torch.no_grad():
-                for block in self.blocks:
-                    z.append(block(z[-1]))
-            self.update_z(z, y, options.z_step["start"] * decay)
+            with statistics_kept(self.network):
+                with torch.no_grad():
+                    for block in self.blocks:
+                        z.append(block(z[-1]))
+                self.update_z(z, y, options.z_step["start"] * decay)
             self.rule.param_groups[0]["lr"] = options.theta_step["start"] * decay
             self.rule.zero_grad()
             z = [v.detach() for v in z]
@@ -102,7 +105,7 @@ class Reference:
                 if options.dual == "decay":
                     self.u[t - 1] *= options.dual_decay
                 if options.dual != "none":
-                    with torch.no_grad():
+                    with torch.no_grad(), statistics_kept(self.network):
                         self.u[t - 1] += norms(z[t] - self.blocks[t - 1](z[t - 1])).mean().item()
         self.epoch += 1
 
@@ -141,6 +144,8 @@ def run(problem: Problem, options: OnlineBlockADMM, epochs: int) -> None:
             reference.step()
             expected = problem.blocks.flatten(reference.network)
             torch.testing.assert_close(state.theta.flat[s], expected, **CLOSE)
+            statistics = problem.blocks.flatten(reference.network, "buffers")
+            torch.testing.assert_close(state.theta.buffers[s], statistics, **CLOSE, check_dtype=False)
             torch.testing.assert_close(state.u[:, s], torch.tensor(reference.u, dtype=torch.float64), **CLOSE)
     assert bool(state.u.any()) == (options.dual != "none")
 
@@ -164,6 +169,13 @@ def test_it_is_algorithm_2_however_the_network_is_cut(mlp_problem, variant, cut)
 @pytest.mark.parametrize("variant", ["no dual, prox", "no dual, adam", "paper", "decay"])
 def test_it_is_algorithm_2_for_images_between_blocks(conv_problem, variant):
     run(conv_problem(), VARIANTS[variant], 2)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("variant, after", [("no dual, adam", "conv3_x"), ("paper", ["conv1", "conv3_x", "conv4_x"])])
+def test_it_is_algorithm_2_for_a_resnet_running_statistics_included(resnet_problem, variant, after, recompute):
+    problem = resnet_problem(SquaredError(0.6), Execution(recompute=recompute), after=after)
+    run(problem, replace(VARIANTS[variant], batch_size=6, theta_step={"start": 0.002, "end": 0.0}), 2)
 
 
 @pytest.mark.parametrize("dual", ["paper", "reset", "decay"])

@@ -28,7 +28,6 @@ from admm.optimizers import (
 from admm.optimizers.protocol import restore, save, spectral_norms
 
 SEEDS = (5, 0, 11)
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 ADAM = {"update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
 MINIBATCH: dict[str, Any] = {
     **ADAM,
@@ -46,6 +45,7 @@ class Case:
     grid: dict[str, Any]  # one value a replica
     problem: str = "mlp_problem"
     loss: Any = SquaredError(0.5)  # noqa: RUF009
+    close: float = 1e-10  # what a few steps make of the rounding; more where there are many layers with normalisation
 
 
 STEPS = {"theta_step": (0.02, 0.005, 0.01)}
@@ -117,6 +117,30 @@ CASES = {
         "conv_problem",
         CrossEntropy(),
     ),
+    "adam, resnet": Case(
+        Backprop(8, Adam(), 0.01, 4), {"step_size": (0.05, 0.02, 0.1)}, "augmented_problem", CrossEntropy(), 1e-6
+    ),
+    "gotmare, resnet": Case(
+        Gotmare(8, z_step=0.5, **{**ADAM, "batch_size": 4}),
+        {**STEPS, "z_step": (0.5, 0.2, 1.0)},
+        "augmented_problem",
+        CrossEntropy(),
+        1e-6,
+    ),
+    "online, resnet": Case(
+        OnlineBlockADMM(8, z_step=0.5, z_update=ZUpdate("gradient", 1, "step"), **{**ADAM, "batch_size": 4}),
+        {**STEPS, "z_step": (0.5, 0.2, 1.0)},
+        "augmented_problem",
+        CrossEntropy(),
+        1e-6,
+    ),
+    "block-admm, resnet": Case(
+        BlockADMM(8, z_step=0.02, slice_size=5, **{**ADAM, "batch_size": 4}),
+        MORE,
+        "resnet_problem",
+        CrossEntropy(),
+        1e-6,
+    ),
     "standard admm": Case(
         StandardADMM(start_from="forward", slice_size=10),
         {"beta": (10.0, 3.0, 20.0), "gamma": (10.0, 20.0, 5.0), "weight_decay": (1e-3, 0.0, 1e-2)},
@@ -171,12 +195,13 @@ def replica(state: Any, s: int) -> list[Tensor]:
     return [t[s] for t in tensors(saved)] + [t[:, s] for t in by_block]
 
 
-def assert_replicas_equal(state: Any, s: int, other: Any, exactly: bool = False) -> None:
-    for a, b in zip(replica(state, s), replica(other, 0 if not exactly else s), strict=True):
-        if exactly:
+def assert_replicas_equal(state: Any, s: int, other: Any, close: float | None) -> None:
+    """That replica s of a state is the only one of another, to a tolerance, or without one replica s of it exactly."""
+    for a, b in zip(replica(state, s), replica(other, s if close is None else 0), strict=True):
+        if close is None:
             assert torch.equal(a, b)
         else:
-            torch.testing.assert_close(a, b, **CLOSE)
+            torch.testing.assert_close(a, b, rtol=close, atol=close)
 
 
 def step_key(optimizer: Any) -> str:
@@ -191,7 +216,7 @@ def mean_loss(problem: Problem, optimizer: Optimizer, state: Any) -> Tensor:
 def test_a_stack_is_its_replicas_alone(case, problem):
     together = trained(case.optimizer, problem, SEEDS, 3)
     for s, seed in enumerate(SEEDS):
-        assert_replicas_equal(together, s, trained(case.optimizer, problem, (seed,), 3))
+        assert_replicas_equal(together, s, trained(case.optimizer, problem, (seed,), 3), case.close)
 
 
 def test_a_grid_of_hyperparameters_is_separate_runs(case, problem):
@@ -204,7 +229,7 @@ def test_a_grid_of_hyperparameters_is_separate_runs(case, problem):
                 alone[name] = {"blocks": [v if isinstance(v, float) else v[s] for v in values["blocks"]]}
             else:
                 alone[name] = values[s]
-        assert_replicas_equal(together, s, trained(replace(case.optimizer, **alone), problem, seeds[:1], 3))
+        assert_replicas_equal(together, s, trained(replace(case.optimizer, **alone), problem, seeds[:1], 3), case.close)
     assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
 
 
@@ -214,7 +239,7 @@ def test_a_grid_of_schedules_is_separate_runs(case, problem):
     together = trained(replace(case.optimizer, **{key: {"start": 0.02, "end": ends}}), problem, SEEDS, 3)
     for s, end in enumerate(ends):
         alone = replace(case.optimizer, **{key: {"start": 0.02, "end": end}})
-        assert_replicas_equal(together, s, trained(alone, problem, SEEDS[s : s + 1], 3))
+        assert_replicas_equal(together, s, trained(alone, problem, SEEDS[s : s + 1], 3), case.close)
 
 
 def test_resuming_from_a_checkpoint_is_bit_identical(case, problem):
@@ -228,9 +253,11 @@ def test_resuming_from_a_checkpoint_is_bit_identical(case, problem):
         case.optimizer.step(problem, resumed)
     assert resumed.iteration == through.iteration == 4 and resumed.seeds == SEEDS
     for s in range(len(SEEDS)):
-        assert_replicas_equal(resumed, s, through, exactly=True)
-    flat = [v.flatten(1) for block in resumed.theta.blocks for layer in block for v in layer.values()]
-    assert torch.equal(torch.cat(flat, 1), through.theta.flat)  # the views still share the flat tensor
+        assert_replicas_equal(resumed, s, through, None)
+    of_flat = problem.blocks.parameters(resumed.theta.flat, resumed.theta.buffers).blocks
+    for block, layers in zip(resumed.theta.blocks, of_flat, strict=True):
+        places = [{name: view.data_ptr() for name, view in layer.items()} for layer in block]
+        assert places == [{name: view.data_ptr() for name, view in layer.items()} for layer in layers]  # still shared
 
 
 @pytest.mark.parametrize("diverged, value", [(0, torch.nan), (1, torch.inf), (2, torch.nan)])
@@ -244,7 +271,7 @@ def test_a_diverged_replica_leaves_the_others_bit_identical(case, problem, diver
         case.optimizer.step(problem, other)
     assert not other.theta.flat[diverged].isfinite().any()
     for s in set(range(3)) - {diverged}:
-        assert_replicas_equal(other, s, healthy, exactly=True)
+        assert_replicas_equal(other, s, healthy, None)
     values, expected = (case.optimizer.diagnostics(problem, state) for state in (other, healthy))
     for name in values:
         for s in set(range(3)) - {diverged}:

@@ -148,6 +148,10 @@ def test_wandb_gets_one_offline_run_a_seed(tmp_path: Path) -> None:
         ("seeds=[1,1]", r"error: seeds: \[1, 1\] holds a seed twice"),
         ("device=abacus", r"error: device: 'abacus' cannot be used here"),
         ("dtype=int8", r"error: dtype: 'int8' is not one of float32, float64"),
+        ("precision=fp16", r"error: precision: 'fp16' is not one of fp32, tf32, bf16"),
+        ("precision=tf32", r"error: precision: tf32 is for GPUs; this is cpu"),
+        ("precision=bf16", r"error: precision: bf16 is for other layers than linear, ReLU and flatten"),
+        ("compile=true", r"error: compile: True is for other layers than linear, ReLU and flatten"),
         ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
         ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not between"),
         ("optimizer.update.momentum=1", r"error: optimizer.update.momentum: 1 is not a number from 0 up and below 1.0"),
@@ -246,6 +250,12 @@ def test_identity_is_of_what_determines_the_numbers() -> None:
     assert identity(config, "data") != identity(other, "data")
     assert identity(config, "data") != identity(config, "other data")
     assert identity(config, "data") == identity(config | {"new": None, "dataset": {"name": "a", "first": None}}, "data")
+    assert identity(config, "data") == identity(config | {"precision": "fp32", "compile": True}, "data")
+    assert identity(config, "data") != identity(config | {"precision": "bf16"}, "data")
+    optimizer = {"optimizer": {"beta": 1.0}}
+    kept = {place: {"optimizer": {"beta": 1.0, "variables": place}} for place in ("device", "disk")}
+    assert identity(config | optimizer, "data") == identity(config | kept["device"], "data")
+    assert identity(config | optimizer, "data") != identity(config | kept["disk"], "data")
     assert config["dataset"] == {"name": "a", "root": "x"} and "root" not in determining(config)["dataset"]
 
 

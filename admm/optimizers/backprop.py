@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, minibatches, rows
+from admm.minibatches import check_batch_size
 from admm.optimizers.protocol import Problem, spectral_norms
 from admm.optimizers.rules import Rule
 from admm.schedules import Value, schedule
@@ -45,19 +46,19 @@ class Backprop:
         blocks, theta = problem.blocks, state.theta
         step_size = schedule("step_size", self.step_size, len(state.seeds))
         gradient = blocks.parameters(torch.empty_like(theta.flat))
-        device, parts = problem.x.device, self.epoch_parts
-        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, device, parts)
-        for number, batch in enumerate(batches):
-            z, records = rows(problem.x, batch), []
+        for part, z, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
+            evaluations: list[tuple[Tensor, Any]] = []
             for block, views in zip(blocks, theta.blocks, strict=True):
-                z, record = block.record(views, z)
-                records.append(record)
-            cotangent = problem.loss.gradient(z, rows(problem.y, batch)).div_(batch.shape[1])
+                evaluations.append(block.record(views, z, training=True))
+                z = evaluations[-1][0]
+            cotangent = problem.loss.gradient(z, y).div_(y.shape[1])
             for t in reversed(range(len(blocks))):
-                pulled = blocks[t].pull_back(theta.blocks[t], records[t], cotangent, gradient.blocks[t], t > 0)
+                _, record = evaluations.pop()
+                pulled = blocks[t].pull_back(theta.blocks[t], record, cotangent, gradient.blocks[t], t > 0)
+                del record  # and the activations with it
                 if pulled is not None:
                     cotangent = pulled
-            progress = (state.iteration + number / len(batches)) / self.iterations
+            progress = (state.iteration + part) / self.iterations
             self.update.apply(theta.flat, gradient.flat, state.moments, step_size(progress))
         state.iteration += 1
         return state

@@ -71,7 +71,7 @@ class BCD:
         replicas = len(seeds)
         _, rho, alpha = self._penalties(problem, replicas)
         theta = problem.initial(seeds)
-        layers = linear_layers(problem.blocks, theta, "bcd")
+        layers = linear_layers(problem, theta, "bcd")
         put("weight", [layer["weight"] for layer in layers], start)
         put("bias", [layer["bias"] for layer in layers], start)
         widths = [layer["weight"].shape[1] for layer in layers]
@@ -92,7 +92,7 @@ class BCD:
         V_{l−1}. That is 2 for l = 1 and 4.5 for the others. b_l needs none. Each passes over the samples once, in
         slices, so that nothing but the state has N rows.
         """
-        layers = linear_layers(problem.blocks, state.theta, "bcd")
+        layers = linear_layers(problem, state.theta, "bcd")
         for number in range(len(layers), 0, -1):
             self._update_layer(problem, state, layers, number)
         state.iteration += 1
@@ -104,7 +104,7 @@ class BCD:
     def diagnostics(self, problem: Problem, state: BCDState) -> dict[str, Tensor]:
         """`objective`, `residual_l` and `activation_residual_l` (see `relative_residuals`) by layer, and `sigma_t`."""
         gamma, rho, _ = (p.flatten() for p in self._penalties(problem, len(state.seeds)))
-        layers = linear_layers(problem.blocks, state.theta, "bcd")
+        layers = linear_layers(problem, state.theta, "bcd")
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         affine, activation = square_residuals(x, layers, state.u, state.v, _SLICE)
         loss = problem.loss.value(state.v[-1], problem.y).sum(1, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,7 @@ from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, schedule
+from admm.variables import PLACES, Place, allocate
 
 
 @dataclass
@@ -72,6 +73,9 @@ class BlockADMM:
     and then Θ by mini-batches (`theta_passes` over the samples), and at the end the duals of all samples.
     `sweep="minibatch"` visits mini-batches in Gauss-Seidel order, each with its Z, Θ and U before the next one.
 
+    Batch normalisation takes the statistics of the samples that are evaluated together: of a mini-batch, and in Z's and
+    U's batch sweeps of `slice_size` samples.
+
     J enters as the sum over samples; the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². The step sizes,
     `dual_step` and `refresh` may have schedules, and one value a replica; `z_step` and `beta` one a block.
     """
@@ -94,10 +98,12 @@ class BlockADMM:
     curvature_every: int = 1  # visits of a mini-batch between two evaluations of the curvature
     penalty: AdaptivePenalty | None = None
     slice_size: int = 2000  # samples that a batch sweep holds in the processor's cache at a time
+    variables: Place = "device"  # where Z, U and the moments of Z are: device, host or disk
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
         """Z by a forward pass, U uniform, Θ by the problem's initialisation (Algorithm 1, §4.1)."""
         self._check(problem)
+        problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
         self.z_update.check(problem.blocks, theta)
         named, _ = self._schedules(len(problem.blocks), len(seeds))
@@ -105,18 +111,26 @@ class BlockADMM:
             raise ValueError(f"optimizer.refresh: {self.refresh} is more than the whole way to the forward pass, 1")
         z: list[Tensor] = []
         for part in slices(len(problem.x), self.slice_size):
-            chain = Chain(problem.blocks, theta, problem.x[part].expand(len(seeds), *problem.x[part].shape))
-            z = z or [o.new_empty(len(seeds), len(problem.x), *o.shape[2:]) for o in chain.z]
-            for whole, values in zip(z, chain.z, strict=True):
+            ahead, outputs = problem.x[part].expand(len(seeds), *problem.x[part].shape), []
+            for block, views in zip(problem.blocks, theta.blocks, strict=True):
+                ahead = block.forward(views, ahead, training=True)
+                outputs.append(ahead)
+            if not z:
+                shapes = [(len(seeds), len(problem.x), *o.shape[2:]) for o in outputs]
+                of_each = 2 + self.z_update.moments_of_each
+                wholes = allocate(self.variables, of_each * shapes, like=problem.x)
+                z, u, *moments = (wholes[k * len(shapes) : (k + 1) * len(shapes)] for k in range(of_each))
+            for whole, values in zip(z, outputs, strict=True):
                 whole[:, part] = values
+        self._draw_duals(u, seeds)
         return BlockADMMState(
             seeds=tuple(seeds),
             iteration=0,
             theta=theta,
             moments=self.update.init(theta.flat),
             z=z,
-            u=[self._initial_dual(v, seeds, t) for t, v in enumerate(z, start=1)],
-            z_moments=self.z_update.moments(z),
+            u=u,
+            z_moments=[list(of_block) for of_block in zip(*moments, strict=True)] or [[] for _ in z],
             beta=penalties(self.beta, len(z), len(seeds), like=problem.x),
             power_vectors=self.z_update.power_vectors(problem.blocks, theta),
         )
@@ -147,15 +161,18 @@ class BlockADMM:
         J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which gradients by Z count as the root of the mean square over
         samples, and by Θ as the mean over samples."""
         blocks, theta, samples = len(state.z), state.theta, len(problem.x)
+        statistics = theta.buffers.clone()
         gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
-        square = torch.zeros_like(state.beta)
+        square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part in slices(len(problem.x), self.slice_size):
             x = problem.x[part].expand(len(state.seeds), *problem.x[part].shape)
-            chain = Chain(problem.blocks, theta, x, [z[:, part] for z in state.z])
-            multiplier = [broadcast(b, u) * u[:, part] for b, u in zip(state.beta, state.u, strict=True)]
+            z, u = ([v[:, part].to(x.device) for v in variables] for variables in (state.z, state.u))
+            chain = Chain(problem.blocks, theta, x, z)
+            multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, blocks + 1):
-                square[t - 1] += chain.residual(t).square().flatten(1).sum(1)
+                for total, v in ((square, chain.residual(t)), (norm, z[t - 1]), (dual_norm, u[t - 1])):
+                    total[t - 1] += v.square().flatten(1).sum(1)
                 chain.pull_back(t, multiplier[t - 1], into=gradient)
                 by_z = multiplier[t - 1].clone()
                 if t < blocks:
@@ -165,13 +182,14 @@ class BlockADMM:
                     by_z += problem.loss.gradient(chain.z[-1], problem.y[part])
                 z_square += by_z.square().flatten(1).sum(1)
             theta_gradient += gradient.flat
+        theta.buffers.copy_(statistics)
         values = {
             "kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
         }
-        for t, (z, u) in enumerate(zip(state.z, state.u, strict=True), start=1):
-            values[f"residual_{t}"] = (square[t - 1] / z.square().flatten(1).sum(1)).sqrt()
-            values[f"dual_rms_{t}"] = u.square().flatten(1).mean(1).sqrt()
+        for t, of_block in enumerate(state.u, start=1):
+            values[f"residual_{t}"] = (square[t - 1] / norm[t - 1]).sqrt()
+            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / of_block[0].numel()).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
         if self.penalty is not None:
             values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
@@ -186,6 +204,7 @@ class BlockADMM:
 
     def _check(self, problem: Problem) -> None:
         one_of("sweep", self.sweep, ("batch", "minibatch"))
+        one_of("variables", self.variables, PLACES)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
@@ -200,13 +219,13 @@ class BlockADMM:
         if self.primal_growth is not None and self.epoch_parts is not None:
             raise ValueError(f"optimizer.primal_growth: {self.primal_growth} goes by epochs; epoch_parts must be null")
 
-    def _initial_dual(self, z: Tensor, seeds: Sequence[int], t: int) -> Tensor:
-        u = torch.zeros_like(z)
-        if self.dual_init:
-            for replica, seed in zip(u, seeds, strict=True):
-                draw = torch.empty(replica.shape, dtype=u.dtype)
+    def _draw_duals(self, u: Sequence[Tensor], seeds: Sequence[int]) -> None:
+        if not self.dual_init:
+            return
+        for t, of_block in enumerate(u, start=1):
+            for replica, seed in zip(of_block, seeds, strict=True):
+                draw = torch.empty(replica.shape, dtype=replica.dtype)
                 replica.copy_(draw.uniform_(0.0, self.dual_init, generator=generator(seed, "dual", t)))
-        return u
 
 
 @dataclass
@@ -242,12 +261,7 @@ class _Sweep:
             self._begin(primal / self.rounds)
             self._evaluate_curvature()
             for part in parts:
-                visit = self._view(part)
-                if primal == 0:
-                    self._refresh(visit)
-                self._update_z(visit, primal)
-                for z, new in zip(self.state.z, visit.chain.z, strict=True):
-                    z[:, part] = new
+                self._update_z_of(part, primal)
             first = (self.rounds_before + primal) * passes
             batches = [
                 batch
@@ -256,7 +270,20 @@ class _Sweep:
             ]
             for batch in batches[: math.ceil(options.theta_passes / passes * len(batches))]:
                 self._update_theta(self._gather(batch))
-        return self._norm([self._update_dual(self._view(part)) for part in parts], samples)
+        return self._norm([self._update_dual_of(part) for part in parts], samples)
+
+    def _update_z_of(self, part: slice, primal: int) -> None:
+        visit = self._view(part)
+        if primal == 0:
+            self._refresh(visit)
+        self._update_z(visit, primal)
+        self._put_back(part, self._pairs(visit))
+
+    def _update_dual_of(self, part: slice) -> Tensor:
+        visit = self._view(part, moments=False)
+        square = self._update_dual(visit)
+        self._put_back(part, zip(self.state.u, visit.u, strict=True))
+        return square
 
     def minibatches(self) -> Tensor:
         """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one. Returns ‖h‖ [S]."""
@@ -268,14 +295,18 @@ class _Sweep:
             self._begin(number / len(batches))
             if number % options.curvature_every == 0:
                 self._evaluate_curvature()
-            visit = self._gather(batch)
-            self._refresh(visit)
-            for primal in range(self.rounds):
-                self._update_z(visit, primal)
-                self._update_theta(visit)
-            squares.append(self._update_dual(visit))
-            self._scatter(batch, visit)
+            squares.append(self._update_minibatch(batch))
         return self._norm(squares, sum(batch.shape[1] for batch in batches))
+
+    def _update_minibatch(self, batch: Tensor) -> Tensor:
+        visit = self._gather(batch)
+        self._refresh(visit)
+        for primal in range(self.rounds):
+            self._update_z(visit, primal)
+            self._update_theta(visit)
+        square = self._update_dual(visit)
+        self._scatter(batch, visit)
+        return square
 
     def _begin(self, part: float) -> None:
         progress = (self.state.iteration + part) / self.options.iterations
@@ -289,31 +320,41 @@ class _Sweep:
             self.problem.blocks, self.theta, [b.view(-1, 1, 1) for b in self.state.beta], self.state.power_vectors
         )
 
-    def _view(self, part: slice) -> _Visit:
-        """Consecutive samples; all replicas see the same inputs."""
+    def _view(self, part: slice, moments: bool = True) -> _Visit:
+        """Consecutive samples, with or without the moments of Z; all replicas see the same inputs."""
         state, x = self.state, self.problem.x[part]
-        z = [z[:, part] for z in state.z]
+        seen = [state.z, state.u, *(state.z_moments if moments else [])]
+        z, u, *z_moments = ([v[:, part].to(x.device) for v in variables] for variables in seen)
         chain = Chain(self.problem.blocks, self.theta, x.expand(len(state.seeds), *x.shape), z)
-        moments = [[m[:, part] for m in pair] for pair in state.z_moments]
-        return _Visit(chain, self.problem.y[part], [u[:, part] for u in state.u], moments)
+        return _Visit(chain, self.problem.y[part], u, z_moments)
+
+    @staticmethod
+    def _put_back(part: slice, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Variables of a view, those excepted that have been changed where they are."""
+        for whole, values in pairs:
+            if whole[:, part].data_ptr() != values.data_ptr():
+                whole[:, part] = values
 
     def _gather(self, batch: Tensor) -> _Visit:
         """Copies of the samples [S, B] of a mini-batch."""
         state = self.state
-        index = _flat_index(batch, len(self.problem.x))
-        z, u = ([_rows_of(v, index, batch) for v in variables] for variables in (state.z, state.u))
-        moves_z = self.options.sweep == "minibatch"
-        moments = [[_rows_of(m, index, batch) for m in pair] for pair in state.z_moments] if moves_z else []
+        index = _flat_index(batch, len(self.problem.x)).to(state.u[0].device)
+        gathered = [state.z, state.u, *(state.z_moments if self.options.sweep == "minibatch" else [])]
+        z, u, *moments = ([_rows_of(v, index, batch) for v in variables] for variables in gathered)
         chain = Chain(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
         return _Visit(chain, rows(self.problem.y, batch), u, moments)
 
     def _scatter(self, batch: Tensor, visit: _Visit) -> None:
-        state = self.state
-        index = _flat_index(batch, len(self.problem.x))
-        wholes = [*state.z, *state.u, *(m for pair in state.z_moments for m in pair)]
-        parts = [*visit.chain.z, *visit.u, *(m for pair in visit.z_moments for m in pair)]
-        for whole, part in zip(wholes, parts, strict=True):
-            whole.flatten(0, 1).index_copy_(0, index, part.flatten(0, 1))
+        place = self.state.u[0].device
+        index = _flat_index(batch, len(self.problem.x)).to(place)
+        for whole, values in [*self._pairs(visit), *zip(self.state.u, visit.u, strict=True)]:
+            whole.flatten(0, 1).index_copy_(0, index, values.flatten(0, 1).to(place))
+
+    def _pairs(self, visit: _Visit) -> Iterator[tuple[Tensor, Tensor]]:
+        """Z of all samples and of the visited ones, and its moments."""
+        yield from zip(self.state.z, visit.chain.z, strict=True)
+        for whole, visited in zip(self.state.z_moments, visit.z_moments, strict=True):
+            yield from zip(whole, visited, strict=True)
 
     def _refresh(self, visit: _Visit) -> None:
         """Z_t moves the part `refresh` of the way to the forward pass."""
@@ -323,7 +364,7 @@ class _Sweep:
         ahead = chain.output(1)
         for t in range(1, self.blocks + 1):
             if t > 1:
-                ahead = self.problem.blocks[t - 1].forward(self.theta.blocks[t - 1], ahead)
+                ahead = self.problem.blocks[t - 1].forward(self.theta.blocks[t - 1], ahead, training=True)
             pull = torch.as_tensor(broadcast(self.pull, ahead), dtype=ahead.dtype, device=ahead.device)
             chain.move(t, torch.lerp(chain.z[t - 1], ahead, pull))
 
@@ -358,7 +399,7 @@ class _Sweep:
         """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Alg. 1, line 12). Returns Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
         square = torch.zeros_like(self.state.beta[0])
         for t in range(1, self.blocks + 1):
-            residual = visit.chain.residual(t)
+            residual = visit.chain.residual(t, pulled=False)
             if self.options.penalty is not None:
                 square += residual.square().flatten(1).sum(1)
             visit.u[t - 1].add_(residual.mul_(broadcast(self.dual_step, residual)))
@@ -376,5 +417,6 @@ def _flat_index(batch: Tensor, samples: int) -> Tensor:
 
 
 def _rows_of(variables: Tensor, index: Tensor, batch: Tensor) -> Tensor:
-    """The samples of a mini-batch [S, B] of variables [S, N, ...]: [S, B, ...]."""
-    return variables.flatten(0, 1).index_select(0, index).view(*batch.shape, *variables.shape[2:])
+    """A mini-batch's samples, by `_flat_index`, of variables [S, N, ...]: [S, B, ...] on the device of `batch`."""
+    found = variables.flatten(0, 1).index_select(0, index)
+    return found.view(*batch.shape, *variables.shape[2:]).to(batch.device)

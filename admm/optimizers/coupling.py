@@ -32,27 +32,37 @@ class Chain:
     def __init__(self, blocks: Blocks, theta: Parameters, x: Tensor, z: list[Tensor] | None = None) -> None:
         """x: inputs [S, n, ...]. z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None."""
         self.blocks, self.theta, self.x = blocks, theta, x
-        self._evaluations: list[tuple[Tensor, Any] | None] = [None] * len(blocks)
+        self._evaluations: list[tuple[Tensor, Any] | None] = [None] * len(blocks)  # a record may be None
         self.z: list[Tensor] = [] if z is None else z
         if z is None:
             for t in range(1, len(blocks) + 1):
-                self.z.append(self.output(t))
+                self.z.append(self.output(t, pulled=t == len(blocks)))
 
-    def output(self, t: int) -> Tensor:
-        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to."""
-        return self._evaluate(t)[0]
+    def output(self, t: int, pulled: bool = True) -> Tensor:
+        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `pulled` says that `pull_back` follows, to which block 1
+        is for Θ's gradient alone: where that is recomputed, what it needs is not kept."""
+        if (evaluation := self._evaluations[t - 1]) is None:
+            evaluation = self._evaluate(t, record=(pulled and t > 1) or not self._recomputes(t))
+        return evaluation[0]
 
-    def residual(self, t: int) -> Tensor:
-        """Z_t − block_t(Z_{t−1}), [S, n, d_t]."""
-        return self.z[t - 1] - self.output(t)
+    def residual(self, t: int, pulled: bool = True) -> Tensor:
+        """Z_t − block_t(Z_{t−1}), [S, n, d_t]; `pulled` as in `output`."""
+        return self.z[t - 1] - self.output(t, pulled)
 
     def pull_back(self, t: int, cotangent: Tensor, into: Parameters | None = None) -> Tensor | None:
-        """∂block_tᵀ · cotangent: by Z_{t−1}, returned, or, with `into`, by Θ_t, written there."""
-        record = self._evaluate(t)[1]
-        gradients = None if into is None else into.blocks[t - 1]
+        """∂block_tᵀ · cotangent: by Z_{t−1}, returned, or, with `into`, by Θ_t, written there; this moves running
+        statistics in `theta`."""
+        output, record = self._evaluations[t - 1] or (None, None)
+        if record is None:
+            output, record = self._evaluate(t)
+        assert output is not None
         block, views = self.blocks[t - 1], self.theta.blocks[t - 1]
-        pulled: Tensor | None = block.pull_back(views, record, cotangent, gradients, into is None)
-        return pulled
+        if into is None:
+            return block.pull_back(views, record, cotangent)  # type: ignore[no-any-return]
+        block.pull_back(views, record, cotangent, into.blocks[t - 1], to_input=False)
+        if self._recomputes(t):
+            self._evaluations[t - 1] = output, None
+        return None
 
     def move(self, t: int, z: Tensor) -> None:
         """Replace Z_t, which makes block_{t+1}'s value stale."""
@@ -64,12 +74,13 @@ class Chain:
         """Forget every value: Θ has been updated."""
         self._evaluations = [None] * len(self.blocks)
 
-    def _evaluate(self, t: int) -> tuple[Tensor, Any]:
-        evaluation = self._evaluations[t - 1]
-        if evaluation is None:
-            before = self.x if t == 1 else self.z[t - 2]
-            evaluation = self.blocks[t - 1].record(self.theta.blocks[t - 1], before)
-            self._evaluations[t - 1] = evaluation
+    def _recomputes(self, t: int) -> bool:
+        return self.blocks.execution.recompute and bool(self.blocks[t - 1].is_autograd)
+
+    def _evaluate(self, t: int, record: bool = True) -> tuple[Tensor, Any]:
+        block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.x if t == 1 else self.z[t - 2]
+        evaluation = block.record(views, before, True) if record else (block.forward(views, before, True), None)
+        self._evaluations[t - 1] = evaluation
         return evaluation
 
 
@@ -110,7 +121,7 @@ class ZUpdate:
                 if t > 1 and block.linear_weight(views) is None:
                     raise ValueError(
                         f"optimizer.z_update.name: {self.name!r} needs blocks of one linear layer, with or without a "
-                        f"ReLU; block {t} is {[layer.name for layer in block.layers]}; use gradient or adam, or split "
+                        f"ReLU; block {t} is {list(blocks.names[t - 1])}; use gradient or adam, or split "
                         "per_layer"
                     )
 
@@ -144,9 +155,14 @@ class ZUpdate:
                 inverses.append(1.0 / (beta[t - 1] + 1.1 * beta[t] * square))
         return inverses
 
+    @property
+    def moments_of_each(self) -> int:
+        """How many moments go with a coupling variable."""
+        return 2 if self.name == "adam" else 0
+
     def moments(self, z: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Adam's zero moments for coupling variables; none for the other updates."""
-        return [[torch.zeros_like(v), torch.zeros_like(v)] for v in z] if self.name == "adam" else []
+        """Zero moments for coupling variables."""
+        return [[torch.zeros_like(v) for _ in range(self.moments_of_each)] for v in z]
 
     def apply(
         self,
@@ -169,7 +185,7 @@ class ZUpdate:
 
         def move(t: int, gradient: Tensor) -> None:
             curvature = inverse_curvature[t - 1] if t <= len(inverse_curvature) else None
-            direction = self._direction(gradient, curvature, moments[t - 1] if moments else [], count)
+            direction = self._direction(gradient, curvature, moments[t - 1], count)
             chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(steps[t - 1], direction)))
 
         for _ in range(self.steps):

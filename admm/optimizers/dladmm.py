@@ -107,7 +107,7 @@ class DLADMM:
         known(start, ("weight", "bias", "z", "a", "u"))
         self._check(problem.loss, len(seeds))
         theta = problem.initial(seeds)
-        layers = linear_layers(problem.blocks, theta, "dladmm")
+        layers = linear_layers(problem, theta, "dladmm")
         deviation = replica_values("deviation", self.deviation, len(seeds))
         for name in ("weight", "bias"):
             draw(name, [layer[name] for layer in layers], seeds, deviation, "normal")
@@ -175,7 +175,7 @@ class DLADMM:
         """`residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖, the last constraint's is the one with a dual; `theta_l` and
         `tau_l`, accepted in the last forward sweep; `rho`."""
         values = {"rho": state.rho.clone()}
-        layers = linear_layers(problem.blocks, state.theta, "dladmm")
+        layers = linear_layers(problem, state.theta, "dladmm")
         for number, (z, error) in enumerate(zip(state.z, state.error, strict=True), start=1):
             if number == len(state.z):  # its error contains the dual
                 before = state.a[-1] if state.a else problem.x.flatten(1).expand(len(z), -1, -1)
@@ -233,7 +233,7 @@ class _Sweep:
 
     def __init__(self, options: DLADMM, problem: Problem, state: DLADMMState) -> None:
         self.options, self.problem, self.state = options, problem, state
-        self.layers = linear_layers(problem.blocks, state.theta, "dladmm")
+        self.layers = linear_layers(problem, state.theta, "dladmm")
         self.x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)  # not copied
         self.rho = _column(state.rho)
         self._buffers: dict[str, Tensor] = {}

@@ -14,21 +14,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import Blocks, Parameters, Views, leaves
+from admm.blocks import Parameters, Views, leaves
 from admm.losses import Loss
 from admm.minibatches import generator, slices
+from admm.optimizers.protocol import Problem
 
 Start = Mapping[str, Sequence[Tensor]]  # starting values by the name of a state's variable
 
 
-def linear_layers(blocks: Blocks, theta: Parameters, algorithm: str, biases: bool = True) -> list[Views]:
+def linear_layers(problem: Problem, theta: Parameters, algorithm: str, biases: bool = True) -> list[Views]:
     """`weight` and `bias` of layers 1..L, as views into theta.
 
     Raises ValueError unless the network is `Linear, ReLU, Linear, …, Linear`, after a `Flatten` or not, and if `biases`
-    are needed, all of its layers have one.
+    are needed, all of its layers have one; and for an augmentation.
     """
-    modules = dict(blocks.network.named_modules(remove_duplicate=False))
-    kinds = [type(modules[name]) for name in leaves(blocks.network)]
+    problem.refuse_augmentation(algorithm)
+    network = problem.blocks.network
+    modules = dict(network.named_modules(remove_duplicate=False))
+    kinds = [type(modules[name]) for name in leaves(network)]
     body = kinds[1:] if kinds[0] is nn.Flatten else kinds
     if len(body) % 2 == 0 or body != [nn.Linear, nn.ReLU] * (len(body) // 2) + [nn.Linear]:
         raise ValueError(

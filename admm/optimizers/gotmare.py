@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, minibatches, rows
+from admm.losses import Loss
+from admm.minibatches import check_batch_size
 from admm.optimizers.coupling import Chain
 from admm.optimizers.fully_connected import Start, known, put
 from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
@@ -68,15 +69,15 @@ class Gotmare:
         blocks, replicas = problem.blocks, len(state.seeds)
         theta_step, z_steps = self._schedules(len(blocks), replicas)
         gradient = blocks.parameters(torch.empty_like(state.theta.flat))
-        device, parts = problem.x.device, self.epoch_parts
-        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, device, parts)
-        for number, batch in enumerate(batches):
-            progress = (state.iteration + number / len(batches)) / self.iterations
-            terms = _Terms(problem, state, batch, self._penalty(problem.x, replicas))
+        rho = self._penalty(problem.x, replicas)
+        for part, x, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
+            progress = (state.iteration + part) / self.iterations
+            terms = _Terms(problem.loss, Chain(blocks, state.theta, x), y, rho)  # z by a forward pass
             self._update_z(terms, [at(progress) for at in z_steps])
-            for t in range(1, len(blocks) + 1):
-                terms.chain.pull_back(t, terms.by_output(t).div_(batch.shape[1]), into=gradient)
+            for t in range(len(blocks), 0, -1):  # block T's activations are still there
+                terms.chain.pull_back(t, terms.by_output(t).div_(x.shape[1]), into=gradient)
             self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
+            del terms  # and the activations with them
         state.iteration += 1
         return state
 
@@ -110,12 +111,14 @@ class Gotmare:
         return positive("rho", self.rho, replicas).to(like)
 
 
+@dataclass
 class _Terms:
     """The terms of a mini-batch: ρ/2 ‖z_t − block_t(z_{t−1})‖² of block t < T, and J of the last block."""
 
-    def __init__(self, problem: Problem, state: GotmareState, batch: Tensor, rho: Tensor) -> None:
-        self.chain = Chain(problem.blocks, state.theta, rows(problem.x, batch))  # z by a forward pass
-        self.loss, self.y, self.rho = problem.loss, rows(problem.y, batch), rho
+    loss: Loss
+    chain: Chain
+    y: Tensor
+    rho: Tensor
 
     def by_output(self, t: int) -> Tensor:
         """Derivative of block t's own term by block_t(z_{t−1}), in a new tensor; by z_t it is the negative."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, minibatches, rows
+from admm.minibatches import check_batch_size
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
@@ -84,19 +84,18 @@ class OnlineBlockADMM:
         inverse_curvature: list[Tensor] = []
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
-        device, parts = problem.x.device, self.epoch_parts
-        batches = minibatches(len(problem.x), self.batch_size, state.seeds, state.iteration, device, parts)
-        for number, batch in enumerate(batches):
-            progress = (state.iteration + number / len(batches)) / self.iterations
+        batches = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        for number, (part, x, y) in enumerate(batches):
+            progress = (state.iteration + part) / self.iterations
             if number % self.curvature_every == 0:
                 inverse_curvature = self.z_update.inverse_curvature(blocks, state.theta, beta, state.power_vectors)
-            chain = Chain(blocks, state.theta, rows(problem.x, batch))
+            chain = Chain(blocks, state.theta, x)
             force = partial(self._force, state, chain, beta)
             self.z_update.apply(
                 chain,
                 force,
                 problem.loss,
-                rows(problem.y, batch),
+                y,
                 0.0,
                 beta,
                 [at(progress) for at in z_steps],
@@ -104,11 +103,12 @@ class OnlineBlockADMM:
                 self.z_update.moments(chain.z),
                 0,
             )
-            for t in range(1, len(blocks) + 1):
-                chain.pull_back(t, force(t).mul_(-1.0 / batch.shape[1]), into=gradient)
+            for t in range(len(blocks), 0, -1):  # block T's activations are still there
+                chain.pull_back(t, force(t).mul_(-1.0 / x.shape[1]), into=gradient)
             self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
             if self.dual != "none":
                 self._update_dual(state, chain)
+            del chain, force  # and the activations with them
         state.iteration += 1
         return state
 
@@ -151,7 +151,7 @@ class OnlineBlockADMM:
         for t in range(1, len(chain.blocks) + 1):
             if self.dual == "decay":
                 state.u[t - 1] *= self.dual_decay
-            state.u[t - 1] += _norm(chain.residual(t)).mean(1)
+            state.u[t - 1] += _norm(chain.residual(t, pulled=False)).mean(1)
 
 
 def _norm(residual: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
+from admm.minibatches import generator, minibatches, rows
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Problem:
     """Training data, a network cut into blocks, and a loss.
 
     x: inputs [N, ...], y: one-hot targets [N, C], both on one device. `initialise` fills a network's parameters
-    in place from PyTorch's global random state.
+    in place from PyTorch's global random state. `augmentation` changes the inputs of mini-batches, for optimizers whose
+    variables are none of the samples' own.
     """
 
     x: Tensor
@@ -27,10 +30,35 @@ class Problem:
     blocks: Blocks
     loss: Loss
     initialise: Callable[[nn.Module], None]
+    augmentation: Augmentation | None = None
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
         """Freshly initialised parameters, one replica a seed."""
         return self.blocks.initial(seeds, self.initialise, like=self.x)
+
+    def minibatches(
+        self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
+    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """The mini-batches of an iteration, an epoch or one of its `parts`: the part of it that is over, inputs
+        [S, B, ...], augmented, and targets [S, B, C]. Raises ValueError as `admm.minibatches.minibatches` does."""
+        batches = minibatches(len(self.x), batch_size, seeds, iteration, self.x.device, parts)
+        if self.augmentation is not None:
+            draws = [generator(seed, "augmentation", iteration // (parts or 1)) for seed in seeds]
+            drawn = torch.stack([self.augmentation.draw(len(self.x), random) for random in draws]).to(self.x.device)
+        for number, batch in enumerate(batches):
+            x = rows(self.x, batch)
+            if self.augmentation is not None:
+                changes = drawn.take_along_dim(batch.unsqueeze(2), 1)
+                x = self.augmentation.apply(x.flatten(0, 1), changes.flatten(0, 1)).unflatten(0, batch.shape)
+            yield number / len(batches), x, rows(self.y, batch)
+
+    def refuse_augmentation(self, optimizer: str) -> None:
+        """Raises ValueError if there is one: `optimizer` keeps variables of each sample."""
+        if self.augmentation is not None:
+            raise ValueError(
+                f"augmentation: {optimizer} keeps variables of each sample as it is; take augmentation=none, or "
+                "online_block_admm, gotmare, sgd or adam"
+            )
 
 
 State = TypeVar("State")
@@ -76,7 +104,7 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Parameters):
-        return value.flat
+        return [value.flat, value.buffers] if value.buffers.numel() else value.flat
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
@@ -84,7 +112,7 @@ def _plain(value: Any) -> Any:
 
 def _overwrite(value: Any, saved: Any, name: str) -> None:
     if isinstance(value, Parameters):
-        value = value.flat
+        value = _plain(value)
     if isinstance(value, Tensor):
         found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         if found != list(value.shape):

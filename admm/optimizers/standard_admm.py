@@ -82,7 +82,7 @@ class StandardADMM:
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> StandardADMMState:
         """Raises ValueError for other networks, a layer without bias, a loss without prox, or a wrong value."""
         theta = problem.initial(seeds)
-        layers = linear_layers(problem.blocks, theta, _NAME)
+        layers = linear_layers(problem, theta, _NAME)
         self._check(problem, len(seeds))
         spread = replica_values("spread", self.spread, len(seeds))
         known(start, ("weight", "bias", "z", "a", "u", "v"))
@@ -102,7 +102,7 @@ class StandardADMM:
         return StandardADMMState(tuple(seeds), 0, theta, z, a, u, v, factor)
 
     def step(self, problem: Problem, state: StandardADMMState) -> StandardADMMState:
-        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        layers = linear_layers(problem, state.theta, _NAME)
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         scratch = Scratch(x)
         self._update_weights(x, layers, state, scratch)
@@ -119,7 +119,7 @@ class StandardADMM:
     def diagnostics(self, problem: Problem, state: StandardADMMState) -> dict[str, Tensor]:
         """`residual_l` and `activation_residual_l` (see `relative_residuals`), `dual_rms_l` = rms(U_l) and
         `activation_dual_rms_l` = rms(V_l) by layer; `sigma_t`."""
-        layers = linear_layers(problem.blocks, state.theta, _NAME)
+        layers = linear_layers(problem, state.theta, _NAME)
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
         values = relative_residuals(*squares, state.z, state.a)

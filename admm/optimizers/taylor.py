@@ -86,7 +86,7 @@ class Taylor:
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> TaylorState:
         """Raises ValueError for other networks, a loss without prox, or a wrong value."""
         theta = problem.initial(seeds)
-        layers = linear_layers(problem.blocks, theta, _NAME, biases=False)
+        layers = linear_layers(problem, theta, _NAME, biases=False)
         self._check(problem, len(seeds))
         known(start, ("weight", "z", "a", "multiplier"))
         x, replicas = problem.x.flatten(1), len(seeds)
@@ -106,7 +106,7 @@ class Taylor:
         return TaylorState(tuple(seeds), 0, theta, z, a, multiplier, factor)
 
     def step(self, problem: Problem, state: TaylorState) -> TaylorState:
-        layers = linear_layers(problem.blocks, state.theta, _NAME, biases=False)
+        layers = linear_layers(problem, state.theta, _NAME, biases=False)
         before = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         factor, cross, scratch = state.factor, _zero_cross(before, state.z[0]), Scratch(before)
         for part in slices(before.shape[1], self.slice_size):
@@ -126,7 +126,7 @@ class Taylor:
     def diagnostics(self, problem: Problem, state: TaylorState) -> dict[str, Tensor]:
         """`residual_l` and `activation_residual_l` (see `relative_residuals`) by layer; `multiplier_rms` = rms(Λ);
         `sigma_t`."""
-        layers = linear_layers(problem.blocks, state.theta, _NAME, biases=False)
+        layers = linear_layers(problem, state.theta, _NAME, biases=False)
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
         multiplier_rms = (squared_norm(state.multiplier) / state.multiplier[0].numel()).sqrt()

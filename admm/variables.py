@@ -1,0 +1,60 @@
+"""Where an optimizer keeps the variables of all samples: on the device, in the host's memory, or in a file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+Place = Literal["device", "host", "disk"]
+PLACES = ("device", "host", "disk")
+GIB = 2**30
+
+
+def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
+    """Zeros of these shapes in the dtype of `like`: on its device, in the host's memory, or mapped into memory from
+    files in the folder of temporary files (the variable TMPDIR; not one that is itself in memory), which take no room
+    there once the process has ended, however it ends.
+
+    Raises ValueError, with the bytes needed and what is free in each place, where they do not fit.
+    """
+    needed = sum(like.element_size() * int(np.prod(shape)) for shape in shapes)
+    room = {name: free(name, like.device) for name in PLACES}  # type: ignore[arg-type]
+    if needed > room[place]:
+        others = ", ".join(f"{name} {room[name] / GIB:.1f} GiB" for name in PLACES)
+        raise ValueError(
+            f"optimizer.variables={place}: the variables of all samples take {needed / GIB:.1f} GiB ({needed} bytes), "
+            f"more than there is room for (free: {others}); take fewer seeds, or online_block_admm, which has none"
+        )
+    if place == "disk":
+        return [_mapped(shape, like.dtype) for shape in shapes]
+    return [like.new_zeros(tuple(shape), device="cpu" if place == "host" else None) for shape in shapes]
+
+
+def free(place: Place, device: torch.device) -> int:
+    """Bytes."""
+    if place == "disk":
+        return shutil.disk_usage(tempfile.gettempdir()).free
+    if place == "device" and device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return int(psutil.virtual_memory().available)
+
+
+def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros in a file that has no name any more."""
+    with tempfile.TemporaryFile() as file:
+        size = dtype.itemsize * int(np.prod(shape))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # now, not when it is written to
+        else:
+            file.truncate(size)
+        array = np.memmap(file, dtype=np.uint8, mode="r+")
+    return torch.from_numpy(array).view(dtype).view(tuple(shape))

@@ -1,0 +1,197 @@
+"""How blocks are evaluated: the options give the same answer, and back-propagation stops at the cuts."""
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from admm.blocks import Execution, split
+from admm.losses import CrossEntropy
+from admm.models import initialiser
+from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate
+
+SEEDS = (3, 1)
+OPTIMIZERS: dict[str, Optimizer[Any]] = {
+    "backprop": Backprop(2, SGD(), 0.01, batch_size=5),
+    "gotmare": Gotmare(2, 0.01, 0.1, batch_size=5, update=SGD()),
+    "online": OnlineBlockADMM(2, 0.01, 0.1, batch_size=5, update=SGD(), z_update=ZUpdate("gradient", 1, "step")),
+}
+each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def two_equal_blocks(depth: int, **options: Any) -> Problem:
+    """`depth` convolutions in each."""
+    halves = [
+        nn.Sequential(
+            *(
+                layer
+                for _ in range(depth)
+                for layer in (nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2), nn.Tanh())
+            )
+        )
+        for _ in range(2)
+    ]
+    network = nn.Sequential(*halves, nn.Flatten(), nn.Linear(128, 3))
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 2, 8, 8, dtype=torch.float64, generator=random)
+    y = torch.eye(3, dtype=torch.float64)[torch.arange(10) % 3]
+    return Problem(
+        x, y, split(network, after="0", execution=Execution(**options)), CrossEntropy(), initialiser("pytorch")
+    )
+
+
+def stepped(problem: Problem, optimizer: Optimizer[Any]) -> Any:
+    """The state after an iteration."""
+    return optimizer.step(problem, optimizer.init(problem, SEEDS))
+
+
+def single(problem: Problem) -> Problem:
+    return replace(problem, x=problem.x.float(), y=problem.y.float())
+
+
+@each_optimizer
+@pytest.mark.parametrize("option", [{"channels_last": True}, {"recompute": False}], ids=str)
+def test_an_option_gives_the_same_answer(resnet_problem, optimizer, option):
+    plain, with_option = (stepped(resnet_problem(execution=how), optimizer) for how in (None, Execution(**option)))
+    torch.testing.assert_close(with_option.theta.flat, plain.theta.flat, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(with_option.theta.buffers, plain.theta.buffers, rtol=1e-8, atol=1e-9)
+
+
+def test_compiled_blocks_give_the_same_answer():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (two_equal_blocks(1, compile=compile) for compile in (False, True))
+    states = [stepped(problem, OPTIMIZERS["online"]) for problem in (plain, compiled)]
+    torch.testing.assert_close(states[1].theta.flat, states[0].theta.flat, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(states[1].theta.buffers, states[0].theta.buffers, rtol=1e-10, atol=1e-12)
+    outputs = [p.blocks.forward(states[0].theta, p.x.expand(2, *p.x.shape)) for p in (plain, compiled)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-12)
+    # Forward, recorded and evaluated, of block 1, and recorded and evaluated of block 2.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_come_in_the_memory_format(channels_last):
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return x
+
+    blocks = split(nn.Sequential(Probe(), nn.Flatten()), after=[], execution=Execution(channels_last=channels_last))
+    theta = blocks.initial(SEEDS, initialiser("pytorch"), like=torch.zeros(0))
+    blocks.forward(theta, torch.randn(2, 3, 4, 5, 6))
+    assert seen == [channels_last] * 2
+
+
+@each_optimizer
+def test_bf16_gives_the_same_steps_to_its_precision_and_keeps_float32(optimizer):
+    problems = [single(two_equal_blocks(2, precision=precision)) for precision in ("fp32", "bf16")]
+    start = problems[0].initial(SEEDS).flat
+    plain, half = (stepped(problem, optimizer).theta for problem in problems)
+    assert plain.flat.dtype == half.flat.dtype == half.buffers.dtype == torch.float32
+    assert not torch.equal(plain.flat, half.flat)
+    difference = (half.flat - plain.flat).norm() / (plain.flat - start).norm()
+    assert difference < 0.05, difference
+    torch.testing.assert_close(half.buffers, plain.buffers, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_a_wrong_precision_is_refused_by_name(precision):
+    with pytest.raises(ValueError, match=f"precision: '{precision}' is not one of fp32, bf16"):
+        Execution(precision)
+
+
+@pytest.mark.parametrize("option", [{"precision": "bf16"}, {"compile": True}], ids=str)
+def test_an_option_without_effect_is_refused_by_name(mlp_problem, option):
+    with pytest.raises(ValueError, match=rf"{next(iter(option))}: .* there are none"):
+        mlp_problem(per_layer=True, execution=Execution(**option))
+
+
+# --- Back-propagation stops at the cuts
+
+
+def peak_of_saved_activations(problem: Problem, optimizer: Optimizer[Any]) -> int:
+    """Most bytes that autograd graphs hold at a time during an iteration."""
+    held, most = 0, 0
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()  # an output would hold its own node
+
+    def release(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    def pack(tensor: Tensor) -> Held:
+        nonlocal held, most
+        size, kept = tensor.numel() * tensor.element_size(), Held(tensor)
+        held += size
+        most = max(most, held)
+        weakref.finalize(kept, release, size)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        stepped(problem, optimizer)
+    return most
+
+
+BLOCKS_AT_A_TIME = OPTIMIZERS | {
+    "online, dual": replace(OPTIMIZERS["online"], dual="decay"),
+    "block-admm": BlockADMM(2, 0.01, 0.1, batch_size=5, slice_size=5, z_update=ZUpdate("gradient")),
+    "block-admm, mini-batches": BlockADMM(2, 0.01, 0.1, sweep="minibatch", batch_size=5, z_update=ZUpdate("gradient")),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS_AT_A_TIME if name != "backprop"])
+def test_activations_of_one_block_at_a_time_are_held(name):
+    of_sgd = peak_of_saved_activations(two_equal_blocks(6), OPTIMIZERS["backprop"])
+    assert peak_of_saved_activations(two_equal_blocks(6), BLOCKS_AT_A_TIME[name]) < 0.6 * of_sgd
+    kept = peak_of_saved_activations(two_equal_blocks(6, recompute=False), BLOCKS_AT_A_TIME[name])
+    assert 0.9 * of_sgd < kept < 1.1 * of_sgd
+
+
+def test_no_activations_outlive_their_mini_batch():
+    one_block = replace(two_equal_blocks(6), blocks=split(two_equal_blocks(6).blocks.network, after=[]))
+    for optimizer in (OPTIMIZERS["backprop"], OPTIMIZERS["online"]):
+        of_one = peak_of_saved_activations(one_block, replace(optimizer, epoch_parts=2))
+        assert peak_of_saved_activations(one_block, optimizer) == of_one
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("name", ["gotmare", "online"])
+def test_no_graph_crosses_a_cut(resnet_problem, monkeypatch, name, recompute):
+    problem = resnet_problem(execution=Execution(recompute=recompute), after=["conv1", "conv3_x"])
+    state = OPTIMIZERS[name].init(problem, SEEDS)
+    owner = {}
+    for t, block in enumerate(state.theta.blocks):
+        for parameter in (v for views in block for v in views.values()):
+            owner |= {replica.data_ptr(): t for replica in parameter}
+    gradient, graphs = torch.autograd.grad, []
+
+    def watched(output: Tensor, *arguments: Any, **options: Any) -> Any:
+        graphs.append({owner[leaf.data_ptr()] for leaf in leaves_of(output) if leaf.data_ptr() in owner})
+        return gradient(output, *arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    OPTIMIZERS[name].step(problem, state)
+    assert all(len(of_blocks) == 1 for of_blocks in graphs)
+    assert set.union(*graphs) == {0, 1, 2}
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """The tensors that the graph of an output ends in."""
+    found, seen, ahead = [], set(), [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        ahead += [following for following, _ in node.next_functions]
+    return found

@@ -1,0 +1,61 @@
+"""Variables of all samples on the device, in the host's memory or on the disk: same numbers, never too many bytes."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from admm import variables
+from admm.optimizers import SGD, BlockADMM, ZUpdate
+from admm.variables import PLACES, allocate
+
+SEEDS = (3, 1)
+BASE = BlockADMM(3, 0.01, 0.1, batch_size=5, update=SGD(), z_update=ZUpdate("adam", last="step"), slice_size=4)
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_every_place_gives_the_same_numbers(resnet_problem, place, sweep):
+    problem = resnet_problem()
+    options = [replace(BASE, sweep=sweep, variables=name) for name in ("device", place)]
+    states = [one.init(problem, SEEDS) for one in options]
+    for _ in range(2):
+        for one, state in zip(options, states, strict=True):
+            one.step(problem, state)
+    assert torch.equal(states[0].theta.flat, states[1].theta.flat)
+    kept = [[*state.z, *state.u, *(m for pair in state.z_moments for m in pair)] for state in states]
+    assert len(kept[0]) == 8 and all(map(torch.equal, *kept))
+    diagnostics = [one.diagnostics(problem, state) for one, state in zip(options, states, strict=True)]
+    assert all(torch.equal(value, diagnostics[1][name]) for name, value in diagnostics[0].items())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_they_are_zeros_that_can_be_written(place):
+    first, second = allocate(place, [(2, 3), (2, 5, 1, 2)], like=torch.zeros(0, dtype=torch.float64))
+    assert first.shape == (2, 3) and second.shape == (2, 5, 1, 2) and first.dtype == torch.float64
+    assert not first.any() and not second.any()
+    second[1] = 4.0
+    assert second.sum() == 40.0 and not first.any()
+
+
+def test_files_have_no_name_that_could_stay_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (kept,) = allocate("disk", [(1000,)], like=torch.zeros(0))
+    assert kept.numel() == 1000 and not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_does_not_fit_is_refused_with_the_bytes_it_needs(resnet_problem, monkeypatch, place):
+    monkeypatch.setattr(variables, "free", lambda name, device: 10_000 if name == place else 5_000)
+    problem = resnet_problem()
+    # Z_1 [4, 4, 4] and Z_2 [3], each with a dual and two moments, 12 samples and 2 replicas in float64
+    needed = 4 * 12 * 2 * 8 * (4 * 4 * 4 + 3)
+    with pytest.raises(ValueError, match=rf"optimizer\.variables={place}: .* \({needed} bytes\), more than"):
+        replace(BASE, variables=place).init(problem, SEEDS)
+
+
+def test_an_unknown_place_is_refused_by_name(mlp_problem):
+    with pytest.raises(ValueError, match=r"optimizer\.variables: 'cloud' is not one of device, host, disk"):
+        replace(BASE, variables="cloud").init(mlp_problem(), SEEDS)
