@@ -371,10 +371,16 @@ class Blocks(Sequence[Block]):
         tensors = chain.from_iterable(map(_tensors, chain.from_iterable(self._groups(network))))
         return torch.cat([torch.empty(0), *(t.detach().flatten() for found, _, t in tensors if found == kind)])
 
+    def outputs(self, theta: Parameters, x: Tensor, training: bool) -> Iterator[Tensor]:
+        """Of block 1 for x [S, n, ...], of block 2 for that, and so on, [S, n, ...]. `training` is as in `Layer`."""
+        for block, views in zip(self, theta.blocks, strict=True):
+            x = block.forward(views, x, training)
+            yield x
+
     def forward(self, theta: Parameters, x: Tensor) -> Tensor:
         """The plain forward pass of all replicas, for evaluation: x [S, n, ...] to outputs [S, n, C]."""
-        for block, views in zip(self, theta.blocks, strict=True):
-            x = block.forward(views, x, training=False)
+        for output in self.outputs(theta, x, training=False):
+            x = output
         return x
 
     def export(self, theta: Parameters, replica: int = 0) -> nn.Module:

@@ -111,10 +111,8 @@ class BlockADMM:
             raise ValueError(f"optimizer.refresh: {self.refresh} is more than the whole way to the forward pass, 1")
         z: list[Tensor] = []
         for part in slices(len(problem.x), self.slice_size):
-            ahead, outputs = problem.x[part].expand(len(seeds), *problem.x[part].shape), []
-            for block, views in zip(problem.blocks, theta.blocks, strict=True):
-                ahead = block.forward(views, ahead, training=True)
-                outputs.append(ahead)
+            x = problem.x[part].expand(len(seeds), *problem.x[part].shape)
+            outputs = list(problem.blocks.outputs(theta, x, training=True))
             if not z:
                 shapes = [(len(seeds), len(problem.x), *o.shape[2:]) for o in outputs]
                 of_each = 2 + self.z_update.moments_of_each
