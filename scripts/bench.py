@@ -152,7 +152,10 @@ def cifar() -> list[Row]:
     """ResNet-18, one seed: online Block-ADMM over SGD on the narrow one, their FLOP/s as a share of a large product's,
     and the FLOPs of an epoch of CIFAR-10 at full width."""
     methods = {"online": "online_block_admm", "sgd": "sgd"}
-    narrow = [_step(_config(m, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20)) for m in methods.values()]
+    narrow = [
+        _step(_config(m, "precision=fp32", experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))
+        for m in methods.values()
+    ]
     needed = [_flops(task) for task in narrow]
     left, right = torch.rand(2, 2048, 2048)
     times = turns(*narrow, lambda: left @ right)
