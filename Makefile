@@ -39,6 +39,8 @@ EXPERIMENTS := memory mnist_shallow mnist_deep10 mnist_deep20 mnist_walltime con
 reproduce: env ## run every experiment that has not been run, then figures and tables (ARGS="key=value ...")
 	for name in $(EXPERIMENTS); do $(BIN)/python run.py experiment=$$name $(ARGS) || exit 1; done
 	$(BIN)/python run.py experiment=cifar10_resnet18_narrow optimizer=online_block_admm setting=faithful $(ARGS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faces]'
+	$(BIN)/python run.py experiment=lfw_proxy $(ARGS)
 	$(MAKE) figures tables
 
 reproduce-gpu: ## the same on a GPU

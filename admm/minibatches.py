@@ -19,16 +19,28 @@ def generator(seed: int, stream: str, counter: int = 0) -> torch.Generator:
 
 
 def minibatches(
-    samples: int, batch_size: int, seeds: Sequence[int], iteration: int, device: torch.device, parts: int | None = None
+    samples: int,
+    batch_size: int,
+    seeds: Sequence[int],
+    iteration: int,
+    device: torch.device,
+    parts: int | None = None,
+    groups: Tensor | None = None,
+    together: int = 1,
 ) -> list[Tensor]:
     """Indices [S, B] of an iteration's mini-batches. In an epoch each replica sees every sample once; the last batch
-    may be smaller. An iteration is an epoch, or one of its `parts`.
+    may be smaller. An iteration is an epoch, or one of its `parts`. With `groups` [N], a group's samples
+    come in runs of `together`.
 
     Raises ValueError unless 1 <= batch_size <= samples.
     """
     check_batch_size(batch_size, samples, parts)
     epoch, part = divmod(iteration, parts or 1)
-    orders = [torch.randperm(samples, generator=generator(seed, "minibatches", epoch)) for seed in seeds]
+    orders = []
+    for seed in seeds:
+        random = generator(seed, "minibatches", epoch)
+        order = torch.randperm(samples, generator=random)
+        orders.append(order if groups is None else _in_runs(order, groups.cpu(), together, random))
     batches = torch.stack(orders).to(device).split(batch_size, dim=1)
     begin, end = (number * len(batches) // (parts or 1) for number in (part, part + 1))
     return list(batches[begin:end])
@@ -52,3 +64,33 @@ def slices(samples: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` samples."""
     for start in range(0, samples, size):
         yield slice(start, min(start + size, samples))
+
+
+def own_rows(variables: Tensor, batch: Tensor) -> Tensor:
+    """Of each replica's own variables [S, N, ...] its samples [S, B]: [S, B, ...] on the device of `batch`."""
+    found = variables.flatten(0, 1).index_select(0, _flat_index(variables, batch))
+    return found.view(*batch.shape, *variables.shape[2:]).to(batch.device)
+
+
+def put_own_rows(variables: Tensor, batch: Tensor, values: Tensor) -> None:
+    """Overwrites what `own_rows` returns, in place, by `values` [S, B, ...]."""
+    variables.view(-1, *variables.shape[2:]).index_copy_(
+        0, _flat_index(variables, batch), values.flatten(0, 1).to(variables.device)
+    )
+
+
+def _flat_index(variables: Tensor, batch: Tensor) -> Tensor:
+    """Indices [S·B] into [S·N, ...]."""
+    offsets = torch.arange(0, len(batch) * variables.shape[1], variables.shape[1], device=batch.device)
+    return (batch + offsets[:, None]).flatten().to(variables.device)
+
+
+def _in_runs(order: Tensor, groups: Tensor, together: int, random: torch.Generator) -> Tensor:
+    """A random order in which each group's samples, themselves in `order`, come in runs of `together`."""
+    by_group = order[groups[order].argsort(stable=True)]
+    _, sizes = groups[by_group].unique_consecutive(return_counts=True)
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # within its group
+    starts = place % together == 0
+    run = starts.cumsum(0) - 1
+    keys = torch.randperm(int(starts.sum()), generator=random)
+    return by_group[keys[run].argsort(stable=True)]

@@ -52,6 +52,11 @@ def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     return list(value["blocks"])
 
 
+def block_schedules(name: str, value: BlockValue, blocks: int, replicas: int) -> list[Schedule]:
+    """One a block, T of them. Raises ValueError as `block_values` and `schedule` do."""
+    return [schedule(name, of_block, replicas) for of_block in block_values(name, value, blocks)]
+
+
 def per_replica(name: str, value: Number, replicas: int) -> float | Tensor:
     """A float, or a tensor [S] from a sequence of S numbers. Raises ValueError for another length."""
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -38,45 +38,6 @@ class History:
     diverged: dict[int, int] = field(default_factory=dict)
 
 
-def train(
-    problem: Problem,
-    optimizer: Optimizer[Any],
-    state: Any,
-    iterations: int,
-    test: tuple[Tensor, Tensor],
-    evaluate_every: int = 1,
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = 60.0,
-    observe: Callable[[list[Row], History], None] = lambda rows, history: None,
-) -> History:
-    """Train for `iterations` steps of the optimizer, from the state that its `init` has made, in place.
-
-    test: inputs [M, ...] and class indices [M]. Evaluation takes place before the first iteration, every
-    `evaluate_every` and after the last; only `optimizer.step` is timed. With a `checkpoint` path, the state is
-    saved there at evaluations at least `checkpoint_seconds` apart, and a run that finds such a file goes on from
-    it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with
-    all former ones. Raises CheckpointError if the file is of another optimizer, network or seeds.
-    """
-    if iterations < 1 or evaluate_every < 1:
-        raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
-    history = History()
-    if checkpoint is not None and checkpoint.exists():
-        _load(checkpoint, state, history)
-        observe(history.rows, history)
-    else:
-        observe(_record(problem, optimizer, state, test, history), history)
-    saved = time.monotonic()
-    while state.iteration < iterations and len(history.diverged) < len(state.seeds):
-        history.seconds += timed_step(problem, optimizer, state)
-        if state.iteration % evaluate_every and state.iteration < iterations:
-            continue
-        observe(_record(problem, optimizer, state, test, history), history)
-        if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
-            _save(checkpoint, state, history)
-            saved = time.monotonic()
-    return history
-
-
 def evaluate(problem: Problem, theta: Parameters, test: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """`train_loss`, `train_accuracy` and `test_accuracy` of a plain forward pass, each [S]."""
     loss, right = torch.zeros(2, len(theta.flat), device=problem.x.device)
@@ -99,6 +60,54 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Te
     return 100.0 * right / len(x)
 
 
+def train(
+    problem: Problem,
+    optimizer: Optimizer[Any],
+    state: Any,
+    iterations: int,
+    test: Any,
+    evaluate_every: int = 1,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    observe: Callable[[list[Row], History], None] = lambda rows, history: None,
+    measure: Callable[[Problem, Parameters, Any], dict[str, Tensor]] = evaluate,
+    keep_last: bool = False,
+) -> History:
+    """Train for `iterations` steps of the optimizer, from the state that its `init` has made, in place.
+
+    test: inputs [M, ...] and class indices [M], or what another `measure` takes; that returns `train_loss` and other
+    quantities, each [S]. Evaluation takes place before the first iteration, every `evaluate_every` and after the last;
+    only `optimizer.step` is timed. With a `checkpoint` path, the state is saved there at evaluations at least
+    `checkpoint_seconds` apart, and with `keep_last` at the end; a run that finds such a file goes on from it as if it
+    had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with all former
+    ones. Raises CheckpointError if the file is of another optimizer, network or seeds.
+    """
+    if iterations < 1 or evaluate_every < 1:
+        raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
+    history = History()
+
+    def evaluated() -> list[Row]:
+        values = measure(problem, optimizer.parameters(state), test) | optimizer.diagnostics(problem, state)
+        return _record(optimizer.parameters(state), state, values, history)
+
+    if checkpoint is not None and checkpoint.exists():
+        _load(checkpoint, state, history)
+        observe(history.rows, history)
+    else:
+        observe(evaluated(), history)
+    saved = time.monotonic()
+    while state.iteration < iterations and len(history.diverged) < len(state.seeds):
+        history.seconds += timed_step(problem, optimizer, state)
+        if state.iteration % evaluate_every and state.iteration < iterations:
+            continue
+        observe(evaluated(), history)
+        due = time.monotonic() - saved >= checkpoint_seconds or (keep_last and state.iteration == iterations)
+        if checkpoint is not None and due:
+            _save(checkpoint, state, history)
+            saved = time.monotonic()
+    return history
+
+
 def timed_step(problem: Problem, optimizer: Optimizer[Any], state: Any) -> float:
     """One iteration, in place; returns its seconds."""
     _synchronize(problem.x.device)
@@ -113,11 +122,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _record(
-    problem: Problem, optimizer: Optimizer[Any], state: Any, test: tuple[Tensor, Tensor], history: History
-) -> list[Row]:
-    theta = optimizer.parameters(state)
-    values = evaluate(problem, theta, test) | optimizer.diagnostics(problem, state)
+def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: History) -> list[Row]:
     finite = torch.isfinite(theta.flat).all(1) & torch.isfinite(values["train_loss"])
     table = {name: value.tolist() for name, value in values.items()}
     rows = []

@@ -18,6 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from admm.backbones import BackboneError
 from admm.blocks import Execution
 from admm.data import Dataset, DatasetError, load
 from admm.losses import one_hot
@@ -39,7 +40,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Job:
     """A run that was asked for: its data, its place in a store, and what its `run.json` says."""
 
-    dataset: Dataset
+    dataset: Any  # with its `sha256`
     slot: Slot
     info: dict[str, Any]
     config: dict[str, Any]
@@ -50,13 +51,13 @@ def run(config: DictConfig) -> None:
     run_once(config, execute)
 
 
-def run_once(config: DictConfig, make: Callable[[DictConfig, Job], Run]) -> None:
-    """Find or `make` the run that one job of a launch asks for.
+def run_once(config: DictConfig, make: Callable[[DictConfig, Job], Run], load: Callable[..., Any] = load_once) -> None:
+    """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`.
 
     Bad input ends the program with a message that names the key or file; `hydra.verbose=true` shows where.
     """
     with bad_input_in_words():
-        job = find_job(config, HydraConfig.get().runtime.choices["optimizer"])
+        job = find_job(config, HydraConfig.get().runtime.choices["optimizer"], load)
     with job.slot.lock():
         finished = None if config.force else job.slot.finished()
         if finished is not None:
@@ -74,17 +75,18 @@ def report_to_launch(runs: Sequence[Run]) -> None:
     note.write_text("\n".join(str(run.folder.absolute()) for run in runs))
 
 
-def find_job(config: DictConfig, method: str) -> Job:
+def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_once) -> Job:
     """Check the configuration of an optimizer, `method`, load the data set, and find the run's place.
 
-    Raises ValueError or DatasetError.
+    load: of `config.dataset`, a device and a dtype, the data, with their `sha256`. Raises ValueError or DatasetError.
     """
     check(config)
     experiment = HydraConfig.get().runtime.choices["experiment"]
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
-    setting = config.setting if settings.exists() else "default"
-    if setting == "default" and "defaults" in OmegaConf.load(CONF / f"setting/{config.setting}.yaml"):
+    own: Any = OmegaConf.load(CONF / f"setting/{config.setting}.yaml")
+    setting = config.setting if settings.exists() or "model" in own else "default"  # a rank is a row of its own
+    if setting == "default" and "defaults" in own:
         overrides.append(f"setting={config.setting}")  # it changes a group, but is not a row of this experiment
     check_groups(overrides, settings)
     device = find_device(config.device)
@@ -92,7 +94,7 @@ def find_job(config: DictConfig, method: str) -> Job:
         raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    dataset = load_once(**config.dataset, device=device, dtype=DTYPES[config.dtype])
+    dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     points = spread_grid(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root = Path(config.outputs if overrides else config.results)
@@ -107,17 +109,31 @@ def find_job(config: DictConfig, method: str) -> Job:
         "seeds": list(config.seeds),
         "points": points,
         "iterations": config.iterations,
-        "dataset": {"name": dataset.name, "sha256": dataset.sha256, "holdout": config.dataset.holdout},
+        "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256},
     }
     return Job(dataset, slot, info | provenance(device), plain)
 
 
 def execute(config: DictConfig, job: Job) -> Run:
     """Train, from the last checkpoint if there is one, and put the result into the store."""
-    slot, info, seeds = job.slot, job.info, job.info["seeds"]
     with bad_input_in_words():
         problem = build_problem(config, job.dataset)
+    _, history = trained(config, job, problem, (job.dataset.x_test, job.dataset.y_test))
+    return job.slot.complete(job.config, history.rows, job.info | ended(history))
+
+
+def trained(
+    config: DictConfig, job: Job, problem: Problem, test: Any, shown: str = "test_accuracy", **options: Any
+) -> tuple[Any, History]:
+    """The optimizer's state at the end and the history, from the last checkpoint if there is one.
+
+    shown: the quantity that the progress shows, in percent. test, options: as `admm.training.train` takes them.
+    """
+    slot, info, seeds = job.slot, job.info, job.info["seeds"]
+    with bad_input_in_words():
         optimizer, logger = instantiate(config.optimizer, _convert_="all"), instantiate(config.logger)
+        if not hasattr(optimizer, "init"):
+            raise ValueError(f"optimizer: {info['method']} trains nothing; it is for experiment=lfw_proxy")
         state = optimizer.init(problem, seeds)
         logger.open(info, job.config)
     note_start(slot, info)
@@ -131,31 +147,33 @@ def execute(config: DictConfig, job: Job) -> Run:
             reported.add(replica)
         if rows:
             last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
-            mean = sum(row["test_accuracy"] for row in last) / len(last)
+            mean = sum(row[shown] for row in last) / len(last)
             progress.update(int(last[0]["iteration"]), mean, history.seconds)
 
     try:
-        with RunProgress(slot.name, config.iterations, config.progress) as progress:
+        with RunProgress(slot.name, config.iterations, config.progress, shown.replace("_", " ")) as progress:
             history = train(
                 problem,
                 optimizer,
                 state,
                 config.iterations,
-                (job.dataset.x_test, job.dataset.y_test),
+                test,
                 config.evaluate_every,
                 slot.checkpoint,
                 config.checkpoint_seconds,
                 observe,
+                **options,
             )
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from None
     finally:
         logger.close()
-    ended = {
-        "seconds": round(history.seconds, 3),
-        "diverged": history.diverged,  # by replica
-    }
-    return slot.complete(job.config, history.rows, info | ended)
+    return state, history
+
+
+def ended(history: History) -> dict[str, Any]:
+    """What `run.json` says of the end; `diverged` by replica."""
+    return {"seconds": round(history.seconds, 3), "diverged": history.diverged}
 
 
 def note_start(slot: Slot, info: dict[str, Any]) -> None:
@@ -174,19 +192,23 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
     """The network, its blocks, the loss and the initialisation of a configuration, on a data set."""
     network = instantiate(config.model, input_shape=dataset.input_shape, classes=dataset.classes, _convert_="all")
-    precision = config.get("precision")  # a stored configuration has neither the default nor the neutral keys
-    how = {key: config[key] for key in ("compile", "channels_last", "recompute") if key in config}
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    execution = Execution("bf16" if precision == "bf16" else "fp32", **how)
     return Problem(
         x=dataset.x_train,
         y=one_hot(dataset.y_train, dataset.classes, dataset.x_train),
-        blocks=instantiate(config.split, _partial_=True, _convert_="all")(network, execution=execution),
+        blocks=instantiate(config.split, _partial_=True, _convert_="all")(network, execution=execution(config)),
         loss=instantiate(config.loss),
         initialise=instantiate(config.init),
         augmentation=instantiate(config.get("augmentation")),
     )
+
+
+def execution(config: DictConfig) -> Execution:
+    """How blocks are evaluated; sets PyTorch's precision of products on a GPU."""
+    precision = config.get("precision")  # a stored configuration has neither the default nor the neutral keys
+    how = {key: config[key] for key in ("compile", "channels_last", "recompute") if key in config}
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return Execution("bf16" if precision == "bf16" else "fp32", **how)
 
 
 def check(config: DictConfig) -> None:
@@ -272,7 +294,7 @@ def bad_input_in_words() -> Iterator[None]:
     """Ends the program with the message of an error that bad input raises, unless `hydra.verbose` asks for more."""
     try:
         yield
-    except (DatasetError, ValueError, ImportError, InstantiationException) as error:
+    except (DatasetError, BackboneError, ValueError, ImportError, InstantiationException) as error:
         if HydraConfig.get().verbose:
             raise
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error

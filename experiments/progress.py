@@ -19,21 +19,17 @@ log = logging.getLogger(__name__)
 
 
 class RunProgress:
-    """Iteration, mean test accuracy and time left."""
+    """Iteration, the mean of a quantity in percent, such as the test accuracy, and time left."""
 
-    def __init__(self, name: str, iterations: int, enabled: bool) -> None:
+    def __init__(self, name: str, iterations: int, enabled: bool, quantity: str = "test accuracy") -> None:
         console = Console(stderr=True)
-        self.name, self.iterations, self.enabled, self.terminal = (
-            name,
-            iterations,
-            enabled,
-            console.is_terminal,
-        )
+        self.name, self.iterations, self.enabled, self.terminal = name, iterations, enabled, console.is_terminal
+        self.quantity = quantity
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("iterations, test accuracy {task.fields[accuracy]}"),
+            TextColumn(f"iterations, {quantity} {{task.fields[accuracy]}}"),
             TimeElapsedColumn(),
             TextColumn("elapsed,"),
             TimeRemainingColumn(),
@@ -53,14 +49,15 @@ class RunProgress:
         self._bar.stop()
 
     def update(self, iteration: int, accuracy: float, seconds: float) -> None:
-        """accuracy in percent, the mean over replicas; seconds of training so far."""
+        """accuracy: the quantity's mean over replicas; seconds of training so far."""
         self._bar.update(self._task, completed=iteration, accuracy=f"{accuracy:.2f} %")
         if self.enabled and not self.terminal:
             log.info(
-                "%s: iteration %d/%d, test accuracy %.2f %%, %.0f s",
+                "%s: iteration %d/%d, %s %.2f %%, %.0f s",
                 self.name,
                 iteration,
                 self.iterations,
+                self.quantity,
                 accuracy,
                 seconds,
             )

@@ -282,15 +282,23 @@ def content(experiment: str, runs: list[Run]) -> Content:
     return make(experiment, runs)  # type: ignore[no-any-return]
 
 
+def further_tables(experiment: str, runs: list[Run]) -> dict[str, pd.DataFrame]:
+    """By name, what the functions make of the runs that `paper.yaml` has as the experiment's `tables`."""
+    known = paper()["experiments"].get(experiment, {}).get("tables", {})
+    return {f"{experiment}_{name}": get_method(make)(experiment, runs) for name, make in known.items()}
+
+
 def report(experiment: str, runs: list[Run], figures: Path, tables: Path) -> pd.DataFrame:
-    """Write the experiment's `<tables>/<experiment>.csv` and its figures, `<figures>/<name>.png` and `.pdf`.
+    """Write the experiment's `<tables>/<experiment>.csv`, its further tables, and its figures, `<figures>/<name>.png`
+    and `.pdf`.
 
     Returns the table.
     """
     result, drawn = content(experiment, runs)
     figures.mkdir(parents=True, exist_ok=True)
     tables.mkdir(parents=True, exist_ok=True)
-    result.to_csv(tables / f"{experiment}.csv", index=False)
+    for name, table in ({experiment: result} | further_tables(experiment, runs)).items():
+        table.to_csv(tables / f"{name}.csv", index=False)
     for name, picture in drawn.items():
         picture.savefig(figures / f"{name}.png", dpi=150)
         picture.savefig(figures / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes each time

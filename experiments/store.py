@@ -3,6 +3,7 @@
     <root>/runs/<experiment>/<method>-<setting>-<identity>/
         config.yaml   all that determines the numbers
         history.csv   one row an evaluation and replica, see `admm.training.History`; or what its task measures
+        probes.csv, arrays.npz   of DeepFacto: what probes found, and what heat maps show
         run.json      what was run, from where, and how it ended
 
 A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/`.
@@ -19,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock
@@ -27,6 +29,7 @@ from filelock import FileLock
 NEUTRAL = (
     "task",
     "dataset.root",
+    "backbone.weights",  # their content counts
     "dataset.download",
     "device",
     "threads",
@@ -85,7 +88,15 @@ class Run:
 
     @property
     def history(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "history.csv")
+        return self.table("history")
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder / f"{name}.csv")
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        with np.load(self.folder / "arrays.npz") as content:
+            return dict(content)
 
 
 @dataclass(frozen=True)
@@ -117,14 +128,27 @@ class Slot:
     def finished(self) -> Run | None:
         return Run(self.folder) if self.folder.exists() else None
 
-    def complete(self, config: dict[str, Any], rows: list[dict[str, float]], info: dict[str, Any]) -> Run:
-        """Put the finished run in its place: written elsewhere and renamed. A former one is there until then."""
+    def complete(
+        self,
+        config: dict[str, Any],
+        rows: list[dict[str, float]],
+        info: dict[str, Any],
+        tables: dict[str, list[dict[str, Any]]] | None = None,
+        arrays: dict[str, Any] | None = None,
+    ) -> Run:
+        """Put the finished run in its place: written elsewhere and renamed. A former one is there until then.
+
+        rows: of history.csv. tables: of other CSV files, by name. arrays: of arrays.npz.
+        """
         info = {"finished": datetime.now(UTC).isoformat(timespec="seconds")} | info
         made = self.partial / "complete"
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
         (made / "config.yaml").write_text(yaml.safe_dump(determining(config), sort_keys=False))
-        pd.DataFrame(rows).to_csv(made / "history.csv", index=False, float_format="%.7g")
+        for name, content in ({"history": rows} | (tables or {})).items():
+            pd.DataFrame(content).to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
+        if arrays:
+            np.savez_compressed(made / "arrays.npz", **arrays)
         (made / "run.json").write_text(json.dumps(info, indent=2) + "\n")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         former = self.partial / "former"

@@ -16,7 +16,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from experiments.classification import CONF
-from experiments.report import content, curves, markdown, paper
+from experiments.report import content, curves, further_tables, markdown, paper
 from experiments.store import Run, experiments_in, finished_runs
 
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
@@ -112,6 +112,8 @@ def rows_of(experiment: str) -> list[tuple[str, str]]:
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
     swept = list(product(optimizers, params.get("setting", "tuned").split(",")))
+    if "raw" in optimizers:  # which has no rank
+        swept = [("raw", "default"), *(row for row in swept if row[0] != "raw")]
     own = {
         (optimizer, path.parent.name)
         for optimizer in optimizers
@@ -129,6 +131,8 @@ def experiment(name: str, runs: list[Run]) -> Iterator[str]:
     yield f"{source}{known.get('caption', name)}."
     yield "\n".join(f"![{name}](figures/{figure}.png)" for figure in figures)
     yield markdown(result)
+    for table in further_tables(name, runs).values():
+        yield markdown(table)
     yield f"    python run.py experiment={name}"
     seconds = sum(run.info.get("seconds", 0.0) for run in runs)  # a run that does not train has none
     machines = " and ".join(sorted({run.info["machine"] for run in runs}))

@@ -251,7 +251,12 @@ def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], 
 
 @pytest.mark.parametrize(
     "name, optimizer, setting",
-    [(path.stem, *row) for path in sorted(ROOT.glob("conf/experiment/*.yaml")) for row in rows_of(path.stem)],
+    [
+        (path.stem, *row)
+        for path in sorted(ROOT.glob("conf/experiment/*.yaml"))
+        for row in rows_of(path.stem)
+        if path.stem not in ("lfwa_deepfacto", "lfw_proxy")  # in test_faces_experiment
+    ],
 )
 def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimizer: str, setting: str) -> None:
     row = [f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}"]

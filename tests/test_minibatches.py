@@ -1,5 +1,7 @@
 """Mini-batches: every sample once an epoch, an order that depends on seed and epoch alone."""
 
+from itertools import groupby
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,3 +92,14 @@ def test_the_parts_of_an_epoch_are_the_epoch():
 def test_more_parts_than_mini_batches_are_refused_by_name(parts):
     with pytest.raises(ValueError, match=r"optimizer.epoch_parts: .* an epoch's 6 batches"):
         minibatches(23, 4, (0,), 0, CPU, parts)
+
+
+def test_groups_come_in_runs():
+    groups = torch.tensor([5, 3, 5, 5, 7, 3, 5, 5, 9, 3])
+    orders = [minibatches(10, 10, [seed], 0, CPU, groups=groups, together=2)[0][0] for seed in range(20)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(10))
+        runs = [(group, len(list(run))) for group, run in groupby(groups[order].tolist())]
+        for group, odd in ((5, 1), (3, 1), (7, 1), (9, 1)):  # 2 + 2 + 1, 2 + 1, 1 and 1
+            assert sum(length % 2 for g, length in runs if g == group) == odd
+    assert len({tuple(order.tolist()) for order in orders}) == 20

@@ -52,7 +52,9 @@ def test_an_experiment_runs_all_of_its_optimizers(launched: tuple[Path, subproce
     folder, done = launched
     assert done.returncode == 0, done.stderr
     runs = stored(folder)
-    assert {run.info["method"] for run in runs} == {path.stem for path in (ROOT / "conf/optimizer").glob("*.yaml")}
+    of_faces = {"deepfacto", "nmf", "pca", "raw"}
+    every = {path.stem for path in (ROOT / "conf/optimizer").glob("*.yaml")}
+    assert {run.info["method"] for run in runs} == every - of_faces
     for run in runs:
         assert list(run.history["iteration"].unique()) == [0, 1, 2, 3]
         assert list(run.history["seed"].unique()) == [0, 1]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, generator, minibatches, rows, slices
+from admm.minibatches import check_batch_size, generator, minibatches, own_rows, put_own_rows, rows, slices
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 from admm.variables import PLACES, Place, allocate
 
 
@@ -198,7 +198,7 @@ class BlockADMM:
     def _schedules(self, blocks: int, replicas: int) -> tuple[dict[str, Schedule], list[Schedule]]:
         """Of Θ's step, the dual step and the refresh, by name; and of ζ_1..ζ_T."""
         named = {n: schedule(n, getattr(self, n), replicas) for n in ("theta_step", "dual_step", "refresh")}
-        return named, [schedule("z_step", value, replicas) for value in block_values("z_step", self.z_step, blocks)]
+        return named, block_schedules("z_step", self.z_step, blocks, replicas)
 
     def _check(self, problem: Problem) -> None:
         one_of("sweep", self.sweep, ("batch", "minibatch"))
@@ -336,17 +336,14 @@ class _Sweep:
     def _gather(self, batch: Tensor) -> _Visit:
         """Copies of the samples [S, B] of a mini-batch."""
         state = self.state
-        index = _flat_index(batch, len(self.problem.x)).to(state.u[0].device)
         gathered = [state.z, state.u, *(state.z_moments if self.options.sweep == "minibatch" else [])]
-        z, u, *moments = ([_rows_of(v, index, batch) for v in variables] for variables in gathered)
+        z, u, *moments = ([own_rows(v, batch) for v in variables] for variables in gathered)
         chain = Chain(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
         return _Visit(chain, rows(self.problem.y, batch), u, moments)
 
     def _scatter(self, batch: Tensor, visit: _Visit) -> None:
-        place = self.state.u[0].device
-        index = _flat_index(batch, len(self.problem.x)).to(place)
         for whole, values in [*self._pairs(visit), *zip(self.state.u, visit.u, strict=True)]:
-            whole.flatten(0, 1).index_copy_(0, index, values.flatten(0, 1).to(place))
+            put_own_rows(whole, batch, values)
 
     def _pairs(self, visit: _Visit) -> Iterator[tuple[Tensor, Tensor]]:
         """Z of all samples and of the visited ones, and its moments."""
@@ -406,15 +403,3 @@ class _Sweep:
     @staticmethod
     def _norm(squares: list[Tensor], samples: int) -> Tensor:
         return (torch.stack(squares).sum(0) / samples).sqrt()
-
-
-def _flat_index(batch: Tensor, samples: int) -> Tensor:
-    """Indices [S·B] into variables [S·N, d] of a mini-batch [S, B]."""
-    offsets = torch.arange(0, len(batch) * samples, samples, device=batch.device)
-    return (batch + offsets[:, None]).flatten()
-
-
-def _rows_of(variables: Tensor, index: Tensor, batch: Tensor) -> Tensor:
-    """A mini-batch's samples, by `_flat_index`, of variables [S, N, ...]: [S, B, ...] on the device of `batch`."""
-    found = variables.flatten(0, 1).index_select(0, index)
-    return found.view(*batch.shape, *variables.shape[2:]).to(batch.device)

@@ -15,7 +15,7 @@ from admm.minibatches import check_batch_size
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 
 
 @dataclass
@@ -122,8 +122,9 @@ class OnlineBlockADMM:
 
     def _schedules(self, blocks: int, replicas: int) -> tuple[Schedule, list[Schedule]]:
         """Of Θ's step, and of ζ_1..ζ_T."""
-        z_steps = [schedule("z_step", value, replicas) for value in block_values("z_step", self.z_step, blocks)]
-        return schedule("theta_step", self.theta_step, replicas), z_steps
+        return schedule("theta_step", self.theta_step, replicas), block_schedules(
+            "z_step", self.z_step, blocks, replicas
+        )
 
     def _check(self, problem: Problem) -> None:
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))

@@ -151,11 +151,11 @@ def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
     """`sigma_t` [S]: the largest singular value of block t's weight, for blocks of one linear layer."""
     weights = [block.linear_weight(views) for block, views in zip(problem.blocks, theta.blocks, strict=True)]
     return {
-        f"sigma_{t}": _largest_singular_value(weight) for t, weight in enumerate(weights, start=1) if weight is not None
+        f"sigma_{t}": largest_singular_value(weight) for t, weight in enumerate(weights, start=1) if weight is not None
     }
 
 
-def _largest_singular_value(weight: Tensor) -> Tensor:
+def largest_singular_value(weight: Tensor) -> Tensor:
     """[S], by the eigenvalues of the smaller of WWᵀ and WᵀW, faster than an SVD; not finite where the weight is not.
 
     Of the weight over its largest entry, whose products cannot overflow.

@@ -1,0 +1,369 @@
+"""Faces with identities and CelebA's 40 binary attributes: LFWA, or any folder of faces with a table of attributes.
+
+LFW: Huang, Ramesh, Berg & Learned-Miller, "Labeled Faces in the Wild", 2007. LFWA, its 40 attributes and their
+split: Liu, Luo, Wang & Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015; it is given out by its authors.
+"""
+
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import scipy.io
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from admm.data import DatasetError
+
+ATTRIBUTES = tuple(  # in CelebA's order
+    """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
+    Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male
+    Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
+    Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace
+    Wearing_Necktie Young""".split()  # noqa: SIM905
+)
+FOLDERS = ("faces", "lfw", "lfw-deepfunneled", "lfw_funneled")  # the last is where a download goes
+SUFFIXES = (".jpg", ".jpeg", ".png")
+LFWA, LFWA_SPLIT = "lfw_att_40.mat", "indices_train_test.mat"
+
+Integers = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+Answers = NDArray[np.int8]  # 1 yes, 0 no, -1 unknown
+Box = Sequence[int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Faces:
+    """Faces, whole, in memory.
+
+    images: uint8 [N, 3, size, size], RGB.
+    people: int64 [N], whose face it is, an index into `persons`.
+    names: of the images, "<person>/<file>", and persons: of the people, sorted.
+    attributes: int8 [N, 40], 1 yes, 0 no, -1 unknown, in the order of `attribute_names`.
+    train, test: int64, ascending indices of images.
+    labels: what `attributes` are: "LFWA", the `labels` of `load_faces`, or "none".
+    sha256: of images, people, attributes, train and test, one after the other.
+    """
+
+    images: Tensor
+    people: Tensor
+    names: tuple[str, ...]
+    persons: tuple[str, ...]
+    attributes: Tensor
+    train: Tensor
+    test: Tensor
+    labels: str
+    sha256: str
+    attribute_names: ClassVar[tuple[str, ...]] = ATTRIBUTES
+
+
+def load_faces(
+    root: str | Path,
+    *,
+    folder: str | Path | None = None,
+    attributes: str | Path | None = None,
+    labels: str = "proxy labels",
+    box: Box = None,
+    size: int = 150,
+    split_seed: int = 0,
+    train_fraction: float = 6263 / 13143,
+    download: bool = True,
+) -> Faces:
+    """Load faces `<root>/<folder>/<person>/<image>` (.jpg, .jpeg or .png) and their attributes.
+
+    folder: of the images; None: the first of faces, lfw, lfw-deepfunneled and lfw_funneled that is there, or else, if
+        `download`, LFW's funnelled images of 250x250 pixels, brought by scikit-learn into `<root>/lfw_funneled`.
+    attributes: table under root (.csv, .csv.gz), with the file (its person's folder before it or not) in column
+        `image` and a column of 0/1, -1/1 or probabilities, which are yes from 0.5 on, for each of the 40 attributes.
+        An empty value, or an image that is not listed, is unknown. None: LFWA, if root has its authors'
+        lfw_att_40.mat and indices_train_test.mat (of MATLAB 5, or of 7.3 with h5py), whose images, labels and split
+        are taken as they are; else all is unknown.
+    labels: what the labels of the table are.
+    box: left, top, right, bottom of the crop, in pixels of the stored image; None: all of it. What (25, 32, 135, 142)
+        is in the central 160x160 of an LFW image is (70, 77, 180, 187) in its full 250x250.
+    size: side in pixels of the returned images, resized bilinearly (antialiased) after the crop.
+    split_seed, train_fraction: without LFWA's split, people drawn at random are the training set, as many as bring
+        its share of the images nearest to this (LFWA's own share); nobody is in both sets.
+
+    Decoded images are kept as `<root>/cache/faces-*.npy`, to be deleted at will, for as long as the box, the size and
+    the files' names, sizes and times stay; where that cannot be written, they are decoded anew each time.
+
+    Raises ValueError for an impossible argument, DatasetError if anything is absent, damaged or not as expected.
+    """
+    _check(box, size, train_fraction)
+    root = Path(root).expanduser()
+    faces = _find(root, folder, download)
+    names = _listed(faces)
+    official = attributes is None and (root / LFWA).exists()
+    if official:
+        labels, (names, answers) = "LFWA", _lfwa(root / LFWA, faces, names)
+    elif attributes is None:
+        labels, answers = "none", _unknown(names)
+    else:
+        answers = _table(root / attributes, names)
+    persons, people = np.unique([name.split("/")[0] for name in names], return_inverse=True)
+    if official:
+        train, test = _lfwa_split(root / LFWA_SPLIT, len(names))
+    else:
+        train, test = split_people(people, train_fraction, split_seed)
+    images = _cached(root / "cache", [faces / name for name in names], box, size)
+    content = (images, people.astype(np.int64), answers, train, test)
+    sha = hashlib.sha256()
+    for array in content:
+        sha.update(array.data)
+    x, y, known, first, second = map(torch.from_numpy, content)
+    return Faces(x, y, tuple(names), tuple(persons.tolist()), known, first, second, labels, sha.hexdigest())
+
+
+def pairs(people: Tensor, images: Tensor, number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random pairs of images for face verification: half show one person, half two.
+
+    As in LFW's protocol, people are drawn, then images of theirs: those with many images are not favoured.
+
+    people: int64 [N], whose face each image is. images: int64, the indices that may be drawn, in any order.
+    Returns pairs int64 [number, 2], none twice, and whether they show the same person, bool [number], True first.
+
+    Raises ValueError if `number` is not an even number of pairs or there are too few of a kind.
+    """
+    if number < 2 or number % 2:
+        raise ValueError(f"number must be an even number of pairs from 2 on, not {number!r}")
+    chosen = images.unique()
+    chosen = chosen[people[chosen].argsort(stable=True)]  # one person's after another's
+    start, count = np.unique(people[chosen].numpy(), return_index=True, return_counts=True)[1:]
+    equal = int((count * (count - 1) // 2).sum())
+    for kind, available in (("same-person", equal), ("two-person", len(chosen) * (len(chosen) - 1) // 2 - equal)):
+        if available < number // 2:
+            raise ValueError(f"number={number} needs {number // 2} {kind} pairs, the images have only {available}")
+    rng = np.random.RandomState(seed)  # its stream is frozen by NumPy's policy
+    drawn = np.concatenate([_same(start, count, number // 2, rng), _different(start, count, number // 2, rng)])
+    return chosen[torch.from_numpy(drawn)], torch.arange(number) < number // 2
+
+
+def _same(start: Integers, count: Integers, number: int, rng: np.random.RandomState) -> Integers:
+    """Positions [number, 2] of one person's images: of all such pairs, each weighted by one over its person's pairs.
+
+    Weighted sampling without replacement by exponential keys (Efraimidis & Spirakis 2006).
+    """
+    before = np.arange(count.sum()) - np.repeat(start, count)  # images of the same person before each
+    later = np.repeat(np.arange(len(before)), before)
+    earlier = later - 1 - (np.arange(len(later)) - np.repeat(before.cumsum() - before, before))
+    keys = rng.standard_exponential(len(later)) * np.repeat(count * (count - 1), count)[later]
+    return np.stack([earlier, later], axis=1)[keys.argsort(kind="stable")[:number]]
+
+
+def _different(start: Integers, count: Integers, number: int, rng: np.random.RandomState) -> Integers:
+    """Positions [number, 2] of two people's images, drawn until there are so many."""
+    images, codes = count.sum(), np.empty(0, dtype=np.int64)
+    while len(codes) < number:
+        who = rng.randint(0, len(count), (2, 2 * number))
+        low, high = np.sort(start[who] + (rng.random_sample(who.shape) * count[who]).astype(np.int64), axis=0)
+        codes = pd.unique(np.concatenate([codes, (low * images + high)[who[0] != who[1]]]))
+    return np.stack(np.divmod(codes[:number], images), axis=1)
+
+
+def _check(box: Box, size: int, train_fraction: float) -> None:
+    if box is not None and not (len(box) == 4 and 0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+        raise ValueError(f"box must be (left, top, right, bottom) in pixels of the stored image, not {box!r}")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a whole number of pixels from 1 on, not {size!r}")
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction must be between 0 and 1, not {train_fraction!r}")
+
+
+def _find(root: Path, folder: str | Path | None, download: bool) -> Path:
+    """The folder of the faces, downloaded if need be."""
+    places = [root / name for name in (FOLDERS if folder is None else (folder,))]
+    for place in places:
+        if place.is_dir():
+            return place
+    reason = "nothing is downloaded"
+    if download and folder is None:
+        try:
+            return _download(places[-1])
+        except Exception as error:  # broken connections raise anything
+            reason = "scikit-learn's fetch_lfw_people failed: " + " ".join(f"{type(error).__name__}: {error}".split())
+    raise DatasetError(
+        f"no faces: looked for {', '.join(map(str, places))}; {reason}\nThree ways to provide them:\n"
+        f"  1. put images as {places[0]}/<person>/<image>.jpg, and a table for `attributes` beside;\n"
+        f"  2. ask the authors of LFWA for it and put {LFWA}, {LFWA_SPLIT} and lfw/ into {root};\n"
+        f"  3. load with download=True, folder=None and a network: LFW's images, without attributes."
+    )
+
+
+def _download(folder: Path) -> Path:
+    """LFW's funnelled images, which appear whole or not at all."""
+    from sklearn.datasets import fetch_lfw_people
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lfw-") as home:
+        # its arrays have no file names, so its files are read instead; 500: it decodes one person's only
+        fetch_lfw_people(data_home=home, funneled=True, min_faces_per_person=500)
+        return Path(home, "lfw_home", "lfw_funneled").rename(folder)
+
+
+def _listed(folder: Path) -> list[str]:
+    """All "<person>/<file>" of the folder, sorted."""
+    found = (path for path in folder.glob("[!.]*/[!.]*") if path.suffix.lower() in SUFFIXES)
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    if not names:
+        raise DatasetError(f"{folder}: has no images, expected <person>/<image>.jpg (or .jpeg, .png)")
+    return names
+
+
+def _lfwa(mat: Path, folder: Path, listed: list[str]) -> tuple[list[str], Answers]:
+    """Names and attributes [N, 40] as LFWA's authors give them."""
+    columns, label, files = _read_mat(mat, "AttrName", "label", "name")
+    names = [str(file).strip().replace("\\", "/") for file in files.ravel()]
+    if label.shape != (len(names), columns.size):
+        raise DatasetError(f"{mat}: label is {list(label.shape)}, expected [{len(names)}, {columns.size}]")
+    if missing := sorted(set(names) - set(listed)):
+        raise DatasetError(f"{folder}: has no {missing[0]}; {mat} lists {len(missing)} images that are absent")
+    return names, _binary(pd.DataFrame(label, columns=columns.ravel()), mat)
+
+
+def _lfwa_split(mat: Path, images: int) -> tuple[Integers, Integers]:
+    """Ascending indices of train and test as LFWA's authors give them, from 1."""
+    train, test = (np.sort(indices, axis=None) for indices in _read_mat(mat, "indices_img_train", "indices_img_test"))
+    if not np.isin(np.concatenate([train, test]), np.arange(1, images + 1)).all():
+        raise DatasetError(f"{mat}: indices_img_train and _test must be whole numbers from 1 to {images}, the images")
+    if shared := len(np.intersect1d(train, test)):
+        raise DatasetError(f"{mat}: {shared} images are in both indices_img_train and indices_img_test")
+    return train.astype(np.int64) - 1, test.astype(np.int64) - 1
+
+
+def _read_mat(path: Path, *keys: str) -> list[NDArray[Any]]:
+    """Variables of a MATLAB file, matrices as in MATLAB and cells of strings as arrays of them."""
+    try:
+        with path.open("rb") as file:
+            hdf5 = b"\x89HDF\r\n\x1a\n" in file.read(1024)  # MATLAB 7.3's own header comes before it
+        content = _read_hdf5(path) if hdf5 else scipy.io.loadmat(path, squeeze_me=True)
+    except ImportError as error:
+        raise DatasetError(f"{path}: is a MATLAB 7.3 (HDF5) file, which needs h5py: pip install h5py") from error
+    except Exception as error:  # damaged files raise anything
+        raise DatasetError(f"{path}: could not be read as a MATLAB file ({error})") from error
+    if missing := [key for key in keys if key not in content]:
+        found = ", ".join(key for key in content if not key.startswith("_"))
+        raise DatasetError(f"{path}: has no {', '.join(missing)}, only {found or 'nothing'}")
+    return [np.asarray(content[key]) for key in keys]
+
+
+def _read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
+    import h5py
+
+    def text(reference: Any) -> str:
+        return "".join(map(chr, file[reference][()].ravel()))
+
+    with h5py.File(path) as file:
+        arrays = {key: item[()].T for key, item in file.items() if isinstance(item, h5py.Dataset)}  # axes are reversed
+        return {key: np.vectorize(text)(array) if array.dtype == object else array for key, array in arrays.items()}
+
+
+def _table(path: Path, names: list[str]) -> Answers:
+    """Attributes [N, 40] of the named images from a CSV file, -1 where it has none."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DatasetError(f"{path}: could not be read as a CSV file ({error})") from error
+    if "image" not in table:
+        raise DatasetError(f"{path}: has no column image, only {', '.join(map(str, table.columns))}")
+    rows = {name: row for row, name in enumerate(names)}
+    if len(files := {name.split("/")[1]: row for name, row in rows.items()}) == len(names):
+        rows |= files  # no two people have a file of the same name: the person need not be given
+    image = table["image"].astype(str).str.replace("\\", "/")
+    if len(strange := image[~image.isin(rows)]):
+        raise DatasetError(f"{path}: no face is called {strange.iloc[0]} (of {len(strange)} such), one is {names[0]}")
+    row = image.map(rows).astype(np.int64)
+    if row.duplicated().any():
+        raise DatasetError(f"{path}: image {image[row.duplicated()].iloc[0]} is listed twice, expected one row each")
+    answers = _unknown(names)
+    answers[row] = _binary(table, path)
+    return answers
+
+
+def _unknown(names: list[str]) -> Answers:
+    return np.full((len(names), len(ATTRIBUTES)), -1, dtype=np.int8)
+
+
+def _binary(table: pd.DataFrame, path: Path) -> Answers:
+    """The 40 attributes of a table, whatever its order, as 1, 0 or -1; "5 o'Clock Shadow" is 5_o_Clock_Shadow."""
+    columns = {_letters(column): column for column in table}
+    if missing := [name for name in ATTRIBUTES if _letters(name) not in columns]:
+        raise DatasetError(f"{path}: has no attribute {', '.join(missing)}")
+    try:
+        values = table[[columns[_letters(name)] for name in ATTRIBUTES]].to_numpy(np.float64)
+    except ValueError as error:
+        raise DatasetError(f"{path}: attributes must be numbers, or empty where unknown ({error})") from error
+    known = values[~np.isnan(values)]
+    if not (((known >= 0) & (known <= 1)).all() or (np.abs(known) == 1).all()):
+        found = f"from {known.min()} to {known.max()}"
+        raise DatasetError(f"{path}: attributes are numbers {found}, expected 0/1, -1/1 or probabilities")
+    return np.where(np.isnan(values), -1, values >= 0.5).astype(np.int8, order="C")
+
+
+def _letters(column: object) -> str:
+    return "".join(filter(str.isalnum, str(column))).lower()
+
+
+def split_people(people: Integers, fraction: float, seed: int) -> tuple[Integers, Integers]:
+    """Ascending indices of the images of people drawn at random, whose share is nearest to `fraction`, and of all
+    others'. people: [N], whose each image is. Raises DatasetError where there is one person only."""
+    count = np.bincount(people)
+    if len(count) < 2:
+        raise DatasetError("all faces are of one person, expected two or more to split")
+    order = np.random.RandomState(seed).permutation(len(count))  # its stream is frozen by NumPy's policy
+    last = np.abs(count[order].cumsum() - fraction * len(people))[:-1].argmin()  # the nearest with anyone left
+    train = np.isin(people, order[: last + 1])
+    return np.flatnonzero(train), np.flatnonzero(~train)
+
+
+def _cached(cache: Path, files: list[Path], box: Box, size: int) -> Bytes:
+    """The images, from the cache, mapped into memory (writes are private), or decoded and kept there."""
+    states = [(*file.parts[-2:], stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    key = hashlib.sha256(repr((box and tuple(box), size, states)).encode()).hexdigest()[:16]
+    path = cache / f"faces-{key}.npy"
+    with suppress(OSError, EOFError, ValueError):  # absent or damaged
+        return np.asarray(np.load(path, mmap_mode="c"))
+    images = _decoded(files, box, size)
+    with suppress(OSError):  # read-only or full
+        cache.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".faces-") as half:
+            np.save(Path(half, path.name), images)
+            os.replace(Path(half, path.name), path)
+    return images
+
+
+def _decoded(files: list[Path], box: Box, size: int) -> Bytes:
+    images = np.empty((len(files), 3, size, size), dtype=np.uint8)
+
+    def decode(row: int) -> None:
+        images[row] = _face(files[row], box, size)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(decode, range(len(files))):
+            pass  # raises the first error and drops what is still to do
+    return images
+
+
+def _face(file: Path, box: Box, size: int) -> Bytes:
+    """One image [3, size, size]."""
+    try:
+        with Image.open(file) as stored:
+            image = stored.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DatasetError(f"{file}: expected an image, found a damaged or other file ({error})") from error
+    if box is not None:
+        left, top, right, bottom = box
+        if right > image.width or bottom > image.height:
+            raise ValueError(f"box={tuple(box)} reaches beyond {file}, of {image.width}x{image.height} pixels")
+        image = image.crop((left, top, right, bottom))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)

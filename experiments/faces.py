@@ -1,0 +1,170 @@
+"""§4.2, Tables 1 and 2, Figure 8: what probes find in representations of faces, drawn from the store."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from experiments.report import COLOURS, Content, paper
+from experiments.store import Run
+
+HEAT_MAPS = 3  # factors in a figure
+MEASURES = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auc": "AUC"}
+
+
+def report(experiment: str, runs: list[Run]) -> Content:
+    """Table 1: means over the attributes that all runs have probed; bars of them, and heat maps of DeepFacto."""
+    shown = sorted(runs, key=_order)
+    kept = [run.table("probes") for run in shown]
+    common = set.intersection(*(set(probes["attribute"]) for probes in kept))
+    result = pd.DataFrame(
+        [row(experiment, r, p[p["attribute"].isin(common)]) for r, p in zip(shown, kept, strict=True)]
+    )
+    result.insert(5, "above NMF", [_above_nmf(line, result) for _, line in result.iterrows()])
+    figures = {experiment: bars(experiment, shown, result)}
+    for run in shown:
+        if (run.folder / "arrays.npz").exists():
+            figures[f"{experiment}_{run.info['setting']}_heat_maps"] = heat_maps(experiment, run)
+    cited = paper()["experiments"].get(experiment, {}).get("cited", {})
+    theirs = pd.DataFrame([{"method": name, "setting": "cited by the paper", "paper": v} for name, v in cited.items()])
+    return pd.concat([result, theirs], ignore_index=True).astype({"seeds": "Int64", "iterations": "Int64"}), figures
+
+
+def row(experiment: str, run: Run, probes: pd.DataFrame) -> dict[str, Any]:
+    """Mean over the attributes, mean and standard deviation over the seeds, percent."""
+    info, history = run.info, run.history
+    by_replica = probes.groupby("replica")[[*MEASURES, "majority"]].mean()
+    line: dict[str, Any] = {
+        "method": paper()["labels"].get(info["method"], info["method"]),
+        "setting": ", ".join([info["setting"], *info["overrides"], info["labels"]]),
+        "paper": _known(experiment, run),
+        "balanced accuracy": by_replica["balanced_accuracy"].mean(),
+        "std": by_replica["balanced_accuracy"].std(),
+        "accuracy": by_replica["accuracy"].mean(),
+        "AUC": by_replica["auc"].mean(),
+        "majority class": by_replica["majority"].mean(),
+        "attributes": probes["attribute"].nunique(),
+    }
+    if "verification" in history:
+        line |= verification(run, history)
+    return line | {"seeds": len(by_replica), "iterations": info["iterations"], "machine": info["machine"]}
+
+
+def verification(run: Run, history: pd.DataFrame) -> dict[str, float]:
+    """Percent of pairs: the last evaluation before backbone and factorisation move, and the end."""
+    by_iteration = history.groupby("iteration")["verification"].mean()
+    before = by_iteration.loc[: run.info.get("frozen", 0)]
+    return {"verification before": float(before.iloc[-1]), "after": float(by_iteration.iloc[-1])}
+
+
+def _above_nmf(line: pd.Series[Any], result: pd.DataFrame) -> float:
+    """By how much the balanced accuracy is above that of NMF of the same rank, fitted afterwards."""
+    of_nmf = result[(result["method"] == paper()["labels"]["nmf"]) & (result["setting"] == line["setting"])]
+    same = line["method"] == paper()["labels"]["deepfacto"] and len(of_nmf) == 1
+    return line["balanced accuracy"] - float(of_nmf["balanced accuracy"].iloc[0]) if same else float("nan")
+
+
+def attributes(experiment: str, runs: list[Run]) -> pd.DataFrame:
+    """Table 2: by attribute, ours, named with what their labels are, beside the paper's and what it cites, which are of
+    LFWA's own labels."""
+    columns: dict[str, Any] = {}
+    for run in sorted(runs, key=_order):
+        name = f"{paper()['labels'].get(run.info['method'], run.info['method'])} {run.info['setting']}"
+        by_attribute = run.table("probes").groupby("attribute")
+        if not columns:
+            columns |= {key: by_attribute[key].mean() for key in ("positives", "majority")}
+        for measure, label in MEASURES.items():
+            columns[f"{name}, {run.info['labels']}: {label}"] = by_attribute[measure].mean()
+    known = paper()["experiments"]["lfwa_deepfacto"]["attributes"]
+    theirs = pd.DataFrame(known["values"], index=known["columns"]).T.add_prefix("paper, LFWA: ")
+    return (
+        pd.concat([pd.DataFrame(columns).reindex(theirs.index), theirs], axis=1).rename_axis("attribute").reset_index()
+    )
+
+
+def bars(experiment: str, shown: list[Run], result: pd.DataFrame) -> Figure:
+    """Mean balanced accuracy by method and rank."""
+    drawn = Figure(figsize=(7.5, 1.4 + 0.32 * len(shown)), layout="constrained")
+    axes = drawn.subplots()
+    labels = [f"{m}, {s.split(',')[0]}" for m, s in zip(result["method"], result["setting"], strict=True)]
+    palette = dict(zip(dict.fromkeys(result["method"]), COLOURS.values(), strict=False))
+    colours = [palette[method] for method in result["method"]]
+    axes.barh(labels, result["balanced accuracy"], xerr=result["std"].fillna(0.0), color=colours, height=0.7)
+    for place, value in enumerate(result["balanced accuracy"]):
+        axes.text(value, place, f" {value:.1f}", va="center", fontsize=8)
+    axes.set(xlabel="balanced accuracy, mean over the attributes (%)", xlim=(50, 100))
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    drawn.supxlabel(_caption(experiment, shown, "Bars: mean over the seeds, ±1 standard deviation"), fontsize=8)
+    return drawn
+
+
+def chosen_factors(arrays: dict[str, NDArray[Any]], number: int = HEAT_MAPS) -> list[int]:
+    """The most consistent factors, of which no two have their largest mean at the same place."""
+    peaks = arrays["mean"].reshape(len(arrays["mean"]), -1).argmax(1)
+    chosen: dict[int, int] = {}
+    for factor in np.argsort(-arrays["consistency"]):
+        chosen.setdefault(int(peaks[factor]), int(factor))
+    return list(chosen.values())[:number]
+
+
+def heat_maps(experiment: str, run: Run, factors: Sequence[int] | None = None) -> Figure:
+    """Figure 8: rows of S, up-sampled bilinearly, over faces of different people; `chosen_factors` if None are given.
+
+    Raises ValueError for a factor that is not there.
+    """
+    arrays = run.arrays
+    if absent := [factor for factor in factors or () if not 0 <= factor < len(arrays["maps"])]:
+        raise ValueError(f"factors: there is no {absent[0]}, only 0 to {len(arrays['maps']) - 1}")
+    remark = "those asked for"
+    if factors is None:
+        factors = chosen_factors(arrays)
+        remark = (
+            "the most consistent (the share of energy common to all test faces), one for each place of its largest mean"
+        )
+    faces, maps = arrays["faces"].transpose(0, 2, 3, 1), torch.from_numpy(arrays["maps"][list(factors)])
+    large = functional.interpolate(maps, faces.shape[1:3], mode="bilinear", align_corners=False).numpy()
+    drawn = Figure(figsize=(1.1 * len(faces) + 0.6, 1.15 * (len(factors) + 1) + 0.7), layout="constrained")
+    panels = drawn.subplots(len(factors) + 1, len(faces), squeeze=False)
+    for column, face in enumerate(faces):
+        panels[0, column].imshow(face)
+        for row, factor in enumerate(large, start=1):
+            panels[row, column].imshow(face.mean(2), cmap="gray")
+            panels[row, column].imshow(factor[column], cmap="inferno", alpha=0.55, vmin=0, vmax=float(factor.max()))
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+    for row, factor in enumerate(factors, start=1):
+        panels[row, 0].set_ylabel(f"factor {factor}\n{arrays['consistency'][factor]:.2f}", fontsize=8)
+    text = (
+        f"Factors of {run.info['setting']}, seed {arrays['seed']}: {remark}; below its number, a factor's consistency"
+    )
+    drawn.supxlabel(_caption(experiment, [run], text), fontsize=8)
+    return drawn
+
+
+def _caption(experiment: str, shown: list[Run], remark: str) -> str:
+    known = paper()["experiments"].get(experiment, {})
+    labels = " and ".join(sorted({run.info["labels"] for run in shown}))
+    machines = ", ".join(sorted({run.info["machine"] for run in shown}))
+    return textwrap.fill(f"{known.get('caption', experiment)}; {labels}. {remark}. {machines}.", 120)
+
+
+def _known(experiment: str, run: Run) -> float | None:
+    """The paper's number for DeepFacto of this rank, which is of LFWA's own labels."""
+    of_lfwa = run.info["method"] == "deepfacto" and run.info["labels"] == "LFWA" and not run.info["overrides"]
+    ranks: dict[str, float] = paper()["experiments"].get(experiment, {}).get("ranks", {})
+    return ranks.get(run.info["setting"]) if of_lfwa else None
+
+
+def _order(run: Run) -> tuple[int, int]:
+    methods = ["raw", "pca", "nmf", "deepfacto"]
+    rank = "".join(filter(str.isdigit, run.info["setting"])) or "0"
+    return methods.index(run.info["method"]), int(rank)

@@ -1,0 +1,33 @@
+"""Heat maps of any factors of a DeepFacto run: python -m scripts.heat_maps <run> <picture> --factors 3 17 30"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.faces import heat_maps
+from experiments.store import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="such as results/runs/lfw_proxy/deepfacto-rank32-<identity>")
+    parser.add_argument("picture", type=Path, help="what to write: .png, .pdf, .svg")
+    parser.add_argument(
+        "--factors", type=int, nargs="+", help="their numbers, from 0; without them the most consistent"
+    )
+    options = parser.parse_args()
+    if not (options.run / "arrays.npz").exists():
+        sys.exit(f"error: {options.run} has no arrays.npz; it should be the folder of a finished run of DeepFacto")
+    run = Run(options.run)
+    try:
+        figure = heat_maps(run.info["experiment"], run, options.factors)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    figure.savefig(options.picture, dpi=150)
+    print(f"written: {options.picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""DeepFacto (Eq. 9): every update decreases it, stacked replicas are their own, and the network can be exported."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import nnls
+from torch import nn
+from torch.testing import assert_close
+
+from admm.blocks import split
+from admm.deepfacto.nmf import NMF, matrix
+from admm.deepfacto.training import DeepFacto, _Epoch, _Visit, factorisations
+from admm.deepfacto.triplet import TripletLoss
+from admm.losses import SquaredError
+from admm.models import initialiser
+from admm.optimizers import SGD, Adam
+from admm.optimizers.coupling import Chain
+from admm.optimizers.protocol import Problem, restore, save
+
+SEEDS = (3, 1)
+BASE = DeepFacto(
+    5, 1e-2, 0.1, {"blocks": [1.5, 0.7, 2.0]}, batch_size=8, warm_rounds=5, dual_step=0.5, refresh=0.3, slice_size=7
+)
+
+
+def network(rank=3):
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 5, 2), nn.ReLU()),
+        NMF(5, rank),
+        nn.Sequential(nn.Flatten(), nn.Linear(rank * 9, 4)),
+    )
+
+
+def problem(net=None, after=("0", "1"), loss=None, samples=20):
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(samples, 2, 4, 4, generator=random, dtype=torch.float64)
+    y = torch.arange(samples) // 3
+    blocks = split(net or network(), after=after)
+    return Problem(x, y, blocks, loss or TripletLoss(margin=0.5), initialiser("kaiming_uniform"))
+
+
+def visit_of(options, task, state, part=slice(0, 20)):
+    epoch = _Epoch(options, task, state)
+    x, y = (data[part].expand(len(state.seeds), *data[part].shape) for data in (task.x, task.y))
+    z, u = ([v[:, part].clone() for v in variables] for variables in (state.z, state.u))
+    return epoch, _Visit(epoch, Chain(task.blocks, state.theta, x, z), y, u)
+
+
+def trained(options, task, seeds=SEEDS, epochs=2):
+    state = options.init(task, seeds)
+    for _ in range(epochs):
+        options.step(task, state)
+    return state
+
+
+def two_factorisations():
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 5, 2), nn.ReLU()),
+        NMF(5, 3),
+        nn.Sequential(nn.Flatten(), nn.Linear(27, 8)),
+        nn.Sequential(nn.ReLU(), nn.Linear(8, 8), nn.ReLU()),
+        NMF(8, 4),
+        nn.Sequential(nn.ReLU(), nn.Linear(4, 6)),
+        nn.Sequential(nn.ReLU(), nn.Linear(6, 4)),
+    )
+
+
+def test_the_lagrangian_is_equation_9():
+    task = problem()
+    state = trained(BASE, task)
+    _, visit = visit_of(BASE, task, state)
+    for r in range(2):
+        net = task.blocks.export(state.theta, r).double()
+        (z1, s, z2), (u1, v, u2) = ([t[r] for t in tensors] for tensors in (state.z, state.u))
+        residuals = [z1 - net[0](task.x) + u1, torch.einsum("cr,nrhw->nchw", net[1].basis, s) * -1 + z1 + v]
+        residuals.append(z2 - net[2](s) + u2)
+        expected = task.loss.value(z2, task.y).sum()
+        expected = expected + sum(b / 2 * res.square().sum() for b, res in zip((1.5, 0.7, 2.0), residuals, strict=True))
+        assert_close(visit.lagrangian()[r], expected.detach())
+
+
+@pytest.mark.parametrize("net", [network, two_factorisations])
+def test_every_primal_update_decreases_equation_9(net):
+    whole = net()
+    after = [str(k) for k in range(len(whole) - 1)]
+    task = problem(whole, after, SquaredError())
+    task = replace(task, y=torch.rand(20, 4, dtype=torch.float64))
+    # Small steps where an update is a gradient step; the others have none.
+    options = replace(BASE, theta_step=1e-3, z_step=1e-2, beta=1.3, update=SGD(), together=1)
+    state = trained(options, task)
+    epoch, visit = visit_of(options, task, state)
+    assert len(epoch.factors) == (1 if net is network else 2)
+    value = visit.lagrangian()
+    for t in range(len(state.z), 0, -1):
+        visit.update_z(t, 1e-2)
+        moved = visit.lagrangian()
+        assert (moved < value).all(), t
+        value = moved
+    visit.update_theta([1e-3] * len(state.z))
+    assert (visit.lagrangian() < value).all()
+
+
+def test_the_basis_decreases_equation_9_and_all_factors_stay_positive():
+    task = problem()
+    state = trained(BASE, task)
+    epoch, visit = visit_of(BASE, task, state)
+    value = visit.lagrangian()
+    epoch.update_basis(2)
+    assert (visit.lagrangian() < value).all()
+    assert state.z[1].min() >= 0.0 and epoch.factors[2].min() >= 0.0
+
+
+def test_the_update_before_a_factorisation_is_the_exact_minimiser():
+    task = problem()
+    state = trained(BASE, task)
+    _, visit = visit_of(BASE, task, state)
+    visit.update_z(1, 0.0)
+    z = visit.chain.z[0].clone().requires_grad_()
+    basis, scores = factorisations(task.blocks, state.theta)[2], state.z[1]
+    product = torch.einsum("Rcr,Rnrhw->Rnchw", basis, scores)
+    coupling = 1.5 / 2 * (z - visit.chain.output(1) + state.u[0]).square().sum()
+    (coupling + 0.7 / 2 * (z - product + state.u[1]).square().sum()).backward()
+    assert_close(z.grad, torch.zeros_like(z), atol=1e-10, rtol=0)
+
+
+def test_many_sweeps_of_the_scores_reach_the_optimum_of_equation_9():
+    task = problem()
+    options = replace(BASE, score_sweeps=5)
+    state = trained(options, task)
+    _, visit = visit_of(options, task, state)
+    for _ in range(1500):
+        visit.update_z(2, 0.0)
+    net = task.blocks.export(state.theta, 0)
+    weight, bias = net[2][1].weight.detach(), net[2][1].bias.detach()
+    for n in range(5):
+        # ½‖[√γ (I ⊗ M); √β W] s − [√γ (z + v); √β (z' + u − b)]‖², s by row and place.
+        m = torch.kron(net[1].basis.contiguous(), torch.eye(9).double())
+        matrix_of = torch.cat([0.7**0.5 * m, 2.0**0.5 * weight])
+        above = (state.z[0][0, n] + state.u[1][0, n]).flatten()
+        target = torch.cat([0.7**0.5 * above, 2.0**0.5 * (state.z[2][0, n] + state.u[2][0, n] - bias)])
+        best, _ = nnls(matrix_of.numpy(), target.numpy())
+        assert_close(visit.chain.z[1][0, n].flatten(), torch.tensor(best), atol=1e-5, rtol=1e-5)
+
+
+def test_the_duals_grow_by_the_constraints():
+    task = problem()
+    state = trained(BASE, task)
+    _, visit = visit_of(BASE, task, state)
+    before, residuals = [u.clone() for u in visit.u], [visit.residual(t).clone() for t in (1, 2, 3)]
+    visit.update_duals(0.25)
+    for old, new, residual in zip(before, visit.u, residuals, strict=True):
+        assert_close(new, old + 0.25 * residual)
+
+
+def test_stacked_replicas_are_their_own():
+    task = problem()
+    together = trained(BASE, task)
+    for r, seed in enumerate(SEEDS):
+        alone = trained(BASE, task, (seed,))
+        assert_close(alone.theta.flat[0], together.theta.flat[r])
+        assert_close(alone.theta.buffers[0], together.theta.buffers[r])
+        for one, many in zip([*alone.z, *alone.u], [*together.z, *together.u], strict=True):
+            assert_close(one[0], many[r])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one():
+    task = problem()
+    state = trained(BASE, task, epochs=1)
+    saved, other = copy.deepcopy(save(state)), BASE.init(task, SEEDS)
+    restore(other, saved)
+    for one in (state, other):
+        BASE.step(task, one)
+    assert torch.equal(state.theta.flat, other.theta.flat) and torch.equal(state.theta.buffers, other.theta.buffers)
+    assert all(map(torch.equal, state.z, other.z)) and all(map(torch.equal, state.u, other.u))
+
+
+@pytest.mark.parametrize("update", [SGD(weight_decay=0.1), Adam(weight_decay=0.1)])
+def test_frozen_blocks_do_not_move_before_their_time(update):
+    task = problem()
+    options = replace(BASE, frozen=2, update=update)
+    state = options.init(task, SEEDS)
+    start = state.theta.flat.clone()
+    size = sum(p.numel() for p in task.blocks.network[0].parameters())
+    for _ in range(2):
+        options.step(task, state)
+    assert torch.equal(state.theta.flat[:, :size], start[:, :size])
+    assert not torch.equal(state.theta.flat[:, size:], start[:, size:])
+    options.step(task, state)
+    assert not torch.equal(state.theta.flat[:, :size], start[:, :size])
+
+
+def test_the_export_encodes_projects_and_goes_on():
+    task = problem()
+    state = trained(BASE, task)
+    net = task.blocks.export(state.theta, 1)
+    with torch.no_grad():
+        encoded = net[0](task.x)
+        output = net(task.x)
+    scores = []
+    for row in encoded.permute(0, 2, 3, 1).reshape(-1, 5).numpy():
+        scores.append(nnls(net[1].basis.numpy(), row)[0])
+    scores = torch.tensor(np.stack(scores)).view(20, 3, 3, 3).permute(0, 3, 1, 2)
+    assert_close(output, net[2](scores).detach(), atol=1e-4, rtol=1e-3)
+    assert_close(task.blocks.forward(state.theta, task.x.expand(2, *task.x.shape))[1], output)
+
+
+def test_training_reduces_the_loss_of_the_exported_network():
+    task = problem(samples=30)
+    options = replace(BASE, iterations=30, dual_step=0.0, refresh=1.0, batch_size=15, z_step=0.5)
+    start, end = options.init(task, SEEDS), trained(options, task, epochs=30)
+    x = task.x.expand(2, *task.x.shape)
+    losses = [
+        task.loss.value(task.blocks.forward(state.theta, x), task.y.expand(2, -1)).mean(1) for state in (start, end)
+    ]
+    assert (losses[1] < 0.8 * losses[0]).all()
+
+
+def test_diagnostics():
+    task = problem()
+    state = trained(replace(BASE, batch_size=20), task)
+    found = replace(BASE, slice_size=20).diagnostics(task, state)
+    _, visit = visit_of(BASE, task, state)
+    assert_close(found["lagrangian"], visit.lagrangian() / 20)
+    product = factorisations(task.blocks, state.theta)[2] @ matrix(state.z[1])
+    whole = matrix(state.z[0])
+    assert_close(found["residual_2"], ((whole - product).norm(dim=(1, 2)) / whole.norm(dim=(1, 2))))
+    assert set(found) == {"lagrangian", "residual_1", "residual_2", "residual_3"}
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (["0"], r"an NMF layer is a block of its own, but block 2 is \['1', '2.0', '2.1'\]; cut before and after it"),
+        (["1"], r"an NMF layer is a block of its own"),
+    ],
+)
+def test_an_nmf_inside_a_block_is_refused(after, message):
+    with pytest.raises(ValueError, match=message):
+        BASE.init(problem(after=after), SEEDS)
+
+
+@pytest.mark.parametrize("after", [(), (nn.Conv2d(3, 3, 1),), (nn.Flatten(), nn.Linear(27, 4), nn.ReLU())])
+def test_an_nmf_without_a_linear_layer_after_it_is_refused(after):
+    net = nn.Sequential(nn.Conv2d(2, 5, 2), NMF(5, 3), *([nn.Sequential(*after)] if after else []))
+    with pytest.raises(
+        ValueError, match="the NMF layer '1' must be followed by a block that ends with its one linear layer"
+    ):
+        replace(BASE, beta=1.0).init(problem(net, ["0", "1"] if after else ["0"]), SEEDS)
+
+
+@pytest.mark.parametrize("key", ["together", "warm_rounds", "score_sweeps", "basis_sweeps", "primal_rounds"])
+def test_counts_below_one_are_refused(key):
+    with pytest.raises(ValueError, match=rf"optimizer.{key}: 0 is not a whole number from 1 up"):
+        replace(BASE, **{key: 0}).init(problem(), SEEDS)
+
+
+def test_another_loss_serves_as_well():
+    task = problem(loss=SquaredError())
+    task = replace(task, y=torch.rand(20, 4, dtype=torch.float64))
+    state = trained(replace(BASE, together=1), task)
+    assert torch.isfinite(state.theta.flat).all()
+
+
+def test_labels_of_another_form_are_refused_where_samples_come_together():
+    task = replace(problem(), y=torch.rand(20, 4))
+    with pytest.raises(ValueError, match=r"optimizer.together: 4 needs class indices as y, not 2 axes"):
+        BASE.init(task, SEEDS)
+
+
+def test_more_than_the_whole_way_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.refresh: 3.0 is more than the whole way"):
+        replace(BASE, refresh=3.0).init(problem(), SEEDS)
+
+
+def test_without_a_dual_step_there_are_no_duals():
+    task = problem()
+    with_zeros, without = replace(BASE, dual_step={"start": 1e-30, "end": 0.0}), replace(BASE, dual_step=0.0)
+    states = [trained(options, task) for options in (with_zeros, without)]
+    assert len(states[0].u) == 3 and states[1].u == []
+    assert_close(states[0].theta.flat, states[1].theta.flat)
+    assert_close(states[0].z[1], states[1].z[1])
+
+
+def test_each_block_has_its_own_step():
+    task = problem()
+    options = replace(BASE, theta_step={"blocks": [0.0, 0.0, 1e-2]})
+    state = options.init(task, SEEDS)
+    start = state.theta.flat.clone()
+    options.step(task, state)
+    size = sum(p.numel() for p in task.blocks.network[0].parameters())
+    assert torch.equal(state.theta.flat[:, :size], start[:, :size])
+    assert not torch.equal(state.theta.flat[:, size:], start[:, size:])
+
+
+def test_the_first_step_of_a_block_that_was_frozen_is_adam_s_first():
+    task = problem()
+    options = replace(BASE, frozen=3, batch_size=20, theta_step=1e-3)
+    state = options.init(task, SEEDS)
+    size = sum(p.numel() for p in task.blocks.network[0].parameters())
+    for _ in range(3):
+        options.step(task, state)
+    before = state.theta.flat[:, :size].clone()
+    options.step(task, state)
+    assert (state.theta.flat[:, :size] - before).abs().max() <= 1e-3 * (1 + 1e-6)
+
+
+def test_a_seed_that_diverges_leaves_the_others_alone():
+    task = problem()
+    options = replace(BASE, theta_step=[0.01, 1e300])
+    both, alone = trained(options, task, epochs=3), trained(replace(BASE, theta_step=0.01), task, SEEDS[:1], epochs=3)
+    assert_close(both.theta.flat[0], alone.theta.flat[0])
+    outputs = task.blocks.forward(both.theta, task.x.expand(2, *task.x.shape))
+    assert torch.isfinite(outputs[0]).all() and not torch.isfinite(outputs[1]).all()

@@ -1,0 +1,568 @@
+"""Faces: where they are found, what is refused, how they are labelled, split, cropped, cached and paired."""
+
+import gzip
+import os
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from admm import faces
+from admm.data import DatasetError
+from admm.faces import ATTRIBUTES, load_faces, pairs
+
+PEOPLE = {"Ann": 3, "Bob": 1, "Cy": 2, "Di": 2}
+NAMES = [f"{person}/{person}_{i:04d}.png" for person, count in PEOPLE.items() for i in range(1, count + 1)]
+WIDTH, HEIGHT = 12, 10
+
+
+def pixels(name):
+    """Random content [H, W, 3], the same for the same name."""
+    return np.random.RandomState(sum(name.encode())).randint(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def write(folder, names=NAMES):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(name)).save(folder / name)
+
+
+def answers(rows=8):
+    return np.random.RandomState(0).randint(0, 2, (rows, 40))
+
+
+def table(images=NAMES, values=None):
+    frame = pd.DataFrame(answers(len(images)) if values is None else values, columns=ATTRIBUTES)
+    frame.insert(0, "image", list(images))
+    return frame
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with faces and their table."""
+    write(tmp_path / "faces")
+    table().to_csv(tmp_path / "a.csv", index=False)
+    return tmp_path
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files decoded so far."""
+    files, face = [], faces._face
+    monkeypatch.setattr(faces, "_face", lambda file, *args: (files.append(file.name), face(file, *args))[1])
+    return files
+
+
+def message(root, error=DatasetError, **kwargs):
+    with pytest.raises(error) as caught:
+        load_faces(root, **({"size": 4, "download": False} | kwargs))
+    return str(caught.value)
+
+
+def test_the_attributes_are_celeba_s():
+    assert len(ATTRIBUTES) == 40 and list(ATTRIBUTES) == sorted(ATTRIBUTES)
+    assert (ATTRIBUTES[0], ATTRIBUTES[20], ATTRIBUTES[31], ATTRIBUTES[39]) == (
+        "5_o_Clock_Shadow",
+        "Male",
+        "Smiling",
+        "Young",
+    )
+
+
+# Folders by person with a table
+
+
+def test_faces_with_a_table(root):
+    found = load_faces(root, attributes="a.csv", size=6)
+    assert found.names == tuple(NAMES) and found.persons == ("Ann", "Bob", "Cy", "Di")
+    assert found.people.dtype == torch.int64 and found.people.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    assert found.images.dtype == torch.uint8 and found.images.shape == (8, 3, 6, 6) and found.images.is_contiguous()
+    assert found.attributes.dtype == torch.int8 and np.array_equal(found.attributes, answers())
+    assert found.attribute_names == ATTRIBUTES and found.labels == "proxy labels"
+    assert load_faces(root, attributes=root / "a.csv", labels="a census", size=6).labels == "a census"
+
+
+def test_faces_without_labels(root):
+    found = load_faces(root, size=6)
+    assert found.labels == "none" and found.attributes.shape == (8, 40) and (found.attributes == -1).all()
+
+
+def test_the_names_may_leave_out_the_person_or_have_backslashes_and_come_in_any_order(root):
+    names = [NAMES[5].replace("/", "\\"), NAMES[0].split("/")[1], NAMES[3]]
+    frame = table(names).iloc[:, ::-1].assign(remark="what no one asked for")
+    (root / "b.csv.gz").write_bytes(gzip.compress(frame.to_csv(index=False).encode()))
+    found = load_faces(root, attributes="b.csv.gz", size=6).attributes
+    assert np.array_equal(found[[5, 0, 3]], answers(3))
+    assert (found[[1, 2, 4, 6, 7]] == -1).all()
+
+
+def test_equal_file_names_need_the_person(tmp_path):
+    names = ["Ann/1.png", "Bob/1.png"]
+    write(tmp_path / "faces", names)
+    table(names).to_csv(tmp_path / "whole.csv", index=False)
+    assert np.array_equal(load_faces(tmp_path, attributes="whole.csv", size=6).attributes, answers(2))
+    table(["1.png"]).to_csv(tmp_path / "bare.csv", index=False)
+    expected = f"{tmp_path / 'bare.csv'}: no face is called 1.png (of 1 such), one is Ann/1.png"
+    assert message(tmp_path, attributes="bare.csv") == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 1, np.nan], [0, 1, 1, -1]),
+        ([-1, 1, -1, np.nan], [0, 1, 0, -1]),
+        ([0.499, 0.5, 0.97, np.nan], [0, 1, 1, -1]),
+        ([False, True, False, True], [0, 1, 0, 1]),
+        ([np.nan] * 4, [-1] * 4),
+    ],
+)
+def test_answers_and_probabilities(values, expected, root):
+    table(NAMES[:4], np.tile(np.array(values)[:, None], 40)).to_csv(root / "b.csv", index=False)
+    found = load_faces(root, attributes="b.csv", size=6).attributes[:4]
+    assert np.array_equal(found, np.tile(np.array(expected)[:, None], 40))
+
+
+def test_an_empty_table_tells_nothing(root):
+    table([], np.empty((0, 40))).to_csv(root / "b.csv", index=False)
+    assert (load_faces(root, attributes="b.csv", size=6).attributes == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.rename(columns={"image": "file"}), "has no column image, only file, 5_o_Clock_Shadow, "),
+        (lambda t: t.drop(columns=["Male", "Young"]), "has no attribute Male, Young"),
+        (lambda t: t.replace({NAMES[6]: "Eve/Eve_0001.png"}), "no face is called Eve/Eve_0001.png (of 1 such), one is"),
+        (lambda t: t.replace({NAMES[6]: NAMES[0]}), f"image {NAMES[0]} is listed twice"),
+        (lambda t: t.assign(Male="yes"), "attributes must be numbers, or empty where unknown (could not convert"),
+        (lambda t: t.assign(Male=2), "attributes are numbers from 0.0 to 2.0, expected 0/1, -1/1 or probabilities"),
+        (lambda t: t.assign(Male=-1), "attributes are numbers from -1.0 to 1.0, expected 0/1, -1/1 or probabilities"),
+        (lambda t: t.assign(Male=np.inf), "attributes are numbers from 0.0 to inf"),
+    ],
+)
+def test_a_wrong_table_is_named(change, problem, root):
+    change(table()).to_csv(root / "b.csv", index=False)
+    assert message(root, attributes="b.csv").startswith(f"{root / 'b.csv'}: {problem}")
+
+
+@pytest.mark.parametrize(("file", "raw"), [("b.csv", None), ("b.csv", b""), ("b.csv.gz", b"\x1f\x8bno")])
+def test_an_absent_or_damaged_table_is_named(file, raw, root):
+    if raw is not None:
+        (root / file).write_bytes(raw)
+    assert message(root, attributes=file).startswith(f"{root / file}: could not be read as a CSV file (")
+
+
+# The split by identity
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=30), st.floats(0.05, 0.95), st.integers(0, 2**32 - 1))
+def test_nobody_is_in_both_sets(counts, fraction, seed):
+    people = np.repeat(np.arange(len(counts)), counts)
+    train, test = faces.split_people(people, fraction, seed)
+    assert sorted([*train, *test]) == list(range(len(people))) and len(train) and len(test)
+    assert not set(people[train]) & set(people[test])
+    assert (np.diff(train) > 0).all() and (np.diff(test) > 0).all()
+    assert abs(len(train) - fraction * len(people)) <= max(counts)
+
+
+def test_the_split_is_seeded_and_is_lfwa_s_share(root):
+    people = np.random.RandomState(0).randint(0, 5749, 13233)
+    people = np.unique(people, return_inverse=True)[1]
+    train, _ = faces.split_people(people, 6263 / 13143, 0)
+    assert abs(len(train) - 6306) <= 2
+    assert not np.array_equal(train, faces.split_people(people, 6263 / 13143, 1)[0])
+    one, same = (load_faces(root, size=6, split_seed=3) for _ in range(2))
+    assert torch.equal(one.train, same.train) and torch.equal(one.test, same.test)
+    assert one.train.dtype == one.test.dtype == torch.int64 and len(one.train) + len(one.test) == 8
+    assert len(load_faces(root, size=6, train_fraction=0.99).train) > len(load_faces(root, train_fraction=0.01).train)
+
+
+def test_the_split_is_the_same_in_every_version():
+    train, test = faces.split_people(np.array([0, 0, 0, 1, 2, 2, 3, 3]), 0.5, 0)
+    assert (train.tolist(), test.tolist()) == ([4, 5, 6, 7], [0, 1, 2, 3])
+
+
+def test_the_order_of_the_file_system_does_not_matter(root, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    write(other / "faces", NAMES[::-1])
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *args: reversed(list(glob(*args))))
+    one, two = load_faces(root, size=6), load_faces(other, size=6)
+    assert one.names == two.names == tuple(NAMES) and one.sha256 == two.sha256
+    assert torch.equal(one.train, two.train)
+
+
+def test_one_person_cannot_be_split(tmp_path):
+    write(tmp_path / "faces", NAMES[:3])
+    assert "all faces are of one person" in message(tmp_path)
+
+
+def test_sha256_is_of_all_content(root):
+    sums = {load_faces(root, **({"size": 6} | kwargs)).sha256 for kwargs in ({}, {"size": 7}, {"train_fraction": 0.9})}
+    sums |= {load_faces(root, size=6, attributes="a.csv").sha256}
+    Image.fromarray(pixels("another")).save(root / "faces" / NAMES[4])
+    sums |= {load_faces(root, size=6).sha256}
+    assert len(sums) == 5
+
+
+# LFWA as its authors give it
+
+LISTED = [NAMES[i] for i in (6, 0, 1, 4, 3)]  # neither all nor in order
+TRAIN, TEST = [[1.0], [4.0]], [[5.0], [2.0]]  # 1-based columns; the third image is in neither
+
+
+def cell(strings):
+    return np.array([*strings, None], dtype=object)[:-1, None]
+
+
+def write_v5(path, **variables):
+    scipy.io.savemat(path, {key: cell(x) if isinstance(x[0], str) else x for key, x in variables.items()})
+
+
+def write_v73(path, **variables):
+    """As MATLAB does: its header first, axes reversed, strings as references to columns of uint16."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for key, x in variables.items():
+            if isinstance(x[0], str):
+                strings = [np.frombuffer(s.encode("utf-16-le"), np.uint16)[:, None] for s in x]
+                parts = [file.create_dataset(f"#refs#/{key}{i}", data=s) for i, s in enumerate(strings)]
+                file.create_dataset(key, data=np.array([[part.ref for part in parts]], dtype=h5py.ref_dtype))
+            else:
+                file.create_dataset(key, data=np.asarray(x).T)
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64")
+
+
+def lfwa(root, write_mat=write_v5, folder="lfw", **changes):
+    """LFWA's layout; its columns are in another order and have spaces."""
+    order = np.random.RandomState(1).permutation(40)
+    labels = {
+        "AttrName": [ATTRIBUTES[i].replace("5_o_", "5_o'").replace("_", " ") for i in order],
+        "label": answers(len(LISTED))[:, order].astype(float),
+        "name": [name.replace("/", "\\") for name in LISTED],
+    }
+    split = {"indices_img_train": TRAIN, "indices_img_test": TEST, "indices_identity_train": [[1.0]]}
+    for file, variables in (("lfw_att_40.mat", labels), ("indices_train_test.mat", split)):
+        variables |= {key: changes[key] for key in variables.keys() & changes}
+        write_mat(root / file, **{key: x for key, x in variables.items() if x is not None})
+    write(root / folder)
+
+
+@pytest.mark.parametrize("write_mat", [write_v5, write_v73])
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_lfwa_is_taken_as_it_is(write_mat, slash, tmp_path):
+    lfwa(tmp_path, write_mat, name=[name.replace("/", slash) for name in LISTED])
+    found = load_faces(tmp_path, size=10, box=(0, 0, 10, 10))
+    assert found.labels == "LFWA" and found.names == tuple(LISTED)
+    assert found.persons == ("Ann", "Bob", "Cy", "Di") and found.people.tolist() == [3, 0, 0, 2, 1]
+    assert np.array_equal(found.attributes, answers(len(LISTED)))
+    assert found.train.tolist() == [0, 3] and found.test.tolist() == [1, 4]
+    for image, name in zip(found.images, LISTED, strict=True):
+        assert np.array_equal(image.permute(1, 2, 0), pixels(name)[:, :10])
+    other = load_faces(tmp_path, size=10, split_seed=1, train_fraction=0.9)
+    assert torch.equal(other.train, found.train) and torch.equal(other.test, found.test)
+
+
+def test_lfwa_with_other_images_or_another_table(tmp_path):
+    lfwa(tmp_path, folder="aligned/pictures")
+    assert load_faces(tmp_path, folder="aligned/pictures", size=4).labels == "LFWA"
+    table().to_csv(tmp_path / "a.csv", index=False)
+    found = load_faces(tmp_path, folder="aligned/pictures", attributes="a.csv", size=4)
+    assert found.labels == "proxy labels" and len(found.images) == len(NAMES)
+
+
+@pytest.mark.parametrize("write_mat", [write_v5, write_v73])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"AttrName": None}, "lfw_att_40.mat: has no AttrName, only "),
+        ({"AttrName": ["Male"] * 40}, "lfw_att_40.mat: has no attribute 5_o_Clock_Shadow, Arched_Eyebrows, "),
+        ({"label": np.ones((4, 40))}, "lfw_att_40.mat: label is [4, 40], expected [5, 40]"),
+        ({"label": np.full((5, 40), 3.0)}, "lfw_att_40.mat: attributes are numbers from 3.0 to 3.0, expected 0/1"),
+        ({"name": [*LISTED[:4], "Eve\\Eve_0001.png"]}, "lfw: has no Eve/Eve_0001.png; "),
+        ({"indices_img_test": None}, "indices_train_test.mat: has no indices_img_test, only "),
+        ({"indices_img_train": [[0.0]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers"),
+        ({"indices_img_test": [[6.0]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers fr"),
+        ({"indices_img_test": [[1.5]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers fr"),
+        ({"indices_img_test": [[4.0], [1.0]]}, "indices_train_test.mat: 2 images are in both"),
+    ],
+)
+def test_a_wrong_lfwa_is_named(write_mat, change, problem, tmp_path):
+    lfwa(tmp_path, write_mat, **change)
+    assert message(tmp_path).startswith(f"{tmp_path}{os.sep}{problem}")
+
+
+@pytest.mark.parametrize("damage", [b"", b"<html>404</html>" * 99, b"\x89HDF\r\n\x1a\n" + bytes(99), None])
+def test_a_damaged_mat_is_named(damage, tmp_path):
+    if damage and damage.startswith(b"\x89HDF"):
+        pytest.importorskip("h5py")
+    lfwa(tmp_path)
+    path = tmp_path / "indices_train_test.mat"
+    path.unlink() if damage is None else path.write_bytes(damage)
+    assert message(tmp_path).startswith(f"{path}: could not be read as a MATLAB file (")
+
+
+def test_hdf5_without_h5py(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)  # importing it raises ImportError
+    lfwa(tmp_path)
+    (tmp_path / "lfw_att_40.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(512) + b"\x89HDF\r\n\x1a\n")
+    assert message(tmp_path).endswith("is a MATLAB 7.3 (HDF5) file, which needs h5py: pip install h5py")
+
+
+# Images
+
+
+def test_the_crop_comes_before_the_size(root):
+    found = load_faces(root, box=(3, 2, 11, 10), size=8).images
+    for image, name in zip(found, NAMES, strict=True):
+        assert np.array_equal(image.permute(1, 2, 0), pixels(name)[2:10, 3:11])  # the side stays
+    whole = torch.from_numpy(pixels(NAMES[5])).permute(2, 0, 1)[None].double()
+    for box, crop, size in ((None, whole, 5), ([3, 2, 11, 10], whole[..., 2:10, 3:11], 20)):
+        expected = torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+        assert (load_faces(root, box=box, size=size).images[5] - expected[0]).abs().max() < 1.01
+
+
+def test_other_kinds_of_files(tmp_path):
+    grey, alpha = Image.new("L", (9, 9), 40), Image.new("RGBA", (9, 9), (10, 20, 30, 255))
+    for person in ("Ann", "Bob", ".hidden"):
+        (tmp_path / "lfw" / person).mkdir(parents=True)
+    grey.save(tmp_path / "lfw/Ann/1.JPG", quality=95)
+    alpha.save(tmp_path / "lfw/Bob/1.png")
+    for file in ("Ann/._1.jpg", "Ann/notes.txt", ".hidden/1.jpg", "pairs.txt"):
+        (tmp_path / "lfw" / file).write_text("not an image")
+    found = load_faces(tmp_path, size=2)
+    assert found.names == ("Ann/1.JPG", "Bob/1.png")
+    assert (found.images[0] == 40).all() and found.images[1, :, 0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("raw", [b"", b"<html>404</html>", "truncated"])
+def test_a_damaged_image_is_named_and_nothing_kept(raw, root):
+    path = root / "faces" / NAMES[4]
+    path.write_bytes(path.read_bytes()[:200] if raw == "truncated" else raw)
+    assert message(root).startswith(f"{path}: expected an image, found a damaged or other file (")
+    assert not (root / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"box": (0, 0, 5)}, "box must be (left, top, right, bottom) in pixels of the stored image, not (0, 0, 5)"),
+        ({"box": (5, 0, 5, 5)}, "box must be (left, top"),
+        ({"box": (0, -1, 5, 5)}, "box must be (left, top"),
+        ({"box": (0, 0, 12, 11)}, "box=(0, 0, 12, 11) reaches beyond"),
+        ({"size": 0}, "size must be a whole number of pixels from 1 on, not 0"),
+        ({"size": 1.5}, "size must be"),
+        ({"train_fraction": 1}, "train_fraction must be between 0 and 1, not 1"),
+    ],
+)
+def test_impossible_arguments_are_refused(change, problem, root):
+    assert message(root, ValueError, **change).startswith(problem)
+
+
+# The cache
+
+
+def test_images_are_decoded_once(root, decoded):
+    first = load_faces(root, size=6, box=(0, 0, 9, 9))
+    assert sorted(decoded) == sorted(name.split("/")[1] for name in NAMES)
+    second = load_faces(root, size=6, box=[0, 0, 9, 9], attributes="a.csv", split_seed=1)
+    assert len(decoded) == len(NAMES) and torch.equal(first.images, second.images)
+    second.images.zero_()  # is the caller's own
+    assert load_faces(root, size=6, box=(0, 0, 9, 9)).sha256 == first.sha256
+    assert [path.suffix for path in (root / "cache").iterdir()] == [".npy"]
+
+
+def test_the_cache_follows_the_files_and_the_crop(root, decoded):
+    def again(**kwargs):
+        decoded.clear()
+        images = load_faces(root, **({"size": 6} | kwargs)).images
+        return images, len(decoded)
+
+    before, _ = again()
+    assert again(size=7)[1] == again(box=(0, 0, 9, 9))[1] == 8
+    assert again()[1] == 0
+    path = root / "faces" / NAMES[4]
+    Image.fromarray(255 - pixels(NAMES[4])).save(path)
+    os.utime(path, ns=(0, 0))  # whatever the clock's resolution
+    after, count = again()
+    assert count == 8 and (after != before).flatten(1).any(1).nonzero().tolist() == [[4]]
+    (root / "faces" / NAMES[0]).unlink()
+    after, count = again()
+    assert count == 7 and torch.equal(after[:3], before[1:4])
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", "truncated"])
+def test_a_damaged_cache_is_replaced(damage, root, decoded):
+    first = load_faces(root, size=6)
+    (path,) = (root / "cache").iterdir()
+    whole = path.read_bytes()
+    del first  # it maps the file
+    path.unlink()
+    path.write_bytes(whole[:-9] if damage == "truncated" else damage)
+    load_faces(root, size=6)
+    assert len(decoded) == 16 and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("broken", ["save", "replace", "mkdir"])
+def test_a_cache_that_cannot_be_written_is_skipped(broken, root, decoded, monkeypatch):
+    def full(path, *_, **__):
+        Path(path).write_bytes(b"half") if broken == "save" else None
+        raise OSError("No space left on device")
+
+    if broken == "mkdir":
+        (root / "cache").write_text("in the way")  # as on a read-only disk, which root may write to
+    else:
+        monkeypatch.setattr(*{"save": (np, "save"), "replace": (faces.os, "replace")}[broken], full)
+    assert torch.equal(load_faces(root, size=6).images, load_faces(root, size=6).images)
+    assert len(decoded) == 16
+    assert broken == "mkdir" or list((root / "cache").iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_nothing(root, decoded, monkeypatch):
+    def interrupted(path, _):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_faces(root, size=6)
+    assert list((root / "cache").iterdir()) == []
+    assert len(load_faces(root, size=6).images) == 8 and len(decoded) == 16
+
+
+# Where faces are found
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Replaces scikit-learn's download by an error, or by one that brings our images."""
+    datasets = pytest.importorskip("sklearn.datasets")
+
+    def install(error=None):
+        def fetch(data_home, funneled, **_):
+            assert funneled
+            write(Path(data_home, "lfw_home", "lfw_funneled"), NAMES if error is None else NAMES[:2])
+            Path(data_home, "lfw_home", "lfw_funneled", "pairs_01.txt").write_text("not a person")
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(datasets, "fetch_lfw_people", fetch)
+
+    return install
+
+
+def test_faces_come_before_lfw_and_no_network(network, root):
+    network(OSError("asked"))
+    write(root / "lfw", NAMES[:4])
+    assert len(load_faces(root, size=4).images) == 8
+    assert len(load_faces(root, folder="lfw", size=4).images) == 4
+
+
+def test_lfw_is_downloaded_once(network, tmp_path):
+    network()
+    root = tmp_path / "new" / "folder"
+    first = load_faces(root, size=4)
+    assert first.names == tuple(NAMES) and first.labels == "none"
+    assert sorted(path.name for path in root.iterdir()) == ["cache", "lfw_funneled"]
+    table().to_csv(root / "a.csv", index=False)
+    network(OSError("asked again"))
+    assert np.array_equal(load_faces(root, attributes="a.csv", size=4).attributes, answers())
+
+
+@pytest.mark.parametrize("error", [OSError("<urlopen error\nName or service not known>"), KeyboardInterrupt()])
+def test_a_broken_download_leaves_nothing(error, network, tmp_path):
+    network(error)
+    with pytest.raises((DatasetError, KeyboardInterrupt)) as caught:
+        load_faces(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    if isinstance(error, OSError):
+        text = str(caught.value)
+        for folder in ("faces", "lfw", "lfw-deepfunneled", "lfw_funneled"):
+            assert f"{tmp_path / folder}" in text.split("\n")[0]
+        assert "fetch_lfw_people failed: OSError: <urlopen error Name or service not known>" in text
+        assert "1. put images as" in text and "2. ask the authors of LFWA" in text and "3. load with" in text
+
+
+def test_no_permission_to_use_the_network(network, tmp_path):
+    network()
+    assert "nothing is downloaded" in message(tmp_path, download=False)
+    assert f"looked for {tmp_path / 'mine'};" in message(tmp_path, folder="mine", download=True)
+    (tmp_path / "faces").mkdir()
+    assert "has no images, expected <person>/<image>.jpg" in message(tmp_path, download=True)
+
+
+# Pairs for verification
+
+
+@given(st.lists(st.integers(0, 6), min_size=4, max_size=40), st.data())
+def test_pairs_are_balanced_distinct_and_as_said(who, draw):
+    people = torch.tensor(who)
+    images = torch.tensor(draw.draw(st.lists(st.integers(0, len(who) - 1), min_size=2)))
+    seed = draw.draw(st.integers(0, 2**32 - 1))
+    possible = [who[i] == who[j] for i, j in combinations(set(images.tolist()), 2)]
+    half = min(sum(possible), len(possible) - sum(possible))
+    if half:
+        number = 2 * draw.draw(st.integers(1, half))
+        drawn, same = pairs(people, images, number, seed)
+        assert drawn.shape == (number, 2) and same.tolist() == [True] * (number // 2) + [False] * (number // 2)
+        assert torch.equal(people[drawn[:, 0]] == people[drawn[:, 1]], same)
+        assert len({frozenset(pair) for pair in drawn.tolist()}) == number
+        assert all(i != j for i, j in drawn.tolist()) and set(drawn.flatten().tolist()) <= set(images.tolist())
+        again, _ = pairs(people, images.flip(0), number, seed)
+        assert torch.equal(drawn, again)
+    with pytest.raises(ValueError, match=rf"number=.* needs {half + 1} (same|two)-person pairs, the images have only"):
+        pairs(people, images, 2 * half + 2, seed)
+
+
+@pytest.mark.parametrize("number", [0, -2, 3])
+def test_an_odd_number_of_pairs_is_refused(number):
+    with pytest.raises(ValueError, match=f"number must be an even number of pairs from 2 on, not {number}"):
+        pairs(torch.tensor([0, 0, 1]), torch.arange(3), number, 0)
+
+
+def test_too_few_pairs_are_counted():
+    people = torch.tensor([0, 0, 0, 1, 2, 2])
+    with pytest.raises(ValueError, match="number=10 needs 5 same-person pairs, the images have only 4"):
+        pairs(people, torch.arange(6), 10, 0)
+    with pytest.raises(ValueError, match="number=4 needs 2 two-person pairs, the images have only 0"):
+        pairs(people, torch.arange(3), 4, 0)
+
+
+def test_people_with_many_images_are_not_favoured():
+    people = torch.cat([torch.zeros(100, dtype=torch.int64), torch.arange(1, 50).repeat(10)])
+    drawn, same = pairs(people, torch.arange(len(people)), 400, 0)
+    assert not torch.equal(drawn, pairs(people, torch.arange(len(people)), 400, 1)[0])
+    shown = people[drawn]
+    assert (shown[same] == 0).float().mean() < 0.05  # 69 % of all same-person pairs are of number 0
+    assert (shown[~same] == 0).float().mean() < 0.05  # and 17 % of all images
+
+
+# The real faces
+
+
+def test_lfw_itself():
+    root = Path(os.environ.get("ADMM_DATA", "data"), "lfwa")
+    if not (root / "faces").is_dir():
+        pytest.skip(f"no faces in {root}; ADMM_DATA says where the data are")
+    found = load_faces(root, size=8, download=False)
+    assert len(found.images) == 13233 and len(found.persons) == 5749
+    assert found.people.bincount().max() == 530 and found.persons[found.people.bincount().argmax()] == "George_W_Bush"
+    assert abs(len(found.train) / 13233 - 6263 / 13143) < 0.02
+    assert not set(found.people[found.train].tolist()) & set(found.people[found.test].tolist())
+    drawn, same = pairs(found.people, found.test, 6000, 0)
+    assert torch.equal(found.people[drawn[:, 0]] == found.people[drawn[:, 1]], same)
+    for file in root.glob("*.csv.gz"):
+        found = load_faces(root, attributes=file.name, size=8, download=False)
+        labelled = (found.attributes >= 0).any(1)
+        male = found.attributes[labelled, ATTRIBUTES.index("Male")].float().mean()
+        assert labelled.sum() > 12000 and 0.7 < male < 0.85
