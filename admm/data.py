@@ -9,8 +9,11 @@ import os
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,6 +229,25 @@ def _download(name: str, npz: Path) -> Arrays:
     except OSError as error:
         raise DatasetError(f"{npz}: could not be written ({error})") from error
     return arrays
+
+
+def kept(
+    path: Path, make: Callable[[], NDArray[Any]], failed: Callable[[OSError], None] = lambda error: None
+) -> NDArray[Any]:
+    """An array from its .npy file, mapped into memory (writes are private), or, where that is absent or damaged, made
+    and kept there, whole or not at all. Where it cannot be written, `failed` is told, and the array returned all the
+    same."""
+    with suppress(OSError, EOFError, ValueError):
+        return np.asarray(np.load(path, mmap_mode="c"))
+    array = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as half:
+            np.save(Path(half, path.name), array)
+            os.replace(Path(half, path.name), path)
+    except OSError as error:
+        failed(error)
+    return array
 
 
 def _digits() -> Arrays:

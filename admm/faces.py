@@ -5,12 +5,10 @@ split: Liu, Luo, Wang & Tang, "Deep Learning Face Attributes in the Wild", ICCV 
 """
 
 import hashlib
-import os
 import tempfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from admm.data import DatasetError
+from admm.data import DatasetError, kept
 
 ATTRIBUTES = tuple(  # in CelebA's order
     """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
@@ -327,19 +325,10 @@ def split_people(people: Integers, fraction: float, seed: int) -> tuple[Integers
 
 
 def _cached(cache: Path, files: list[Path], box: Box, size: int) -> Bytes:
-    """The images, from the cache, mapped into memory (writes are private), or decoded and kept there."""
+    """The images, from the cache, or decoded and kept there."""
     states = [(*file.parts[-2:], stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
     key = hashlib.sha256(repr((box and tuple(box), size, states)).encode()).hexdigest()[:16]
-    path = cache / f"faces-{key}.npy"
-    with suppress(OSError, EOFError, ValueError):  # absent or damaged
-        return np.asarray(np.load(path, mmap_mode="c"))
-    images = _decoded(files, box, size)
-    with suppress(OSError):  # read-only or full
-        cache.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".faces-") as half:
-            np.save(Path(half, path.name), images)
-            os.replace(Path(half, path.name), path)
-    return images
+    return kept(cache / f"faces-{key}.npy", lambda: _decoded(files, box, size))
 
 
 def _decoded(files: list[Path], box: Box, size: int) -> Bytes:

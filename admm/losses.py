@@ -29,9 +29,10 @@ def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(labels, classes).to(like)
 
 
-def _check_scale(scale: object) -> None:
-    if not isinstance(scale, int | float) or not scale > 0:
-        raise ValueError(f"loss.scale: {scale!r} is not a positive number")
+def check_positive(key: str, value: object) -> None:
+    """Raises ValueError that names the key of a loss."""
+    if not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"loss.{key}: {value!r} is not a positive number")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SquaredError:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
+        check_positive("scale", self.scale)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).square().sum(-1).mul_(0.5 * self.scale)
@@ -63,7 +64,7 @@ class CrossEntropy:
     tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty (1 + max |v|)
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
+        check_positive("scale", self.scale)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (torch.logsumexp(z, -1) - (z * y).sum(-1)).mul_(self.scale)
@@ -107,7 +108,7 @@ class Hinge:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
+        check_positive("scale", self.scale)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.where(y == 1, 1.0 - z, z).clamp_(min=0.0).sum(-1).mul_(self.scale)

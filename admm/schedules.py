@@ -43,6 +43,15 @@ def schedule(name: str, value: Value, replicas: int) -> Schedule:
     return Schedule(*(per_replica(f"{name}.{k}", value[k], replicas) for k in ("start", "end")))
 
 
+def refresh_schedule(value: Value, replicas: int) -> Schedule:
+    """Of the part of the way to the forward pass that coupling variables are moved. Raises ValueError for more than 1,
+    and as `schedule` does."""
+    refresh = schedule("refresh", value, replicas)
+    if refresh.largest > 1.0:
+        raise ValueError(f"optimizer.refresh: {value} is more than the whole way to the forward pass, 1")
+    return refresh
+
+
 def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     """T values: `value` for every block, or its own for each from `{blocks: [one a block]}`."""
     if not isinstance(value, Mapping) or "blocks" not in value:

@@ -244,11 +244,13 @@ def check_groups(overrides: Sequence[str], settings: Path) -> None:
                 )
 
 
-def inherited(settings: Path) -> Any:
-    """The content of a settings file, if it exists, on that of the files in its defaults list."""
-    own: Any = OmegaConf.load(settings) if settings.exists() else OmegaConf.create()
-    parents = [inherited(CONF / f"{parent.lstrip('/')}.yaml") for parent in own.pop("defaults", [])]
-    return OmegaConf.merge(*parents, own)
+def inherited(file: Path) -> Any:
+    """The content of a file of settings or of an experiment, if it exists, on that of the files of its kind in its
+    defaults list."""
+    own: Any = OmegaConf.load(file) if file.exists() else OmegaConf.create()
+    names = [name for name in own.pop("defaults", []) if isinstance(name, str)]  # not the choices of other groups
+    places = [CONF / name[1:] if name.startswith("/") else file.parent / name for name in names]
+    return OmegaConf.merge(*(inherited(place.with_name(f"{place.name}.yaml")) for place in places), own)
 
 
 def spread_grid(config: DictConfig) -> list[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -26,6 +24,7 @@ from torch.nn import functional
 
 from admm.backbones import BACKBONES
 from admm.blocks import Parameters, split
+from admm.data import kept
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, warm_start
 from admm.deepfacto.probes import Probe, verification
 from admm.deepfacto.training import DeepFacto
@@ -149,17 +148,13 @@ class Features:
     @cached_property
     def frozen(self) -> Tensor:
         """Of all faces, [N, C, H, W]; kept in the data set's folder, where that can be written."""
-        with suppress(OSError, EOFError, ValueError):  # absent or damaged
-            return torch.from_numpy(np.load(self._kept, mmap_mode="c"))
-        features = self.applied(self._frozen, self.faces.images)
-        try:
-            self._kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._kept.parent) as half:
-                np.save(Path(half, "features.npy"), features.numpy())
-                os.replace(Path(half, "features.npy"), self._kept)
-        except OSError as error:
-            log.warning("the features are not kept: %s", error)
-        return features
+        return torch.from_numpy(
+            kept(
+                self._kept,
+                lambda: self.applied(self._frozen, self.faces.images).numpy(),
+                lambda error: log.warning("the features are not kept: %s", error),
+            )
+        )
 
     @cached_property
     def maps(self) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from experiments.classification import CONF
+from experiments.classification import CONF, inherited
 from experiments.report import content, curves, further_tables, markdown, paper
 from experiments.store import Run, experiments_in, finished_runs
 
@@ -108,7 +108,7 @@ def not_run(found: dict[str, list[Run]]) -> str:
 
 def rows_of(experiment: str) -> list[tuple[str, str]]:
     """(optimizer, setting) of an experiment's sweep or race, and of its other settings of single optimizers."""
-    config = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+    config = inherited(CONF / "experiment" / f"{experiment}.yaml")
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
     swept = list(product(optimizers, params.get("setting", "tuned").split(",")))

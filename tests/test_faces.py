@@ -421,7 +421,7 @@ def test_a_cache_that_cannot_be_written_is_skipped(broken, root, decoded, monkey
     if broken == "mkdir":
         (root / "cache").write_text("in the way")  # as on a read-only disk, which root may write to
     else:
-        monkeypatch.setattr(*{"save": (np, "save"), "replace": (faces.os, "replace")}[broken], full)
+        monkeypatch.setattr(*{"save": (np, "save"), "replace": (os, "replace")}[broken], full)
     assert torch.equal(load_faces(root, size=6).images, load_faces(root, size=6).images)
     assert len(decoded) == 16
     assert broken == "mkdir" or list((root / "cache").iterdir()) == []

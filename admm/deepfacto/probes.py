@@ -50,9 +50,8 @@ class Probe:
         machine = self._machine(cost).fit(train, y_train)
         distance = machine.decision_function(test)
         values = {name: score(y_test, distance > 0) for name, score in SCORES.items()}
-        return {name: 100.0 * float(v) for name, v in (values | {"auc": roc_auc_score(y_test, distance)}).items()} | {
-            "cost": cost
-        }
+        values["auc"] = roc_auc_score(y_test, distance)
+        return {name: 100.0 * float(value) for name, value in values.items()} | {"cost": cost}
 
     def _best(self, x: Floats, y: Labels, people: NDArray[np.int64]) -> float:
         ((kept, held),) = GroupShuffleSplit(1, test_size=1 / 3, random_state=self.seed).split(x, y, people)

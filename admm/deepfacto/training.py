@@ -14,7 +14,7 @@ from admm.minibatches import check_batch_size, minibatches, own_rows, put_own_ro
 from admm.optimizers.coupling import Chain, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, largest_singular_value
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 
 
 @dataclass
@@ -69,7 +69,7 @@ class DeepFacto:
         Raises ValueError as `factorisations` does, and for options out of range.
         """
         schedules = self._schedules(len(problem.blocks), len(seeds))
-        self._check(problem, schedules["refresh"][0])
+        self._check(problem)
         problem.refuse_augmentation("DeepFacto")
         theta = problem.initial(seeds)
         factors = factorisations(problem.blocks, theta)
@@ -81,16 +81,14 @@ class DeepFacto:
             else:
                 views, parts = theta.blocks[t - 1], before.split(self.slice_size, 1)
                 z.append(torch.cat([block.forward(views, part, training=True) for part in parts], 1))
-        spans = [z[t - 2] if t in factors else z[t - 1] for t in range(1, len(z) + 1)]
-        if 1 in factors:
-            spans[0] = x
+        residuals = [before if t in factors else z[t - 1] for t, before in enumerate([x, *z[:-1]], start=1)]
         return DeepFactoState(
             seeds=tuple(seeds),
             iteration=0,
             theta=theta,
             moments=[self.update.init(flat) for flat in by_block(problem.blocks, theta)],
             z=z,
-            u=[torch.zeros_like(v) for v in spans] if schedules["dual_step"][0].largest > 0.0 else [],
+            u=[torch.zeros_like(v) for v in residuals] if schedules["dual_step"][0].largest > 0.0 else [],
         )
 
     def step(self, problem: Problem, state: DeepFactoState) -> DeepFactoState:
@@ -133,20 +131,22 @@ class DeepFacto:
         residuals = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
         return residuals | {"lagrangian": value / len(problem.x)}
 
-    def _check(self, problem: Problem, refresh: Schedule) -> None:
+    def _check(self, problem: Problem) -> None:
         check_batch_size(self.batch_size, len(problem.x))
         for name in ("together", "primal_rounds", "score_sweeps", "basis_sweeps", "warm_rounds", "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("frozen", self.frozen)
         if self.together > 1 and problem.y.ndim > 1:
             raise ValueError(f"optimizer.together: {self.together} needs class indices as y, not {problem.y.ndim} axes")
-        if refresh.largest > 1.0:
-            raise ValueError(f"optimizer.refresh: {self.refresh} is more than the whole way to the forward pass, 1")
 
     def _schedules(self, blocks: int, replicas: int) -> dict[str, list[Schedule]]:
         """By hyperparameter; those of Θ and Z by block."""
-        whole = {name: [schedule(name, getattr(self, name), replicas)] for name in ("dual_step", "refresh")}
-        return whole | {n: block_schedules(n, getattr(self, n), blocks, replicas) for n in ("theta_step", "z_step")}
+        return {
+            "dual_step": [schedule("dual_step", self.dual_step, replicas)],
+            "refresh": [refresh_schedule(self.refresh, replicas)],
+            "theta_step": block_schedules("theta_step", self.theta_step, blocks, replicas),
+            "z_step": block_schedules("z_step", self.z_step, blocks, replicas),
+        }
 
 
 def factorisations(blocks: Blocks, theta: Parameters) -> dict[int, Tensor]:
@@ -203,6 +203,7 @@ class _Epoch:
         self.factors = factorisations(problem.blocks, state.theta)
         self.beta = penalties(options.beta, len(state.z), len(state.seeds), like=problem.x)
         self.gradient = problem.blocks.parameters(torch.zeros_like(state.theta.flat))
+        self.slices = [by_block(problem.blocks, parameters) for parameters in (state.theta, self.gradient)]
         self.schedules = options._schedules(len(state.z), len(state.seeds))
         self.is_frozen = bool(self.factors) and state.iteration < options.frozen
         first = min(self.factors) if self.is_frozen else 1
@@ -292,7 +293,7 @@ class _Visit:
         epoch = self.epoch
         for t in epoch.trained:
             self.chain.pull_back(t, self._force(t).mul_(-1.0 / self.y.shape[1]), into=epoch.gradient)
-        theta, gradient = (by_block(epoch.blocks, p) for p in (epoch.theta, epoch.gradient))
+        theta, gradient = epoch.slices
         for t in epoch.trained:
             epoch.options.update.apply(theta[t - 1], gradient[t - 1], epoch.state.moments[t - 1], steps[t - 1])
         self.chain.theta_changed()

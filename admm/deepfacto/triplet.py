@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from admm.losses import check_positive
+
 
 @dataclass(frozen=True)
 class TripletLoss:
@@ -23,10 +25,8 @@ class TripletLoss:
     margin: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("scale", "margin"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"loss.{name}: {value!r} is not a positive number")
+        check_positive("scale", self.scale)
+        check_positive("margin", self.margin)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         """J of each anchor, [..., B]."""

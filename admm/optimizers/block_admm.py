@@ -15,7 +15,7 @@ from admm.minibatches import check_batch_size, generator, minibatches, own_rows,
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
-from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 from admm.variables import PLACES, Place, allocate
 
 
@@ -106,9 +106,7 @@ class BlockADMM:
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
         self.z_update.check(problem.blocks, theta)
-        named, _ = self._schedules(len(problem.blocks), len(seeds))
-        if named["refresh"].largest > 1.0:
-            raise ValueError(f"optimizer.refresh: {self.refresh} is more than the whole way to the forward pass, 1")
+        self._schedules(len(problem.blocks), len(seeds))
         z: list[Tensor] = []
         for part in slices(len(problem.x), self.slice_size):
             x = problem.x[part].expand(len(seeds), *problem.x[part].shape)
@@ -197,7 +195,8 @@ class BlockADMM:
 
     def _schedules(self, blocks: int, replicas: int) -> tuple[dict[str, Schedule], list[Schedule]]:
         """Of Θ's step, the dual step and the refresh, by name; and of ζ_1..ζ_T."""
-        named = {n: schedule(n, getattr(self, n), replicas) for n in ("theta_step", "dual_step", "refresh")}
+        named = {n: schedule(n, getattr(self, n), replicas) for n in ("theta_step", "dual_step")}
+        named["refresh"] = refresh_schedule(self.refresh, replicas)
         return named, block_schedules("z_step", self.z_step, blocks, replicas)
 
     def _check(self, problem: Problem) -> None:
