@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint figures tables reproduce reproduce-gpu bench clean
+.PHONY: help env demo test lint figures tables report reproduce reproduce-gpu bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -13,7 +13,7 @@ env: .venv/installed ## build .venv
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb,notebooks]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb,notebooks,report,sweeps]'
 	touch $@
 
 demo: env ## the main job on the embedded digits: nine optimizers, five seeds, a table and a figure
@@ -32,6 +32,9 @@ figures: env ## redraw every figure and the README's tables from results/ alone
 
 tables: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
 	$(BIN)/python -m scripts.tables
+
+report: env ## write outputs/report.html, a page of all of results/ to look through (STORE=outputs: of other runs)
+	$(BIN)/python -m scripts.page $(STORE)
 
 # in the order that gives results early
 EXPERIMENTS := memory mnist_shallow mnist_deep10 mnist_deep20 mnist_walltime convergence fashion_mnist cifar10_resnet18_narrow bcd_zeng dladmm_wang_mnist dladmm_wang_fashion bcd_zeng_deep

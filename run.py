@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
-    get_method(config.task)(config)
+def main(config: DictConfig) -> float | None:
+    """Returns what a search maximises."""
+    return get_method(config.task)(config)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":
@@ -19,6 +20,6 @@ if __name__ == "__main__":
         if end.code == 1:  # Hydra has printed what is wrong
             from experiments.hints import hints
 
-            for line in hints(sys.argv[1:]):
+            for line in hints(sys.argv[1:], end.__context__):
                 print(line, file=sys.stderr)
         raise

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from admm.files import WriteError, whole
+
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 NORMALISATIONS = ("unit", "standard", "symmetric")
 
@@ -241,11 +243,9 @@ def kept(
         return np.asarray(np.load(path, mmap_mode="c"))
     array = make()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as half:
-            np.save(Path(half, path.name), array)
-            os.replace(Path(half, path.name), path)
-    except OSError as error:
+        with whole(path, "an array to be read the next time", array.nbytes) as part:
+            np.save(part, array)
+    except WriteError as error:
         failed(error)
     return array
 

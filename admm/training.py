@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
-from admm.optimizers.protocol import Optimizer, Problem, restore, save
+from admm.files import sweep, whole
+from admm.optimizers.protocol import Optimizer, Problem, restore, save, size
 
 Row = dict[str, float]  # one evaluation of one replica
 SLICE = 2000  # samples that are evaluated at a time
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not of this optimizer, network or seeds."""
+    """A checkpoint that is damaged, or not of this optimizer, network or seeds."""
 
 
 @dataclass
@@ -80,7 +81,8 @@ def train(
     only `optimizer.step` is timed. With a `checkpoint` path, the state is saved there at evaluations at least
     `checkpoint_seconds` apart, and with `keep_last` at the end; a run that finds such a file goes on from it as if it
     had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with all former
-    ones. Raises CheckpointError if the file is of another optimizer, network or seeds.
+    ones. Raises CheckpointError if the file is damaged, or of another optimizer, network or seeds, and WriteError if it
+    cannot be written.
     """
     if iterations < 1 or evaluate_every < 1:
         raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
@@ -90,6 +92,8 @@ def train(
         values = measure(problem, optimizer.parameters(state), test) | optimizer.diagnostics(problem, state)
         return _record(optimizer.parameters(state), state, values, history)
 
+    if checkpoint is not None:
+        sweep(checkpoint)
     if checkpoint is not None and checkpoint.exists():
         _load(checkpoint, state, history)
         observe(history.rows, history)
@@ -139,15 +143,21 @@ def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: H
 
 
 def _save(path: Path, state: Any, history: History) -> None:
-    """Written beside and renamed, so that a kill leaves the former checkpoint whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save({"state": save(state), "history": vars(history)}, part)
-    os.replace(part, path)
+    saved = save(state)
+    with whole(path, "the checkpoint", size(saved)) as part, part.open("wb") as file:
+        torch.save({"state": saved, "history": vars(history)}, file)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """`state` and `history` of a checkpoint. Raises CheckpointError if it is damaged."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)  # type: ignore[no-any-return]
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); delete the file to start anew") from None
 
 
 def _load(path: Path, state: Any, history: History) -> None:
-    saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    saved = read_checkpoint(path)
     try:
         restore(state, saved["state"])
     except ValueError as error:

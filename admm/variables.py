@@ -6,12 +6,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
+
+from admm.files import writing
 
 Place = Literal["device", "host", "disk"]
 PLACES = ("device", "host", "disk")
@@ -23,7 +26,8 @@ def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> lis
     files in the folder of temporary files (the variable TMPDIR; not one that is itself in memory), which take no room
     there once the process has ended, however it ends.
 
-    Raises ValueError, with the bytes needed and what is free in each place, where they do not fit.
+    Raises ValueError, with the bytes needed and what is free in each place, where they do not fit, and WriteError where
+    the files cannot be made.
     """
     needed = sum(like.element_size() * int(np.prod(shape)) for shape in shapes)
     room = {name: free(name, like.device) for name in PLACES}  # type: ignore[arg-type]
@@ -34,7 +38,8 @@ def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> lis
             f"more than there is room for (free: {others}); take fewer seeds, or online_block_admm, which has none"
         )
     if place == "disk":
-        return [_mapped(shape, like.dtype) for shape in shapes]
+        with writing(Path(tempfile.gettempdir()), "the variables of all samples", needed):
+            return [_mapped(shape, like.dtype) for shape in shapes]
     return [like.new_zeros(tuple(shape), device="cpu" if place == "host" else None) for shape in shapes]
 
 

@@ -8,30 +8,34 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
+from joblib import cpu_count, effective_n_jobs
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.backbones import BackboneError
 from admm.blocks import Execution
 from admm.data import Dataset, DatasetError, load
+from admm.files import whole
 from admm.losses import one_hot
 from admm.optimizers import Problem
 from admm.training import CheckpointError, History, Row, train
+from experiments.loggers import Logger
 from experiments.progress import RunProgress
 from experiments.provenance import provenance
-from experiments.store import NEUTRAL, Run, Slot, identity
+from experiments.store import LEFT, NEUTRAL, RESUME, Run, Slot, failed_writes_in_words, identity
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"
 ROW_NAMES = ("experiment", "optimizer", "setting")  # overrides that choose a row of an experiment
 load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
+BAD_INPUT = (DatasetError, BackboneError, ValueError, ImportError, InstantiationException)
 PRECISIONS = ("fp32", "tf32", "bf16")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -46,33 +50,47 @@ class Job:
     config: dict[str, Any]
 
 
-def run(config: DictConfig) -> None:
-    """Train and evaluate, unless it has been done."""
-    run_once(config, execute)
+def run(config: DictConfig) -> float | None:
+    """Train and evaluate, unless it has been done. Returns the run's score, for a search."""
+    finished = run_once(config, execute)
+    return finished.score if finished else None
 
 
-def run_once(config: DictConfig, make: Callable[[DictConfig, Job], Run], load: Callable[..., Any] = load_once) -> None:
+def run_once(
+    config: DictConfig, make: Callable[[DictConfig, Job], Run], load: Callable[..., Any] = load_once
+) -> Run | None:
     """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`.
+
+    A run that another process is making is waited for. But in a grid it is None at first: the launch goes on with its
+    other jobs, and comes back to it at the end (`experiments.report.Report`).
 
     Bad input ends the program with a message that names the key or file; `hydra.verbose=true` shows where.
     """
     with bad_input_in_words():
         job = find_job(config, HydraConfig.get().runtime.choices["optimizer"], load)
-    with job.slot.lock():
-        finished = None if config.force else job.slot.finished()
-        if finished is not None:
-            log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
-        else:
-            finished = make(config, job)
-    report_to_launch([finished])
-    if not job.info["overrides"]:
-        job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
+    left = Path(HydraConfig.get().runtime.output_dir) / LEFT
+    of_a_grid = HydraConfig.get().mode == RunMode.MULTIRUN and "BasicSweeper" in HydraConfig.get().sweeper._target_
+    with failed_writes_in_words(RESUME):
+        with job.slot.lock(wait=left.exists() or not of_a_grid) as held:
+            if not held:
+                log.info("%s is being made by another process: left to it", job.slot.name)
+                left.touch()
+                return None
+            finished = job.slot.finished()
+            if finished is not None and not config.force:
+                log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
+            else:
+                finished = make(config, job)
+        report_to_launch([finished])
+        if not job.info["overrides"]:
+            job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
+    return finished
 
 
 def report_to_launch(runs: Sequence[Run]) -> None:
     """Leave a note of finished runs in Hydra's folder, for the report at the end of the launch."""
-    note = Path(HydraConfig.get().runtime.output_dir) / "runs.txt"
-    note.write_text("\n".join(str(run.folder.absolute()) for run in runs))
+    with whole(Path(HydraConfig.get().runtime.output_dir) / "runs.txt", "the note of finished runs") as note:
+        note.write_text("\n".join(str(run.folder.absolute()) for run in runs))
 
 
 def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_once) -> Job:
@@ -92,10 +110,9 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     device = find_device(config.device)
     if config.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if (threads := config.threads or threads_of_a_worker()) is not None:
+        torch.set_num_threads(threads)
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
-    points = spread_grid(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root = Path(config.outputs if overrides else config.results)
     slot = Slot(root, experiment, f"{method}-{setting}", identity(plain, dataset.sha256))
@@ -107,11 +124,16 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
         "overrides": overrides,
         "identity": slot.identity,
         "seeds": list(config.seeds),
-        "points": points,
         "iterations": config.iterations,
         "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256},
     }
     return Job(dataset, slot, info | provenance(device), plain)
+
+
+def threads_of_a_worker() -> int | None:
+    """With hydra/launcher=joblib its share of the processor; None elsewhere."""
+    workers = HydraConfig.get().launcher.get("n_jobs")
+    return None if workers is None else max(1, cpu_count() // effective_n_jobs(workers))
 
 
 def execute(config: DictConfig, job: Job) -> Run:
@@ -123,15 +145,23 @@ def execute(config: DictConfig, job: Job) -> Run:
 
 
 def trained(
-    config: DictConfig, job: Job, problem: Problem, test: Any, shown: str = "test_accuracy", **options: Any
+    config: DictConfig,
+    job: Job,
+    problem: Problem,
+    test: Any,
+    shown: str = "test_accuracy",
+    logger: Logger | None = None,
+    **options: Any,
 ) -> tuple[Any, History]:
     """The optimizer's state at the end and the history, from the last checkpoint if there is one.
 
-    shown: the quantity that the progress shows, in percent. test, options: as `admm.training.train` takes them.
+    shown: the quantity that the progress shows, in percent. logger: None for the configuration's. test, options: as
+    `admm.training.train` takes them.
     """
     slot, info, seeds = job.slot, job.info, job.info["seeds"]
     with bad_input_in_words():
-        optimizer, logger = instantiate(config.optimizer, _convert_="all"), instantiate(config.logger)
+        optimizer = instantiate(config.optimizer, _convert_="all")
+        logger = logger or instantiate(config.logger)
         if not hasattr(optimizer, "init"):
             raise ValueError(f"optimizer: {info['method']} trains nothing; it is for experiment=lfw_proxy")
         state = optimizer.init(problem, seeds)
@@ -185,8 +215,8 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:
                 log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
-    slot.partial.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(info))
+    with whole(note, "the note of the run's start") as part:
+        part.write_text(json.dumps(info))
 
 
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
@@ -253,27 +283,6 @@ def inherited(file: Path) -> Any:
     return OmegaConf.merge(*(inherited(place.with_name(f"{place.name}.yaml")) for place in places), own)
 
 
-def spread_grid(config: DictConfig) -> list[str]:
-    """Turn the grid into lists of hyperparameters, one value a replica, in place; `seeds` become the replicas' seeds.
-
-    Returns, for each replica, its point of the grid in words; nothing without a grid. Raises ValueError for another
-    form than {optimizer.key: [value, …], …} or a key that is not there.
-    """
-    if config.grid is None:
-        return []
-    grid: Any = OmegaConf.to_container(config.grid) if OmegaConf.is_config(config.grid) else config.grid
-    if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
-        raise ValueError(f"grid: {grid!r} is not of the form {{optimizer.step_size: [0.1, 0.2]}}")
-    points = [point for point in product(*grid.values()) for _ in config.seeds]
-    config.seeds = list(config.seeds) * (len(points) // len(config.seeds))
-    for number, key in enumerate(grid):
-        parent, _, name = key.rpartition(".")
-        if not key.startswith("optimizer.") or name not in (OmegaConf.select(config, parent) or ()):
-            raise ValueError(f"grid: {key!r} is not a hyperparameter of the optimizer; use -m {key}=… instead")
-        OmegaConf.update(config, key, [point[number] for point in points], merge=False)
-    return [", ".join(f"{key}={value}" for key, value in zip(grid, point, strict=True)) for point in points]
-
-
 def chooses_only(override: str) -> bool:
     """Whether an override of the command line leaves the numbers of an experiment's row as they are."""
     key = override.lstrip("+~").split("=")[0]
@@ -296,7 +305,7 @@ def bad_input_in_words() -> Iterator[None]:
     """Ends the program with the message of an error that bad input raises, unless `hydra.verbose` asks for more."""
     try:
         yield
-    except (DatasetError, BackboneError, ValueError, ImportError, InstantiationException) as error:
+    except BAD_INPUT as error:
         if HydraConfig.get().verbose:
             raise
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error

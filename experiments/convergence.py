@@ -5,11 +5,10 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve
+from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, table
 from experiments.store import Run
 
 PALETTE = list(COLOURS.values())
@@ -23,7 +22,7 @@ def report(experiment: str, runs: list[Run]) -> Content:
     figures = {experiment: residuals(experiment, drawn)}
     if any("primal_rounds" in curve.history for curve in drawn):
         figures[f"{experiment}_rounds"] = rounds(experiment, drawn)
-    return pd.DataFrame([row(curve) for curve in shown]), figures
+    return table(shown, row), figures
 
 
 def row(curve: Curve) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from admm.deepfacto.nmf import NMF, feature_maps, matrix, warm_start
 from admm.deepfacto.probes import Probe, verification
 from admm.deepfacto.training import DeepFacto
 from admm.faces import Faces, load_faces, pairs, split_people
+from admm.files import writing
 from admm.minibatches import minibatches
 from admm.optimizers import Problem
 from admm.training import Row
@@ -51,11 +52,12 @@ SHOWN = 8  # people in a figure of heat maps
 THUMBNAIL = 100  # their pixels
 
 
-def run(config: DictConfig) -> None:
-    """Represent the faces and probe the representation, unless it has been done."""
+def run(config: DictConfig) -> float | None:
+    """Represent the faces and probe the representation, unless it has been done. Returns the run's score."""
     if config.optimizer._target_.endswith(".Raw"):
         config.setting, config.model.rank = "default", None  # it has no rank: one run for all of them
-    run_once(config, execute, partial(load, config.backbone))
+    finished = run_once(config, execute, partial(load, config.backbone))
+    return finished.score if finished else None
 
 
 def load(backbone: DictConfig, name: str, root: str, holdout: int, device: Any, dtype: Any, **options: Any) -> Faces:
@@ -346,8 +348,8 @@ def probed_attributes(
                 "majority": max(share, 100.0 - share),
             }
             row |= probe(x[kept], y[kept], people[kept], x[tested], y[tested])
-            with done.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            with writing(done, "what was probed"), done.open("a") as file:
+                file.write(f"\n{json.dumps(row)}\n")  # in a line of its own, also after one that was cut off
         yield {"replica": found.replica, "seed": found.seed} | {key: row[key] for key in row if key != "scores"}
 
 

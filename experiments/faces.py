@@ -26,7 +26,8 @@ def report(experiment: str, runs: list[Run]) -> Content:
     kept = [run.table("probes") for run in shown]
     common = set.intersection(*(set(probes["attribute"]) for probes in kept))
     result = pd.DataFrame(
-        [row(experiment, r, p[p["attribute"].isin(common)]) for r, p in zip(shown, kept, strict=True)]
+        [row(experiment, r, p[p["attribute"].isin(common)]) for r, p in zip(shown, kept, strict=True)],
+        index=[run.name for run in shown],
     )
     result.insert(5, "above NMF", [_above_nmf(line, result) for _, line in result.iterrows()])
     figures = {experiment: bars(experiment, shown, result)}
@@ -35,7 +36,8 @@ def report(experiment: str, runs: list[Run]) -> Content:
             figures[f"{experiment}_{run.info['setting']}_heat_maps"] = heat_maps(experiment, run)
     cited = paper()["experiments"].get(experiment, {}).get("cited", {})
     theirs = pd.DataFrame([{"method": name, "setting": "cited by the paper", "paper": v} for name, v in cited.items()])
-    return pd.concat([result, theirs], ignore_index=True).astype({"seeds": "Int64", "iterations": "Int64"}), figures
+    theirs.index = pd.Index([""] * len(theirs))  # of no run
+    return pd.concat([result, theirs]).astype({"seeds": "Int64", "iterations": "Int64"}), figures
 
 
 def row(experiment: str, run: Run, probes: pd.DataFrame) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What Hydra's own message for a misspelt key leaves out: the keys that there are."""
+"""What Hydra's own messages leave out: the keys that there are, and what to do where its files cannot be written."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from admm.files import WriteError, writing
+
 CONF = Path(__file__).parents[1] / "conf"
 
 
-def hints(arguments: Sequence[str]) -> list[str]:
-    """A line for each override `a.b=c` on the command line whose key `a.b` does not exist."""
+def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
+    """For an error in writing what to do; else a line for each override `a.b=c` whose key `a.b` does not exist."""
+    if isinstance(error, OSError):
+        return [_write_hint(error)]
     overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
     groups = [o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o]
     GlobalHydra.instance().clear()
@@ -25,6 +29,14 @@ def hints(arguments: Sequence[str]) -> list[str]:
     except HydraException:
         return []
     return [line for o in overrides if o not in groups if (line := _hint(config, o.split("=")[0]))]
+
+
+def _write_hint(error: OSError) -> str:
+    try:
+        with writing(Path(error.filename or "."), "the launch's own folder or a file in it"):
+            raise error
+    except WriteError as told:
+        return f"error: {told}."
 
 
 def _hint(config: DictConfig, key: str) -> str | None:

@@ -18,13 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from admm.blocks import Parameters
+from admm.files import MIB
 from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import Chain
-from experiments.classification import DTYPES, Job, bad_input_in_words, build_problem, find_device, load_once, run_once
+from experiments.classification import (
+    DTYPES,
+    Job,
+    bad_input_in_words,
+    build_problem,
+    find_device,
+    load_once,
+    note_start,
+    run_once,
+)
 from experiments.report import COLOURS, Content, paper
 from experiments.store import Run
 
-MIB = 2**20
 WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the libraries' own memory is nobody's
 NAMES = {"theta": "Θ", "moments": "moments of Θ", "z": "Z", "u": "U", "z_moments": "moments of Z"}
 
@@ -37,9 +46,8 @@ def run(config: DictConfig) -> None:
 def measure(config: DictConfig, job: Job) -> Run:
     """Bytes by variable for one seed, and the peak of a training iteration in a process of its own."""
     with bad_input_in_words():
-        if config.grid is not None:
-            raise ValueError("grid: memory is measured of one seed; use -m optimizer.batch_size=64,128 instead")
         sizes = variables(config, build_problem(config, job.dataset), config.seeds[0])
+    note_start(job.slot, job.info)
     rows: list[dict[str, Any]] = [{"quantity": name, "bytes": size} for name, size in sizes.items()]
     rows.append({"quantity": "peak", "bytes": peak_in_fresh_process(config)})
     return job.slot.complete(job.config, rows, job.info)
@@ -128,7 +136,7 @@ def _bytes(value: Any) -> int:
 def report(experiment: str, runs: list[Run]) -> Content:
     """MiB by variable, how many times more the batch form takes than each, and the bars."""
     shown = sorted(runs, key=lambda run: (run.info["setting"], run.info["method"]))
-    result = pd.DataFrame([row(run) for run in shown])
+    result = pd.DataFrame([row(run) for run in shown], index=[run.name for run in shown])
     batch = {run.info["setting"]: size for run, size in zip(shown, result["total"], strict=True) if _is_batch(run)}
     result["batch/this"] = [batch.get(run.info["setting"], float("nan")) for run in shown] / result["total"]
     result["paper"] = [paper()["experiments"][experiment]["ratio"].get(run.info["method"], 1.0) for run in shown]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,18 +13,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.utils import get_method
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pandas.api.types import is_numeric_dtype
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.store import Run, finished_runs, launched_runs
+from admm.files import whole
+from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 
 # Okabe & Ito's colours, told apart with any common colour blindness.
 COLOURS = {
@@ -36,7 +41,7 @@ COLOURS = {
     "sgd": "#000000",
     "adam": "#CC79A7",
 }
-Content = tuple[pd.DataFrame, dict[str, Figure]]  # a table and the figures by name
+Content = tuple[pd.DataFrame, dict[str, Figure]]  # a table, its index the names of its rows' runs; figures by name
 REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides that make less of an experiment
 
 
@@ -50,9 +55,9 @@ def paper() -> dict[str, Any]:
 class Curve:
     """A run as a row of a table and a curve of a figure."""
 
+    run: str  # its name in the store
     info: dict[str, Any]
     history: pd.DataFrame
-    point: str = ""  # of a grid that was run as one stack
 
     @property
     def method(self) -> str:
@@ -61,11 +66,11 @@ class Curve:
     @property
     def setting(self) -> str:
         """The setting's name, whether it is reduced (less than the experiment), and what is to be known of the run."""
-        given = [override for override in self.info["overrides"] if not override.startswith("grid=")]
+        given = self.info["overrides"]
         less = any(override.startswith(REDUCING) for override in given)
         name = f"{'reduced ' if less else ''}{self.info['setting']}"
         note = [f"{name}: {self.info['note']}" if self.info["note"] else name]
-        parts = [*note, *given, *([self.point] if self.point else [])]
+        parts = [*note, *given]
         seeds = self.history["replica"].nunique()
         diverged = seeds - len(self._final())
         return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
@@ -101,12 +106,12 @@ class Curve:
     @property
     def is_of_the_paper(self) -> bool:
         """Whether the command line has left the data, the network and the loss as the experiment has them."""
-        kept = ("grid=", "iterations=", "seeds=", "evaluate_every=", "dtype=", "optimizer.")
+        kept = ("iterations=", "seeds=", "evaluate_every=", "dtype=", "optimizer.")
         return all(override.startswith(kept) for override in self.info["overrides"])
 
     def by_iteration(self, column: str) -> pd.DataFrame:
         """Mean and sample standard deviation over the replicas, by iteration."""
-        return self.history.groupby("iteration")[column].agg(["mean", "std"]).fillna(0.0)
+        return self.history.groupby("iteration")[column].agg(["mean", "std"]).fillna({"std": 0.0})
 
     def after_training(self) -> Curve:
         """Without the evaluation before the first iteration."""
@@ -146,9 +151,9 @@ def curves(runs: list[Run]) -> list[Curve]:
 
     def rank(run: Run) -> tuple[Any, ...]:
         settings = _settings(run.info["experiment"])
-        return _place(run.info["method"], methods), _place(run.info["setting"], settings), run.info["overrides"]
+        return place(run.info["method"], methods), place(run.info["setting"], settings), run.info["overrides"]
 
-    return [curve for run in sorted(newest.values(), key=rank) for curve in _points(run)]
+    return [Curve(run.name, run.info, run.history) for run in sorted(newest.values(), key=rank)]
 
 
 def panels(experiment: str) -> dict[str, str]:
@@ -161,23 +166,15 @@ def _settings(experiment: str) -> list[str]:
     return list(panels(experiment)) or ["tuned"]
 
 
-def _place(name: str, order: list[str]) -> tuple[int, str]:
+def place(name: str, order: list[str]) -> tuple[int, str]:
     """To sort names by an order, those that it does not have last and by themselves."""
     return (order.index(name), "") if name in order else (len(order), name)
 
 
-def _points(run: Run) -> list[Curve]:
-    """One curve for a run, or one for each point of its grid."""
-    info, history = run.info, run.history
-    if not info["points"]:
-        return [Curve(info, history)]
-    point = history["replica"].map(dict(enumerate(info["points"])))
-    return [Curve(info, history[point == value], value) for value in dict.fromkeys(info["points"])]
-
-
-def table(shown: list[Curve]) -> pd.DataFrame:
-    """Paper and measured side by side; accuracies in percent, `std` over seeds."""
-    return pd.DataFrame([curve.row() for curve in shown])
+def table(shown: list[Curve], row: Callable[[Curve], dict[str, Any]] = Curve.row) -> pd.DataFrame:
+    """A row for each curve: paper and measured side by side, accuracies in percent, `std` over seeds; or what `row`
+    makes of it."""
+    return pd.DataFrame([row(curve) for curve in shown], index=[curve.run for curve in shown])
 
 
 def accuracy(experiment: str, runs: list[Run]) -> Content:
@@ -192,19 +189,36 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
     One panel for each setting, with the legend below it.
     """
     titles, names = panels(experiment), {curve.info["setting"] for curve in shown}
-    settings = sorted(names, key=lambda name: _place(name, _settings(experiment)))
+    settings = sorted(names, key=lambda name: place(name, _settings(experiment)))
     groups = [[curve for curve in shown if curve.info["setting"] == setting] for setting in settings]
     size = 6.0 * len(settings) + 1.5, 4.6 + 0.2 * max(map(legend_lines, groups))
     drawn = Figure(figsize=size, layout="constrained")
-    measure = "held-out" if all(curve.info["dataset"]["holdout"] for curve in shown) else "test"
     for axes, setting, group in zip(drawn.subplots(1, len(groups), squeeze=False)[0], settings, groups, strict=True):
         _draw(axes, group)
-        axes.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=f"{measure} accuracy (%)")
-        axes.set_ylim(_range(group))
+        axes.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=measure(shown))
+        axes.set_ylim(accuracy_range(group))
     remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in shown) else ""
     remark += "; thin: the seeds of a method in which they disagree" if any(c.seeds_disagree for c in shown) else ""
     drawn.supxlabel(caption(experiment, shown, remark), fontsize=8)
     return drawn
+
+
+def measure(shown: list[Curve]) -> str:
+    """What the column `test_accuracy` holds, in words."""
+    held_out = all(curve.info["dataset"]["holdout"] for curve in shown)
+    return f"{'held-out' if held_out else 'test'} accuracy (%)"
+
+
+def colours(shown: list[Curve]) -> list[str]:
+    """The methods' own; in turn where a method has several curves."""
+    one_each = len({curve.info["method"] for curve in shown}) == len(shown)
+    return [COLOURS.get(c.info["method"], f"C{n}") if one_each else f"C{n}" for n, c in enumerate(shown)]
+
+
+def lengths_differ(shown: list[Curve]) -> bool:
+    """Whether the numbers of iterations are so different that their axis should be logarithmic."""
+    iterations = [curve.info["iterations"] for curve in shown]
+    return bool(max(iterations) > 4 * min(iterations))
 
 
 def draw_curve(
@@ -233,18 +247,15 @@ def legend_lines(shown: list[Curve]) -> int:
 
 
 def _draw(axes: Axes, shown: list[Curve]) -> None:
-    one_each = len({curve.info["method"] for curve in shown}) == len(shown)
-    for number, curve in enumerate(shown):
-        colour = COLOURS.get(curve.info["method"], f"C{number}") if one_each else f"C{number}"
+    for curve, colour in zip(shown, colours(shown), strict=True):
         draw_curve(axes, curve, "test_accuracy", colour, curve.legend, highest=100.0)
         if curve.seeds_disagree:
             for _, seed in curve.history.groupby("replica"):
                 axes.plot(seed["iteration"], seed["test_accuracy"], color=colour, linewidth=0.5)
         if curve.reference is not None:
             axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
-    iterations = [curve.info["iterations"] for curve in shown]
-    if max(iterations) > 4 * min(iterations):
-        axes.set(xscale="log", xlim=(1, max(iterations)))
+    if lengths_differ(shown):
+        axes.set(xscale="log", xlim=(1, max(curve.info["iterations"] for curve in shown)))
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     else:
         axes.set_xlim(left=0)
@@ -253,7 +264,7 @@ def _draw(axes: Axes, shown: list[Curve]) -> None:
     axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
-def _range(shown: list[Curve]) -> tuple[float, float]:
+def accuracy_range(shown: list[Curve]) -> tuple[float, float]:
     """The accuracies to show: from below the worst final one, or 0 if one has not learnt, to above the best."""
     finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in shown]
     finals += [curve.reference for curve in shown if curve.reference is not None]
@@ -290,18 +301,22 @@ def further_tables(experiment: str, runs: list[Run]) -> dict[str, pd.DataFrame]:
 
 def report(experiment: str, runs: list[Run], figures: Path, tables: Path) -> pd.DataFrame:
     """Write the experiment's `<tables>/<experiment>.csv`, its further tables, and its figures, `<figures>/<name>.png`
-    and `.pdf`.
+    and `.pdf`, all of them or none.
 
-    Returns the table.
+    Returns the table. Raises WriteError.
     """
     result, drawn = content(experiment, runs)
-    figures.mkdir(parents=True, exist_ok=True)
-    tables.mkdir(parents=True, exist_ok=True)
-    for name, table in ({experiment: result} | further_tables(experiment, runs)).items():
-        table.to_csv(tables / f"{name}.csv", index=False)
-    for name, picture in drawn.items():
-        picture.savefig(figures / f"{name}.png", dpi=150)
-        picture.savefig(figures / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes each time
+    with ExitStack() as files:
+
+        def new(path: Path) -> Path:
+            return files.enter_context(whole(path, "the report"))
+
+        for name, table in ({experiment: result} | further_tables(experiment, runs)).items():
+            table.to_csv(new(tables / f"{name}.csv"), index=False)
+        for name, picture in drawn.items():
+            picture.savefig(new(figures / f"{name}.png"), dpi=150)
+            # without its date, the same bytes each time
+            picture.savefig(new(figures / f"{name}.pdf"), metadata={"CreationDate": None})
     return result
 
 
@@ -320,10 +335,15 @@ def markdown(result: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def show(result: pd.DataFrame, experiment: str) -> None:
-    """Print an experiment's table to the terminal."""
+def title(experiment: str) -> str:
+    """Of an experiment's table."""
     known = paper()["experiments"].get(experiment, {})
-    printed = Table(title=f"{experiment}: {known.get('quantity', 'test accuracy in percent')}")
+    return f"{experiment}: {known.get('quantity', 'test accuracy in percent')}"
+
+
+def show(result: pd.DataFrame, title: str) -> None:
+    """Print a table to the terminal."""
+    printed = Table(title=escape(title))
     for column in result.columns:
         printed.add_column(column, justify="right" if is_numeric_dtype(result[column]) else "left", overflow="fold")
     for row in cells(result):
@@ -332,7 +352,7 @@ def show(result: pd.DataFrame, experiment: str) -> None:
 
 
 class Report(Callback):
-    """At the end of a launch: the experiment's figure and table.
+    """At the end of a launch: runs that have been left to other processes, then the experiment's figure and table.
 
     They show the results store, in `<results>/figures` and `<results>/tables`; but where a run of the launch has
     values of its own from the command line, the launch's runs alone, in the launch's folder.
@@ -342,7 +362,19 @@ class Report(Callback):
         self._report(config, Path(config.hydra.run.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        self._report(config, Path(config.hydra.sweep.dir))
+        launch = Path(config.hydra.sweep.dir)
+        for note in sorted(launch.rglob(LEFT)):
+            self._come_back_to(note.parent)
+        self._report(config, launch)
+
+    def _come_back_to(self, job: Path) -> None:
+        """Wait for the run of a job whose folder in the launch this is, or make it if its process has died."""
+        folder, own = job / ".hydra", OmegaConf.create({"hydra": HydraConf})
+        with open_dict(own.hydra):
+            own.merge_with(OmegaConf.load(folder / "hydra.yaml"))
+        HydraConfig.instance().set_config(own)
+        config: Any = OmegaConf.load(folder / "config.yaml")
+        get_method(config.task)(config)
 
     def _report(self, config: DictConfig, launch: Path) -> None:
         runs = launched_runs(launch)
@@ -353,5 +385,6 @@ class Report(Callback):
         if not any(run.info["overrides"] for run in runs):
             root = Path(config.results)
             runs, figures, tables = finished_runs(root, experiment), root / "figures", root / "tables"
-        show(report(experiment, runs, figures, tables), experiment)
+        with failed_writes_in_words("The runs are in the store; the same command draws them."):
+            show(report(experiment, runs, figures, tables), title(experiment))
         Console().print(f"figures: {figures}, table: {tables / experiment}.csv", soft_wrap=True)

@@ -5,16 +5,22 @@
         history.csv   one row an evaluation and replica, see `admm.training.History`; or what its task measures
         probes.csv, arrays.npz   of DeepFacto: what probes found, and what heat maps show
         run.json      what was run, from where, and how it ended
+        SHA256SUMS    of the others, for `sha256sum -c`; the oldest runs have none
 
-A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/`.
+A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/` and holds the lock beside that folder.
+`python -m scripts.store` lists, checks, compares and removes runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +29,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from admm.files import WriteError, sync, writing
+
+log = logging.getLogger(__name__)
+RESUME = "The same command goes on from what was saved; outputs=… and results=… choose other folders."
+SUMS = "SHA256SUMS"
+LEFT = "left_to_another_process"  # a note in Hydra's folder of a job
 # Keys of the configuration that say where and how a run is made, not what its numbers are; an experiment has one task.
 NEUTRAL = (
     "task",
@@ -61,9 +73,10 @@ def determining(config: dict[str, Any]) -> dict[str, Any]:
     return kept  # type: ignore[no-any-return]
 
 
-def _without_nulls(node: Any) -> Any:
+def without_nulls(node: Any) -> Any:
+    """A configuration without the keys that are null."""
     if isinstance(node, dict):
-        return {key: _without_nulls(value) for key, value in node.items() if value is not None}
+        return {key: without_nulls(value) for key, value in node.items() if value is not None}
     return node
 
 
@@ -72,7 +85,7 @@ def identity(config: dict[str, Any], sha256: str) -> str:
 
     Keys that are null do not count, so that a new option that is null where it is not used leaves finished runs valid.
     """
-    content = json.dumps([_without_nulls(determining(config)), sha256], sort_keys=True)
+    content = json.dumps([without_nulls(determining(config)), sha256], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -81,6 +94,11 @@ class Run:
     """A finished run."""
 
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """Its place in the store, <experiment>/<method>-<setting>-<identity>."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
     def info(self) -> dict[str, Any]:
@@ -92,6 +110,16 @@ class Run:
 
     def table(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.folder / f"{name}.csv")
+
+    @property
+    def score(self) -> float:
+        """What a search maximises, percent: the probes' mean balanced accuracy of DeepFacto, else the last accuracy on
+        the test set or what is held out, mean over the seeds; a seed that has diverged has 0."""
+        if (self.folder / "probes.csv").exists():
+            return float(self.table("probes")["balanced_accuracy"].mean())
+        history, info = self.history, self.info
+        last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
+        return float(last.sum() / len(info["seeds"]))
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -120,12 +148,27 @@ class Slot:
     def checkpoint(self) -> Path:
         return self.partial / "checkpoint.pt"
 
-    def lock(self) -> FileLock:
-        """Held by the one process that makes the run; others wait for it."""
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.partial.with_suffix(".lock"))
+    @property
+    def former(self) -> Path:
+        """Where a finished run is while another one takes its place."""
+        return self.partial / "former"
+
+    @contextmanager
+    def lock(self, wait: bool = True) -> Iterator[bool]:
+        """Held by the one process that makes the run; others wait for it, or get False."""
+        lock = lock_of(self.partial)
+        with writing(self.partial.parent, "the run's lock"), suppress(Timeout):
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=-1 if wait else 0)
+        try:
+            yield lock.is_locked
+        finally:
+            lock.release()
 
     def finished(self) -> Run | None:
+        """The finished run, for the holder of the lock."""
+        if self.former.exists() and not self.folder.exists():  # killed between the two renames of `complete`
+            os.replace(self.former, self.folder)
         return Run(self.folder) if self.folder.exists() else None
 
     def complete(
@@ -138,54 +181,121 @@ class Slot:
     ) -> Run:
         """Put the finished run in its place: written elsewhere and renamed. A former one is there until then.
 
-        rows: of history.csv. tables: of other CSV files, by name. arrays: of arrays.npz.
+        rows: of history.csv. tables: of other CSV files, by name. arrays: of arrays.npz. Raises WriteError.
         """
         info = {"finished": datetime.now(UTC).isoformat(timespec="seconds")} | info
-        made = self.partial / "complete"
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir(parents=True)
-        (made / "config.yaml").write_text(yaml.safe_dump(determining(config), sort_keys=False))
-        for name, content in ({"history": rows} | (tables or {})).items():
-            pd.DataFrame(content).to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
-        if arrays:
-            np.savez_compressed(made / "arrays.npz", **arrays)
-        (made / "run.json").write_text(json.dumps(info, indent=2) + "\n")
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        former = self.partial / "former"
-        if self.folder.exists():
-            os.replace(self.folder, former)
-        try:
-            os.replace(made, self.folder)
-        except OSError:
-            if former.exists():
-                os.replace(former, self.folder)
-            raise
+        with writing(self.folder, "the finished run"):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.partial) as folder:
+                made = Path(folder, self.folder.name)
+                made.mkdir()
+                (made / "config.yaml").write_text(yaml.safe_dump(determining(config), sort_keys=False))
+                for name, content in ({"history": rows} | (tables or {})).items():
+                    pd.DataFrame(content).to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
+                if arrays:
+                    np.savez_compressed(made / "arrays.npz", **arrays)
+                (made / "run.json").write_text(json.dumps(info, indent=2) + "\n")
+                (made / SUMS).write_text("".join(f"{sha}  {name}\n" for name, sha in sums(made).items()))
+                self._put(made)
         self.discard()
         return Run(self.folder)
 
+    def _put(self, made: Path) -> None:
+        for path in (*made.iterdir(), made):
+            sync(path)  # a rename can outlive, in a power cut, what it has named
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.finished():
+            if self.former.exists():
+                delete(self.former, self.partial)
+            os.replace(self.folder, self.former)
+        try:
+            os.replace(made, self.folder)
+        except OSError:
+            self.finished()  # puts the former one back
+            raise
+        sync(self.folder.parent)
+
     def supersede(self, place: Path) -> None:
-        """Move the runs of the same experiment and name that other settings have made to `place`."""
+        """Move the runs of the same experiment and name that other settings have made to `place`. Raises WriteError."""
         for folder in self.folder.parent.glob(f"{self.name}-*"):
             if folder != self.folder and folder.name.removeprefix(f"{self.name}-").isalnum():
-                place.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(place / folder.name, ignore_errors=True)
-                shutil.move(folder, place / folder.name)
+                with writing(place / folder.name, "the run of former settings"):
+                    place.mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryDirectory(dir=place, prefix=".") as half:  # it may be on another disk
+                        copied = shutil.copytree(folder, Path(half, folder.name))
+                        shutil.rmtree(place / folder.name, ignore_errors=True)
+                        os.replace(copied, place / folder.name)
+                    slot_of(folder).remove()
+
+    def remove(self) -> None:
+        """Take the finished run out of the store. Raises OSError."""
+        for folder in (self.former, self.folder):
+            if folder.exists():
+                delete(folder, self.partial)
 
     def discard(self) -> None:
         """Forget what an interrupted run has left."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        with suppress(OSError):
+            delete(self.partial, self.partial)
+
+
+def slot_of(folder: Path) -> Slot:
+    """The place in its store that a finished run's folder is."""
+    name, _, identity = folder.name.rpartition("-")
+    return Slot(folder.parents[2], folder.parent.name, name, identity)
+
+
+def lock_of(partial: Path) -> FileLock:
+    """Of the run that keeps its checkpoint in this folder. It ends with the process that holds it."""
+    return FileLock(partial.with_suffix(".lock"))
+
+
+def delete(folder: Path, partial: Path) -> None:
+    """Delete a folder of the run that keeps its checkpoint in `partial`. Renamed first, so that it is there whole or
+    not at all. Raises OSError."""
+    removed = partial.with_suffix(".removed")
+    removed.parent.mkdir(parents=True, exist_ok=True)
+    if folder != removed:
+        shutil.rmtree(removed, ignore_errors=True)
+        os.replace(folder, removed)
+    shutil.rmtree(removed)
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of a run's files by name, but for the file with these sums."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def finished_runs(root: Path, experiment: str) -> list[Run]:
     """The finished runs of an experiment, from the oldest to the newest."""
     folders = (root / "runs" / experiment).glob("*/run.json")
-    return sorted((Run(path.parent) for path in folders), key=lambda run: (run.info["finished"], run.folder.name))
+    return sorted((Run(path.parent) for path in folders), key=age)
+
+
+def age(run: Run) -> tuple[str, str]:
+    """To sort runs from the oldest to the newest."""
+    return run.info["finished"], run.folder.name
 
 
 def launched_runs(launch: Path) -> list[Run]:
     """The runs that the jobs of a launch have left notes of in Hydra's folder."""
     notes = sorted(launch.rglob("runs.txt"))
     return [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
+
+
+@contextmanager
+def failed_writes_in_words(then: str = "") -> Iterator[None]:
+    """Ends the program with the message of a WriteError, unless `hydra.verbose` asks for more.
+
+    then: what comes after it.
+    """
+    try:
+        yield
+    except WriteError as error:
+        if log.isEnabledFor(logging.DEBUG):
+            raise
+        raise SystemExit(f"error: {error}.\n{then}".rstrip()) from None
 
 
 def experiments_in(root: Path) -> list[str]:

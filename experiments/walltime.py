@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from admm.files import whole
 from admm.optimizers import Optimizer, Problem
 from admm.training import Row, accuracy, timed_step
-from experiments.classification import Job, bad_input_in_words, build_problem, find_job, report_to_launch
+from experiments.classification import (
+    Job,
+    bad_input_in_words,
+    build_problem,
+    find_job,
+    note_start,
+    report_to_launch,
+)
 from experiments.progress import RunProgress
-from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines
-from experiments.store import Run
+from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines, table
+from experiments.store import RESUME, Run, failed_writes_in_words
 
 log = logging.getLogger(__name__)
 SAME = ("identity", "commit", "machine", "versions")  # of all seeds of a race
@@ -67,19 +75,20 @@ def run(config: DictConfig) -> None:
     with bad_input_in_words():
         check_race(config)
         jobs = {method: find_job(method_config(method), method) for method in config.optimizers}
-    first = next(iter(jobs.values())).slot
-    with first.lock():
+    slots = sorted((job.slot for job in jobs.values()), key=lambda slot: slot.identity)
+    with failed_writes_in_words(RESUME), ExitStack() as locks:
+        for slot in slots:  # in one order, so that two races do not wait for each other
+            locks.enter_context(slot.lock())
         runs = [run for job in jobs.values() if (run := job.slot.finished())]
         if config.force or len(runs) < len(jobs):
             runs = race(config, jobs)
         else:
-            log.info(
-                "%s is there already, timed on %s; force=true times anew", first.experiment, runs[0].info["machine"]
-            )
-    report_to_launch(runs)
-    for job in jobs.values():
-        if not job.info["overrides"]:
-            job.slot.supersede(Path(config.outputs) / "superseded" / first.experiment)
+            machine = runs[0].info["machine"]
+            log.info("%s is there already, timed on %s; force=true times anew", slots[0].experiment, machine)
+        report_to_launch(runs)
+        for job in jobs.values():
+            if not job.info["overrides"]:
+                job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
 
 
 def check_race(config: DictConfig) -> None:
@@ -88,8 +97,6 @@ def check_race(config: DictConfig) -> None:
         raise ValueError("optimizer: a race has several; optimizers=[sgd,gotmare] chooses them")
     if not isinstance(config.optimizers, ListConfig) or not config.optimizers:
         raise ValueError(f"optimizers: {config.optimizers!r} is not a list of optimizers, such as [sgd,gotmare]")
-    if config.grid is not None:
-        raise ValueError("grid: a race times single runs; experiment=mnist_shallow trains a grid")
 
 
 def method_config(method: str) -> DictConfig:
@@ -102,7 +109,8 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
 
     A race that was begun with other settings, code or machine is not gone on with.
     """
-    kept = next(iter(jobs.values())).slot.partial / "race.json"
+    first = next(iter(jobs.values()))
+    kept = first.slot.partial / "race.json"
     conditions = {method: {key: job.info[key] for key in SAME} for method, job in jobs.items()}
     histories: dict[str, list[list[Row]]] = {method: [] for method in jobs}
     if kept.exists():
@@ -111,23 +119,22 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
             histories = begun["histories"]
         else:
             log.warning("the race in %s was begun with other settings, code or machine: it starts anew", kept.parent)
-    for replica in range(len(histories[next(iter(jobs))]), len(config.seeds)):
+    note_start(first.slot, first.info)
+    for replica in range(len(histories[first.info["method"]]), len(config.seeds)):
         for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(".part")
-        part.write_text(json.dumps({"conditions": conditions, "histories": histories}))
-        os.replace(part, kept)
+        with whole(kept, "the seeds raced so far") as part:
+            part.write_text(json.dumps({"conditions": conditions, "histories": histories}))
     # the first, which keeps the race, is completed last
     return [complete(job, histories[method]) for method, job in reversed(jobs.items())]
 
 
 def complete(job: Job, histories: list[list[Row]]) -> Run:
     """Put an optimizer's part of the race into the store."""
-    ends = [history[-1] for history in histories]
+    ends, last = [history[-1] for history in histories], job.info["iterations"]
     ended = {
         "seconds": round(sum(end["seconds"] for end in ends), 3),
-        "diverged": {r: end["iteration"] for r, end in enumerate(ends) if end["iteration"] < job.info["iterations"]},
+        "diverged": {r: end["iteration"] + 1 for r, end in enumerate(ends) if end["iteration"] < last},
     }
     return job.slot.complete(job.config, [row for history in histories for row in history], job.info | ended)
 
@@ -175,7 +182,7 @@ def report(experiment: str, runs: list[Run]) -> Content:
     axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     remark = ". Set-up, data and evaluation excluded; the optimizers take turns in one process"
     drawn.supxlabel(caption(experiment, shown, remark), fontsize=8)
-    return pd.DataFrame([times(curve) for curve in shown]), {experiment: drawn}
+    return table(shown, times), {experiment: drawn}
 
 
 def times(curve: Curve) -> dict[str, Any]:

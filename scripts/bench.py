@@ -7,8 +7,9 @@ The contestants of a ratio take turns; a ratio is the median over the turns. Run
 
 from __future__ import annotations
 
-import os
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +34,14 @@ from torch.utils.flop_counter import flop_registry
 
 from admm.data import Dataset
 from admm.deepfacto.nmf import factorise
+from admm.files import MIB, whole
 from admm.optimizers import BlockADMM, Optimizer, Problem
-from experiments.classification import build_problem
-from experiments.memory import MIB, variables
+from admm.training import evaluate
+from experiments.classification import CONF, build_problem
+from experiments.memory import variables
 from experiments.provenance import machine
+from experiments.stacking import ON_A_PROCESSOR
+from experiments.store import failed_writes_in_words
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
@@ -49,7 +54,7 @@ Task = Callable[[], object]
 
 def main(path: Path) -> None:
     rows: list[Row] = []
-    for measure in (stacks, rivals, share_of_peak, memory, nmf, cifar):
+    for measure in (stacks, grid, workers, rivals, share_of_peak, memory, nmf, cifar):
         for row in measure():
             rows.append(row)
             print(f"{row[0]:40s} {row[1]:10.3f} {row[2]}", flush=True)
@@ -64,10 +69,8 @@ def write(path: Path, rows: list[Row]) -> None:
     if path.exists():
         old = pd.read_csv(path, dtype=str, keep_default_na=False)
         table = pd.concat([old[~old["name"].isin(table["name"])], table])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    table.to_csv(made, index=False)
-    os.replace(made, path)
+    with whole(path, "what was measured") as part:
+        table.to_csv(part, index=False)
 
 
 def stacks() -> list[Row]:
@@ -82,6 +85,47 @@ def stacks() -> list[Row]:
         if name == "sgd":
             rows.append(("stack5_products_over_1_sgd", ratio(times, 2, 1), "ratio"))
     return rows
+
+
+def grid() -> list[Row]:
+    """Nine cells of online Block-ADMM times five seeds: 45 runs one after the other, and nine stacks of a cell's seeds,
+    over the stacks that hydra/launcher=stacked makes of them; an epoch and an evaluation of each."""
+    config = _config("online_block_admm")
+    per_stack = min(45, ON_A_PROCESSOR // len(SEEDS) * len(SEEDS))
+    one, five, stacked = (_epoch(config, [*SEEDS * 9][:n]) for n in (1, len(SEEDS), per_stack))
+    times = turns(one, five, stacked)
+    return [
+        ("grid45_single_over_stacked", per_stack * ratio(times, 0, 2), "ratio"),
+        ("grid45_stacks5_over_stacked", per_stack / len(SEEDS) * ratio(times, 1, 2), "ratio"),
+    ]
+
+
+def _epoch(config: DictConfig, seeds: Sequence[int]) -> Task:
+    problem, dataset = _problem(config), _generated()
+    optimizer: Optimizer[Any] = instantiate(config.optimizer, _convert_="all")
+    state = optimizer.init(problem, seeds)
+
+    def epoch() -> None:
+        optimizer.step(problem, state)
+        evaluate(problem, optimizer.parameters(state), (dataset.x_test, dataset.y_test))
+
+    return epoch
+
+
+def workers() -> list[Row]:
+    """A sweep of four runs of a thread each by one process of hydra/launcher=joblib over the same by two, from the
+    command line on."""
+    sweep = [sys.executable, "run.py", "-m", "experiment=digits_shallow", "optimizer=online_block_admm", "threads=1"]
+    sweep += ["optimizer.theta_step=1e-3,2e-3,3e-3,4e-3", "iterations=150", "evaluate_every=150"]
+
+    def launch(jobs: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            places = [f"outputs={folder}", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
+            subprocess.run([*sweep, *places], check=True, cwd=CONF.parent, stdout=subprocess.DEVNULL)
+
+    return [
+        ("joblib2_over_1", ratio(turns(lambda: launch(1), lambda: launch(2), counted=3, uncounted=0), 0, 1), "ratio")
+    ]
 
 
 def sgd_products() -> None:
@@ -273,7 +317,7 @@ def ratio(times: list[list[float]], above: int, below: int) -> float:
 
 
 def _config(optimizer: str, *overrides: str, experiment: str = "mnist_shallow") -> DictConfig:
-    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", [f"experiment={experiment}", f"optimizer={optimizer}", "setting=tuned", *overrides])
 
 
@@ -310,4 +354,5 @@ def _torch_epoch(batches: Callable[[], Any]) -> Task:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/bench.csv"))
+    with failed_writes_in_words():
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/bench.csv"))

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from admm.blocks import split
+from admm.files import MIB
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Optimizer, Problem
@@ -32,7 +33,7 @@ from admm.optimizers.dladmm import DLADMM, DLADMMState
 from admm.optimizers.fully_connected import linear_layers
 from admm.optimizers.standard_admm import StandardADMM, StandardADMMState
 from admm.optimizers.taylor import Taylor, TaylorState
-from experiments.memory import MIB, reset_high_water_mark, resident
+from experiments.memory import reset_high_water_mark, resident
 from scripts.bench import CLASSES, FEATURES, Row, Task, ratio, turns, write
 from scripts.literal import bcd, dladmm, standard_admm, taylor
 

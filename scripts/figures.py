@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.report import markdown, report, show
-from experiments.store import experiments_in, finished_runs
+from admm.files import whole
+from experiments.report import markdown, report, show, title
+from experiments.store import experiments_in, failed_writes_in_words, finished_runs
+from scripts.search import draw
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -21,9 +23,12 @@ def main(root: Path) -> None:
     tables = {}
     for experiment in experiments_in(root):
         tables[experiment] = report(experiment, finished_runs(root, experiment), root / "figures", root / "tables")
-        show(tables[experiment], experiment)
+        show(tables[experiment], title(experiment))
+    for path in sorted(root.glob("searches/*.csv")):
+        draw(path)
     if root.resolve() == README.parent / "results":
-        README.write_text(with_tables(README.read_text(), tables))
+        with whole(README, "the page") as part:
+            part.write_text(with_tables(README.read_text(), tables))
 
 
 def with_tables(page: str, tables: dict[str, pd.DataFrame]) -> str:
@@ -37,4 +42,5 @@ def with_tables(page: str, tables: dict[str, pd.DataFrame]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))
+    with failed_writes_in_words():
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))

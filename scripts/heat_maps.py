@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from admm.files import whole
 from experiments.faces import heat_maps
-from experiments.store import Run
+from experiments.store import Run, failed_writes_in_words
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
         figure = heat_maps(run.info["experiment"], run, options.factors)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    figure.savefig(options.picture, dpi=150)
+    with failed_writes_in_words(), whole(options.picture, "the picture") as part:
+        figure.savefig(part, dpi=150)
     print(f"written: {options.picture}")
 
 

@@ -7,7 +7,7 @@ it took, and the command that reproduces it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
+from admm.files import whole
 from experiments.classification import CONF, inherited
-from experiments.report import content, curves, further_tables, markdown, paper
-from experiments.store import Run, experiments_in, finished_runs
+from experiments.report import content, curves, further_tables, markdown, paper, place
+from experiments.store import Run, experiments_in, failed_writes_in_words, finished_runs
 
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
 COLUMNS += ["std", "seeds", "iterations"]
@@ -26,7 +27,8 @@ GPU_TFLOPS = 14.0  # assumed in `estimate`
 
 def main(root: Path) -> None:
     page = root / "README.md"
-    page.write_text("\n\n".join(sections(root)) + "\n")
+    with whole(page, "the page") as part:
+        part.write_text("\n\n".join(sections(root)) + "\n")
     print(f"written: {page}")
 
 
@@ -42,8 +44,7 @@ def sections(root: Path) -> Iterator[str]:
     yield "## The paper's numbers"
     yield markdown(numbers)
     yield f"{falls_short(numbers)} {not_run(found)}"
-    order = list(paper()["experiments"])
-    for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
+    for name in in_order(found):
         yield from experiment(name, found[name])
     if (root / "bench.csv").exists():
         yield from estimate(found, pd.read_csv(root / "bench.csv").set_index("name")["value"])
@@ -52,10 +53,20 @@ def sections(root: Path) -> Iterator[str]:
         yield "## Searches"
         yield "Grids, scored on held-out training data; `searches/` has all of their configurations."
         yield markdown(pd.DataFrame([line for path in searches for line in search(path)]))
+        yield "\n".join(f"![{path.stem}](searches/{path.stem}.png)" for path in searches)
+
+
+def in_order(experiments: Iterable[str]) -> list[str]:
+    """As `paper.yaml` has them, those that it does not have last."""
+    order = list(paper()["experiments"])
+    return sorted(experiments, key=lambda name: place(name, order))
 
 
 def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
-    """Each number of the paper beside each of our settings; without one if it has not been run."""
+    """Each number of the paper beside each of our settings; without one if it has not been run.
+
+    The index has the names of the runs.
+    """
     rows: list[dict[str, Any]] = []
     for name, known in paper()["experiments"].items():
         stated = known["accuracy"] or known.get("ratio", {})
@@ -64,28 +75,31 @@ def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
         runs, unit = found.get(name, []), "%" if known["accuracy"] else "times less"
         ours = measured_accuracies(runs) if known["accuracy"] else measured_ratios(name, runs)
         for method, value in stated.items():
-            place = {
+            stated_of = {
                 "in the paper": known["source"],
                 "experiment": name,
                 "method": paper()["labels"][method],
                 "unit": unit,
             }
-            for line in [line for line in ours if line["method"] == place["method"]] or [{"setting": "not run"}]:
-                rows.append(place | {"paper": float(value)} | line)
-    result = pd.DataFrame(rows, columns=COLUMNS).assign(difference=lambda table: table["ours"] - table["paper"])
+            for line in [line for line in ours if line["method"] == stated_of["method"]] or [{"setting": "not run"}]:
+                rows.append(stated_of | {"paper": float(value)} | line)
+    result = pd.DataFrame(rows, columns=["run", *COLUMNS]).set_index("run")
+    result["difference"] = result["ours"] - result["paper"]
     return result.astype({"seeds": "Int64", "iterations": "Int64"})
 
 
 def measured_accuracies(runs: list[Run]) -> list[dict[str, Any]]:
-    rows = [curve.row() for curve in curves(runs) if curve.reference is not None]
-    kept = ("method", "setting", "mean", "std", "seeds", "iterations")
+    rows = [{"run": curve.run} | curve.row() for curve in curves(runs) if curve.reference is not None]
+    kept = ("run", "method", "setting", "mean", "std", "seeds", "iterations")
     return [{"ours" if key == "mean" else key: row[key] for key in kept} for row in rows]
 
 
 def measured_ratios(name: str, runs: list[Run]) -> list[dict[str, Any]]:
     """Of an experiment whose number in the paper is a ratio of memory."""
-    table = content(name, runs)[0] if runs else pd.DataFrame()
-    return [{"method": r["method"], "setting": r["setting"], "ours": r["batch/this"]} for r in table.to_dict("records")]
+    if not runs:
+        return []
+    lines = content(name, runs)[0].iterrows()
+    return [{"run": i, "method": r["method"], "setting": r["setting"], "ours": r["batch/this"]} for i, r in lines]
 
 
 def falls_short(numbers: pd.DataFrame) -> str:
@@ -134,12 +148,17 @@ def experiment(name: str, runs: list[Run]) -> Iterator[str]:
     for table in further_tables(name, runs).values():
         yield markdown(table)
     yield f"    python run.py experiment={name}"
+    yield made(runs)
+
+
+def made(runs: list[Run]) -> str:
+    """In words, how long runs have trained, where and by which code."""
     seconds = sum(run.info.get("seconds", 0.0) for run in runs)  # a run that does not train has none
     machines = " and ".join(sorted({run.info["machine"] for run in runs}))
     commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
     took = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     time = f"Training time of these runs, evaluation not counted: {took}. " if seconds else ""
-    yield f"{time}Machine: {machines}. Commits: {commits}."
+    return f"{time}Machine: {machines}. Commits: {commits}."
 
 
 def estimate(found: dict[str, list[Run]], bench: pd.Series[float]) -> Iterator[str]:
@@ -174,4 +193,5 @@ def search(path: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))
+    with failed_writes_in_words():
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from scipy.optimize import nnls
 from sklearn.decomposition import PCA as Components
@@ -24,13 +27,15 @@ from torch import nn
 
 from admm.backbones import BACKBONES, Backbone
 from admm.faces import ATTRIBUTES, Faces
+from admm.files import WriteError
 from experiments import deepfacto
 from experiments.classification import Job
 from experiments.deepfacto import Features, Represented, Verification, attributes_to_probe, execute, heat_maps, load
 from experiments.faces import chosen_factors, report
 from experiments.faces import heat_maps as draw_heat_maps
 from experiments.report import further_tables
-from experiments.store import Run, Slot, finished_runs
+from experiments.store import Run, Slot, finished_runs, identity
+from scripts.store import problems
 from scripts.tables import experiment as experiment_section
 from scripts.tables import rows_of
 
@@ -178,6 +183,61 @@ def test_probes_that_were_measured_are_not_measured_again(
     run = executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5")
     assert len(calls) == 3  # seed 0; seed 1, which was interrupted; seed 1
     assert list(run.table("probes")["seed"]) == [0, 1]
+
+
+def test_a_full_disk_leaves_the_probes_that_were_measured(
+    faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two is cut off in the middle of its line; when there is room, it alone is measured again."""
+    real, calls = Path.open, []
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        file = real(path, mode, *rest, **named)
+        if mode == "a":
+            calls.append(path)
+        if len(calls) == 2:
+            write = file.write
+            monkeypatch.setattr(Path, "open", real)
+
+            def half(text: str) -> int:
+                write(text[: len(text) // 2])
+                file.close()
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            return nullcontext(SimpleNamespace(write=half))
+        return file
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(WriteError, match=r"probes.jsonl: what was probed could not be written: .*No space left"):
+        executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5")
+    measured = []
+    measure = deepfacto.Probe.__call__
+    monkeypatch.setattr(
+        deepfacto.Probe, "__call__", lambda self, *given: (measured.append(1), measure(self, *given))[1]
+    )
+    monkeypatch.setattr(Slot, "complete", lambda *_: None)
+    executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5")
+    executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5")
+    assert len(measured) == 1
+
+
+def test_runs_of_faces_check_clean(faces: Faces, tmp_path: Path) -> None:
+    for method, more in (("nmf", ["optimizer.rounds=5"]), ("deepfacto", [*SMALL])):
+        options = config(tmp_path, f"optimizer={method}", "setting=rank4", *more)
+        plain: Any = OmegaConf.to_container(options, resolve=True)
+        found, sha = job(options, faces, tmp_path, method), identity(plain, faces.sha256)
+        given = {"identity": sha, "dataset": {"sha256": faces.sha256}}
+        found = replace(found, config=plain, slot=replace(found.slot, identity=sha), info=found.info | given)
+        run = execute(options, found)
+        assert list(problems(run.folder)) == []
+        damaged = run.folder / "probes.csv"
+        damaged.write_text(damaged.read_text().replace(ATTRIBUTES[0], ATTRIBUTES[1], 1))
+        assert list(problems(run.folder)) == ["probes.csv: was changed, its SHA-256 is not that in SHA256SUMS"]
+    with (run.folder / "arrays.npz").open("r+b") as file:
+        file.truncate(1000)
+    (run.folder / "SHA256SUMS").unlink()
+    (problem,) = problems(run.folder)
+    assert problem.startswith("arrays.npz: does not parse")
 
 
 def test_each_point_of_a_grid_has_its_own_probes(faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

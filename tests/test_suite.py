@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from launches import kill_when_there
+from stores import info, put
 
 from admm.blocks import split
 from admm.losses import SquaredError, one_hot
@@ -23,7 +24,7 @@ from admm.optimizers import Problem
 from admm.training import train
 from experiments.classification import check_groups
 from experiments.report import curves, report
-from experiments.store import Run, Slot, determining, experiments_in, finished_runs, identity
+from experiments.store import Run, experiments_in, finished_runs
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, str(ROOT / "run.py"), "experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
@@ -114,18 +115,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
     pd.testing.assert_frame_equal(whole, killed, check_exact=True)
 
 
-def test_a_grid_is_one_stacked_run_with_a_row_a_point(tmp_path: Path) -> None:
-    done = launch(tmp_path, "optimizer=sgd", "grid={optimizer.step_size:[0.01,0.1]}")
-    assert done.returncode == 0, done.stderr
-    (run,) = stored(tmp_path)
-    assert list(run.history["replica"].unique()) == [0, 1, 2, 3]
-    assert [curve.point for curve in curves([run])] == ["optimizer.step_size=0.01", "optimizer.step_size=0.1"]
-    launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1")
-    alone = next(r for r in stored(tmp_path) if r.folder != run.folder).history
-    stacked = run.history[run.history["replica"] >= 2]
-    assert stacked["train_loss"].to_numpy() == pytest.approx(alone["train_loss"].to_numpy(), rel=1e-5)
-
-
 def test_multirun_sweeps_a_grid(tmp_path: Path) -> None:
     command = [*COMMAND[:2], "-m", *COMMAND[2:]]
     done = launch(tmp_path, "optimizer=adam", "optimizer.step_size=1e-3,1e-2", "iterations=1", command=command)
@@ -164,8 +153,6 @@ def test_wandb_gets_one_offline_run_a_seed(tmp_path: Path) -> None:
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
         ("dataset=mnist", r"error: no mnist.npz, and (?s:.*)Three ways to provide mnist(?s:.*)nowhere/mnist.npz"),
-        ("grid={split.n_blocks:[1]}", r"error: grid: 'split.n_blocks' is not a hyperparameter"),
-        ("grid={optimizer.step_size:0.1}", r"error: grid: {'optimizer.step_size': 0.1} is not of the form {"),
     ],
 )
 def test_bad_input_names_the_key_and_what_would_be_right(tmp_path: Path, argument: str, message: str) -> None:
@@ -190,17 +177,6 @@ def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> N
         check_groups(["init=uniform"], settings)
     with pytest.raises(ValueError, match=r"mnist_walltime_bcd.yaml sets init.mean, init.name"):  # by inheritance
         check_groups(["init=uniform"], ROOT / "conf/settings/tuned/mnist_walltime_bcd.yaml")
-
-
-def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:
-    former = put(tmp_path, "sgd-tuned", [10.0, 20.0], info("sgd", "tuned", "2001"))
-    other = put(tmp_path, "sgd-faithful", [10.0, 20.0], info("sgd", "faithful", "2001"))
-    newest = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
-    Slot(tmp_path, "mnist_shallow", "sgd-tuned", newest.folder.name.removeprefix("sgd-tuned-")).supersede(
-        tmp_path / "s"
-    )
-    assert not former.folder.exists() and (tmp_path / "s" / former.folder.name / "run.json").exists()
-    assert {run.folder for run in finished_runs(tmp_path, "mnist_shallow")} == {other.folder, newest.folder}
 
 
 def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Path) -> None:
@@ -244,51 +220,6 @@ def test_the_library_example_of_the_readme_runs() -> None:
     assert len(names["history"].rows) == 22
 
 
-def test_identity_is_of_what_determines_the_numbers() -> None:
-    config = {"dataset": {"name": "a", "root": "x"}, "optimizer": {"eta": 1.0}, "device": "cpu", "force": False}
-    same = {"optimizer": {"eta": 1.0}, "dataset": {"root": "y", "name": "a"}, "device": "cuda", "force": True}
-    other = config | {"optimizer": {"eta": 2.0}}
-    assert identity(config, "data") == identity(same, "data")
-    assert identity(config, "data") != identity(other, "data")
-    assert identity(config, "data") != identity(config, "other data")
-    assert identity(config, "data") == identity(config | {"new": None, "dataset": {"name": "a", "first": None}}, "data")
-    assert identity(config, "data") == identity(config | {"precision": "fp32", "compile": True}, "data")
-    assert identity(config, "data") != identity(config | {"precision": "bf16"}, "data")
-    optimizer = {"optimizer": {"beta": 1.0}}
-    kept = {place: {"optimizer": {"beta": 1.0, "variables": place}} for place in ("device", "disk")}
-    assert identity(config | optimizer, "data") == identity(config | kept["device"], "data")
-    assert identity(config | optimizer, "data") != identity(config | kept["disk"], "data")
-    assert config["dataset"] == {"name": "a", "root": "x"} and "root" not in determining(config)["dataset"]
-
-
-def info(method: str, setting: str, finished: str, **more: object) -> dict[str, object]:
-    return {
-        "experiment": "mnist_shallow",
-        "method": method,
-        "setting": setting,
-        "overrides": [],
-        "points": [],
-        "note": None,
-        "dataset": {"holdout": 0},
-        "seeds": [0, 1],
-        "iterations": 1,
-        "machine": "a machine",
-        "finished": finished,
-    } | more
-
-
-def put(root: Path, name: str, accuracies: list[float], description: dict[str, object]) -> Run:
-    rows = [
-        {"iteration": i, "replica": r, "seed": r, "test_accuracy": a * i}
-        for i in (0, 1)
-        for r, a in enumerate(accuracies)
-        if a or i == 0
-    ]
-    slot = Slot(root, "mnist_shallow", name, f"{name}{description['finished']}".replace("-", ""))
-    slot.partial.mkdir(parents=True, exist_ok=True)
-    return slot.complete({"a": 1}, rows, description)
-
-
 def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
     put(tmp_path, "sgd-tuned", [10.0, 20.0], info("sgd", "tuned", "2001"))
     put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
@@ -317,21 +248,3 @@ def test_figures_are_functions_of_the_store(tmp_path: Path) -> None:
     for kind in ("png", "pdf", "csv"):
         first, second = ((tmp_path / side / f"mnist_shallow.{kind}").read_bytes() for side in "ab")
         assert first == second
-
-
-def test_an_interrupted_completion_leaves_the_former_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001"))
-    before = (run.folder / "run.json").read_text()
-
-    def fail(*_: object, **__: object) -> str:
-        raise OSError("disk full")
-
-    for module, name, passes in ((pd.DataFrame, "to_csv", 0), (os, "replace", 0), (os, "replace", 1)):
-        real, calls = getattr(module, name), iter(range(99))
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *a, **k: fail() if next(calls) == passes else real(*a, **k))  # noqa: B023
-            with pytest.raises(OSError, match="disk full"):
-                put(tmp_path, "sgd-tuned", [1.0, 2.0], info("sgd", "tuned", "2001"))
-        assert (run.folder / "run.json").read_text() == before
-        assert run.history["test_accuracy"].max() == 92.0
-        assert len(finished_runs(tmp_path, "mnist_shallow")) == 1

@@ -90,6 +90,14 @@ def save(state: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(state, field.name)) for field in fields(state)}
 
 
+def size(saved: Any) -> int:
+    """Bytes of all tensors in what `save` has made."""
+    if isinstance(saved, Tensor):
+        return saved.nbytes
+    items = saved.values() if isinstance(saved, dict) else saved if isinstance(saved, list) else ()
+    return sum(map(size, items))
+
+
 def restore(state: Any, saved: dict[str, Any]) -> None:
     """Overwrite a freshly initialised state, in place, by what `save` made. Raises ValueError on a mismatch."""
     for field in fields(state):

@@ -1,0 +1,243 @@
+"""Cells of a sweep that differ only in the optimizer's numbers and in their seeds, trained as one stacked run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any, get_args, get_type_hints
+
+import psutil
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from admm.optimizers.protocol import save, size
+from admm.training import History, Row
+from experiments.classification import BAD_INPUT, Job, build_problem, ended, find_device, find_job, trained
+from experiments.loggers import Logger
+from experiments.store import RESUME, Slot, failed_writes_in_words
+
+log = logging.getLogger(__name__)
+TASK = "experiments.classification.run"
+ON_A_PROCESSOR = 45  # replicas; a larger stack has not been measured (`make bench`)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A job of a sweep that can be part of a stack."""
+
+    job: Job
+    template: str  # what all cells of a stack have in common
+
+    @property
+    def replicas(self) -> int:
+        return len(self.job.info["seeds"])
+
+
+def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: float | None) -> None:
+    """Train what can be stacked and has not been run; the result of each cell is put into the store as of its own run.
+
+    Of the other cells nothing is done, nor of those that another process is making.
+
+    configs: of the sweep's jobs, with their `hydra`. replicas: most in a stack; None: as many as pay. memory: GiB for a
+    stack's variables; None: a quarter of the device's. Stacks are cut in the same way at each launch of a sweep, and so
+    one that was interrupted goes on from its checkpoint.
+    """
+    groups: dict[str, dict[str, Cell]] = {}
+    for config in configs:
+        cell = as_cell(config)
+        if cell is not None:
+            groups.setdefault(cell.template, {})[cell.job.info["identity"]] = cell
+    for group in groups.values():
+        for part in cut(list(group.values()), replicas, memory):
+            train_stack(part)
+
+
+def as_cell(config: DictConfig) -> Cell | None:
+    """None if the job is no run of a classifier, is forced, or has bad input, which its own run is to say."""
+    HydraConfig.instance().set_config(config)
+    task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    if task.task != TASK or task.force:
+        return None
+    try:
+        job = find_job(task, HydraConfig.get().runtime.choices["optimizer"])
+        return Cell(job, template(job))
+    except BAD_INPUT:
+        return None
+
+
+def template(job: Job) -> str:
+    """The configuration with blanks for what may differ within a stack, and the data."""
+    config: dict[str, Any] = json.loads(json.dumps(job.config))
+    seeds = len(config.pop("seeds"))
+    del config["note"]
+    for name in hyperparameters(config["optimizer"]):
+        config["optimizer"][name] = blanked(config["optimizer"][name], seeds)
+    return json.dumps([config, seeds, job.info["method"], job.info["dataset"], str(job.slot.root)], sort_keys=True)
+
+
+def hyperparameters(optimizer: dict[str, Any]) -> list[str]:
+    """Those of an optimizer's configuration that may be one number a replica (`admm.schedules`)."""
+    hints = get_type_hints(get_class(optimizer["_target_"]))
+    return [name for name in optimizer if Sequence[float] in get_args(hints.get(name))]
+
+
+def blanked(value: Any, seeds: int) -> Any:
+    """A blank for a number, or for one a replica; inside of a schedule and of {blocks: […]} too."""
+    match value:
+        case {"blocks": list(parts)}:
+            return {"blocks": [blanked(part, seeds) for part in parts]}
+        case dict():
+            return {key: blanked(part, seeds) for key, part in value.items()}
+        case list():
+            return "a number" if len(value) == seeds else value
+    return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def joined(values: Sequence[Any], seeds: int) -> Any:
+    """A hyperparameter of all cells, of so many seeds each: their number, or one a replica."""
+    match values[0]:
+        case {"blocks": _}:
+            return {"blocks": [joined(parts, seeds) for parts in zip(*(v["blocks"] for v in values), strict=True)]}
+        case dict() as first:
+            return {key: joined([value[key] for value in values], seeds) for key in first}
+        case first if not isinstance(first, list) and all(value == first for value in values):
+            return first
+    return [number for value in values for number in (value if isinstance(value, list) else [value] * seeds)]
+
+
+def cut(cells: list[Cell], replicas: int | None, memory: float | None) -> Iterator[list[Cell]]:
+    """Stacks of at least two cells, within the limits, and of nearly the same number of cells."""
+    if len(cells) < 2:
+        return
+    most = largest_stack(cells[0].job, replicas, memory) // cells[0].replicas
+    number = ceil(len(cells) / most) if most > 1 else len(cells)
+    for k in range(number):
+        part = cells[k * len(cells) // number : (k + 1) * len(cells) // number]
+        if len(part) > 1:
+            yield part
+
+
+def largest_stack(job: Job, replicas: int | None, memory: float | None) -> int:
+    """The most replicas of a run, by `train_stacks`' limits; 0 if it has bad input, which its own run is to say."""
+    config = OmegaConf.create(job.config)
+    device = find_device(config.device)
+    on_gpu = device.type == "cuda"
+    whole = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
+    try:
+        state = instantiate(config.optimizer, _convert_="all").init(
+            build_problem(config, job.dataset), config.seeds[:1]
+        )
+    except BAD_INPUT:
+        return 0
+    most = int((whole / 4 if memory is None else memory * 2**30) / size(save(state)))
+    return min(most, replicas if replicas is not None else most if on_gpu else ON_A_PROCESSOR)
+
+
+def train_stack(cells: Sequence[Cell]) -> None:
+    """Train the cells that have not been, from the stack's checkpoint if there is one."""
+    first = cells[0].job.slot
+    identities = [cell.job.slot.identity for cell in cells]
+    slot = replace(
+        first, name=f"{first.name}-stack", identity=hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
+    )
+    with failed_writes_in_words(RESUME), ExitStack() as held:
+        if not held.enter_context(slot.lock(wait=False)):
+            return
+        free = [cell for cell in cells if held.enter_context(cell.job.slot.lock(wait=False))]
+        todo = [cell for cell in free if not cell.job.slot.finished()]
+        if slot.checkpoint.exists():
+            begun = json.loads((slot.partial / "started.json").read_text())["cells"]
+            stack = [cell for cell in cells if cell.job.slot.identity in begun]
+        else:
+            stack = todo = [cell for cell in todo if not cell.job.slot.checkpoint.exists()]
+        if todo and len(stack) > 1:
+            complete(stack, todo, slot)
+        slot.discard()
+
+
+def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
+    """Train a stack, and put the results of the cells `todo` into the store."""
+    shares = [Share(cell, number, len(stack)) for number, cell in enumerate(stack)]
+    config, first = OmegaConf.create(stacked_config(stack)), stack[0].job
+    info = first.info | {
+        "identity": slot.identity,
+        "seeds": list(config.seeds),
+        "cells": [cell.job.slot.identity for cell in stack],
+    }
+    log.info("%s: %d cells, %d replicas, as one stack", slot.name, len(stack), len(config.seeds))
+    job, data = Job(first.dataset, slot, info, first.config), first.dataset
+    logger = CellLoggers(shares, [instantiate(config.logger) for _ in stack])
+    problem = build_problem(config, data)
+    _, history = trained(config, job, problem, (data.x_test, data.y_test), logger=logger, keep_last=True)
+    for share in shares:
+        if share.cell in todo:
+            own = share.of(history)
+            cell = share.cell.job
+            cell.slot.complete(cell.config, own.rows, cell.info | ended(own) | {"stack": len(config.seeds)})
+
+
+def stacked_config(stack: Sequence[Cell]) -> dict[str, Any]:
+    """That of a run of all cells' replicas."""
+    configs = [cell.job.config for cell in stack]
+    optimizer = configs[0]["optimizer"]
+    values = {
+        name: joined([config["optimizer"][name] for config in configs], stack[0].replicas)
+        for name in hyperparameters(optimizer)
+    }
+    seeds = [seed for config in configs for seed in config["seeds"]]
+    return configs[0] | {"optimizer": optimizer | values, "seeds": seeds}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A cell of a stack, the number of it and of how many."""
+
+    cell: Cell
+    number: int
+    cells: int
+
+    @property
+    def start(self) -> int:
+        """Its first replica in the stack."""
+        return self.number * self.cell.replicas
+
+    def rows(self, rows: Sequence[Row]) -> list[Row]:
+        """The cell's, as of a run of its own, whose seconds are its part of the stack's."""
+        own = range(self.start, self.start + self.cell.replicas)
+        return [
+            row | {"replica": row["replica"] - self.start, "seconds": row["seconds"] / self.cells}
+            for row in rows
+            if row["replica"] in own
+        ]
+
+    def of(self, history: History) -> History:
+        diverged = {replica - self.start: at for replica, at in history.diverged.items()}
+        own = {replica: at for replica, at in diverged.items() if 0 <= replica < self.cell.replicas}
+        return History(self.rows(history.rows), history.seconds / self.cells, own)
+
+
+@dataclass(frozen=True)
+class CellLoggers:
+    """Each cell's rows to its own logger."""
+
+    shares: Sequence[Share]
+    loggers: Sequence[Logger]
+
+    def open(self, info: dict[str, Any], config: dict[str, Any]) -> None:
+        for share, logger in zip(self.shares, self.loggers, strict=True):
+            logger.open(share.cell.job.info, share.cell.job.config)
+
+    def log(self, rows: list[Row]) -> None:
+        for share, logger in zip(self.shares, self.loggers, strict=True):
+            logger.log(share.rows(rows))
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()

@@ -1,0 +1,294 @@
+"""Sweeps: cells stacked in one process, shared by launches, in parallel processes, searched by Optuna, cut short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launches import kill_when_there
+
+from admm.training import History
+from experiments import stacking
+from experiments.stacking import Cell, Share, blanked, cut, hyperparameters, joined
+from experiments.store import LEFT, Run, Slot
+
+ROOT = Path(__file__).parents[1]
+GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
+STACKABLE = ["optimizer=online_block_admm", "optimizer.theta_step=1e-3,1e-2", "optimizer.beta=0.5,1"]
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    places = [f"outputs={folder}/outputs", f"results={folder}/results"]
+    return [sys.executable, str(ROOT / "run.py"), "-m", *GRID, *places, *arguments]
+
+
+def launch(folder: Path, *arguments: str) -> str:
+    """What is printed."""
+    done = subprocess.run(command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning: Callback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def stored(folder: Path) -> dict[str, Run]:
+    return {path.parent.name: Run(path.parent) for path in sorted(folder.glob("outputs/runs/*/*/run.json"))}
+
+
+def same(left: dict[str, Run], right: dict[str, Run], **how: Any) -> None:
+    assert left.keys() == right.keys()
+    for name, run in left.items():
+        one, other = (r.history.drop(columns="seconds") for r in (run, right[name]))
+        pd.testing.assert_frame_equal(one, other, **how)
+
+
+@pytest.fixture(scope="module")
+def basic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Eight cells, one by one."""
+    folder = tmp_path_factory.mktemp("basic")
+    launch(folder, *STACKABLE, "optimizer.batch_size=64,128")
+    return stored(folder)
+
+
+# --- Stacks
+
+
+def test_stacked_cells_have_the_numbers_of_their_own_runs(tmp_path: Path, basic: dict[str, Run]) -> None:
+    output = launch(tmp_path, *STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=stacked")
+    assert output.count("4 cells, 8 replicas, as one stack") == 2
+    assert output.count("is there already") == 8
+    found = stored(tmp_path)
+    same(found, basic, rtol=1e-5, atol=1e-4)
+    assert {run.info["stack"] for run in found.values()} == {8}
+    for name, run in found.items():
+        for key in ("seeds", "overrides", "identity", "setting", "diverged", "iterations"):
+            assert run.info[key] == basic[name].info[key]
+        assert (run.folder / "config.yaml").read_text() == (basic[name].folder / "config.yaml").read_text()
+    assert list(tmp_path.glob("outputs/runs/.partial/*/")) == []
+
+
+def test_what_cannot_be_stacked_is_run_alone(tmp_path: Path) -> None:
+    """Another optimizer, a rule's own number, and a cell alone."""
+    output = launch(
+        tmp_path, "optimizer=sgd,adam", "optimizer.update.weight_decay=0,1e-3", "hydra/launcher=stacked", "iterations=1"
+    )
+    assert "as one stack" not in output and len(stored(tmp_path)) == 4
+
+
+def test_a_wrong_cell_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    arguments = ["optimizer=sgd", "optimizer.step_size=0.1,0.2", "optimizer.batch_size=64,0", "hydra/launcher=stacked"]
+    done = subprocess.run(command(tmp_path, *arguments), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "error: optimizer.batch_size: 0" in done.stderr
+    assert len(stored(tmp_path)) == 2
+
+
+def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
+    launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,1e30", "hydra/launcher=stacked")
+    trained, diverged = sorted(stored(tmp_path).values(), key=lambda run: len(run.info["diverged"]))
+    assert trained.info["diverged"] == {} and set(diverged.info["diverged"]) == {"0", "1"}
+    assert diverged.score == 0.0 < trained.score
+
+
+def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=12", "checkpoint_seconds=0"]
+    kill_when_there(command(tmp_path / "killed", *arguments), tmp_path, "killed/outputs/runs/.partial/*/checkpoint.pt")
+    assert stored(tmp_path / "killed") == {}
+    assert "resuming from" in launch(tmp_path / "killed", *arguments)
+    launch(tmp_path / "whole", *arguments)
+    same(stored(tmp_path / "killed"), stored(tmp_path / "whole"), check_exact=True)
+
+
+def test_a_stack_that_was_killed_among_its_results_is_not_trained_again(tmp_path: Path) -> None:
+    arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=12", "checkpoint_seconds=0"]
+    kill_when_there(command(tmp_path, *arguments), tmp_path, "outputs/runs/digits_shallow/*/run.json")
+    before = {name: run.folder.stat().st_mtime_ns for name, run in stored(tmp_path).items()}
+    output = launch(tmp_path, *arguments)
+    if len(before) < 4:  # else the kill came too late
+        assert "iteration 12/12" in output and "iteration 11/12" not in output.split("resuming from")[1]
+    after = {name: run.folder.stat().st_mtime_ns for name, run in stored(tmp_path).items()}
+    assert len(after) == 4 and before.items() <= after.items()
+
+
+def cells(counts: list[int]) -> list[Cell]:
+    def cell(number: int, seeds: int) -> Cell:
+        job: Any = SimpleNamespace(info={"seeds": list(range(seeds)), "identity": number})
+        return Cell(job, "")
+
+    return [cell(number, seeds) for number, seeds in enumerate(counts)]
+
+
+@given(st.integers(0, 30), st.integers(1, 5), st.integers(0, 40))
+def test_a_cut_keeps_the_order_and_the_limit(number: int, seeds: int, most: int) -> None:
+    whole = cells([seeds] * number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacking, "largest_stack", lambda *_: most)
+        parts = list(cut(whole, None, None))
+    taken = [cell.job.info["identity"] for part in parts for cell in part]
+    assert taken == sorted(set(taken))
+    assert all(len(part) > 1 and len(part) * seeds <= most for part in parts)
+    if number > 1 and number * seeds <= most:
+        assert parts == [whole]
+    elif most >= 3 * seeds and number > 1:
+        assert len(taken) == number  # none alone
+    assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_limit_is_of_replicas_and_of_memory(tmp_path: Path) -> None:
+    """A grid of three cells with two seeds each."""
+    three = ["optimizer=sgd", "optimizer.step_size=0.1,0.2,0.3", "iterations=1", "hydra/launcher=stacked"]
+    assert "2 cells, 4 replicas, as one stack" in launch(tmp_path / "some", *three, "hydra.launcher.replicas=5")
+    assert "as one stack" not in launch(tmp_path / "small", *three, "hydra.launcher.memory=1e-5")
+
+
+def test_hyperparameters_that_may_be_one_a_replica() -> None:
+    optimizer = {
+        "_target_": "admm.optimizers.OnlineBlockADMM",
+        "theta_step": 1,
+        "batch_size": 2,
+        "beta": 3,
+        "update": {},
+    }
+    assert hyperparameters(optimizer) == ["theta_step", "beta"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (0.1, 0.1, 0.1),
+        (0.1, 0.2, [0.1, 0.1, 0.2, 0.2]),
+        ([1, 2], 3, [1, 2, 3, 3]),
+        ([1, 2], [1, 2], [1, 2, 1, 2]),
+        ({"start": 1, "end": 0}, {"start": 2, "end": 0}, {"start": [1, 1, 2, 2], "end": 0}),
+        ({"blocks": [1, 2]}, {"blocks": [1, 3]}, {"blocks": [1, [2, 2, 3, 3]]}),
+        ({"blocks": [1, {"start": 2, "end": 0}]}, {"blocks": [4, {"start": 3, "end": 0}]},
+         {"blocks": [[1, 1, 4, 4], {"start": [2, 2, 3, 3], "end": 0}]}),
+    ],
+)  # fmt: skip
+def test_values_of_two_cells_are_joined(first: Any, second: Any, expected: Any) -> None:
+    """Of two seeds each."""
+    assert joined([first, second], 2) == expected
+
+
+def test_blanks_stand_for_numbers_alone() -> None:
+    assert blanked({"start": 1, "end": [1, 2]}, 2) == {"start": "a number", "end": "a number"}
+    assert blanked({"blocks": [1, {"start": 2.0}]}, 2) == {"blocks": ["a number", {"start": "a number"}]}
+    assert (
+        blanked(True, 2) is True
+        and blanked(None, 2) is None
+        and blanked("adam", 2) == "adam"
+        and blanked([1, 2], 3) == [1, 2]
+    )
+
+
+def test_a_cells_share_of_a_history() -> None:
+    rows = [
+        {"iteration": 1, "replica": r, "seed": r % 2, "seconds": 5.0, "train_loss": float(r)} for r in (0, 1, 2, 3, 5)
+    ]
+    second = Share(cells([2, 2])[1], 1, 4)
+    own = second.of(History(rows, 10.0, {3: 1, 4: 1}))
+    assert [(row["replica"], row["seed"], row["train_loss"]) for row in own.rows] == [(0, 0, 2.0), (1, 1, 3.0)]
+    assert own.rows[0]["seconds"] == 1.25 and own.seconds == 2.5 and own.diverged == {1: 1}
+
+
+# --- Two launches, parallel processes
+
+
+def test_two_launches_share_a_sweep(tmp_path: Path, basic: dict[str, Run]) -> None:
+    arguments = [*STACKABLE, "optimizer.batch_size=64,128"]
+    both = [
+        subprocess.Popen(
+            command(tmp_path, *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert sum(output.count("iteration 3/3") for output, _ in printed) == 8  # none is made twice
+    same(stored(tmp_path), basic, check_exact=True)
+    tables = [pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/*.csv")]
+    assert [len(table) for table in tables] == [8] * len(tables)
+
+
+def test_what_a_dying_process_leaves_is_made_at_the_end(tmp_path: Path, basic: dict[str, Run]) -> None:
+    """It holds a run's lock while the sweep gets there, and dies before it ends."""
+    identity = next(iter(basic)).rsplit("-", 1)[1]
+    slot = Slot(tmp_path / "outputs", "digits_shallow", "", identity)
+    slot.partial.mkdir(parents=True)
+    file = str(slot.partial.with_suffix(".lock"))
+    hold = f"import time, filelock; lock = filelock.FileLock({file!r}); lock.acquire(); time.sleep(300)"
+    holder = subprocess.Popen([sys.executable, "-c", hold])
+    sweep = subprocess.Popen(
+        command(tmp_path, *STACKABLE, "optimizer.batch_size=64,128"), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(stored(tmp_path)) < 7 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (_,) = tmp_path.rglob(LEFT)
+    assert identity not in {name.rsplit("-", 1)[1] for name in stored(tmp_path)}
+    holder.kill()
+    assert sweep.wait(timeout=120) == 0
+    same(stored(tmp_path), basic, check_exact=True)
+
+
+def test_parallel_processes_divide_the_processor(tmp_path: Path, basic: dict[str, Run]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    arguments = [*STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    launch(tmp_path, *arguments, "threads=null")
+    same(stored(tmp_path), basic, rtol=1e-5, atol=1e-4)
+
+
+# --- Searches
+
+
+SEARCH = [
+    "optimizer=sgd",
+    "hydra/sweeper=study",
+    "dataset.holdout=300",
+    "optimizer.step_size=tag(log,interval(1e-3,1))",
+]
+
+
+def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=2")
+    storage = f"sqlite:///{tmp_path}/outputs/searches/digits_shallow_sgd.db"
+    study = optuna.load_study(study_name="digits_shallow_sgd", storage=storage)
+    dead = study.ask({"optimizer.step_size": optuna.distributions.LogUniformDistribution(1e-3, 1)})
+    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")
+    trials = optuna.load_study(study_name="digits_shallow_sgd", storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[3].params == dead.params
+    scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in trials if t.value is not None}
+    for run in stored(tmp_path).values():
+        assert run.score == pytest.approx(scores[next(o for o in run.info["overrides"] if "step_size" in o)])
+    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
+    assert len(stored(tmp_path)) == 4
+
+
+def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    space = ["optimizer=block_admm", "search=mnist_shallow_block_admm", "dataset.holdout=300", "iterations=1"]
+    launch(
+        tmp_path, *space, "hydra/sweeper=study", "hydra.sweeper.n_trials=2", "optimizer.theta_step={start:1e-3,end:0}"
+    )
+    assert 1 <= len(stored(tmp_path)) <= 2
+    for run in stored(tmp_path).values():
+        assert {"loss.scale", "optimizer.update.weight_decay"} <= {o.split("=")[0] for o in run.info["overrides"]}
+
+
+# --- Faults
+
+
+def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.faults", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr
