@@ -29,10 +29,21 @@ from admm.training import CheckpointError, History, Row, train
 from experiments.loggers import Logger
 from experiments.progress import RunProgress
 from experiments.provenance import provenance
-from experiments.store import LEFT, NEUTRAL, RESUME, Run, Slot, failed_writes_in_words, identity
+from experiments.store import (
+    LEFT,
+    NEUTRAL,
+    RESUME,
+    Run,
+    Slot,
+    failed_writes_in_words,
+    identity,
+    row_identity,
+    runs_named,
+)
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"
+TASK = "experiments.classification.run"
 ROW_NAMES = ("experiment", "optimizer", "setting")  # overrides that choose a row of an experiment
 load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
 BAD_INPUT = (DatasetError, BackboneError, ValueError, ImportError, InstantiationException)
@@ -42,12 +53,16 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class Job:
-    """A run that was asked for: its data, its place in a store, and what its `run.json` says."""
+    """A run that was asked for: its data, its place in a store, and what its `run.json` says.
+
+    joined: finished runs that differ in their seeds alone, with others of those that were asked for.
+    """
 
     dataset: Any  # with its `sha256`
     slot: Slot
     info: dict[str, Any]
     config: dict[str, Any]
+    joined: Sequence[Run] = ()
 
 
 def run(config: DictConfig) -> float | None:
@@ -81,7 +96,7 @@ def run_once(
                 log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
             else:
                 finished = make(config, job)
-        report_to_launch([finished])
+        report_to_launch([*job.joined, finished])
         if not job.info["overrides"]:
             job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
     return finished
@@ -96,12 +111,17 @@ def report_to_launch(runs: Sequence[Run]) -> None:
 def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_once) -> Job:
     """Check the configuration of an optimizer, `method`, load the data set, and find the run's place.
 
-    load: of `config.dataset`, a device and a dtype, the data, with their `sha256`. Raises ValueError or DatasetError.
+    Of a classifier, the run is of those seeds alone that no finished run of the same row has; if there is none, it is
+    the newest of these runs. load: of `config.dataset`, a device and a dtype, the data, with their `sha256`. Raises
+    ValueError or DatasetError.
     """
     check(config)
     experiment = HydraConfig.get().runtime.choices["experiment"]
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
+    by_seed, of_row = config.task == TASK, seeds_of_row(experiment, settings)
+    if by_seed and set(config.seeds) <= set(of_row):
+        overrides = [override for override in overrides if not override.startswith("seeds=")]
     own: Any = OmegaConf.load(CONF / f"setting/{config.setting}.yaml")
     setting = config.setting if settings.exists() or "model" in own else "default"  # a rank is a row of its own
     if setting == "default" and "defaults" in own:
@@ -110,12 +130,21 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     device = find_device(config.device)
     if config.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
+    if config.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log.warning("precision: this processor emulates bf16, which takes several times as long as fp32")
     if (threads := config.threads or threads_of_a_worker()) is not None:
         torch.set_num_threads(threads)
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    root = Path(config.outputs if overrides else config.results)
-    slot = Slot(root, experiment, f"{method}-{setting}", identity(plain, dataset.sha256))
+    root, name = Path(config.outputs if overrides else config.results), f"{method}-{setting}"
+    there: list[Run] = []
+    if by_seed and not config.force:
+        row = row_identity(plain, dataset.sha256)
+        same = runs_named(root / "runs" / experiment, name)
+        there = [run for run in same if not run.seeds.isdisjoint(config.seeds) and run.row == row]
+        missing = [seed for seed in config.seeds if not any(seed in run.seeds for run in there)]
+        plain["seeds"] = missing or there[-1].info["seeds"]
+    slot = Slot(root, experiment, name, identity(plain, dataset.sha256))
     info = {
         "experiment": experiment,
         "method": method,
@@ -123,11 +152,22 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
         "note": config.note,
         "overrides": overrides,
         "identity": slot.identity,
-        "seeds": list(config.seeds),
+        "seeds": plain["seeds"],
+        "of_seeds": len(of_row),
         "iterations": config.iterations,
         "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256},
     }
-    return Job(dataset, slot, info | provenance(device), plain)
+    return Job(dataset, slot, info | provenance(device), plain, [run for run in there if run.folder != slot.folder])
+
+
+def seeds_of_row(experiment: str, settings: Path) -> list[int]:
+    """The seeds of an experiment as committed, with the settings of one of its rows."""
+    files = (
+        OmegaConf.load(CONF / "config.yaml"),
+        inherited(CONF / f"experiment/{experiment}.yaml"),
+        inherited(settings),
+    )
+    return list(OmegaConf.merge(*files).seeds)
 
 
 def threads_of_a_worker() -> int | None:

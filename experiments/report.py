@@ -72,6 +72,8 @@ class Curve:
         note = [f"{name}: {self.info['note']}" if self.info["note"] else name]
         parts = [*note, *given]
         seeds = self.history["replica"].nunique()
+        of_seeds = self.info.get("of_seeds", 0)
+        parts += [f"{seeds} of {of_seeds} seeds"] if seeds < of_seeds else []
         diverged = seeds - len(self._final())
         return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
 
@@ -145,15 +147,32 @@ class Curve:
 
 
 def curves(runs: list[Run]) -> list[Curve]:
-    """The newest run of each method, setting and overrides, in the order of the paper's legend and of the panels."""
-    newest = {(run.info["method"], run.info["setting"], *run.info["overrides"]): run for run in runs}
+    """The newest run of each method, setting and overrides, with those that join it, in the order of the paper's legend
+    and of the panels. runs: from the oldest to the newest."""
+    rows: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        rows.setdefault((run.info["method"], run.info["setting"], *run.info["overrides"]), []).append(run)
     methods = list(paper()["labels"])
 
-    def rank(run: Run) -> tuple[Any, ...]:
-        settings = _settings(run.info["experiment"])
-        return place(run.info["method"], methods), place(run.info["setting"], settings), run.info["overrides"]
+    def rank(curve: Curve) -> tuple[Any, ...]:
+        settings = _settings(curve.info["experiment"])
+        return place(curve.info["method"], methods), place(curve.info["setting"], settings), curve.info["overrides"]
 
-    return [Curve(run.name, run.info, run.history) for run in sorted(newest.values(), key=rank)]
+    return sorted(map(_joined, rows.values()), key=rank)
+
+
+def _joined(runs: list[Run]) -> Curve:
+    """The last of these runs, with the seeds of those before it that differ from it in their seeds alone."""
+    *former, newest = runs
+    curve = Curve(newest.name, newest.info, newest.history)
+    for run in reversed(former):
+        history, known = run.history, curve.history
+        more = history[~history["seed"].isin(known["seed"])] if "seed" in history else history[:0]
+        if len(more) and run.row == newest.row:
+            more = more.assign(replica=more["replica"] + known["replica"].max() + 1)
+            machines = dict.fromkeys((curve.info["machine"], run.info["machine"]))
+            curve = Curve(newest.name, curve.info | {"machine": ", ".join(machines)}, pd.concat([known, more]))
+    return curve
 
 
 def panels(experiment: str) -> dict[str, str]:

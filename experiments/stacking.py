@@ -19,12 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from admm.optimizers.protocol import save, size
 from admm.training import History, Row
-from experiments.classification import BAD_INPUT, Job, build_problem, ended, find_device, find_job, trained
+from experiments.classification import BAD_INPUT, TASK, Job, build_problem, ended, find_device, find_job, trained
 from experiments.loggers import Logger
 from experiments.store import RESUME, Slot, failed_writes_in_words
 
 log = logging.getLogger(__name__)
-TASK = "experiments.classification.run"
 ON_A_PROCESSOR = 45  # replicas; a larger stack has not been measured (`make bench`)
 
 

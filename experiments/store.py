@@ -105,6 +105,16 @@ class Run:
         return json.loads((self.folder / "run.json").read_text())  # type: ignore[no-any-return]
 
     @property
+    def seeds(self) -> set[int]:
+        return set(self.info["seeds"])
+
+    @property
+    def row(self) -> str:
+        """See `row_identity`."""
+        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        return row_identity(config, self.info["dataset"]["sha256"])
+
+    @property
     def history(self) -> pd.DataFrame:
         return self.table("history")
 
@@ -125,6 +135,23 @@ class Run:
     def arrays(self) -> dict[str, Any]:
         with np.load(self.folder / "arrays.npz") as content:
             return dict(content)
+
+
+def row_identity(config: dict[str, Any], sha256: str) -> str:
+    """As `identity`, but the same for runs that differ in their seeds alone and so make one row of a table; not where a
+    hyperparameter is given replica by replica."""
+    seeds = config["seeds"] if one_a_replica(config.get("optimizer", {})) else None
+    return identity(config | {"seeds": seeds}, sha256)
+
+
+def one_a_replica(value: Any) -> bool:
+    """Whether a hyperparameter, or one of several, is a list of numbers, which are the replicas'."""
+    match value:
+        case {"blocks": list(parts)}:
+            return any(map(one_a_replica, parts))
+        case dict():
+            return any(map(one_a_replica, value.values()))
+    return isinstance(value, list)
 
 
 @dataclass(frozen=True)
@@ -216,9 +243,12 @@ class Slot:
         sync(self.folder.parent)
 
     def supersede(self, place: Path) -> None:
-        """Move the runs of the same experiment and name that other settings have made to `place`. Raises WriteError."""
-        for folder in self.folder.parent.glob(f"{self.name}-*"):
-            if folder != self.folder and folder.name.removeprefix(f"{self.name}-").isalnum():
+        """Move the runs of the same experiment and name that other settings have made, or that have no seed but this
+        run's, to `place`. Raises WriteError."""
+        own = Run(self.folder)
+        for other in runs_named(self.folder.parent, self.name):
+            folder = other.folder
+            if folder != self.folder and (other.seeds <= own.seeds or other.row != own.row):
                 with writing(place / folder.name, "the run of former settings"):
                     place.mkdir(parents=True, exist_ok=True)
                     with tempfile.TemporaryDirectory(dir=place, prefix=".") as half:  # it may be on another disk
@@ -271,6 +301,12 @@ def finished_runs(root: Path, experiment: str) -> list[Run]:
     """The finished runs of an experiment, from the oldest to the newest."""
     folders = (root / "runs" / experiment).glob("*/run.json")
     return sorted((Run(path.parent) for path in folders), key=age)
+
+
+def runs_named(folder: Path, name: str) -> list[Run]:
+    """The finished runs of an experiment's folder that have this name, from the oldest to the newest."""
+    found = (path.parent for path in folder.glob(f"{name}-*/run.json"))
+    return sorted((Run(path) for path in found if path.name.removeprefix(f"{name}-").isalnum()), key=age)
 
 
 def age(run: Run) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from admm.optimizers import Problem
 from admm.training import train
 from experiments.classification import check_groups
 from experiments.report import curves, report
-from experiments.store import Run, experiments_in, finished_runs
+from experiments.store import Run, Slot, experiments_in, finished_runs
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, str(ROOT / "run.py"), "experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
@@ -100,6 +100,52 @@ def test_what_is_finished_is_not_run_again(launched: tuple[Path, subprocess.Comp
     assert forced.returncode == 0
     changed = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
     assert [path.name.split("-")[0] for path in changed] == ["sgd"]
+
+
+def test_seeds_that_are_run_one_after_the_other_make_one_row(tmp_path: Path) -> None:
+    def table(folder: Path, seeds: str) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        done = launch(folder, "optimizer=gotmare", f"seeds={seeds}")
+        assert done.returncode == 0, done.stderr
+        (row,) = pd.read_csv(max(folder.rglob("logs/**/digits_shallow.csv"))).to_dict("records")
+        return row
+
+    assert table(tmp_path / "parts", "[1]")["setting"].endswith("iterations=3, 1 of 5 seeds")
+    table(tmp_path / "parts", "[0]")
+    assert (tmp_path / "parts/outputs").exists() and not (tmp_path / "parts/results").exists()
+    joined, stacked = table(tmp_path / "parts", "[0,1,2]"), table(tmp_path / "stack", "[0,1,2]")
+    assert sorted(run.info["seeds"] for run in stored(tmp_path / "parts")) == [[0], [1], [2]]
+    assert joined["seeds"] == 3 and joined == pytest.approx(stacked, nan_ok=True, abs=0.3)
+    before = {run.folder.stat().st_mtime_ns for run in stored(tmp_path / "parts")}
+    assert table(tmp_path / "parts", "[2,1]")["seeds"] == 2
+    assert {run.folder.stat().st_mtime_ns for run in stored(tmp_path / "parts")} == before
+
+
+def test_a_row_has_the_newest_run_of_each_seed_and_of_no_other_configuration(tmp_path: Path) -> None:
+    def part(finished: str, seeds: list[int], accuracies: list[float], config: dict[str, Any], machine: str) -> Run:
+        rows: list[dict[str, float]] = [
+            {"iteration": 1, "replica": replica, "seed": seed, "test_accuracy": accuracy}
+            for replica, (seed, accuracy) in enumerate(zip(seeds, accuracies, strict=True))
+        ]
+        more = {"seeds": seeds, "of_seeds": 4, "machine": machine, "dataset": {"holdout": 0, "sha256": "data"}}
+        slot = Slot(tmp_path, "mnist_shallow", "sgd-tuned", finished)
+        return slot.complete(config | {"seeds": seeds}, rows, info("sgd", "tuned", finished, **more))
+
+    config, lists = {"optimizer": {"eta": 1.0}}, {"optimizer": {"eta": {"start": [1.0, 2.0]}}}
+    runs = [
+        part("2001", [0, 1], [10.0, 20.0], config, "a"),
+        part("2002", [2], [99.0], {"optimizer": {"eta": 2.0}}, "b"),
+    ]
+    runs += [part("2003", [1, 3], [30.0, 40.0], config, "c")]
+    (curve,) = curves(runs)
+    assert curve.history["test_accuracy"].tolist() == [30.0, 40.0, 10.0]
+    assert curve.history["replica"].tolist() == [0, 1, 2]
+    assert curve.row() | {"std": 0} == curve.row() | {"mean": 26.67, "std": 0, "seeds": 3, "machine": "c, a"}
+    assert curve.setting == "tuned, 3 of 4 seeds" and curve.run == runs[-1].name
+    (alone,) = curves([part("2004", [4, 5], [1.0, 2.0], lists, "a"), part("2005", [6, 7], [3.0, 4.0], lists, "a")])
+    assert alone.history["seed"].tolist() == [6, 7]  # eta is given replica by replica
+    Slot(tmp_path, "mnist_shallow", "sgd-tuned", "2003").supersede(tmp_path / "superseded")
+    assert finished_runs(tmp_path, "mnist_shallow") == [runs[0], runs[-1]]
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
