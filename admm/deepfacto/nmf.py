@@ -18,6 +18,7 @@ from admm.minibatches import slices
 
 WIDTH = 16  # rows of a factor whose effect on all others is one product
 CHECK_EVERY = 10  # steps
+LEAVE = 0.1  # the part of the columns that has ended, at which these leave
 COLUMNS = 2**20  # entries of a factor that are worked on at a time, so that they stay in the processor's cache
 
 
@@ -40,8 +41,8 @@ def nonnegative_least_squares(
 
     gram: G [R, r, r], positive semi-definite. cross: B [R, r, m]. start: S [R, r, m], not changed. By accelerated
     projected gradient (Beck & Teboulle 2009, FISTA) on rows scaled so that G has a unit diagonal; a column loses its
-    momentum where that points uphill (O'Donoghue & Candès 2015, §3.2). It ends when in ten steps no entry
-    has changed by more than `tolerance` times the largest of its column, or after `steps`.
+    momentum where that points uphill (O'Donoghue & Candès 2015, §3.2). A column ends when in ten steps none of its
+    entries has changed by more than `tolerance` times the largest, or after `steps`.
     """
     scale = gram.diagonal(dim1=1, dim2=2).sqrt()
     scale = torch.where(scale > 0, scale, 1.0).unsqueeze(2)
@@ -73,8 +74,11 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
 
 
 def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tolerance: float) -> Tensor:
+    """Of one replica. Columns that have ended leave, most of them long before the last."""
+    found, left = start.clone(), torch.arange(start.shape[2], device=start.device)
     s = ahead = kept = start
     momentum = torch.ones_like(start[:, :1])
+    ended = torch.zeros_like(left, dtype=torch.bool)
     for step in range(1, steps + 1):
         new = torch.baddbmm(offset, advance, ahead).clamp_(min=0.0)
         change = new - s
@@ -83,10 +87,16 @@ def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tol
         ahead = torch.addcmul(new, change, torch.where(uphill, 0.0, (momentum - 1.0) / grown))
         s, momentum = new, grown
         if step % CHECK_EVERY == 0:
-            if not ((new - kept).abs().amax(1) > tolerance * new.amax(1)).any():  # true of NaN, too
-                break
-            kept = new
-    return s
+            ended |= ((s - kept).abs().amax(1) <= tolerance * s.amax(1))[0]  # never of NaN
+            kept = s
+            if ended.sum() >= LEAVE * len(ended):
+                found[:, :, left[ended]] = s[:, :, ended]
+                s, ahead, kept, momentum, offset = (v[:, :, ~ended] for v in (s, ahead, kept, momentum, offset))
+                left, ended = left[~ended], ended[~ended]
+                if not len(left):
+                    break
+    found[:, :, left] = s
+    return found
 
 
 def sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
