@@ -116,6 +116,8 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     ValueError or DatasetError.
     """
     check(config)
+    if "optuna" in HydraConfig.get().sweeper._target_ and not config.dataset.holdout:
+        raise ValueError("dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
     experiment = HydraConfig.get().runtime.choices["experiment"]
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"

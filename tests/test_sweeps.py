@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from filelock import FileLock
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import kill_when_there
+from launches import kill_when_there, multirun
+from omegaconf import DictConfig
 
 from admm.training import History
-from experiments import stacking
+from experiments import classification, stacking
 from experiments.stacking import Cell, Share, blanked, cut, hyperparameters, joined
 from experiments.store import LEFT, Run, Slot
+from experiments.study import held, take_up, wait_for
 
 ROOT = Path(__file__).parents[1]
 GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
 STACKABLE = ["optimizer=online_block_admm", "optimizer.theta_step=1e-3,1e-2", "optimizer.beta=0.5,1"]
 
 
+def places(folder: Path) -> list[str]:
+    return [f"outputs={folder}/outputs", f"results={folder}/results"]
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
-    places = [f"outputs={folder}/outputs", f"results={folder}/results"]
-    return [sys.executable, str(ROOT / "run.py"), "-m", *GRID, *places, *arguments]
+    return [sys.executable, str(ROOT / "run.py"), "-m", *GRID, *places(folder), *arguments]
 
 
 def launch(folder: Path, *arguments: str) -> str:
-    """What is printed."""
+    """In this process; what is printed."""
+    with redirect_stdout(StringIO()) as printed:
+        multirun(*GRID, *places(folder), *arguments)
+    return printed.getvalue()
+
+
+def launch_processes(folder: Path, *arguments: str) -> None:
+    """By a launcher that has processes of its own."""
     done = subprocess.run(command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning: Callback" not in done.stderr, done.stderr
-    return done.stdout
 
 
 def stored(folder: Path) -> dict[str, Run]:
@@ -237,10 +256,30 @@ def test_what_a_dying_process_leaves_is_made_at_the_end(tmp_path: Path, basic: d
     same(stored(tmp_path), basic, check_exact=True)
 
 
+def test_a_sweep_that_lacks_a_cell_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is left to another process, which dies; one of them fails when it is made at the end."""
+    made = classification.execute
+
+    @contextmanager
+    def lock(slot: Slot, wait: bool = True) -> Iterator[bool]:
+        yield wait
+
+    def execute(config: DictConfig, job: Any) -> Run:
+        if config.optimizer.step_size == 0.1:
+            raise RuntimeError("out of memory")
+        return made(config, job)
+
+    monkeypatch.setattr(Slot, "lock", lock)
+    monkeypatch.setattr(classification, "execute", execute)
+    with pytest.raises(SystemExit, match=r"^error: the sweep lacks \S+/0, which failed"):
+        launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,0.2", "iterations=1")
+    assert len(stored(tmp_path)) == 1 and list(tmp_path.glob("outputs/logs/*/*/digits_shallow.png"))
+
+
 def test_parallel_processes_divide_the_processor(tmp_path: Path, basic: dict[str, Run]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = [*STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    launch(tmp_path, *arguments, "threads=null")
+    launch_processes(tmp_path, *arguments, "threads=null")
     same(stored(tmp_path), basic, rtol=1e-5, atol=1e-4)
 
 
@@ -259,18 +298,98 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=2")
-    storage = f"sqlite:///{tmp_path}/outputs/searches/digits_shallow_sgd.db"
-    study = optuna.load_study(study_name="digits_shallow_sgd", storage=storage)
+    (study,) = studies(tmp_path)
     dead = study.ask({"optimizer.step_size": optuna.distributions.LogUniformDistribution(1e-3, 1)})
     launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")
-    trials = optuna.load_study(study_name="digits_shallow_sgd", storage=storage).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert trials[3].params == dead.params
-    scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in trials if t.value is not None}
+    (study,) = studies(tmp_path)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[3].params == dead.params
+    scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in study.trials if t.value}
     for run in stored(tmp_path).values():
         assert run.score == pytest.approx(scores[next(o for o in run.info["overrides"] if "step_size" in o)])
     launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
     assert len(stored(tmp_path)) == 4
+
+
+def studies(folder: Path) -> list[Any]:
+    import optuna
+
+    files = sorted(folder.glob("outputs/searches/*.db"))
+    return [optuna.load_study(study_name=file.stem, storage=f"sqlite:///{file}") for file in files]
+
+
+def test_another_command_begins_another_study(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    few = [*SEARCH, "hydra.sweeper.n_trials=1", "iterations=1", "seeds=[0]"]
+    launch(tmp_path, *few)
+    launch(tmp_path, *few, "force=true", "evaluate_every=1", "progress=false")  # no other numbers
+    assert [study.study_name[:19] for study in studies(tmp_path)] == ["digits_shallow_sgd_"]
+    for other in ("seeds=[1]", "dataset.holdout=200", "setting=default", "optimizer.step_size=interval(1e-3,1)"):
+        launch(tmp_path, *few, other)
+    assert [len(study.trials) for study in studies(tmp_path)] == [1] * 5
+
+
+def test_a_search_on_the_test_set_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    for sweeper in ("study", "optuna"):
+        with pytest.raises(SystemExit, match=r"error: dataset.holdout: with 0 a search would choose by the test set"):
+            launch(tmp_path, *SEARCH, "dataset.holdout=0", f"hydra/sweeper={sweeper}")
+    assert stored(tmp_path) == {}
+
+
+def test_a_study_is_kept_in_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    with pytest.raises(SystemExit, match=r"error: hydra.sweeper.storage: redis://there is not sqlite:///<file>"):
+        launch(tmp_path, *SEARCH, "hydra.sweeper.storage=redis://there")
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(SystemExit, match="error: NotADirectoryError"):  # not a warning, and twenty trials
+        launch(tmp_path, *SEARCH, f"hydra.sweeper.storage=sqlite:///{blocked}/a/study.db")
+    assert stored(tmp_path) == {}
+
+
+def test_a_second_launch_of_a_study_waits_for_the_first(tmp_path: Path) -> None:
+    file = str(tmp_path / "study.lock")
+    hold = f"import time, filelock; filelock.FileLock({file!r}).acquire(); print('held', flush=True); time.sleep(1)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold.replace("filelock.F", "lock = filelock.F")], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    wait_for(FileLock(file), "a study")
+    assert holder.wait(timeout=10) == 0 and held[-1].is_locked
+    held.pop().release()
+
+
+def test_trials_without_a_value_are_made_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a launch is killed while it takes the study up."""
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(direction="maximize")
+    space = {"a": optuna.distributions.UniformDistribution(0, 1), "b": optuna.distributions.UniformDistribution(0, 1)}
+    study.tell(study.ask(space), 1.0)
+    dead = [study.ask(space) for _ in range(3)]
+    study.ask({"a": space["a"]})  # killed before it had the other
+    study.tell(dead[2], state=optuna.trial.TrialState.FAIL)
+    real = study.enqueue_trial
+    for kills in (0, 1, 2):  # after so many have been enqueued
+        left = iter(range(kills))
+
+        def enqueue(parameters: dict[str, float]) -> None:
+            if next(left, None) is None:  # noqa: B023
+                raise KeyboardInterrupt
+            real(parameters)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(study, "enqueue_trial", enqueue)
+            take_up(study)
+    take_up(study)
+    take_up(study)
+    made = [study.ask(space) for _ in range(4)]
+    assert [trial.params for trial in made[:3]] == [trial.params for trial in dead]
+    assert made[3].params["a"] == study.trials[4].params["a"]
+    for trial in made:
+        study.tell(trial, 1.0)
+    take_up(study)
+    assert study.get_trials(states=(optuna.trial.TrialState.WAITING,)) == []
 
 
 def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
@@ -282,6 +401,24 @@ def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
     assert 1 <= len(stored(tmp_path)) <= 2
     for run in stored(tmp_path).values():
         assert {"loss.scale", "optimizer.update.weight_decay"} <= {o.split("=")[0] for o in run.info["overrides"]}
+
+
+def test_the_searches_of_the_readme_compose() -> None:
+    """Each cell of the grid; Optuna's choices are among them."""
+    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    words = [
+        shlex.split(line, comments=True)[2:]
+        for line in lines
+        if line.startswith("python run.py ") and " search=" in line
+    ]
+    spaces = {tuple(word for word in line if not word.startswith("hydra/")) for line in words}
+    assert spaces
+    for arguments in spaces:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            space = compose("config", list(arguments), return_hydra_config=True).hydra.sweeper.params
+            overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in space.items()), *arguments])
+            ((*cells,),) = BasicSweeper.split_arguments(overrides, None)
+            assert len(cells) == 18 and all(compose("config", cell).dataset.holdout == 10000 for cell in cells)
 
 
 # --- Faults
