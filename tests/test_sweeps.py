@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from hypothesis import strategies as st
 from launches import kill_when_there, multirun
 from omegaconf import DictConfig
 
+from admm.data import load
 from admm.training import History
 from experiments import classification, stacking
-from experiments.stacking import Cell, Share, blanked, cut, hyperparameters, joined
+from experiments.stacking import Cell, Share, blanked, check_limits, cut, hyperparameters, joined, paying_on_a_processor
 from experiments.store import LEFT, Run, Slot
 from experiments.study import held, take_up, wait_for
 
@@ -103,13 +105,43 @@ def test_what_cannot_be_stacked_is_run_alone(tmp_path: Path) -> None:
 
 def test_a_wrong_cell_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     arguments = ["optimizer=sgd", "optimizer.step_size=0.1,0.2", "optimizer.batch_size=64,0", "hydra/launcher=stacked"]
-    done = subprocess.run(command(tmp_path, *arguments), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "error: optimizer.batch_size: 0" in done.stderr
+    with pytest.raises(SystemExit, match=r"error: optimizer\.batch_size: 0"):
+        launch(tmp_path, *arguments)
     assert len(stored(tmp_path)) == 2
 
 
+def test_a_cell_with_a_wrong_number_is_left_to_its_own_run(tmp_path: Path) -> None:
+    arguments = ["optimizer=sgd", "optimizer.step_size=-0.1,0.1,0.2", "hydra/launcher=stacked", "iterations=1"]
+    with pytest.raises(SystemExit, match=r"error: optimizer.step_size: -0\.1"):
+        launch(tmp_path, *arguments)
+    assert [run.info["stack"] for run in stored(tmp_path).values()] == [4, 4]
+
+
+def test_cells_share_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the data vary faster than the number."""
+    loaded = []
+    monkeypatch.setattr(stacking, "load", lambda **options: loaded.append(options) or load(**options))
+    arguments = ["optimizer.step_size=0.1,0.2", "dataset.holdout=300", "dataset.holdout_seed=0,1", "iterations=1"]
+    output = launch(tmp_path, "optimizer=sgd", *arguments, "hydra/launcher=stacked")
+    assert len(loaded) == 2 and output.count("2 cells, 4 replicas, as one stack") == 2
+
+
+def test_a_limit_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: hydra\.launcher\.replicas: 'abc' is not a whole number from 1 up"):
+        launch(tmp_path, "optimizer=sgd", "hydra/launcher=stacked", "hydra.launcher.replicas=abc")
+    for replicas in (0, -3, 1.5):
+        with pytest.raises(SystemExit, match=f"^error: hydra.launcher.replicas: {replicas} is not"):
+            check_limits(replicas, None)
+    for memory in (-1, 0, "much"):
+        with pytest.raises(
+            SystemExit, match=f"^error: hydra.launcher.memory: {memory!r} is not a number of GiB above 0"
+        ):
+            check_limits(None, memory)
+
+
 def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
-    launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,1e30", "hydra/launcher=stacked")
+    output = launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,1e30", "hydra/launcher=stacked")
+    assert re.search(r"sgd-tuned-stack: seed 1 of \w{12} \(.*optimizer.step_size=1e\+30.*\) diverged", output)
     trained, diverged = sorted(stored(tmp_path).values(), key=lambda run: len(run.info["diverged"]))
     assert trained.info["diverged"] == {} and set(diverged.info["diverged"]) == {"0", "1"}
     assert diverged.score == 0.0 < trained.score
@@ -138,7 +170,7 @@ def test_a_stack_that_was_killed_among_its_results_is_not_trained_again(tmp_path
 def cells(counts: list[int]) -> list[Cell]:
     def cell(number: int, seeds: int) -> Cell:
         job: Any = SimpleNamespace(info={"seeds": list(range(seeds)), "identity": number})
-        return Cell(job, "")
+        return Cell(job, "", 1.0, 64)
 
     return [cell(number, seeds) for number, seeds in enumerate(counts)]
 
@@ -161,9 +193,11 @@ def test_a_cut_keeps_the_order_and_the_limit(number: int, seeds: int, most: int)
 
 def test_the_limit_is_of_replicas_and_of_memory(tmp_path: Path) -> None:
     """A grid of three cells with two seeds each."""
+    assert [paying_on_a_processor(samples) for samples in (64, 128, 512, 60000)] == [45, 22, 5, 0]
     three = ["optimizer=sgd", "optimizer.step_size=0.1,0.2,0.3", "iterations=1", "hydra/launcher=stacked"]
     assert "2 cells, 4 replicas, as one stack" in launch(tmp_path / "some", *three, "hydra.launcher.replicas=5")
     assert "as one stack" not in launch(tmp_path / "small", *three, "hydra.launcher.memory=1e-5")
+    assert "as one stack" not in launch(tmp_path / "large", *three, "optimizer.batch_size=1000")
 
 
 def test_hyperparameters_that_may_be_one_a_replica() -> None:
