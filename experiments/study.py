@@ -1,10 +1,11 @@
-"""Searches by Optuna that can be stopped and go on."""
+"""Searches by Optuna that can be stopped and go on, and what a search has found."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from experiments.hints import failures_end_the_program
-from experiments.store import identity
+from experiments.searches import is_of_a_search, rankings, write
+from experiments.store import failed_writes_in_words, identity, launched_runs
 
 if TYPE_CHECKING:
     from optuna.study import Study as OptunaStudy
@@ -30,7 +32,11 @@ class Study(Callback):
 
     A study is of one command: its name ends with the hash of the configuration and of the space, so that no other
     command goes on with its trials. A second launch waits until the first one has ended.
+
+    After a launch of any search, on held-out data: its ranking, in the launch's folder; of a study, all launches'.
     """
+
+    launches: Sequence[str] = ()  # of a study, folders
 
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -55,8 +61,20 @@ class Study(Callback):
             load_if_exists=True,
         )
         take_up(study)
+        self.launches = [*study.user_attrs.get("launches", ()), str(Path(config.hydra.sweep.dir).absolute())]
+        study.set_user_attr("launches", self.launches)
         with read_write(config):
             sweeper.n_trials = max(0, sweeper.n_trials - len(study.get_trials(states=(TrialState.COMPLETE,))))
+
+    @failures_end_the_program()
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        launch = Path(config.hydra.sweep.dir)
+        launched = [run for folder in self.launches or [str(launch)] for run in launched_runs(Path(folder))]
+        there = [run for run in launched if run.folder.exists() and is_of_a_search(run)]  # some may have been removed
+        with failed_writes_in_words("The runs are in the store; the same command ranks them."):
+            for name, ranked in rankings(there).items():
+                if len(ranked) > 1:
+                    write(name, ranked, launch)
 
 
 def searched(config: DictConfig) -> str:

@@ -24,10 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launches import kill_when_there, multirun
 from omegaconf import DictConfig
+from stores import info, put
 
 from admm.data import load
 from admm.training import History
 from experiments import classification, stacking
+from experiments.searches import rankings, write
 from experiments.stacking import Cell, Share, blanked, check_limits, cut, hyperparameters, joined, paying_on_a_processor
 from experiments.store import LEFT, Run, Slot
 from experiments.study import held, take_up, wait_for
@@ -341,8 +343,13 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in study.trials if t.value}
     for run in stored(tmp_path).values():
         assert run.score == pytest.approx(scores[next(o for o in run.info["overrides"] if "step_size" in o)])
-    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
+    printed = launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
     assert len(stored(tmp_path)) == 4
+    *_, last = sorted(
+        tmp_path.glob("outputs/logs/*/*/searches/digits_shallow_sgd.csv"), key=lambda p: p.stat().st_mtime
+    )
+    assert list(pd.read_csv(last)["held-out"]) == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
+    assert last.with_suffix(".png").exists() and f"written: {last}" in printed
 
 
 def studies(folder: Path) -> list[Any]:
@@ -435,6 +442,40 @@ def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
     assert 1 <= len(stored(tmp_path)) <= 2
     for run in stored(tmp_path).values():
         assert {"loss.scale", "optimizer.update.weight_decay"} <= {o.split("=")[0] for o in run.info["overrides"]}
+
+
+def test_a_grid_on_held_out_data_is_ranked_at_its_end(tmp_path: Path) -> None:
+    """A ranking for each optimizer."""
+    numbers = ["optimizer=sgd,adam", "optimizer.batch_size=64,128", "iterations=1", "seeds=[0]"]
+    launch(tmp_path, *numbers, "dataset.holdout=300")
+    tables = {path.stem: pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/searches/*.csv")}
+    assert tables.keys() == {"digits_shallow_sgd", "digits_shallow_adam"}
+    columns = ["setting", "optimizer.batch_size", "held-out", "seeds", "iterations", "samples held out"]
+    for table in tables.values():
+        assert list(table.columns) == columns
+        assert len(table) == 2 and table["held-out"].is_monotonic_decreasing
+    launch(tmp_path / "test", *numbers)
+    assert not list(tmp_path.glob("test/outputs/logs/*/*/searches"))
+
+
+def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number, and a word."""
+    overrides = (["a.b=1"], ["a.b=2", "c=0.5"], ["a.b=3", "d=word"])
+    runs = [
+        put(
+            tmp_path,
+            f"sgd-{n}",
+            [50.0 + n],
+            info("sgd", "tuned", "2001", dataset={"holdout": 5}, seeds=[0], overrides=o),
+        )
+        for n, o in enumerate(overrides)
+    ]
+    ((name, ranked),) = rankings([*runs, *runs]).items()
+    write(name, ranked, tmp_path)
+    assert name == "mnist_shallow_sgd" and (tmp_path / "searches/mnist_shallow_sgd.png").exists()
+    table = pd.read_csv(tmp_path / "searches/mnist_shallow_sgd.csv")
+    assert list(table.columns) == ["setting", "a.b", "c", "d", "held-out", "seeds", "iterations", "samples held out"]
+    assert list(table["a.b"]) == [3, 2, 1] and "written" in capsys.readouterr().out
 
 
 def test_the_searches_of_the_readme_compose() -> None:
