@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from joblib import cpu_count
 from launches import kill_when_there, multirun
 from omegaconf import DictConfig
 from stores import info, put
@@ -33,6 +35,7 @@ from experiments.searches import rankings, write
 from experiments.stacking import Cell, Share, blanked, check_limits, cut, hyperparameters, joined, paying_on_a_processor
 from experiments.store import LEFT, Run, Slot
 from experiments.study import held, take_up, wait_for
+from scripts import faults
 
 ROOT = Path(__file__).parents[1]
 GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
@@ -317,6 +320,27 @@ def test_parallel_processes_divide_the_processor(tmp_path: Path, basic: dict[str
     arguments = [*STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     launch_processes(tmp_path, *arguments, "threads=null")
     same(stored(tmp_path), basic, rtol=1e-5, atol=1e-4)
+    share = max(1, cpu_count() // 2)
+    machines = {run.info["machine"] for run in stored(tmp_path).values()}
+    assert [machine.rsplit(", ")[-1] for machine in machines] == [f"{share} thread{'s' if share > 1 else ''}"]
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
+def test_cells_are_jobs_of_a_cluster(tmp_path: Path, launcher: str) -> None:
+    """Those of Slurm by the launcher's own executor without a cluster."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    launch_processes(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,0.2", f"hydra/launcher={launcher}")
+    launch(tmp_path / "basic", "optimizer=sgd", "optimizer.step_size=0.1,0.2")
+    same(stored(tmp_path), stored(tmp_path / "basic"), rtol=1e-5, atol=1e-4)
+    assert len(list(tmp_path.glob("outputs/logs/*/*/digits_shallow.csv"))) == 1
+
+
+def test_slurm_s_jobs_are_queued_again() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.max_num_timeout > 0
+    assert 0 < launcher.signal_delay_s < 60 * launcher.timeout_min and launcher.gpus_per_node is None
 
 
 # --- Searches
@@ -367,7 +391,9 @@ def test_another_command_begins_another_study(tmp_path: Path) -> None:
     assert [study.study_name[:19] for study in studies(tmp_path)] == ["digits_shallow_sgd_"]
     for other in ("seeds=[1]", "dataset.holdout=200", "setting=default", "optimizer.step_size=interval(1e-3,1)"):
         launch(tmp_path, *few, other)
-    assert [len(study.trials) for study in studies(tmp_path)] == [1] * 5
+    launch(tmp_path, *few, "hydra.sweeper.direction=minimize")
+    assert [len(study.trials) for study in studies(tmp_path)] == [1] * 6
+    assert sorted(study.direction.name for study in studies(tmp_path)) == ["MAXIMIZE"] * 5 + ["MINIMIZE"]
 
 
 def test_a_search_on_the_test_set_is_refused(tmp_path: Path) -> None:
@@ -503,4 +529,19 @@ def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> No
     done = subprocess.run(
         [sys.executable, "-m", "scripts.faults", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
     )
+    assert done.stdout.count("runs finished") == 2
     assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_sweep_that_ended_before_its_kill_is_none_of_the_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = faults.psutil.Popen([sys.executable, "-c", ""])
+    assert faults.kill(ended, 60.0, random.Random(0)) is None
+    outcomes = [None, "the launcher", None, "a worker"]
+    monkeypatch.setattr(faults, "kill", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr(faults, "sweep", lambda *_: SimpleNamespace(wait=lambda: 0))
+    monkeypatch.setattr(faults, "histories", lambda _: dict.fromkeys(range(faults.CELLS)))
+    monkeypatch.setattr(faults, "compare", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["faults", "--kills", "2"])
+    with pytest.raises(SystemExit) as end:
+        faults.main()
+    assert end.value.code == 0 and outcomes == []
