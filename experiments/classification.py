@@ -116,6 +116,8 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     ValueError or DatasetError.
     """
     check(config)
+    if "optuna" in HydraConfig.get().sweeper._target_ and not config.dataset.holdout:
+        raise ValueError("dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
     experiment = HydraConfig.get().runtime.choices["experiment"]
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
@@ -191,14 +193,16 @@ def trained(
     test: Any,
     shown: str = "test_accuracy",
     logger: Logger | None = None,
+    names: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[Any, History]:
     """The optimizer's state at the end and the history, from the last checkpoint if there is one.
 
-    shown: the quantity that the progress shows, in percent. logger: None for the configuration's. test, options: as
-    `admm.training.train` takes them.
+    shown: the quantity that the progress shows, in percent. logger: None for the configuration's. names: of the
+    replicas, None for their seeds. test, options: as `admm.training.train` takes them.
     """
     slot, info, seeds = job.slot, job.info, job.info["seeds"]
+    names = names or [f"seed {seed}" for seed in seeds]
     with bad_input_in_words():
         optimizer = instantiate(config.optimizer, _convert_="all")
         logger = logger or instantiate(config.logger)
@@ -213,7 +217,7 @@ def trained(
         logger.log(rows)
         for replica in history.diverged.keys() - reported:
             iteration = history.diverged[replica]
-            log.warning("%s: seed %d diverged (not finite after iteration %d)", slot.name, seeds[replica], iteration)
+            log.warning("%s: %s diverged (not finite after iteration %d)", slot.name, names[replica], iteration)
             reported.add(replica)
         if rows:
             last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]

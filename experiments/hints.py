@@ -1,9 +1,11 @@
-"""What Hydra's own messages leave out: the keys that there are, and what to do where its files cannot be written."""
+"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, that a callback failed."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -29,6 +31,16 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     except HydraException:
         return []
     return [line for o in overrides if o not in groups if (line := _hint(config, o.split("=")[0]))]
+
+
+@contextmanager
+def failures_end_the_program() -> Iterator[None]:
+    """For a callback's methods: ends the program, with exit code 1, for an Exception, of which Hydra would but warn."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(f"error: {type(error).__name__}: {error}") from error
 
 
 def _write_hint(error: OSError) -> str:

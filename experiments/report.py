@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,8 +28,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from admm.files import whole
+from experiments.hints import failures_end_the_program
 from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 
+log = logging.getLogger(__name__)
 # Okabe & Ito's colours, told apart with any common colour blindness.
 COLOURS = {
     "block_admm": "#0072B2",
@@ -377,14 +380,23 @@ class Report(Callback):
     values of its own from the command line, the launch's runs alone, in the launch's folder.
     """
 
+    @failures_end_the_program()
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         self._report(config, Path(config.hydra.run.dir))
 
+    @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         launch = Path(config.hydra.sweep.dir)
-        for note in sorted(launch.rglob(LEFT)):
-            self._come_back_to(note.parent)
+        failed = []
+        for job in sorted(note.parent for note in launch.rglob(LEFT)):
+            try:
+                self._come_back_to(job)
+            except Exception:  # as of a launcher's jobs, one that fails does not keep the others from being made
+                log.exception("%s failed", job)
+                failed.append(str(job))
         self._report(config, launch)
+        if failed:
+            raise SystemExit(f"error: the sweep lacks {', '.join(failed)}, which failed with what is printed above")
 
     def _come_back_to(self, job: Path) -> None:
         """Wait for the run of a job whose folder in the launch this is, or make it if its process has died."""

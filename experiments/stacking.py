@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil
 from typing import Any, get_args, get_type_hints
 
@@ -17,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from admm.data import load
 from admm.optimizers.protocol import save, size
 from admm.training import History, Row
 from experiments.classification import BAD_INPUT, TASK, Job, build_problem, ended, find_device, find_job, trained
@@ -24,7 +26,7 @@ from experiments.loggers import Logger
 from experiments.store import RESUME, Slot, failed_writes_in_words
 
 log = logging.getLogger(__name__)
-ON_A_PROCESSOR = 45  # replicas; a larger stack has not been measured (`make bench`)
+ON_A_PROCESSOR = 45  # replicas with mini-batches of 64, up to which a larger stack pays (`make bench`)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Cell:
 
     job: Job
     template: str  # what all cells of a stack have in common
+    size: float  # of a replica's variables, bytes
+    samples: int  # of a step
 
     @property
     def replicas(self) -> int:
@@ -46,11 +50,13 @@ def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: fl
 
     configs: of the sweep's jobs, with their `hydra`. replicas: most in a stack; None: as many as pay. memory: GiB for a
     stack's variables; None: a quarter of the device's. Stacks are cut in the same way at each launch of a sweep, and so
-    one that was interrupted goes on from its checkpoint.
+    one that was interrupted goes on from its checkpoint. Ends the program where a limit is none.
     """
+    check_limits(replicas, memory)
+    shared = cache(load)  # cells with the same data hold them once
     groups: dict[str, dict[str, Cell]] = {}
     for config in configs:
-        cell = as_cell(config)
+        cell = as_cell(config, shared)
         if cell is not None:
             groups.setdefault(cell.template, {})[cell.job.info["identity"]] = cell
     for group in groups.values():
@@ -58,17 +64,34 @@ def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: fl
             train_stack(part)
 
 
-def as_cell(config: DictConfig) -> Cell | None:
+def check_limits(replicas: Any, memory: Any) -> None:
+    """Ends the program with a message that names the key."""
+    if replicas is not None and not (type(replicas) is int and replicas > 0):
+        raise SystemExit(f"error: hydra.launcher.replicas: {replicas!r} is not a whole number from 1 up")
+    if memory is not None and not (type(memory) in (int, float) and memory > 0):
+        raise SystemExit(f"error: hydra.launcher.memory: {memory!r} is not a number of GiB above 0")
+
+
+def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
     """None if the job is no run of a classifier, is forced, or has bad input, which its own run is to say."""
     HydraConfig.instance().set_config(config)
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     if task.task != TASK or task.force:
         return None
     try:
-        job = find_job(task, HydraConfig.get().runtime.choices["optimizer"])
-        return Cell(job, template(job))
+        job = find_job(task, HydraConfig.get().runtime.choices["optimizer"], load)
+        return Cell(job, template(job), *needs(job))
     except BAD_INPUT:
         return None
+
+
+def needs(job: Job) -> tuple[float, int]:
+    """Bytes of a replica's variables, and samples of a step, which are all where there are no mini-batches. Raises what
+    a run would with bad input."""
+    config = OmegaConf.create(job.config)
+    problem, optimizer = build_problem(config, job.dataset), instantiate(config.optimizer, _convert_="all")
+    state = optimizer.init(problem, config.seeds)
+    return size(save(state)) / len(config.seeds), getattr(optimizer, "batch_size", len(problem.x))
 
 
 def template(job: Job) -> str:
@@ -115,7 +138,7 @@ def cut(cells: list[Cell], replicas: int | None, memory: float | None) -> Iterat
     """Stacks of at least two cells, within the limits, and of nearly the same number of cells."""
     if len(cells) < 2:
         return
-    most = largest_stack(cells[0].job, replicas, memory) // cells[0].replicas
+    most = largest_stack(cells[0], replicas, memory) // cells[0].replicas
     number = ceil(len(cells) / most) if most > 1 else len(cells)
     for k in range(number):
         part = cells[k * len(cells) // number : (k + 1) * len(cells) // number]
@@ -123,20 +146,21 @@ def cut(cells: list[Cell], replicas: int | None, memory: float | None) -> Iterat
             yield part
 
 
-def largest_stack(job: Job, replicas: int | None, memory: float | None) -> int:
-    """The most replicas of a run, by `train_stacks`' limits; 0 if it has bad input, which its own run is to say."""
-    config = OmegaConf.create(job.config)
-    device = find_device(config.device)
+def largest_stack(cell: Cell, replicas: int | None, memory: float | None) -> int:
+    """The most replicas of a stack of such cells, by `train_stacks`' limits."""
+    device = find_device(cell.job.config["device"])
     on_gpu = device.type == "cuda"
     whole = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
-    try:
-        state = instantiate(config.optimizer, _convert_="all").init(
-            build_problem(config, job.dataset), config.seeds[:1]
-        )
-    except BAD_INPUT:
-        return 0
-    most = int((whole / 4 if memory is None else memory * 2**30) / size(save(state)))
-    return min(most, replicas if replicas is not None else most if on_gpu else ON_A_PROCESSOR)
+    fitting = int((whole / 4 if memory is None else memory * 2**30) / cell.size)
+    if replicas is not None:
+        return min(fitting, replicas)
+    return fitting if on_gpu else min(fitting, paying_on_a_processor(cell.samples))
+
+
+def paying_on_a_processor(samples: int) -> int:
+    """Replicas, given the samples of a step: the larger the step, the fewer keep a processor busy, and what more of
+    them hold no longer fits its caches."""
+    return ON_A_PROCESSOR * 64 // samples
 
 
 def train_stack(cells: Sequence[Cell]) -> None:
@@ -174,7 +198,13 @@ def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
     job, data = Job(first.dataset, slot, info, first.config), first.dataset
     logger = CellLoggers(shares, [instantiate(config.logger) for _ in stack])
     problem = build_problem(config, data)
-    _, history = trained(config, job, problem, (data.x_test, data.y_test), logger=logger, keep_last=True)
+    names = [
+        f"seed {seed} of {cell.job.slot.identity} ({' '.join(cell.job.info['overrides'])})"
+        for cell in stack
+        for seed in cell.job.info["seeds"]
+    ]
+    test = data.x_test, data.y_test
+    _, history = trained(config, job, problem, test, logger=logger, names=names, keep_last=True)
     for share in shares:
         if share.cell in todo:
             own = share.of(history)

@@ -1,43 +1,114 @@
-"""Searches by Optuna that can be stopped and go on."""
+"""Searches by Optuna that can be stopped and go on, and what a search has found."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from experiments.hints import failures_end_the_program
+from experiments.searches import is_of_a_search, rankings, write
+from experiments.store import failed_writes_in_words, identity, launched_runs
+
+if TYPE_CHECKING:
+    from optuna.study import Study as OptunaStudy
 
 log = logging.getLogger(__name__)
+SQLITE = "sqlite:///"
+held: list[FileLock] = []  # of studies, until the process ends; no part of the callback, which is sent to workers
 
 
 class Study(Callback):
     """Before a launch of hydra/sweeper=study: what former ones have done counts towards `n_trials`, and the trials of
-    those that have died are the first that are made, from their runs' checkpoints."""
+    those that have died are the first that are made, from their runs' checkpoints.
 
+    A study is of one command: its name ends with the hash of the configuration and of the space, so that no other
+    command goes on with its trials. A second launch waits until the first one has ended.
+
+    After a launch of any search, on held-out data: its ranking, in the launch's folder; of a study, all launches'.
+    """
+
+    launches: Sequence[str] = ()  # of a study, folders
+
+    @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         sweeper = config.hydra.sweeper
-        if "optuna" not in sweeper._target_ or not sweeper.storage:
+        if config.hydra.runtime.choices["hydra/sweeper"] != "study":
             return
         import optuna
         from optuna.trial import TrialState
 
-        file = Path(sweeper.storage.removeprefix("sqlite:///"))
+        with read_write(config):
+            sweeper.study_name = f"{sweeper.study_name}_{searched(config)}"
+        if not sweeper.storage.startswith(SQLITE):
+            raise SystemExit(f"error: hydra.sweeper.storage: {sweeper.storage} is not {SQLITE}<file>")
+        file = Path(sweeper.storage.removeprefix(SQLITE))
         for folder in (file.parent, Path(config.hydra.sweep.dir)):
             folder.mkdir(parents=True, exist_ok=True)
+        wait_for(FileLock(file.with_suffix(".lock")), sweeper.study_name)
         study = optuna.create_study(
-            storage=sweeper.storage, study_name=sweeper.study_name, direction="maximize", load_if_exists=True
+            storage=sweeper.storage,
+            study_name=sweeper.study_name,
+            direction=str(sweeper.direction),
+            load_if_exists=True,
         )
-        self.lock = FileLock(file.with_suffix(".lock"))  # until the process ends
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s: another launch is at it, the two share its trials", sweeper.study_name)
-        else:
-            for trial in study.get_trials(states=(TrialState.RUNNING,)):
-                study.enqueue_trial(trial.params)
-                study.tell(trial.number, state=TrialState.FAIL)
+        take_up(study)
+        self.launches = [*study.user_attrs.get("launches", ()), str(Path(config.hydra.sweep.dir).absolute())]
+        study.set_user_attr("launches", self.launches)
         with read_write(config):
             sweeper.n_trials = max(0, sweeper.n_trials - len(study.get_trials(states=(TrialState.COMPLETE,))))
+
+    @failures_end_the_program()
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        launch = Path(config.hydra.sweep.dir)
+        launched = [run for folder in self.launches or [str(launch)] for run in launched_runs(Path(folder))]
+        there = [run for run in launched if run.folder.exists() and is_of_a_search(run)]  # some may have been removed
+        with failed_writes_in_words("The runs are in the store; the same command ranks them."):
+            for name, ranked in rankings(there).items():
+                if len(ranked) > 1:
+                    write(name, ranked, launch)
+
+
+def searched(config: DictConfig) -> str:
+    """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, and the
+    space, of search=… and of the command line."""
+    task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    space: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
+    space |= {o.get_key_element(): o.get_value_string() for o in overrides if o.is_sweep_override()}
+    content = [identity(OmegaConf.to_container(task, resolve=True), ""), space, str(config.hydra.sweeper.direction)]  # type: ignore[arg-type]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def wait_for(lock: FileLock, name: str) -> None:
+    """Hold a study's lock until the process ends."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another launch is at it; this one waits for its end, and goes on with what is missing then", name)
+        lock.acquire()
+    held.append(lock)
+
+
+def take_up(study: OptunaStudy) -> None:
+    """Enqueue the trials that have begun and have no value, but once those of the same parameters; for the holder of
+    the study's lock. They are told to have failed first: a kill in here neither doubles nor loses one."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING))
+    known = [trial.system_attrs.get("fixed_params", {}) | trial.params for trial in trials]
+    for trial in study.get_trials(states=(TrialState.FAIL,)):
+        # one that was killed among its suggestions has some of the parameters only
+        if not any(trial.params.items() <= parameters.items() for parameters in known):
+            study.enqueue_trial(trial.params)
+            known.append(trial.params)

@@ -40,7 +40,7 @@ from admm.training import evaluate
 from experiments.classification import CONF, build_problem
 from experiments.memory import variables
 from experiments.provenance import machine
-from experiments.stacking import ON_A_PROCESSOR
+from experiments.stacking import paying_on_a_processor
 from experiments.store import failed_writes_in_words
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
@@ -89,14 +89,19 @@ def stacks() -> list[Row]:
 
 def grid() -> list[Row]:
     """Nine cells of online Block-ADMM times five seeds: 45 runs one after the other, and nine stacks of a cell's seeds,
-    over the stacks that hydra/launcher=stacked makes of them; an epoch and an evaluation of each."""
-    config = _config("online_block_admm")
-    per_stack = min(45, ON_A_PROCESSOR // len(SEEDS) * len(SEEDS))
+    over the stacks that hydra/launcher=stacked makes of them; and 45 cells of one seed with mini-batches of 512, one
+    after the other over its stacks. An epoch and an evaluation of each."""
+    config, large = (_config("online_block_admm", *batch) for batch in ((), ("optimizer.batch_size=512",)))
+    paying = paying_on_a_processor(config.optimizer.batch_size)
+    per_stack = min(45, paying // len(SEEDS) * len(SEEDS))
     one, five, stacked = (_epoch(config, [*SEEDS * 9][:n]) for n in (1, len(SEEDS), per_stack))
     times = turns(one, five, stacked)
+    few = paying_on_a_processor(large.optimizer.batch_size)
+    of_large = turns(_epoch(large, SEEDS[:1]), _epoch(large, [*SEEDS * 9][:few]))
     return [
         ("grid45_single_over_stacked", per_stack * ratio(times, 0, 2), "ratio"),
         ("grid45_stacks5_over_stacked", per_stack / len(SEEDS) * ratio(times, 1, 2), "ratio"),
+        ("grid45_batch512_single_over_stacked", few * ratio(of_large, 0, 1), "ratio"),
     ]
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -34,17 +35,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the times and victims")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        undisturbed, place = Path(folder) / "undisturbed", Path(folder) / "0"
+        places = (Path(folder) / str(number) for number in count())
+        undisturbed, place = next(places), next(places)
         start = time.monotonic()
-        sweep(undisturbed, options.launcher).wait()
+        if code := sweep(undisturbed, options.launcher).wait():
+            sys.exit(f"error: the sweep that nothing disturbs: exit {code}")
         length = time.monotonic() - start
-        chance, differences = random.Random(options.seed), list[str]()
-        for number in range(options.kills):
-            if len(histories(place)) == CELLS:  # go on with another sweep
-                differences += finish(place, options.launcher, undisturbed)
-                place = Path(folder) / str(number)
+        chance, differences, kills = random.Random(options.seed), list[str](), 0
+        while kills < options.kills:
             victim = kill(sweep(place, options.launcher), chance.uniform(0.2, 0.7) * length, chance)
-            print(f"kill {number + 1}: {victim}, {len(histories(place))} of {CELLS} runs finished", flush=True)
+            finished = len(histories(place))
+            if victim is not None:
+                kills += 1
+                print(f"kill {kills}: {victim}, {finished} of {CELLS} runs finished", flush=True)
+            elif finished < CELLS:
+                break  # it has failed, as `finish` will
+            if finished == CELLS:  # go on with another sweep
+                differences += finish(place, options.launcher, undisturbed)
+                place = next(places)
         differences += finish(place, options.launcher, undisturbed)
     print("\n".join(differences or ["the same, bit for bit"]))
     sys.exit(1 if differences else 0)
@@ -63,11 +71,12 @@ def sweep(folder: Path, launcher: str) -> psutil.Popen:
     return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
 
 
-def kill(process: psutil.Popen, seconds: float, chance: random.Random) -> str:
-    """After so many seconds, the launcher or one of its workers, whichever comes up; then all that is left of it."""
+def kill(process: psutil.Popen, seconds: float, chance: random.Random) -> str | None:
+    """After so many seconds, the launcher or one of its workers, whichever comes up; then all that is left of it.
+    Returns which; None if it had ended."""
     try:
         process.wait(seconds)
-        return "none, it had ended"
+        return None
     except psutil.TimeoutExpired:
         family = [process, *process.children(recursive=True)]
         victim = chance.choice(family)

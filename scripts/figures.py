@@ -13,8 +13,8 @@ import pandas as pd
 
 from admm.files import whole
 from experiments.report import markdown, report, show, title
+from experiments.searches import draw
 from experiments.store import experiments_in, failed_writes_in_words, finished_runs
-from scripts.search import draw
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -44,8 +44,8 @@ from experiments.report import (
     paper,
     place,
 )
+from experiments.searches import is_of_a_search, ranking
 from experiments.store import Run, age, failed_writes_in_words
-from scripts.search import line
 from scripts.store import interrupted, line_of_interrupted, written
 from scripts.tables import falls_short, in_order, made, not_run, papers_numbers, search
 
@@ -237,17 +237,10 @@ def searches(store: Store) -> list[dict[str, Any]]:
         return run.folder.parent.name, run.info["method"]
 
     for (experiment, method), group in groupby(sorted(held_out, key=of), of):
-        runs = list(group)
-        found = pd.DataFrame([line(run) for run in runs], index=[run.name for run in runs])
-        caption = f"{experiment}, {label(method)}: {len(runs)} runs of this store on held-out data"
-        shown = table(caption, found.sort_values("held-out", ascending=False), store)
+        found = ranking(list(group))
+        shown = table(f"{experiment}, {label(method)}: {len(found)} runs of this store on held-out data", found, store)
         tables.append({"experiment": experiment, "method": method} | shown)
     return tables
-
-
-def is_of_a_search(run: Run) -> bool:
-    """Whether `scripts.search` could tabulate it."""
-    return run.info["dataset"]["holdout"] and "test_accuracy" in run.history
 
 
 def best(path: Path) -> str:

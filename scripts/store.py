@@ -30,7 +30,7 @@ from filelock import Timeout
 from admm.files import MIB
 from admm.training import CheckpointError, read_checkpoint
 from experiments.report import curves, show
-from experiments.store import SUMS, Run, delete, identity, lock_of, slot_of, sums, without_nulls
+from experiments.store import SUMS, Run, Slot, delete, experiments_in, identity, lock_of, slot_of, sums, without_nulls
 
 PARTS = ("config.yaml", "history.csv", "run.json")  # of every run
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, yaml.YAMLError, zipfile.BadZipFile, zlib.error)
@@ -121,8 +121,20 @@ def named(name: str, folders: list[Path]) -> Path:
         found = [path for path in folders if path.name.rpartition("-")[2].startswith(name)]
     if len(found) != 1:
         which = "".join(f"\n  {path}" for path in found)
-        sys.exit(f"error: {name!r} is {len(found)} runs of this store{which}\nname one: the beginning of its identity")
+        what = f"{len(found)} runs of this store" if found else "no run of this store"
+        sys.exit(f"error: {name!r} is {what}{which}\nname one: the beginning of its identity, as `list` has it")
     return found[0]
+
+
+def displaced(partial: Path) -> Slot | None:
+    """The place of a finished run that is among what an interrupted one has left, as a kill while the one was to take
+    the other's place leaves it; None if there is no such run, or if it is in its place."""
+    try:
+        info = json.loads((partial / "former/run.json").read_text())
+        slot = Slot(partial.parents[2], info["experiment"], f"{info['method']}-{info['setting']}", partial.name)
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if slot.folder.exists() else slot
 
 
 def is_held(partial: Path) -> bool:
@@ -220,7 +232,13 @@ def written(partial: Path) -> float:
 def check(options: argparse.Namespace) -> int:
     """Whether every run is whole and what was written; exit code 1 and a line for each problem."""
     folders = finished(options.store, options.experiment)
+    if options.experiment and not folders:
+        print(f"no runs of {options.experiment} in {options.store}; it has {', '.join(experiments_in(options.store))}")
+        return 1
     found = [f"{folder}: {problem}" for folder in folders for problem in problems(folder)]
+    for partial in interrupted(options.store, options.experiment):
+        if (slot := displaced(partial)) and not is_held(partial):
+            found.append(f"{slot.folder}: is in {slot.former} since a kill; remove --interrupted puts it back")
     print(*found, f"{len(folders)} runs, {len(found)} problems", sep="\n")
     without = sum(not (folder / SUMS).exists() for folder in folders)
     if without:
@@ -379,10 +397,13 @@ def confirmed(question: str) -> bool:
 
 
 def remove_one(folder: Path, is_interrupted: bool) -> int:
-    """Remove it unless a living process is at work on the run. Returns the exit code."""
+    """Remove it unless a living process is at work on the run; a finished run in it is put back. Returns the exit
+    code."""
     partial = folder if is_interrupted else slot_of(folder).partial
     try:
         with lock_of(partial).acquire(timeout=0):
+            if is_interrupted and (slot := displaced(folder)) and (run := slot.finished()):
+                print(f"put back: {run.folder}")
             delete(folder, partial) if is_interrupted else slot_of(folder).remove()
     except Timeout:
         print(f"{folder}: not removed, a process is at work on it")

@@ -381,22 +381,36 @@ def test_a_report_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
 # --- What a kill leaves
 
 
-def test_a_run_that_was_killed_while_it_took_another_one_s_place_is_put_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = made(tmp_path)
-    before, slot, real = content(run.folder), slot_of(run.folder), os.replace
+def killed_between_two_renames(root: Path) -> Run:
+    """The finished run whose place another one was about to take."""
+    run, real = made(root), os.replace
 
     def killed(source: Path, target: Path) -> None:
         if target == run.folder:
             raise KeyboardInterrupt
         real(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        made(tmp_path)
+        made(root)
     assert not run.folder.exists()
-    assert slot.finished() is not None and content(run.folder) == before
+    return run
+
+
+def test_a_run_that_was_killed_while_it_took_another_one_s_place_is_put_back(tmp_path: Path) -> None:
+    run = killed_between_two_renames(tmp_path)
+    former = content(slot_of(run.folder).former)
+    assert slot_of(run.folder).finished() is not None and content(run.folder) == former
+
+
+def test_a_run_whose_place_another_one_was_to_take_is_not_removed_with_it(tmp_path: Path, command: Command) -> None:
+    run = killed_between_two_renames(tmp_path)
+    code, printed = command("check", "--store", tmp_path)
+    assert code == 1 and f"{run.folder}: is in {slot_of(run.folder).former} since a kill" in printed
+    code, printed = command("remove", "--interrupted", "--yes", "--store", tmp_path)
+    assert code == 0 and f"put back: {run.folder}" in printed
+    assert list(problems(run.folder)) == [] and not slot_of(run.folder).partial.exists()
+    assert command("check", "--store", tmp_path)[0] == 0
 
 
 def test_a_removed_run_does_not_come_back_from_what_a_kill_has_left(tmp_path: Path) -> None:
@@ -488,6 +502,12 @@ def test_the_committed_store_checks_clean(command: Command) -> None:
     runs = list(ROOT.glob("results/runs/*/*/run.json"))
     code, printed = command("check", "--store", ROOT / "results")
     assert code == 0 and printed.startswith(f"{len(runs)} runs, 0 problems\n") and runs
+
+
+def test_an_experiment_that_has_no_runs_is_named(tmp_path: Path, command: Command) -> None:
+    made(tmp_path)
+    told = f"no runs of digits_deep in {tmp_path}; it has digits_shallow\n"
+    assert command("check", "--experiment", "digits_deep", "--store", tmp_path) == (1, told)
 
 
 def edited(name: str, former: str, new: str) -> Callable[[Path], None]:
@@ -629,7 +649,7 @@ def test_compare_shows_what_differs_and_the_numbers(tmp_path: Path, command: Com
         last = run.history[run.history["iteration"] == 2]
         assert f"{last['test_accuracy'].mean():.5g}" in rest
     code, printed = command("compare", "f" * 12, second.folder, "--store", tmp_path)
-    assert code == 1 and "'ffffffffffff' is 0 runs of this store" in printed
+    assert code == 1 and "'ffffffffffff' is no run of this store" in printed
 
 
 def test_remove_asks(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

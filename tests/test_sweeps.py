@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
+import random
+import re
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from filelock import FileLock
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import kill_when_there
+from joblib import cpu_count
+from launches import kill_when_there, multirun
+from omegaconf import DictConfig
+from stores import info, put
 
+from admm.data import load
 from admm.training import History
-from experiments import stacking
-from experiments.stacking import Cell, Share, blanked, cut, hyperparameters, joined
+from experiments import classification, stacking
+from experiments.searches import rankings, write
+from experiments.stacking import Cell, Share, blanked, check_limits, cut, hyperparameters, joined, paying_on_a_processor
 from experiments.store import LEFT, Run, Slot
+from experiments.study import held, take_up, wait_for
+from scripts import faults
 
 ROOT = Path(__file__).parents[1]
 GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
 STACKABLE = ["optimizer=online_block_admm", "optimizer.theta_step=1e-3,1e-2", "optimizer.beta=0.5,1"]
 
 
+def places(folder: Path) -> list[str]:
+    return [f"outputs={folder}/outputs", f"results={folder}/results"]
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
-    places = [f"outputs={folder}/outputs", f"results={folder}/results"]
-    return [sys.executable, str(ROOT / "run.py"), "-m", *GRID, *places, *arguments]
+    return [sys.executable, str(ROOT / "run.py"), "-m", *GRID, *places(folder), *arguments]
 
 
 def launch(folder: Path, *arguments: str) -> str:
-    """What is printed."""
+    """In this process; what is printed."""
+    with redirect_stdout(StringIO()) as printed:
+        multirun(*GRID, *places(folder), *arguments)
+    return printed.getvalue()
+
+
+def launch_processes(folder: Path, *arguments: str) -> None:
+    """By a launcher that has processes of its own."""
     done = subprocess.run(command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning: Callback" not in done.stderr, done.stderr
-    return done.stdout
 
 
 def stored(folder: Path) -> dict[str, Run]:
@@ -84,13 +110,43 @@ def test_what_cannot_be_stacked_is_run_alone(tmp_path: Path) -> None:
 
 def test_a_wrong_cell_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     arguments = ["optimizer=sgd", "optimizer.step_size=0.1,0.2", "optimizer.batch_size=64,0", "hydra/launcher=stacked"]
-    done = subprocess.run(command(tmp_path, *arguments), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "error: optimizer.batch_size: 0" in done.stderr
+    with pytest.raises(SystemExit, match=r"error: optimizer\.batch_size: 0"):
+        launch(tmp_path, *arguments)
     assert len(stored(tmp_path)) == 2
 
 
+def test_a_cell_with_a_wrong_number_is_left_to_its_own_run(tmp_path: Path) -> None:
+    arguments = ["optimizer=sgd", "optimizer.step_size=-0.1,0.1,0.2", "hydra/launcher=stacked", "iterations=1"]
+    with pytest.raises(SystemExit, match=r"error: optimizer.step_size: -0\.1"):
+        launch(tmp_path, *arguments)
+    assert [run.info["stack"] for run in stored(tmp_path).values()] == [4, 4]
+
+
+def test_cells_share_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the data vary faster than the number."""
+    loaded = []
+    monkeypatch.setattr(stacking, "load", lambda **options: loaded.append(options) or load(**options))
+    arguments = ["optimizer.step_size=0.1,0.2", "dataset.holdout=300", "dataset.holdout_seed=0,1", "iterations=1"]
+    output = launch(tmp_path, "optimizer=sgd", *arguments, "hydra/launcher=stacked")
+    assert len(loaded) == 2 and output.count("2 cells, 4 replicas, as one stack") == 2
+
+
+def test_a_limit_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: hydra\.launcher\.replicas: 'abc' is not a whole number from 1 up"):
+        launch(tmp_path, "optimizer=sgd", "hydra/launcher=stacked", "hydra.launcher.replicas=abc")
+    for replicas in (0, -3, 1.5):
+        with pytest.raises(SystemExit, match=f"^error: hydra.launcher.replicas: {replicas} is not"):
+            check_limits(replicas, None)
+    for memory in (-1, 0, "much"):
+        with pytest.raises(
+            SystemExit, match=f"^error: hydra.launcher.memory: {memory!r} is not a number of GiB above 0"
+        ):
+            check_limits(None, memory)
+
+
 def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
-    launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,1e30", "hydra/launcher=stacked")
+    output = launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,1e30", "hydra/launcher=stacked")
+    assert re.search(r"sgd-tuned-stack: seed 1 of \w{12} \(.*optimizer.step_size=1e\+30.*\) diverged", output)
     trained, diverged = sorted(stored(tmp_path).values(), key=lambda run: len(run.info["diverged"]))
     assert trained.info["diverged"] == {} and set(diverged.info["diverged"]) == {"0", "1"}
     assert diverged.score == 0.0 < trained.score
@@ -119,7 +175,7 @@ def test_a_stack_that_was_killed_among_its_results_is_not_trained_again(tmp_path
 def cells(counts: list[int]) -> list[Cell]:
     def cell(number: int, seeds: int) -> Cell:
         job: Any = SimpleNamespace(info={"seeds": list(range(seeds)), "identity": number})
-        return Cell(job, "")
+        return Cell(job, "", 1.0, 64)
 
     return [cell(number, seeds) for number, seeds in enumerate(counts)]
 
@@ -142,9 +198,11 @@ def test_a_cut_keeps_the_order_and_the_limit(number: int, seeds: int, most: int)
 
 def test_the_limit_is_of_replicas_and_of_memory(tmp_path: Path) -> None:
     """A grid of three cells with two seeds each."""
+    assert [paying_on_a_processor(samples) for samples in (64, 128, 512, 60000)] == [45, 22, 5, 0]
     three = ["optimizer=sgd", "optimizer.step_size=0.1,0.2,0.3", "iterations=1", "hydra/launcher=stacked"]
     assert "2 cells, 4 replicas, as one stack" in launch(tmp_path / "some", *three, "hydra.launcher.replicas=5")
     assert "as one stack" not in launch(tmp_path / "small", *three, "hydra.launcher.memory=1e-5")
+    assert "as one stack" not in launch(tmp_path / "large", *three, "optimizer.batch_size=1000")
 
 
 def test_hyperparameters_that_may_be_one_a_replica() -> None:
@@ -237,11 +295,52 @@ def test_what_a_dying_process_leaves_is_made_at_the_end(tmp_path: Path, basic: d
     same(stored(tmp_path), basic, check_exact=True)
 
 
+def test_a_sweep_that_lacks_a_cell_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is left to another process, which dies; one of them fails when it is made at the end."""
+    made = classification.execute
+
+    @contextmanager
+    def lock(slot: Slot, wait: bool = True) -> Iterator[bool]:
+        yield wait
+
+    def execute(config: DictConfig, job: Any) -> Run:
+        if config.optimizer.step_size == 0.1:
+            raise RuntimeError("out of memory")
+        return made(config, job)
+
+    monkeypatch.setattr(Slot, "lock", lock)
+    monkeypatch.setattr(classification, "execute", execute)
+    with pytest.raises(SystemExit, match=r"^error: the sweep lacks \S+/0, which failed"):
+        launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,0.2", "iterations=1")
+    assert len(stored(tmp_path)) == 1 and list(tmp_path.glob("outputs/logs/*/*/digits_shallow.png"))
+
+
 def test_parallel_processes_divide_the_processor(tmp_path: Path, basic: dict[str, Run]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = [*STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    launch(tmp_path, *arguments, "threads=null")
+    launch_processes(tmp_path, *arguments, "threads=null")
     same(stored(tmp_path), basic, rtol=1e-5, atol=1e-4)
+    share = max(1, cpu_count() // 2)
+    machines = {run.info["machine"] for run in stored(tmp_path).values()}
+    assert [machine.rsplit(", ")[-1] for machine in machines] == [f"{share} thread{'s' if share > 1 else ''}"]
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
+def test_cells_are_jobs_of_a_cluster(tmp_path: Path, launcher: str) -> None:
+    """Those of Slurm by the launcher's own executor without a cluster."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    launch_processes(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,0.2", f"hydra/launcher={launcher}")
+    launch(tmp_path / "basic", "optimizer=sgd", "optimizer.step_size=0.1,0.2")
+    same(stored(tmp_path), stored(tmp_path / "basic"), rtol=1e-5, atol=1e-4)
+    assert len(list(tmp_path.glob("outputs/logs/*/*/digits_shallow.csv"))) == 1
+
+
+def test_slurm_s_jobs_are_queued_again() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.max_num_timeout > 0
+    assert 0 < launcher.signal_delay_s < 60 * launcher.timeout_min and launcher.gpus_per_node is None
 
 
 # --- Searches
@@ -259,18 +358,105 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=2")
-    storage = f"sqlite:///{tmp_path}/outputs/searches/digits_shallow_sgd.db"
-    study = optuna.load_study(study_name="digits_shallow_sgd", storage=storage)
+    (study,) = studies(tmp_path)
     dead = study.ask({"optimizer.step_size": optuna.distributions.LogUniformDistribution(1e-3, 1)})
     launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")
-    trials = optuna.load_study(study_name="digits_shallow_sgd", storage=storage).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert trials[3].params == dead.params
-    scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in trials if t.value is not None}
+    (study,) = studies(tmp_path)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[3].params == dead.params
+    scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in study.trials if t.value}
     for run in stored(tmp_path).values():
         assert run.score == pytest.approx(scores[next(o for o in run.info["overrides"] if "step_size" in o)])
-    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
+    printed = launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
     assert len(stored(tmp_path)) == 4
+    *_, last = sorted(
+        tmp_path.glob("outputs/logs/*/*/searches/digits_shallow_sgd.csv"), key=lambda p: p.stat().st_mtime
+    )
+    assert list(pd.read_csv(last)["held-out"]) == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
+    assert last.with_suffix(".png").exists() and f"written: {last}" in printed
+
+
+def studies(folder: Path) -> list[Any]:
+    import optuna
+
+    files = sorted(folder.glob("outputs/searches/*.db"))
+    return [optuna.load_study(study_name=file.stem, storage=f"sqlite:///{file}") for file in files]
+
+
+def test_another_command_begins_another_study(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    few = [*SEARCH, "hydra.sweeper.n_trials=1", "iterations=1", "seeds=[0]"]
+    launch(tmp_path, *few)
+    launch(tmp_path, *few, "force=true", "evaluate_every=1", "progress=false")  # no other numbers
+    assert [study.study_name[:19] for study in studies(tmp_path)] == ["digits_shallow_sgd_"]
+    for other in ("seeds=[1]", "dataset.holdout=200", "setting=default", "optimizer.step_size=interval(1e-3,1)"):
+        launch(tmp_path, *few, other)
+    launch(tmp_path, *few, "hydra.sweeper.direction=minimize")
+    assert [len(study.trials) for study in studies(tmp_path)] == [1] * 6
+    assert sorted(study.direction.name for study in studies(tmp_path)) == ["MAXIMIZE"] * 5 + ["MINIMIZE"]
+
+
+def test_a_search_on_the_test_set_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    for sweeper in ("study", "optuna"):
+        with pytest.raises(SystemExit, match=r"error: dataset.holdout: with 0 a search would choose by the test set"):
+            launch(tmp_path, *SEARCH, "dataset.holdout=0", f"hydra/sweeper={sweeper}")
+    assert stored(tmp_path) == {}
+
+
+def test_a_study_is_kept_in_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    with pytest.raises(SystemExit, match=r"error: hydra.sweeper.storage: redis://there is not sqlite:///<file>"):
+        launch(tmp_path, *SEARCH, "hydra.sweeper.storage=redis://there")
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(SystemExit, match="error: NotADirectoryError"):  # not a warning, and twenty trials
+        launch(tmp_path, *SEARCH, f"hydra.sweeper.storage=sqlite:///{blocked}/a/study.db")
+    assert stored(tmp_path) == {}
+
+
+def test_a_second_launch_of_a_study_waits_for_the_first(tmp_path: Path) -> None:
+    file = str(tmp_path / "study.lock")
+    hold = f"import time, filelock; filelock.FileLock({file!r}).acquire(); print('held', flush=True); time.sleep(1)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold.replace("filelock.F", "lock = filelock.F")], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    wait_for(FileLock(file), "a study")
+    assert holder.wait(timeout=10) == 0 and held[-1].is_locked
+    held.pop().release()
+
+
+def test_trials_without_a_value_are_made_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a launch is killed while it takes the study up."""
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(direction="maximize")
+    space = {"a": optuna.distributions.UniformDistribution(0, 1), "b": optuna.distributions.UniformDistribution(0, 1)}
+    study.tell(study.ask(space), 1.0)
+    dead = [study.ask(space) for _ in range(3)]
+    study.ask({"a": space["a"]})  # killed before it had the other
+    study.tell(dead[2], state=optuna.trial.TrialState.FAIL)
+    real = study.enqueue_trial
+    for kills in (0, 1, 2):  # after so many have been enqueued
+        left = iter(range(kills))
+
+        def enqueue(parameters: dict[str, float]) -> None:
+            if next(left, None) is None:  # noqa: B023
+                raise KeyboardInterrupt
+            real(parameters)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(study, "enqueue_trial", enqueue)
+            take_up(study)
+    take_up(study)
+    take_up(study)
+    made = [study.ask(space) for _ in range(4)]
+    assert [trial.params for trial in made[:3]] == [trial.params for trial in dead]
+    assert made[3].params["a"] == study.trials[4].params["a"]
+    for trial in made:
+        study.tell(trial, 1.0)
+    take_up(study)
+    assert study.get_trials(states=(optuna.trial.TrialState.WAITING,)) == []
 
 
 def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
@@ -284,6 +470,58 @@ def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
         assert {"loss.scale", "optimizer.update.weight_decay"} <= {o.split("=")[0] for o in run.info["overrides"]}
 
 
+def test_a_grid_on_held_out_data_is_ranked_at_its_end(tmp_path: Path) -> None:
+    """A ranking for each optimizer."""
+    numbers = ["optimizer=sgd,adam", "optimizer.batch_size=64,128", "iterations=1", "seeds=[0]"]
+    launch(tmp_path, *numbers, "dataset.holdout=300")
+    tables = {path.stem: pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/searches/*.csv")}
+    assert tables.keys() == {"digits_shallow_sgd", "digits_shallow_adam"}
+    columns = ["setting", "optimizer.batch_size", "held-out", "seeds", "iterations", "samples held out"]
+    for table in tables.values():
+        assert list(table.columns) == columns
+        assert len(table) == 2 and table["held-out"].is_monotonic_decreasing
+    launch(tmp_path / "test", *numbers)
+    assert not list(tmp_path.glob("test/outputs/logs/*/*/searches"))
+
+
+def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number, and a word."""
+    overrides = (["a.b=1"], ["a.b=2", "c=0.5"], ["a.b=3", "d=word"])
+    runs = [
+        put(
+            tmp_path,
+            f"sgd-{n}",
+            [50.0 + n],
+            info("sgd", "tuned", "2001", dataset={"holdout": 5}, seeds=[0], overrides=o),
+        )
+        for n, o in enumerate(overrides)
+    ]
+    ((name, ranked),) = rankings([*runs, *runs]).items()
+    write(name, ranked, tmp_path)
+    assert name == "mnist_shallow_sgd" and (tmp_path / "searches/mnist_shallow_sgd.png").exists()
+    table = pd.read_csv(tmp_path / "searches/mnist_shallow_sgd.csv")
+    assert list(table.columns) == ["setting", "a.b", "c", "d", "held-out", "seeds", "iterations", "samples held out"]
+    assert list(table["a.b"]) == [3, 2, 1] and "written" in capsys.readouterr().out
+
+
+def test_the_searches_of_the_readme_compose() -> None:
+    """Each cell of the grid; Optuna's choices are among them."""
+    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    words = [
+        shlex.split(line, comments=True)[2:]
+        for line in lines
+        if line.startswith("python run.py ") and " search=" in line
+    ]
+    spaces = {tuple(word for word in line if not word.startswith("hydra/")) for line in words}
+    assert spaces
+    for arguments in spaces:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            space = compose("config", list(arguments), return_hydra_config=True).hydra.sweeper.params
+            overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in space.items()), *arguments])
+            ((*cells,),) = BasicSweeper.split_arguments(overrides, None)
+            assert len(cells) == 18 and all(compose("config", cell).dataset.holdout == 10000 for cell in cells)
+
+
 # --- Faults
 
 
@@ -291,4 +529,19 @@ def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> No
     done = subprocess.run(
         [sys.executable, "-m", "scripts.faults", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
     )
+    assert done.stdout.count("runs finished") == 2
     assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_sweep_that_ended_before_its_kill_is_none_of_the_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = faults.psutil.Popen([sys.executable, "-c", ""])
+    assert faults.kill(ended, 60.0, random.Random(0)) is None
+    outcomes = [None, "the launcher", None, "a worker"]
+    monkeypatch.setattr(faults, "kill", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr(faults, "sweep", lambda *_: SimpleNamespace(wait=lambda: 0))
+    monkeypatch.setattr(faults, "histories", lambda _: dict.fromkeys(range(faults.CELLS)))
+    monkeypatch.setattr(faults, "compare", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["faults", "--kills", "2"])
+    with pytest.raises(SystemExit) as end:
+        faults.main()
+    assert end.value.code == 0 and outcomes == []

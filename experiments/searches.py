@@ -1,0 +1,90 @@
+"""What a search has found: its configurations, the best held-out score first, and their picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from admm.files import whole
+from experiments.store import Run
+
+FIXED = ("dataset", "seeds=", "iterations=", "search=")  # overrides that are not what is searched for
+FOUND = ("held-out", "seeds", "iterations", "samples held out")  # columns after those that are
+FEW = 6  # values of a hyperparameter, which its axis names
+WIDE = 4.0  # the quotient of a hyperparameter's largest and smallest value from which on its axis is logarithmic
+
+
+def is_of_a_search(run: Run) -> bool:
+    """Whether it has a score, of held-out data."""
+    scored = "test_accuracy" in run.history or (run.folder / "probes.csv").exists()
+    return scored and bool(run.info["dataset"]["holdout"])
+
+
+def rankings(runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
+    """For each <experiment>_<method> of these runs, see `ranking`."""
+    groups: dict[str, dict[Path, Run]] = {}
+    for run in runs:
+        groups.setdefault(f"{run.info['experiment']}_{run.info['method']}", {})[run.folder] = run
+    return {name: ranking(list(group.values())) for name, group in groups.items()}
+
+
+def ranking(runs: Sequence[Run]) -> pd.DataFrame:
+    """A line for each run of a search, the best first; by the runs' names."""
+    lines = pd.DataFrame([line(run) for run in runs], index=[run.name for run in runs])
+    searched = [key for key in lines if key not in FOUND]  # one that only some runs have is last in `lines`
+    return lines[[*searched, *FOUND]].sort_values("held-out", ascending=False)
+
+
+def line(run: Run) -> dict[str, Any]:
+    """A configuration: its setting, the values searched over, its score, and how many seeds have not diverged."""
+    info = run.info
+    searched = [override for override in info["overrides"] if not override.startswith(FIXED)]
+    values: dict[str, Any] = {key: value for key, _, value in (override.partition("=") for override in searched)}
+    seeds = len(info["seeds"]) - len(info.get("diverged", ()))
+    found = run.score, seeds, info["iterations"], info["dataset"]["holdout"]
+    return {"setting": info["setting"]} | values | dict(zip(FOUND, found, strict=True))
+
+
+def write(name: str, ranked: pd.DataFrame, folder: Path) -> None:
+    """Print a ranking, and write it and its picture to <folder>/searches/<name>.csv and .png. Raises WriteError."""
+    path = folder / "searches" / f"{name}.csv"
+    with whole(path, "what was found") as part:
+        ranked.to_csv(part, index=False, float_format="%.7g")
+    draw(path)
+    print(ranked.to_string(index=False))
+    print(f"written: {path} and .png, {len(ranked)} configurations")
+
+
+def draw(path: Path) -> None:
+    """The picture of a search beside its table, <folder>/searches/<name>.csv. Raises WriteError."""
+    found = pd.read_csv(path)
+    searched = list(found.columns[1 : found.columns.get_loc("held-out")])
+    width = max(4.5, 3.4 * len(searched))  # inches
+    drawn = Figure(figsize=(width, 3.6), layout="constrained")
+    panels = drawn.subplots(1, max(1, len(searched)), sharey=True, squeeze=False)[0]
+    for axes, key in zip(panels, searched, strict=False):
+        for setting, tried in found.dropna(subset=[key]).groupby("setting", sort=False):
+            axes.scatter(tried[key], tried["held-out"], s=18, alpha=0.7, label=setting)
+        values = found[key].dropna()
+        is_number = pd.api.types.is_numeric_dtype(values)
+        if is_number and values.min() > 0 and values.max() >= WIDE * values.min():
+            axes.set_xscale("log")
+        if is_number and values.nunique() <= FEW:
+            axes.set_xticks(values.unique(), [f"{value:g}" for value in values.unique()])
+            axes.minorticks_off()
+        axes.set_xlabel(key.removeprefix("optimizer."))
+        axes.tick_params("x", labelrotation=0 if is_number else 20)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out score (%)")
+    if found["setting"].nunique() > 1:
+        panels[0].legend(fontsize=7.5, title="setting")
+    samples, seeds = (", ".join(map(str, sorted(found[key].unique()))) for key in ("samples held out", "seeds"))
+    text = f"{path.stem}: {len(found)} configurations, {samples} training samples held out; seeds: {seeds}"
+    drawn.supxlabel(textwrap.fill(text, int(13 * width)), fontsize=8)
+    with whole(path.with_suffix(".png"), "the picture") as part:
+        drawn.savefig(part, dpi=150)
