@@ -119,7 +119,7 @@ def executed(folder: Path, faces: Faces, method: str, setting: str, *overrides: 
     return execute(options, found)
 
 
-SMALL = ("iterations=3", "optimizer.frozen=1", "optimizer.warm_rounds=5", "optimizer.batch_size=12")
+SMALL = ("iterations=3", "evaluate_every=1", "optimizer.frozen=1", "optimizer.warm_rounds=5", "optimizer.batch_size=12")
 
 
 def test_every_representation_is_probed_and_reported(faces: Faces, tmp_path: Path) -> None:
