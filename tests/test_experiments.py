@@ -226,6 +226,10 @@ def test_a_cell_of_every_table_from_the_raw_history(name: str) -> None:
     if name == "memory":
         total = sum(float(r["bytes"]) for r in rows if r["quantity"] != "peak") / 2**20
         assert float(line["total"]) == pytest.approx(total, rel=1e-6)
+    elif (run.folder / "probes.csv").exists():  # all runs have probed the same attributes
+        probes = list(csv.DictReader((run.folder / "probes.csv").open()))
+        found = mean(float(probe["balanced_accuracy"]) for probe in probes)
+        assert float(line["balanced accuracy"]) == pytest.approx(found, rel=1e-6)
     else:
         last = [float(r["test_accuracy"]) for r in rows if int(r["iteration"]) == run.info["iterations"]]
         assert float(line["mean"]) == pytest.approx(mean(last), abs=0.006)
