@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +172,32 @@ def test_multirun_sweeps_a_grid(tmp_path: Path) -> None:
     assert sorted(config["optimizer"]["step_size"] for config in configs) == [0.001, 0.01]
 
 
-def test_wandb_gets_one_offline_run_a_seed(tmp_path: Path) -> None:
+def test_wandb_gets_the_numbers_of_the_store_an_offline_run_a_seed(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    done = launch(tmp_path, "optimizer=sgd", "logger=wandb", "iterations=1")
+    done = launch(tmp_path, "optimizer=sgd", "logger=wandb", "iterations=2")
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("offline-run-*"))) == 2
+    logged = [row for file in tmp_path.rglob("offline-run-*/*.wandb") for row in wandb_rows(file)]
+    (run,) = stored(tmp_path)
+    assert len(logged) == len(run.history) == 6  # two seeds, two iterations and the start
+    own = pd.DataFrame(logged)[run.history.columns].sort_values(["iteration", "replica"], ignore_index=True)
+    pd.testing.assert_frame_equal(own, run.history, check_dtype=False, rtol=1e-6)
+
+
+def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
+    """Of an offline run: records of protocol buffers in LevelDB's log format, blocks of 32 KiB, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, content = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        content += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        at += -at % 32768 if -at % 32768 < 7 else 0  # no header across blocks
+        if kind in (1, 4):  # a whole record, or the last part of one
+            items = Record.FromString(content).history.item
+            content = b""
+            if items:
+                yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
 
 
 @pytest.mark.parametrize(
