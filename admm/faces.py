@@ -87,8 +87,8 @@ def load_faces(
         lfw_att_40.mat and indices_train_test.mat (of MATLAB 5, or of 7.3 with h5py), whose images, labels and split
         are taken as they are; else all is unknown.
     labels: what the labels of the table are.
-    box: left, top, right, bottom of the crop, in pixels of the stored image; None: all of it. What (25, 32, 135, 142)
-        is in the central 160x160 of an LFW image is (70, 77, 180, 187) in its full 250x250.
+    box: left, top, right, bottom of the crop, in pixels from the stored image's centre, the first two negative: the
+        same for LFW's images of 250x250 and what has been cut from their middle. None: all of it.
     size: side in pixels of the returned images, resized bilinearly (antialiased) after the crop.
     split_seed, train_fraction: without LFWA's split, people drawn at random are the training set, as many as bring
         its share of the images nearest to this (LFWA's own share); nobody is in both sets.
@@ -170,8 +170,8 @@ def _different(start: Integers, count: Integers, number: int, rng: np.random.Ran
 
 
 def _check(box: Box, size: int, train_fraction: float) -> None:
-    if box is not None and not (len(box) == 4 and 0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-        raise ValueError(f"box must be (left, top, right, bottom) in pixels of the stored image, not {box!r}")
+    if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"box must be (left, top, right, bottom) in pixels from the image's centre, not {box!r}")
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a whole number of pixels from 1 on, not {size!r}")
     if not 0 < train_fraction < 1:
@@ -351,8 +351,9 @@ def _face(file: Path, box: Box, size: int) -> Bytes:
     except (OSError, SyntaxError, ValueError) as error:
         raise DatasetError(f"{file}: expected an image, found a damaged or other file ({error})") from error
     if box is not None:
-        left, top, right, bottom = box
-        if right > image.width or bottom > image.height:
+        across, down = image.width // 2, image.height // 2
+        left, top, right, bottom = across + box[0], down + box[1], across + box[2], down + box[3]
+        if left < 0 or top < 0 or right > image.width or bottom > image.height:
             raise ValueError(f"box={tuple(box)} reaches beyond {file}, of {image.width}x{image.height} pixels")
         image = image.crop((left, top, right, bottom))
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)

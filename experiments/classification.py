@@ -255,6 +255,7 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
     note = slot.partial / "started.json"
     if slot.checkpoint.exists():
         log.info("resuming from %s", slot.checkpoint)
+    if note.exists():  # of an interrupted run, whose checkpoint or probes are there
         started = json.loads(note.read_text())
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:

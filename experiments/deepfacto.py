@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from hydra.utils import instantiate
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ from admm.faces import Faces, load_faces, pairs, split_people
 from admm.files import writing
 from admm.minibatches import minibatches
 from admm.optimizers import Problem
+from admm.optimizers.protocol import at_least_one
 from admm.training import Row
 from experiments.classification import (
     Job,
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 SLICE = 256  # images that a network is applied to at a time
 BATCH = 512  # training faces of which the triplet loss is evaluated
 SHOWN = 8  # people in a figure of heat maps
+PROBED = ["replica", "seed", "attribute", "positives", "majority", "accuracy", "balanced_accuracy", "auc", "cost"]
 THUMBNAIL = 100  # their pixels
 
 
@@ -56,6 +59,10 @@ def run(config: DictConfig) -> float | None:
     """Represent the faces and probe the representation, unless it has been done. Returns the run's score."""
     if config.optimizer._target_.endswith(".Raw"):
         config.setting, config.model.rank = "default", None  # it has no rank: one run for all of them
+    elif not (isinstance(config.model.rank, int) and config.model.rank > 0):
+        raise SystemExit(
+            f"error: model.rank: {config.model.rank!r} is not a whole number from 1 up; setting=rank32 or so"
+        )
     finished = run_once(config, execute, partial(load, config.backbone))
     return finished.score if finished else None
 
@@ -226,6 +233,9 @@ class PostHocNMF:
     rank: int
     rounds: int
 
+    def __post_init__(self) -> None:
+        at_least_one("rounds", self.rounds)
+
     def represent(self, features: Features, task: Verification, seeds: Sequence[int]) -> Iterator[Represented]:
         train = matrix(features.maps[None, features.faces.train]).to(features.device)
         for replica, seed in enumerate(seeds):
@@ -246,6 +256,8 @@ def execute(config: DictConfig, job: Job) -> Run:
         if not isinstance(method, DeepFacto) and not hasattr(method, "represent"):
             raise ValueError(f"optimizer: {job.info['method']} is not one of deepfacto, nmf, pca, raw")
         columns = attributes_to_probe(faces, config.fewest)
+        if not isinstance(method, DeepFacto) and (config.model.rank or 1) > features.maps.shape[1]:
+            raise ValueError(f"model.rank: {config.model.rank} is more than the {features.maps.shape[1]} channels")
     info, history = job.info | {"labels": faces.labels}, list[Row]()
     if isinstance(method, DeepFacto):
         represented, rows, how = jointly(config, job, features, task)
@@ -254,12 +266,14 @@ def execute(config: DictConfig, job: Job) -> Run:
         note_start(job.slot, job.info)
         represented = method.represent(features, task, job.info["seeds"])
     probed, shown = list[dict[str, Any]](), dict[str, NDArray[Any]]()
+    info["scores_verification"] = []  # percent of pairs, by the scores themselves as embeddings
     for found in represented:
         history += [found.row] if found.row else []
+        info["scores_verification"].append(task.accuracy(found.scores[task.images].flatten(1)))
         probed += probed_attributes(found, faces, probe, columns, job.slot.partial / "probes.jsonl")
         if isinstance(method, DeepFacto):
             shown = shown or heat_maps(found, faces)
-    return job.slot.complete(job.config, history, info, {"probes": probed}, shown)
+    return job.slot.complete(job.config, history, info, {"probes": pd.DataFrame(probed, columns=PROBED)}, shown)
 
 
 def jointly(

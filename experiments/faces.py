@@ -16,7 +16,7 @@ from torch.nn import functional
 from experiments.report import COLOURS, Content, paper
 from experiments.store import Run
 
-HEAT_MAPS = 3  # factors in a figure
+HEAT_MAPS = 6  # factors in a figure
 MEASURES = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auc": "AUC"}
 
 
@@ -24,7 +24,8 @@ def report(experiment: str, runs: list[Run]) -> Content:
     """Table 1: means over the attributes that all runs have probed; bars of them, and heat maps of DeepFacto."""
     shown = sorted(runs, key=_order)
     kept = [run.table("probes") for run in shown]
-    common = set.intersection(*(set(probes["attribute"]) for probes in kept))
+    names = [set(probes["attribute"]) for probes in kept if len(probes)]  # none where all seeds have diverged
+    common = set[str]().union(*names).intersection(*names)
     result = pd.DataFrame(
         [row(experiment, r, p[p["attribute"].isin(common)]) for r, p in zip(shown, kept, strict=True)],
         index=[run.name for run in shown],
@@ -33,7 +34,8 @@ def report(experiment: str, runs: list[Run]) -> Content:
     figures = {experiment: bars(experiment, shown, result)}
     for run in shown:
         if (run.folder / "arrays.npz").exists():
-            figures[f"{experiment}_{run.info['setting']}_heat_maps"] = heat_maps(experiment, run)
+            own = f"_{run.info['identity']}" if run.info["overrides"] else ""
+            figures[f"{experiment}_{run.info['setting']}{own}_heat_maps"] = heat_maps(experiment, run)
     cited = paper()["experiments"].get(experiment, {}).get("cited", {})
     theirs = pd.DataFrame([{"method": name, "setting": "cited by the paper", "paper": v} for name, v in cited.items()])
     theirs.index = pd.Index([""] * len(theirs))  # of no run
@@ -46,7 +48,7 @@ def row(experiment: str, run: Run, probes: pd.DataFrame) -> dict[str, Any]:
     by_replica = probes.groupby("replica")[[*MEASURES, "majority"]].mean()
     line: dict[str, Any] = {
         "method": paper()["labels"].get(info["method"], info["method"]),
-        "setting": ", ".join([info["setting"], *info["overrides"], info["labels"]]),
+        "setting": setting(run),
         "paper": _known(experiment, run),
         "balanced accuracy": by_replica["balanced_accuracy"].mean(),
         "std": by_replica["balanced_accuracy"].std(),
@@ -54,10 +56,20 @@ def row(experiment: str, run: Run, probes: pd.DataFrame) -> dict[str, Any]:
         "AUC": by_replica["auc"].mean(),
         "majority class": by_replica["majority"].mean(),
         "attributes": probes["attribute"].nunique(),
+        "verification by scores": np.mean(info["scores_verification"]) if len(by_replica) else np.nan,
     }
     if "verification" in history:
         line |= verification(run, history)
-    return line | {"seeds": len(by_replica), "iterations": info["iterations"], "machine": info["machine"]}
+    iterations = history["iteration"].max() if len(history) else np.nan
+    return line | {"seeds": len(by_replica), "iterations": iterations or np.nan, "machine": info["machine"]}
+
+
+def setting(run: Run) -> str:
+    """Of a run, with the values of its own, what its labels are, and how many seeds have diverged."""
+    info = run.info
+    diverged, seeds = len(info.get("diverged", {})), len(info["seeds"])
+    remark = [f"{diverged} of {seeds} seeds diverged"] if diverged else []
+    return ", ".join([info["setting"], *info["overrides"], info["labels"], *remark])
 
 
 def verification(run: Run, history: pd.DataFrame) -> dict[str, float]:
@@ -79,12 +91,12 @@ def attributes(experiment: str, runs: list[Run]) -> pd.DataFrame:
     LFWA's own labels."""
     columns: dict[str, Any] = {}
     for run in sorted(runs, key=_order):
-        name = f"{paper()['labels'].get(run.info['method'], run.info['method'])} {run.info['setting']}"
+        name = f"{paper()['labels'].get(run.info['method'], run.info['method'])} {setting(run)}"
         by_attribute = run.table("probes").groupby("attribute")
-        if not columns:
-            columns |= {key: by_attribute[key].mean() for key in ("positives", "majority")}
+        for key in ("positives", "majority"):
+            columns[key] = columns.get(key, by_attribute[key].mean()).combine_first(by_attribute[key].mean())
         for measure, label in MEASURES.items():
-            columns[f"{name}, {run.info['labels']}: {label}"] = by_attribute[measure].mean()
+            columns[f"{name}: {label}"] = by_attribute[measure].mean()
     known = paper()["experiments"]["lfwa_deepfacto"]["attributes"]
     theirs = pd.DataFrame(known["values"], index=known["columns"]).T.add_prefix("paper, LFWA: ")
     return (
@@ -96,12 +108,17 @@ def bars(experiment: str, shown: list[Run], result: pd.DataFrame) -> Figure:
     """Mean balanced accuracy by method and rank."""
     drawn = Figure(figsize=(7.5, 1.4 + 0.32 * len(shown)), layout="constrained")
     axes = drawn.subplots()
-    labels = [f"{m}, {s.split(',')[0]}" for m, s in zip(result["method"], result["setting"], strict=True)]
+    labels = [
+        ", ".join([method, r.info["setting"], *r.info["overrides"]])
+        for method, r in zip(result["method"], shown, strict=True)
+    ]
     palette = dict(zip(dict.fromkeys(result["method"]), COLOURS.values(), strict=False))
     colours = [palette[method] for method in result["method"]]
-    axes.barh(labels, result["balanced accuracy"], xerr=result["std"].fillna(0.0), color=colours, height=0.7)
-    for place, value in enumerate(result["balanced accuracy"]):
-        axes.text(value, place, f" {value:.1f}", va="center", fontsize=8)
+    values, places = result["balanced accuracy"], range(len(shown))  # two runs may have the same label
+    axes.barh(places, values, xerr=result["std"].fillna(0.0), color=colours, height=0.7)
+    for place, value in zip(places, values, strict=True):
+        axes.text(max(value, 50.0), place, f" {value:.1f}", va="center", fontsize=8)
+    axes.set_yticks(places, labels)
     axes.set(xlabel="balanced accuracy, mean over the attributes (%)", xlim=(50, 100))
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")

@@ -125,9 +125,10 @@ class Run:
     def score(self) -> float:
         """What a search maximises, percent: the probes' mean balanced accuracy of DeepFacto, else the last accuracy on
         the test set or what is held out, mean over the seeds; a seed that has diverged has 0."""
-        if (self.folder / "probes.csv").exists():
-            return float(self.table("probes")["balanced_accuracy"].mean())
         history, info = self.history, self.info
+        if (self.folder / "probes.csv").exists():
+            by_replica = self.table("probes").groupby("replica")["balanced_accuracy"].mean()
+            return float(by_replica.sum() / (len(by_replica) + len(info.get("diverged", {}))))
         last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
         return float(last.sum() / len(info["seeds"]))
 
@@ -203,7 +204,7 @@ class Slot:
         config: dict[str, Any],
         rows: list[dict[str, float]],
         info: dict[str, Any],
-        tables: dict[str, list[dict[str, Any]]] | None = None,
+        tables: dict[str, pd.DataFrame] | None = None,
         arrays: dict[str, Any] | None = None,
     ) -> Run:
         """Put the finished run in its place: written elsewhere and renamed. A former one is there until then.
@@ -217,8 +218,8 @@ class Slot:
                 made = Path(folder, self.folder.name)
                 made.mkdir()
                 (made / "config.yaml").write_text(yaml.safe_dump(determining(config), sort_keys=False))
-                for name, content in ({"history": rows} | (tables or {})).items():
-                    pd.DataFrame(content).to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
+                for name, content in ({"history": pd.DataFrame(rows)} | (tables or {})).items():
+                    content.to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
                 if arrays:
                     np.savez_compressed(made / "arrays.npz", **arrays)
                 (made / "run.json").write_text(json.dumps(info, indent=2) + "\n")

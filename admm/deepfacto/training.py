@@ -135,7 +135,7 @@ class DeepFacto:
         check_batch_size(self.batch_size, len(problem.x))
         for name in ("together", "primal_rounds", "score_sweeps", "basis_sweeps", "warm_rounds", "slice_size"):
             at_least_one(name, getattr(self, name))
-        in_range("frozen", self.frozen)
+        in_range("frozen", self.frozen, self.iterations)
         if self.together > 1 and problem.y.ndim > 1:
             raise ValueError(f"optimizer.together: {self.together} needs class indices as y, not {problem.y.ndim} axes")
 
@@ -267,12 +267,12 @@ class _Visit:
         return value
 
     def refresh(self, part: float | Tensor) -> None:
-        """Z_t moves this part of the way to block_t(Z_{t−1}), of what has been moved already."""
+        """Z_t moves this part of the way to block_t(Z_{t−1}), of what has been moved already, and S to its projection:
+        left where M was before the last epoch, all S are off by the same shift, which Θ would be trained to undo."""
         for t in range(1, len(self.chain.z) + 1):
-            if t not in self.epoch.factors:
-                output = self.chain.output(t)
-                pull = torch.as_tensor(broadcast(part, output)).to(output)
-                self.chain.move(t, torch.lerp(self.chain.z[t - 1], output, pull))
+            output = self._projected(t) if t in self.epoch.factors else self.chain.output(t)
+            pull = torch.as_tensor(broadcast(part, output)).to(output)
+            self.chain.move(t, torch.lerp(self.chain.z[t - 1], output, pull))
 
     def update_z(self, t: int, step: float | Tensor) -> None:
         """Z_t, or S: Z_T and Z_t before an ordinary block by a gradient step, as in Algorithm 1."""
@@ -307,17 +307,29 @@ class _Visit:
     def _update_scores(self, t: int) -> None:
         """S ≥ 0 by sweeps on γ/2 ‖Z + V − M S‖² + ⟨∇, S⟩ + β_{t+1} σ²/2 ‖S − S_now‖², where ∇ is the gradient of
         coupling term t + 1 at S_now and σ the spectral norm of block t + 1: above Eq. 9, and equal to it at S_now."""
-        basis, scores = self.epoch.factors[t], matrix(self.chain.z[t - 1])
+        now = self.chain.z[t - 1]
         gamma, beta = (self.epoch.beta[k].view(-1, 1, 1) for k in (t - 1, t))
         weight = self.epoch.blocks[t].linear_weight(self.epoch.theta.blocks[t])
         curvature = beta * largest_singular_value(weight).square().view(-1, 1, 1)
-        gram = gamma * (basis.mT @ basis) + curvature * torch.eye(basis.shape[2]).to(basis)
-        cross = gamma * (basis.mT @ matrix(self.before(t) + self._dual(t))) + curvature * scores
-        cross += matrix(self._pulled(t + 1))
-        scores = scores.contiguous()
+        descent = (self._force(t + 1) @ weight).view_as(now)  # −∇; a ReLU before W is the identity on S ≥ 0
+        gram, cross = self._normal(t)
+        gram = gamma * gram + curvature * torch.eye(gram.shape[2]).to(gram)
+        self.chain.move(t, self._swept(t, gram, gamma * cross + curvature * matrix(now) + matrix(descent)))
+
+    def _projected(self, t: int) -> Tensor:
+        """S by sweeps, from what it is, on ‖Z + V − M S‖² alone."""
+        return self._swept(t, *self._normal(t))
+
+    def _normal(self, t: int) -> tuple[Tensor, Tensor]:
+        """MᵀM [R, r, r] and Mᵀ(Z + V) [R, r, n·…]."""
+        basis = self.epoch.factors[t]
+        return basis.mT @ basis, basis.mT @ matrix(self.before(t) + self._dual(t))
+
+    def _swept(self, t: int, gram: Tensor, cross: Tensor) -> Tensor:
+        scores = matrix(self.chain.z[t - 1]).contiguous()
         for _ in range(self.epoch.options.score_sweeps):
             sweep(gram, cross, scores)
-        self.chain.move(t, feature_maps(scores, like=self.before(t)))
+        return feature_maps(scores, like=self.before(t))
 
     def _update_factorised(self, t: int) -> None:
         """Z_t before a factorisation: the exact minimiser of β/2 ‖Z − block_t + U‖² + γ/2 ‖Z − M S + V‖²."""
