@@ -84,7 +84,7 @@ def train(
 
     test: inputs [M, ...] and class indices [M], or what another `measure` takes; that returns `train_loss` and other
     quantities, each [S]. Evaluation takes place before the first iteration, every `evaluate_every` and after the last;
-    only `optimizer.step` is timed. With a `checkpoint` path, the state is saved there at evaluations at least
+    only `optimizer.step` is timed. With a `checkpoint` path, the state is saved there after iterations at least
     `checkpoint_seconds` apart, and with `keep_last` at the end; a run that finds such a file goes on from it as if it
     had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with all former
     ones. Raises CheckpointError if the file is damaged, or of another optimizer, network or seeds, and WriteError if it
@@ -108,10 +108,10 @@ def train(
     saved = time.monotonic()
     while state.iteration < iterations and len(history.diverged) < len(state.seeds):
         history.seconds += timed_step(problem, optimizer, state)
-        if state.iteration % evaluate_every and state.iteration < iterations:
-            continue
-        observe(evaluated(), history)
-        due = time.monotonic() - saved >= checkpoint_seconds or (keep_last and state.iteration == iterations)
+        at_end = state.iteration == iterations
+        if at_end or state.iteration % evaluate_every == 0:
+            observe(evaluated(), history)
+        due = time.monotonic() - saved >= checkpoint_seconds or (keep_last and at_end)
         if checkpoint is not None and due:
             _save(checkpoint, state, history)
             saved = time.monotonic()

@@ -103,6 +103,37 @@ def test_every_primal_update_decreases_equation_9(net):
     assert (visit.lagrangian() < value).all()
 
 
+@pytest.mark.parametrize("shift", [-2.0, 2.0])
+def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 5, 2), nn.ReLU(), nn.Flatten()), NMF(45, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4))
+    )
+    task = replace(problem(net, loss=SquaredError()), y=torch.rand(20, 4, dtype=torch.float64))
+    options = replace(BASE, beta=1.0, together=1)
+    state = options.init(task, SEEDS)
+    state.z[1] = torch.zeros_like(state.z[1])
+    weight = task.blocks[2].linear_weight(state.theta.blocks[2])
+    state.z[2] += shift * weight.sum(2).unsqueeze(1)  # towards scores that cannot be, or can
+    _, visit = visit_of(options, task, state)
+    value = visit.lagrangian()
+    visit.update_z(2, 0.0)
+    assert (visit.lagrangian() < value).all()
+
+
+def test_the_refresh_of_scores_is_the_projection():
+    task = problem()
+    state = trained(BASE, task)
+    epoch, visit = visit_of(replace(BASE, score_sweeps=300), task, state)
+    whole, part = (visit_of(epoch.options, task, state)[1] for _ in range(2))
+    whole.refresh(1.0)
+    part.refresh(0.25)
+    assert_close(part.chain.z[0], torch.lerp(visit.chain.z[0], visit.chain.output(1), 0.25))
+    for r, basis in enumerate(epoch.factors[2].numpy()):
+        target = matrix(whole.before(2) + whole.u[1])[r].numpy()
+        expected = np.stack([nnls(basis, column)[0] for column in target.T], axis=1)
+        assert_close(matrix(whole.chain.z[1])[r], torch.from_numpy(expected), rtol=1e-5, atol=1e-7)
+
+
 def test_the_basis_decreases_equation_9_and_all_factors_stay_positive():
     task = problem()
     state = trained(BASE, task)

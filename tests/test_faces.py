@@ -322,13 +322,23 @@ def test_hdf5_without_h5py(tmp_path, monkeypatch):
 
 
 def test_the_crop_comes_before_the_size(root):
-    found = load_faces(root, box=(3, 2, 11, 10), size=8).images
+    found = load_faces(root, box=(-3, -3, 5, 5), size=8).images
     for image, name in zip(found, NAMES, strict=True):
         assert np.array_equal(image.permute(1, 2, 0), pixels(name)[2:10, 3:11])  # the side stays
     whole = torch.from_numpy(pixels(NAMES[5])).permute(2, 0, 1)[None].double()
-    for box, crop, size in ((None, whole, 5), ([3, 2, 11, 10], whole[..., 2:10, 3:11], 20)):
+    for box, crop, size in ((None, whole, 5), ([-3, -3, 5, 5], whole[..., 2:10, 3:11], 20)):
         expected = torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)
         assert (load_faces(root, box=box, size=size).images[5] - expected[0]).abs().max() < 1.01
+
+
+def test_the_crop_is_the_same_of_an_image_and_of_its_middle(tmp_path):
+    whole = np.random.RandomState(0).randint(0, 256, (25, 25, 3), dtype=np.uint8)
+    for folder, image in (("large", whole), ("middle", whole[4:20, 4:20])):  # as 250x250 and 160x160, in tenths
+        for person in ("Ann", "Bob"):
+            (tmp_path / folder / "lfw" / person).mkdir(parents=True)
+            Image.fromarray(image).save(tmp_path / folder / "lfw" / person / "1.png")
+    large, middle = (load_faces(tmp_path / folder, box=(-5, -4, 6, 7), size=11).images for folder in ("large", "middle"))
+    assert torch.equal(large, middle) and np.array_equal(large[0].permute(1, 2, 0), whole[8:19, 7:18])
 
 
 def test_other_kinds_of_files(tmp_path):
@@ -355,10 +365,10 @@ def test_a_damaged_image_is_named_and_nothing_kept(raw, root):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"box": (0, 0, 5)}, "box must be (left, top, right, bottom) in pixels of the stored image, not (0, 0, 5)"),
-        ({"box": (5, 0, 5, 5)}, "box must be (left, top"),
-        ({"box": (0, -1, 5, 5)}, "box must be (left, top"),
-        ({"box": (0, 0, 12, 11)}, "box=(0, 0, 12, 11) reaches beyond"),
+        ({"box": (0, 0, 5)}, "box must be (left, top, right, bottom) in pixels from the image's centre, not (0, 0, 5)"),
+        ({"box": (-1, -5, -1, 0)}, "box must be (left, top"),
+        ({"box": (-6, -6, -1, 0)}, "box=(-6, -6, -1, 0) reaches beyond"),
+        ({"box": (-6, -5, 6, 6)}, "box=(-6, -5, 6, 6) reaches beyond"),
         ({"size": 0}, "size must be a whole number of pixels from 1 on, not 0"),
         ({"size": 1.5}, "size must be"),
         ({"train_fraction": 1}, "train_fraction must be between 0 and 1, not 1"),
@@ -372,12 +382,12 @@ def test_impossible_arguments_are_refused(change, problem, root):
 
 
 def test_images_are_decoded_once(root, decoded):
-    first = load_faces(root, size=6, box=(0, 0, 9, 9))
+    first = load_faces(root, size=6, box=(-6, -5, 3, 4))
     assert sorted(decoded) == sorted(name.split("/")[1] for name in NAMES)
-    second = load_faces(root, size=6, box=[0, 0, 9, 9], attributes="a.csv", split_seed=1)
+    second = load_faces(root, size=6, box=[-6, -5, 3, 4], attributes="a.csv", split_seed=1)
     assert len(decoded) == len(NAMES) and torch.equal(first.images, second.images)
     second.images.zero_()  # is the caller's own
-    assert load_faces(root, size=6, box=(0, 0, 9, 9)).sha256 == first.sha256
+    assert load_faces(root, size=6, box=(-6, -5, 3, 4)).sha256 == first.sha256
     assert [path.suffix for path in (root / "cache").iterdir()] == [".npy"]
 
 
@@ -388,7 +398,7 @@ def test_the_cache_follows_the_files_and_the_crop(root, decoded):
         return images, len(decoded)
 
     before, _ = again()
-    assert again(size=7)[1] == again(box=(0, 0, 9, 9))[1] == 8
+    assert again(size=7)[1] == again(box=(-6, -5, 3, 4))[1] == 8
     assert again()[1] == 0
     path = root / "faces" / NAMES[4]
     Image.fromarray(255 - pixels(NAMES[4])).save(path)

@@ -12,7 +12,7 @@ from admm.blocks import split
 from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, OnlineBlockADMM, Problem, ZUpdate
-from admm.training import CheckpointError, History, Row, accuracy, train
+from admm.training import CheckpointError, History, Row, accuracy, read_checkpoint, train
 
 OPTIMIZERS = {
     "sgd": Backprop(6, SGD(momentum=0.9), 0.05, batch_size=16),
@@ -54,20 +54,22 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("stop", [1, 4])
-def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "every"), [(1, 1), (4, 1), (4, 2), (6, 4)])
+def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, every: int, tmp_path: Path) -> None:
     def kill(rows: list[Row], history: History) -> None:
         if rows[-1]["iteration"] == stop:
             raise Killed
 
     optimizer, checkpoint = OPTIMIZERS[name], tmp_path / "new" / "checkpoint.pt"
-    whole_state, whole = run(problem, optimizer, SEEDS, 6, test_of(problem))
+    whole_state, whole = run(problem, optimizer, SEEDS, 6, test_of(problem), every)
     with pytest.raises(Killed):
-        run(problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, kill)
+        run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, kill)
     assert checkpoint.exists() == (stop > 1)
+    if checkpoint.exists():  # of the iteration before, whether it was evaluated or not
+        assert read_checkpoint(checkpoint)["state"]["iteration"] == stop - 1
     observed: list[Row] = []
     state, resumed = run(
-        problem, optimizer, SEEDS, 6, test_of(problem), 1, checkpoint, 0.0, lambda rows, _: observed.extend(rows)
+        problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, lambda rows, _: observed.extend(rows)
     )
     assert torch.equal(state.theta.flat, whole_state.theta.flat)
     without_time = [{k: v for k, v in row.items() if k != "seconds"} for row in resumed.rows]
