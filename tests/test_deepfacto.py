@@ -106,7 +106,9 @@ def test_every_primal_update_decreases_equation_9(net):
 @pytest.mark.parametrize("shift", [-2.0, 2.0])
 def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
     net = nn.Sequential(
-        nn.Sequential(nn.Conv2d(2, 5, 2), nn.ReLU(), nn.Flatten()), NMF(45, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4))
+        nn.Sequential(nn.Conv2d(2, 5, 2), nn.ReLU(), nn.Flatten()),
+        NMF(45, 4),
+        nn.Sequential(nn.ReLU(), nn.Linear(4, 4)),
     )
     task = replace(problem(net, loss=SquaredError()), y=torch.rand(20, 4, dtype=torch.float64))
     options = replace(BASE, beta=1.0, together=1)
@@ -238,15 +240,17 @@ def test_the_export_encodes_projects_and_goes_on():
     assert_close(task.blocks.forward(state.theta, task.x.expand(2, *task.x.shape))[1], output)
 
 
-def test_training_reduces_the_loss_of_the_exported_network():
+@pytest.mark.parametrize("frozen", [0, 15])
+def test_training_reduces_the_loss_of_the_exported_network(frozen):
+    """Where S stays behind M, by 0.27 at the most: the embedding is trained to undo what is common to all S."""
     task = problem(samples=30)
-    options = replace(BASE, iterations=30, dual_step=0.0, refresh=1.0, batch_size=15, z_step=0.5)
-    start, end = options.init(task, SEEDS), trained(options, task, epochs=30)
+    options = replace(BASE, iterations=120, dual_step=0.0, refresh=1.0, batch_size=15, z_step=0.5, frozen=frozen)
+    start, end = options.init(task, SEEDS), trained(options, task, epochs=120)
     x = task.x.expand(2, *task.x.shape)
     losses = [
         task.loss.value(task.blocks.forward(state.theta, x), task.y.expand(2, -1)).mean(1) for state in (start, end)
     ]
-    assert (losses[1] < 0.8 * losses[0]).all()
+    assert (losses[1] < 0.7 * losses[0]).all()
 
 
 def test_diagnostics():

@@ -261,7 +261,7 @@ def lfwa(root, write_mat=write_v5, folder="lfw", **changes):
 @pytest.mark.parametrize("slash", ["/", "\\"])
 def test_lfwa_is_taken_as_it_is(write_mat, slash, tmp_path):
     lfwa(tmp_path, write_mat, name=[name.replace("/", slash) for name in LISTED])
-    found = load_faces(tmp_path, size=10, box=(0, 0, 10, 10))
+    found = load_faces(tmp_path, size=10, box=(-6, -5, 4, 5))
     assert found.labels == "LFWA" and found.names == tuple(LISTED)
     assert found.persons == ("Ann", "Bob", "Cy", "Di") and found.people.tolist() == [3, 0, 0, 2, 1]
     assert np.array_equal(found.attributes, answers(len(LISTED)))
@@ -337,7 +337,7 @@ def test_the_crop_is_the_same_of_an_image_and_of_its_middle(tmp_path):
         for person in ("Ann", "Bob"):
             (tmp_path / folder / "lfw" / person).mkdir(parents=True)
             Image.fromarray(image).save(tmp_path / folder / "lfw" / person / "1.png")
-    large, middle = (load_faces(tmp_path / folder, box=(-5, -4, 6, 7), size=11).images for folder in ("large", "middle"))
+    large, middle = (load_faces(tmp_path / name, box=(-5, -4, 6, 7), size=11).images for name in ("large", "middle"))
     assert torch.equal(large, middle) and np.array_equal(large[0].permute(1, 2, 0), whole[8:19, 7:18])
 
 
