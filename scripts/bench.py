@@ -47,6 +47,7 @@ SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
 IMAGES = 128  # in a mini-batch
 LARGE = 2048  # rows and columns of the matrices whose product measures the peak
+METHODS = {"online": "online_block_admm", "sgd": "sgd"}  # on CIFAR-10
 NMF_RANK, NMF_ROUNDS = 32, 40
 COLUMNS = ["name", "value", "unit", "machine"]
 Row = tuple[str, float, str]
@@ -243,21 +244,31 @@ def _objective(z: NDArray[np.float32], basis: NDArray[np.float32], scores: NDArr
 
 def cifar() -> list[Row]:
     """ResNet-18, one seed: online Block-ADMM over SGD on the narrow one, their FLOP/s as a share of a large product's,
-    which may exceed 1, as PyTorch's convolutions and products on a processor come from different libraries, and the
-    FLOPs of an epoch of CIFAR-10 at full width."""
-    methods = {"online": "online_block_admm", "sgd": "sgd"}
+    which may exceed 1, as PyTorch's convolutions and products on a processor come from different libraries, and what
+    `cifar_flops` counts."""
     narrow = [
-        _step(_config(m, "precision=fp32", experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))
-        for m in methods.values()
+        _step(_config(method, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))
+        for method in METHODS.values()
     ]
     needed = [_flops(task) for task in narrow]
     times = turns(*narrow, _large_product())
     rows: list[Row] = [("cifar_online_over_sgd", ratio(times, 0, 1), "ratio")]
-    for (name, method), flops, seconds in zip(methods.items(), needed, times, strict=False):
+    for name, flops, seconds in zip(METHODS, needed, times, strict=False):
         rows.append((f"cifar_{name}_share_of_peak", share(flops, seconds, times[2]), "share"))
-        full = _flops(_step(_config(method, experiment="cifar10_resnet18"), SEEDS[:1], _images(1)))
-        rows.append((f"cifar_{name}_flops", full / IMAGES * 50_000 / 1e12, "TFLOP/epoch"))
-    return rows
+    return rows + cifar_flops()
+
+
+def cifar_flops() -> list[Row]:
+    """Of an epoch of CIFAR-10 by ResNet-18 at full width, one seed, and of the evaluation on all 60,000 images."""
+    rows: list[Row] = []
+    for name, method in METHODS.items():
+        step = _flops(_step(_config(method, experiment="cifar10_resnet18"), SEEDS[:1], _images(1)))
+        rows.append((f"cifar_{name}_flops", step / IMAGES * 50_000 / 1e12, "TFLOP/epoch"))
+    images = _images(1)
+    problem = build_problem(_config("sgd", experiment="cifar10_resnet18"), images)
+    theta = problem.initial(SEEDS[:1])
+    forward = _flops(lambda: evaluate(problem, theta, (images.x_train, images.y_train)))
+    return [*rows, ("cifar_evaluation_flops", forward / (2 * IMAGES) * 60_000 / 1e12, "TFLOP/epoch")]
 
 
 def _images(batches: int) -> Dataset:

@@ -28,6 +28,7 @@ from admm.training import train
 from experiments.classification import check_groups
 from experiments.report import curves, report
 from experiments.store import Run, Slot, experiments_in, finished_runs
+from scripts.tables import falls_short, papers_numbers
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, str(ROOT / "run.py"), "experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
@@ -265,6 +266,18 @@ def test_the_papers_number_stands_beside_its_own_experiment_only(tmp_path: Path,
 def test_less_than_the_experiment_is_called_reduced(tmp_path: Path) -> None:
     run = put(tmp_path, "sgd-tuned", [90.0], info("sgd", "tuned", "2001", overrides=["iterations=1"], note="why"))
     assert curves([run])[0].setting == "reduced tuned: why, iterations=1"
+
+
+def test_an_experiment_that_is_less_than_the_paper_s_is_called_reduced(
+    tmp_path: Path,
+) -> None:
+    runs = {
+        name: [put(tmp_path, name, [80.0, 82.0], info("sgd", "tuned", "2001", experiment=name))]
+        for name in ("cifar10_resnet18_narrow", "cifar10_resnet18")
+    }
+    assert curves(runs["cifar10_resnet18_narrow"])[0].setting == "reduced tuned"
+    text = falls_short(papers_numbers(runs))
+    assert text == "Below the paper (its number in brackets): SGD in cifar10_resnet18, tuned: 81.00 (92.70)."
 
 
 def test_the_optimizer_of_the_contributing_guide_trains() -> None:
