@@ -98,9 +98,10 @@ class Execution:
     """How blocks are evaluated that have other layers than linear, ReLU and flatten; those are a product a layer.
 
     precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling variables
-    and gradients keep their type. compile: by `torch.compile`. channels_last: images in that memory format. recompute:
-    Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters' gradient instead of keeping
-    its activations while the others' are in use.
+    and gradients keep their type. compile: by `torch.compile`. channels_last: images in that memory format, except on
+    a processor in blocks with a strided 1×1 convolution of fewer than 8 channels. recompute: Block-ADMM, its online
+    form and BlockProp evaluate a block once more for its parameters' gradient instead of keeping its activations while
+    the others' are in use.
 
     Raises ValueError for another precision; `Blocks` does so for bf16 or compile without such a block.
     """
@@ -127,6 +128,7 @@ class ModuleLayer:
         self._call = self._compiled(self._evaluate) if execution.compile else self._evaluate
         self._trained = {name for name, _ in module.named_parameters()}
         self._others: dict[torch.device, Views] = {}
+        self._needs_contiguous = any(map(_corrupts_memory_in_channels_last, module.modules()))
 
     def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
         self.module.train(training)
@@ -174,8 +176,9 @@ class ModuleLayer:
 
     def _evaluate(self, views: Views, x: Tensor) -> Tensor:
         """The output of one replica for x [n, ...]; changes its buffers in `views` in training."""
-        if self.execution.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        if x.ndim == 4:
+            channels_last = self.execution.channels_last and not (self._needs_contiguous and x.is_cpu)
+            x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
             output: Tensor = functional_call(self.module, views, (x,))
         return output.to(x.dtype)
@@ -193,6 +196,17 @@ class ModuleLayer:
                 return compiled(views, x)
 
         return call
+
+
+def _corrupts_memory_in_channels_last(module: nn.Module) -> bool:
+    """On a processor oneDNN's gradient of these weights, of float32 and in channels-last, is written beyond its end
+    (PyTorch 2.14.1): of a strided 1×1 convolution of fewer than 8 channels."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < 8
+    )
 
 
 def _stack(replicas: list[Tensor]) -> Tensor:

@@ -43,11 +43,12 @@ def mlp_problem() -> Callable[..., Problem]:
 
 @pytest.fixture(scope="session")
 def resnet_problem() -> Callable[..., Problem]:
-    """A ResNet-18 with 2 to 16 channels, cut after conv3_x or as the keywords say, and 12 samples [1, 8, 8]."""
+    """A ResNet-18 with `width` to 8 `width` channels, cut after conv3_x or as the keywords say, and 12 samples
+    [1, 8, 8]."""
 
-    def make(loss: Loss | None = None, execution: Execution | None = None, **cut: Any) -> Problem:
+    def make(loss: Loss | None = None, execution: Execution | None = None, width: int = 2, **cut: Any) -> Problem:
         x, y = _labelled(12, 1, 8, 8)
-        blocks = split(resnet18((1, 8, 8), 3, width=2), **(cut or {"after": "conv3_x"}), execution=execution)
+        blocks = split(resnet18((1, 8, 8), 3, width), **(cut or {"after": "conv3_x"}), execution=execution)
         return Problem(x, y, blocks, loss or CrossEntropy(), initialiser("kaiming_normal"))
 
     return make
