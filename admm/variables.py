@@ -22,14 +22,16 @@ GIB = 2**30
 
 
 def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
-    """Zeros of these shapes in the dtype of `like`: on its device, in the host's memory, or mapped into memory from
-    files in the folder of temporary files (the variable TMPDIR; not one that is itself in memory), which take no room
-    there once the process has ended, however it ends.
+    """Zeros of these shapes in the dtype of `like`: on its device, in the host's memory (page-locked, for a GPU), or
+    mapped into memory from files in the folder of temporary files (the variable TMPDIR; not one that is itself in
+    memory), which take no room there once the process has ended, however it ends.
 
     Raises ValueError, with the bytes needed and what is free in each place, where they do not fit, and WriteError where
     the files cannot be made.
     """
-    needed = sum(like.element_size() * int(np.prod(shape)) for shape in shapes)
+    pinned = place == "host" and like.is_cuda
+    sizes = [like.element_size() * int(np.prod(shape)) for shape in shapes]
+    needed = sum(2 ** (size - 1).bit_length() if pinned else size for size in sizes)  # PyTorch rounds pinned memory up
     room = {name: free(name, like.device) for name in PLACES}  # type: ignore[arg-type]
     if needed > room[place]:
         others = ", ".join(f"{name} {room[name] / GIB:.1f} GiB" for name in PLACES)
@@ -40,7 +42,8 @@ def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> lis
     if place == "disk":
         with writing(Path(tempfile.gettempdir()), "the variables of all samples", needed):
             return [_mapped(shape, like.dtype) for shape in shapes]
-    return [like.new_zeros(tuple(shape), device="cpu" if place == "host" else None) for shape in shapes]
+    device = like.device if place == "device" else "cpu"
+    return [torch.zeros(tuple(shape), dtype=like.dtype, device=device, pin_memory=pinned) for shape in shapes]
 
 
 def free(place: Place, device: torch.device) -> int:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from admm import variables
-from admm.optimizers import SGD, BlockADMM, ZUpdate
+from admm.optimizers import SGD, AdaptivePenalty, BlockADMM, ZUpdate
 from admm.variables import PLACES, allocate
 
 SEEDS = (3, 1)
@@ -29,6 +31,56 @@ def test_every_place_gives_the_same_numbers(resnet_problem, place, sweep):
     assert len(kept[0]) == 8 and all(map(torch.equal, *kept))
     diagnostics = [one.diagnostics(problem, state) for one, state in zip(options, states, strict=True)]
     assert all(torch.equal(value, diagnostics[1][name]) for name, value in diagnostics[0].items())
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+def test_visits_that_are_copies_give_the_same_numbers(resnet_problem, monkeypatch, sweep):
+    """As they are on a GPU where the variables are elsewhere."""
+    problem, options = resnet_problem(), replace(BASE, sweep=sweep)
+    plain, copied = (options.init(problem, SEEDS) for _ in range(2))
+    for _ in range(2):
+        options.step(problem, plain)
+    move = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda *to, **how: move(*to, **how).clone())
+    for _ in range(2):
+        options.step(problem, copied)
+    assert torch.equal(plain.theta.flat, copied.theta.flat)
+    kept = [[*state.z, *state.u, *(m for pair in state.z_moments for m in pair)] for state in (plain, copied)]
+    assert all(map(torch.equal, *kept))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors that have shapes and devices, but no values: what would fail on a GPU fails here."""
+    monkeypatch.setattr(variables, "free", lambda name, device: 2**40)
+    monkeypatch.setattr("admm.optimizers.coupling.positive", lambda name, value, replicas: torch.ones(replicas))
+    monkeypatch.setattr(Tensor, "data_ptr", lambda tensor: id(tensor))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_visits_are_on_the_gpu_wherever_the_variables_are(mlp_problem, gpu, place, sweep):
+    plain = mlp_problem()
+    problem = replace(plain, x=torch.empty_like(plain.x, device=gpu), y=torch.empty_like(plain.y, device=gpu))
+    options = replace(BASE, sweep=sweep, variables=place, refresh=0.5, penalty=AdaptivePenalty())
+    state = options.step(problem, options.init(problem, SEEDS))
+    assert {v.device for v in (*state.z, *state.u)} == {gpu if place == "device" else torch.device("cpu")}
+    assert {v.device for v in (state.theta.flat, state.beta)} == {gpu}
+    values = options.diagnostics(problem, state)
+    assert values["kkt"].device == values["residual_1"].device == gpu
+
+
+def test_the_host_s_memory_is_page_locked_for_a_gpu_and_counted_as_it_is_rounded_up(gpu, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda shape, **options: made.append(options))
+    for like in (torch.empty(0, device=gpu), torch.empty(0)):
+        allocate("host", [(100,)], like)
+    assert [(options["device"], options["pin_memory"]) for options in made] == [("cpu", True), ("cpu", False)]
+    monkeypatch.setattr(variables, "free", lambda name, device: 511)
+    with pytest.raises(ValueError, match=r"\(512 bytes\)"):
+        allocate("host", [(100,)], like=torch.empty(0, device=gpu))
 
 
 @pytest.mark.parametrize("place", PLACES)

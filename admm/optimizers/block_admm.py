@@ -163,7 +163,7 @@ class BlockADMM:
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part in slices(len(problem.x), self.slice_size):
             x = problem.x[part].expand(len(state.seeds), *problem.x[part].shape)
-            z, u = ([v[:, part].to(x.device) for v in variables] for variables in (state.z, state.u))
+            z, u = ([v[:, part].to(x.device, non_blocking=True) for v in variables] for variables in (state.z, state.u))
             chain = Chain(problem.blocks, theta, x, z)
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, blocks + 1):
@@ -241,7 +241,8 @@ class _Sweep:
     def __init__(self, options: BlockADMM, problem: Problem, state: BlockADMMState) -> None:
         self.options, self.problem, self.state = options, problem, state
         self.theta, self.blocks = state.theta, len(state.z)
-        self.beta = [broadcast(b, z) for b, z in zip(state.beta, state.z, strict=True)]  # to multiply Z_t
+        # To multiply Z_t, which may be visited elsewhere than where it is kept.
+        self.beta = [b.view(-1, *[1] * (z.ndim - 1)) for b, z in zip(state.beta, state.z, strict=True)]
         self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
         self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
         self.rounds = options.rounds(state.iteration)
@@ -321,7 +322,7 @@ class _Sweep:
         """Consecutive samples, with or without the moments of Z; all replicas see the same inputs."""
         state, x = self.state, self.problem.x[part]
         seen = [state.z, state.u, *(state.z_moments if moments else [])]
-        z, u, *z_moments = ([v[:, part].to(x.device) for v in variables] for variables in seen)
+        z, u, *z_moments = ([v[:, part].to(x.device, non_blocking=True) for v in variables] for variables in seen)
         chain = Chain(self.problem.blocks, self.theta, x.expand(len(state.seeds), *x.shape), z)
         return _Visit(chain, self.problem.y[part], u, z_moments)
 
