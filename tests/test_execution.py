@@ -2,6 +2,7 @@
 
 import multiprocessing
 import weakref
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -209,6 +210,24 @@ def test_activations_of_one_block_at_a_time_are_held(name):
     assert peak_of_saved_activations(two_equal_blocks(6), BLOCKS_AT_A_TIME[name]) < 0.6 * of_sgd
     kept = peak_of_saved_activations(two_equal_blocks(6, recompute=False), BLOCKS_AT_A_TIME[name])
     assert 0.9 * of_sgd < kept < 1.1 * of_sgd
+
+
+def test_a_block_is_evaluated_once_where_its_pull_back_comes_next(monkeypatch):
+    problem, optimizer = two_equal_blocks(1), replace(BLOCKS_AT_A_TIME["block-admm"], slice_size=10, primal_rounds=1)
+    state, calls = optimizer.init(problem, SEEDS), Counter()
+
+    def counted(key: Any, method: Any) -> Any:
+        return lambda *arguments: (calls.update([key]), method(*arguments))[1]
+
+    for t, block in enumerate(problem.blocks, start=1):
+        for name in ("forward", "record"):
+            monkeypatch.setattr(block.layers[0], name, counted((t, name), getattr(block.layers[0], name)))
+    optimizer.step(problem, state)
+    # Of block 1 for Z and U, and in Θ's pass for each of two mini-batches; to block 2 the Z update pulls back too.
+    assert calls == {(1, "forward"): 2, (1, "record"): 2, (2, "forward"): 1, (2, "record"): 3}
+    calls.clear()
+    optimizer.diagnostics(problem, state)
+    assert calls == {(1, "record"): 1, (2, "record"): 1}
 
 
 def test_no_activations_outlive_their_mini_batch():

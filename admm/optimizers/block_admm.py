@@ -167,7 +167,7 @@ class BlockADMM:
             chain = Chain(problem.blocks, theta, x, z)
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, blocks + 1):
-                for total, v in ((square, chain.residual(t)), (norm, z[t - 1]), (dual_norm, u[t - 1])):
+                for total, v in ((square, chain.residual(t, pulled=True)), (norm, z[t - 1]), (dual_norm, u[t - 1])):
                     total[t - 1] += v.square().flatten(1).sum(1)
                 chain.pull_back(t, multiplier[t - 1], into=gradient)
                 by_z = multiplier[t - 1].clone()
@@ -363,9 +363,9 @@ class _Sweep:
             pull = torch.as_tensor(broadcast(self.pull, ahead), dtype=ahead.dtype, device=ahead.device)
             chain.move(t, torch.lerp(chain.z[t - 1], ahead, pull))
 
-    def _force(self, visit: _Visit, t: int) -> Tensor:
-        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2)."""
-        return visit.chain.residual(t).add_(visit.u[t - 1]).mul_(self.beta[t - 1])
+    def _force(self, visit: _Visit, t: int, pulled: bool | None = None) -> Tensor:
+        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2); `pulled` as in `Chain`."""
+        return visit.chain.residual(t, pulled).add_(visit.u[t - 1]).mul_(self.beta[t - 1])
 
     def _update_z(self, visit: _Visit, primal: int) -> None:
         self.options.z_update.apply(
@@ -385,7 +385,7 @@ class _Sweep:
         """One step of Θ on the mean over the mini-batch of Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖²."""
         chain = visit.chain
         for t in range(1, self.blocks + 1):
-            cotangent = self._force(visit, t).mul_(-1.0 / visit.y.shape[-2])
+            cotangent = self._force(visit, t, pulled=True).mul_(-1.0 / visit.y.shape[-2])
             chain.pull_back(t, cotangent, into=self.gradient)
         self.options.update.apply(self.theta.flat, self.gradient.flat, self.state.moments, self.theta_step)
         chain.theta_changed()

@@ -38,14 +38,16 @@ class Chain:
             for t in range(1, len(blocks) + 1):
                 self.z.append(self.output(t, pulled=t == len(blocks)))
 
-    def output(self, t: int, pulled: bool = True) -> Tensor:
-        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `pulled` says that `pull_back` follows, to which block 1
-        is for Θ's gradient alone: where that is recomputed, what it needs is not kept."""
+    def output(self, t: int, pulled: bool | None = None) -> Tensor:
+        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `pulled` says that `pull_back` through block t comes
+        next, by default for t > 1: block 1's is for Θ's gradient alone. Otherwise, where that is recomputed, what it
+        needs is not kept."""
         if (evaluation := self._evaluations[t - 1]) is None:
-            evaluation = self._evaluate(t, record=(pulled and t > 1) or not self._recomputes(t))
+            pulled = t > 1 if pulled is None else pulled
+            evaluation = self._evaluate(t, record=pulled or not self._recomputes(t))
         return evaluation[0]
 
-    def residual(self, t: int, pulled: bool = True) -> Tensor:
+    def residual(self, t: int, pulled: bool | None = None) -> Tensor:
         """Z_t − block_t(Z_{t−1}), [S, n, d_t]; `pulled` as in `output`."""
         return self.z[t - 1] - self.output(t, pulled)
 
