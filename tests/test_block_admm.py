@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from references import statistics_kept
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -195,6 +196,31 @@ class Reference:
         return [b[0] for b in minibatches(self.N, self.options.batch_size, [self.seed], epoch, torch.device("cpu"))]
 
 
+class NormalisedReference(Reference):
+    """With batch normalisation, whose running statistics follow the steps of Θ alone."""
+
+    def __init__(self, problem: Problem, options: BlockADMM, seed: int) -> None:
+        super().__init__(problem, options, seed)
+        self.network.train()
+        with statistics_kept(self.network):
+            self.z = self.forward(problem.x)
+
+    def update_z(self, i: Tensor, part: float) -> None:
+        with statistics_kept(self.network):
+            super().update_z(i, part)
+
+    def refresh(self, i: Tensor, pull: float) -> None:
+        with statistics_kept(self.network):
+            super().refresh(i, pull)
+
+    def update_u(self, i: Tensor, alpha: float) -> None:
+        with statistics_kept(self.network):
+            before = [v[i] for v in (self.problem.x, *self.z)]
+            residuals = [z[i] - block(b).detach() for z, block, b in zip(self.z, self.blocks, before, strict=False)]
+        for u, residual in zip(self.u, residuals, strict=True):
+            u[i] += alpha * residual
+
+
 def assert_same(problem: Problem, state: BlockADMMState, s: int, reference: Reference) -> None:
     torch.testing.assert_close(state.theta.flat[s], problem.blocks.flatten(reference.network), **CLOSE)
     for t in range(reference.T):
@@ -283,6 +309,29 @@ def test_it_is_algorithm_1_for_images_between_blocks(conv_problem, name, sweep):
         for s, reference in enumerate(references):
             reference.step()
             assert_same(problem, state, s, reference)
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+@pytest.mark.parametrize("last", ["prox", "step"])
+def test_it_is_algorithm_1_for_a_resnet_running_statistics_included(resnet_problem, last, sweep):
+    problem = resnet_problem(SquaredError(0.6))
+    options = replace(
+        VARIANTS["refresh"],
+        sweep=sweep,
+        batch_size=6,
+        theta_step=2e-3,
+        z_step=0.05,
+        z_update=ZUpdate("gradient", last=last),
+    )
+    state = options.init(problem, SEEDS[:2])
+    references = [NormalisedReference(problem, options, seed) for seed in SEEDS[:2]]
+    for _ in range(2):
+        options.step(problem, state)
+        for s, reference in enumerate(references):
+            reference.step()
+            assert_same(problem, state, s, reference)
+            buffers = problem.blocks.flatten(reference.network, "buffers")
+            torch.testing.assert_close(state.theta.buffers[s], buffers, **CLOSE)
 
 
 @pytest.mark.parametrize("every", [2, 3, 100])
