@@ -27,8 +27,10 @@ class CropAndFlip:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.padding, int) or self.padding < 0:
+        if type(self.padding) is not int or self.padding < 0:  # True is an int too
             raise ValueError(f"augmentation.padding: {self.padding!r} is not a whole number of pixels from 0 up")
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"augmentation.flip: {self.flip!r} is not true or false")
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         """Top row, left column and whether mirrored, [N, 3]."""

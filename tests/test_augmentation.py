@@ -77,7 +77,7 @@ def test_variables_of_each_sample_refuse_it_by_name(mlp_problem, optimizer):
         optimizer.init(problem, SEEDS)
 
 
-@pytest.mark.parametrize("padding", [-1, 1.5])
-def test_a_wrong_padding_is_refused_by_name(padding):
-    with pytest.raises(ValueError, match=r"augmentation\.padding"):
-        CropAndFlip(padding)
+@pytest.mark.parametrize("option", [{"padding": -1}, {"padding": 1.5}, {"padding": True}, {"flip": "no"}, {"flip": 0}])
+def test_a_wrong_option_is_refused_by_name(option):
+    with pytest.raises(ValueError, match=rf"augmentation\.{next(iter(option))}: "):
+        CropAndFlip(**option)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from admm.blocks import Execution, split
 from admm.losses import CrossEntropy
 from admm.models import initialiser, resnet18
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate
+from experiments.classification import execution
 
 SEEDS = (3, 1)
 OPTIMIZERS: dict[str, Optimizer[Any]] = {
@@ -155,6 +157,25 @@ def test_bf16_gives_the_same_steps_to_its_precision_and_keeps_float32(optimizer)
     difference = (half.flat - plain.flat).norm() / (plain.flat - start).norm()
     assert difference < 0.05, difference
     torch.testing.assert_close(half.buffers, plain.buffers, rtol=0.05, atol=0.05)
+
+
+@pytest.fixture
+def precision_of_products():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_tf32_is_pytorch_s_for_products_and_convolutions_until_the_next_run(resnet_problem, precision_of_products):
+    thetas = []
+    for precision, products in (("tf32", "high"), ("fp32", "highest")):
+        how = execution(OmegaConf.create({"precision": precision}))
+        assert how == Execution()
+        assert torch.get_float32_matmul_precision() == products
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        thetas.append(stepped(single(resnet_problem(execution=how)), Backprop(2, SGD(), 0.01, batch_size=6)).theta)
+    torch.testing.assert_close(*(theta.flat for theta in thetas), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
