@@ -240,6 +240,10 @@ def trained(
             )
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from None
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # PyTorch's batch normalisation, of a map of one pixel
+            raise
+        raise SystemExit(f"error: optimizer.batch_size: a mini-batch is left with one sample. {error}") from None
     finally:
         logger.close()
     return state, history

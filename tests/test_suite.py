@@ -234,6 +234,14 @@ def test_bad_input_names_the_key_and_what_would_be_right(tmp_path: Path, argumen
     assert stored(tmp_path) == []
 
 
+def test_a_mini_batch_too_small_for_batch_normalisation_names_the_key(tmp_path: Path) -> None:
+    small = ["optimizer=sgd", "model=resnet18", "model.width=2", "optimizer.batch_size=359"]  # of 1437 samples
+    done = launch(tmp_path, *small)
+    assert done.returncode != 0
+    assert "error: optimizer.batch_size: a mini-batch is left with one sample" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_help_lists_groups_and_examples() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, cwd=ROOT)
     assert re.search("experiment: .*digits_shallow, .*mnist_shallow", done.stdout) and "python run.py -m" in done.stdout
