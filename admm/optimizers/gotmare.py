@@ -39,6 +39,9 @@ class Gotmare:
     `z_step` ζ (with a schedule, or one a gluing variable); then each block takes one step `update` of size `theta_step`
     on its own term's mean over the mini-batch. An iteration is an epoch, or a part of one. For any
     network, cut into any blocks, and any loss with a gradient; one block is back-propagation.
+
+    Running statistics after a cut are those of the gluing variables that have moved, while evaluation feeds these
+    blocks a forward pass: for a large ζ the difference costs accuracy.
     """
 
     iterations: int  # the schedules' horizon
