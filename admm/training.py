@@ -17,7 +17,9 @@ from admm.files import sweep, whole
 from admm.optimizers.protocol import Optimizer, Problem, restore, save, size
 
 Row = dict[str, float]  # one evaluation of one replica
-VECTORS, IMAGES = 2000, 128  # samples evaluated at a time; the maps of so few images stay in a processor's caches
+# Samples evaluated at a time, so few that a processor's caches hold what is made of them: images, whose replicas take
+# turns; vectors, at most, and of all replicas.
+IMAGES, VECTORS, OF_ALL = 128, 2000, 8000
 
 
 class CheckpointError(ValueError):
@@ -42,7 +44,7 @@ class History:
 def evaluate(problem: Problem, theta: Parameters, test: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """`train_loss`, `train_accuracy` and `test_accuracy` of a plain forward pass, each [S]."""
     loss, right = torch.zeros(2, len(theta.flat), device=problem.x.device)
-    for x, y in _parts(problem.x, problem.y):
+    for x, y in _parts(problem.x, problem.y, len(theta.flat)):
         z = problem.blocks.forward(theta, x.expand(len(theta.flat), *x.shape))
         loss += problem.loss.value(z, y).sum(1)
         right += (z.argmax(2) == y.argmax(1)).sum(1)
@@ -56,14 +58,14 @@ def evaluate(problem: Problem, theta: Parameters, test: tuple[Tensor, Tensor]) -
 def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Tensor:
     """Percent [S] of the samples x [M, ...] whose largest output is their label [M], by a plain forward pass."""
     right = torch.zeros(len(theta.flat), device=x.device)
-    for part, label in _parts(x, labels):
+    for part, label in _parts(x, labels, len(theta.flat)):
         right += (blocks.forward(theta, part.expand(len(theta.flat), *part.shape)).argmax(2) == label).sum(1)
     return 100.0 * right / len(x)
 
 
-def _parts(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Samples x [N, ...] and what belongs to them y [N, ...], a few at a time."""
-    samples = VECTORS if x.ndim == 2 else IMAGES
+    samples = min(VECTORS, max(1, OF_ALL // replicas)) if x.ndim == 2 else IMAGES
     return zip(x.split(samples), y.split(samples), strict=True)
 
 
