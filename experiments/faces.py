@@ -56,7 +56,7 @@ def row(experiment: str, run: Run, probes: pd.DataFrame) -> dict[str, Any]:
         "AUC": by_replica["auc"].mean(),
         "majority class": by_replica["majority"].mean(),
         "attributes": probes["attribute"].nunique(),
-        "verification by scores": np.mean(info["scores_verification"]) if len(by_replica) else np.nan,
+        "verification by scores": np.mean(info.get("scores_verification") or np.nan),
     }
     if "verification" in history:
         line |= verification(run, history)
