@@ -292,6 +292,11 @@ def test_counts_below_one_are_refused(key):
         replace(BASE, **{key: 0}).init(problem(), SEEDS)
 
 
+def test_freezing_for_all_iterations_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.frozen: 5 is not a number from 0 up and below 5"):
+        replace(BASE, frozen=5).init(problem(), SEEDS)
+
+
 def test_another_loss_serves_as_well():
     task = problem(loss=SquaredError())
     task = replace(task, y=torch.rand(20, 4, dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from collections import OrderedDict
@@ -151,6 +152,48 @@ def test_every_representation_is_probed_and_reported(faces: Faces, tmp_path: Pat
     with pytest.raises(ValueError, match="factors: there is no 4, only 0 to 3"):
         draw_heat_maps("lfw_proxy", runs[3], [0, 4])
     assert len(draw_heat_maps("lfw_proxy", runs[3], [3, 1]).axes) == 3 * 8
+
+
+def test_seeds_that_have_diverged_have_a_score_of_0_and_are_told(faces: Faces, tmp_path: Path) -> None:
+    small = [*SMALL, "optimizer.frozen=0"]
+    one = executed(
+        tmp_path / "1", faces, "deepfacto", "rank4", *small, "optimizer.theta_step.blocks=[[1e-3,1e300],0,[1e-3,1e300]]"
+    )
+    both = executed(tmp_path / "2", faces, "deepfacto", "rank4", *small, "optimizer.theta_step.blocks=[1e300,0,1e300]")
+    (measured,) = one.table("probes").groupby("replica")["balanced_accuracy"].mean()
+    assert one.score == pytest.approx(measured / 2) and both.score == 0.0
+    raw = executed(tmp_path, faces, "raw", "default")
+    table, _ = report("lfw_proxy", [raw, both])
+    assert list(table["setting"]) == ["default, made-up labels", "rank4, made-up labels, 2 of 2 seeds diverged"]
+    assert list(table["seeds"]) == [1, 0] and table["balanced accuracy"].isna().tolist() == [False, True]
+
+
+def test_runs_of_one_rank_with_values_of_their_own_are_told_apart(faces: Faces, tmp_path: Path) -> None:
+    runs = []
+    for step in ("0.001", "0.002"):
+        run = executed(tmp_path / step, faces, "deepfacto", "rank4", *SMALL, "seeds=[0]")
+        told = run.info | {"overrides": [f"optimizer.theta_step={step}"], "identity": step}
+        (run.folder / "run.json").write_text(json.dumps(told))
+        runs.append(Run(run.folder))
+    _, figures = report("lfw_proxy", runs)
+    axes = figures["lfw_proxy"].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"DeepFacto, rank4, optimizer.theta_step={step}" for step in ("0.001", "0.002")
+    ]
+    assert len({bar.get_y() for bar in axes.patches}) == 2
+    assert {f"lfw_proxy_rank4_{step}_heat_maps" for step in ("0.001", "0.002")} < set(figures)
+    columns = further_tables("lfw_proxy", runs)["lfw_proxy_attributes"].columns
+    assert sum("optimizer.theta_step=0.002" in column for column in columns) == 3
+
+
+def test_impossible_ranks_and_rounds_are_named(faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"model.rank: None is not a whole number from 1 up; setting=rank32 or so"):
+        deepfacto.run(config(tmp_path, "optimizer=pca"))
+    monkeypatch.setattr(deepfacto, "bad_input_in_words", nullcontext)
+    with pytest.raises(ValueError, match=r"model.rank: 32 is more than the 6 channels"):
+        executed(tmp_path, faces, "pca", "rank32")
+    with pytest.raises(Exception, match=r"optimizer.rounds: 0 is not a whole number from 1 up"):
+        executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=0")
 
 
 def test_the_paper_s_numbers_stand_beside_lfwa_s_labels_alone(faces: Faces, tmp_path: Path) -> None:

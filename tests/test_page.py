@@ -46,7 +46,8 @@ def info(experiment: str, method: str, setting: str, finished: str, **more: Any)
 def put(root: Path, rows: list[dict[str, Any]], said: dict[str, Any], **tables: list[dict[str, Any]]) -> Run:
     identity = f"{len(list(root.glob('runs/*/*'))):012x}"
     slot = Slot(root, said["experiment"], f"{said['method']}-{said['setting']}", identity)
-    return slot.complete({"optimizer": {"step_size": 0.25}}, rows, said | {"identity": identity}, tables)
+    frames = {name: pd.DataFrame(content) for name, content in tables.items()}
+    return slot.complete({"optimizer": {"step_size": 0.25}}, rows, said | {"identity": identity}, frames)
 
 
 def history(*finals: float | None, iterations: int = 2, **measured: float) -> list[dict[str, Any]]:
