@@ -44,7 +44,7 @@ reproduce: env ## run every experiment that has not been run, then figures and t
 	for name in $(EXPERIMENTS); do $(BIN)/python run.py experiment=$$name $(ARGS) || exit 1; done
 	$(BIN)/python run.py experiment=$(CIFAR10) optimizer=online_block_admm setting=faithful $(ARGS)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faces]'
-	-$(BIN)/python run.py experiment=lfw_proxy $(ARGS) # where its table of labels is
+	@[ ! -e $${ADMM_DATA:-data}/lfwa/lfw_attributes_proxy.csv.gz ] || $(BIN)/python run.py experiment=lfw_proxy $(ARGS)
 	$(MAKE) figures tables
 
 reproduce-gpu: ## the same on a GPU, Figure 7 at full size

@@ -69,7 +69,7 @@ def slices(samples: int, size: int) -> Iterator[slice]:
 def own_rows(variables: Tensor, batch: Tensor) -> Tensor:
     """Of each replica's own variables [S, N, ...] its samples [S, B]: [S, B, ...] on the device of `batch`."""
     found = variables.flatten(0, 1).index_select(0, _flat_index(variables, batch))
-    return found.view(*batch.shape, *variables.shape[2:]).to(batch.device, non_blocking=True)
+    return found.view(*batch.shape, *variables.shape[2:]).to(batch.device)
 
 
 def put_own_rows(variables: Tensor, batch: Tensor, values: Tensor) -> None:

@@ -22,9 +22,10 @@ GIB = 2**30
 
 
 def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
-    """Zeros of these shapes in the dtype of `like`: on its device, in the host's memory (page-locked, for a GPU), or
-    mapped into memory from files in the folder of temporary files (the variable TMPDIR; not one that is itself in
-    memory), which take no room there once the process has ended, however it ends.
+    """Zeros of these shapes in the dtype of `like`: on its device, in the host's memory (page-locked for a GPU, where
+    consecutive samples of one replica then move while it computes), or mapped into memory from files in the folder of
+    temporary files (the variable TMPDIR; not one that is itself in memory), which take no room there once the process
+    has ended, however it ends.
 
     Raises ValueError, with the bytes needed and what is free in each place, where they do not fit, and WriteError where
     the files cannot be made.

@@ -243,7 +243,7 @@ def trained(
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):  # PyTorch's batch normalisation, of a map of one pixel
             raise
-        raise SystemExit(f"error: optimizer.batch_size: a mini-batch is left with one sample. {error}") from None
+        raise SystemExit(f"error: optimizer.batch_size, or slice_size, leaves one sample alone. {error}") from None
     finally:
         logger.close()
     return state, history
@@ -259,7 +259,7 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
     note = slot.partial / "started.json"
     if slot.checkpoint.exists():
         log.info("resuming from %s", slot.checkpoint)
-    if note.exists():  # of an interrupted run, whose checkpoint or probes are there
+    if slot.checkpoint.exists() or (slot.partial / "probes.jsonl").exists():
         started = json.loads(note.read_text())
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:

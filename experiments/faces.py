@@ -30,7 +30,7 @@ def report(experiment: str, runs: list[Run]) -> Content:
         [row(experiment, r, p[p["attribute"].isin(common)]) for r, p in zip(shown, kept, strict=True)],
         index=[run.name for run in shown],
     )
-    result.insert(5, "above NMF", [_above_nmf(line, result) for _, line in result.iterrows()])
+    result.insert(5, "above NMF", [_above_nmf(run, shown, result) for run in shown])
     figures = {experiment: bars(experiment, shown, result)}
     for run in shown:
         if (run.folder / "arrays.npz").exists():
@@ -79,11 +79,16 @@ def verification(run: Run, history: pd.DataFrame) -> dict[str, float]:
     return {"verification before": float(before.iloc[-1]), "after": float(by_iteration.iloc[-1])}
 
 
-def _above_nmf(line: pd.Series[Any], result: pd.DataFrame) -> float:
-    """By how much the balanced accuracy is above that of NMF of the same rank, fitted afterwards."""
-    of_nmf = result[(result["method"] == paper()["labels"]["nmf"]) & (result["setting"] == line["setting"])]
-    same = line["method"] == paper()["labels"]["deepfacto"] and len(of_nmf) == 1
-    return line["balanced accuracy"] - float(of_nmf["balanced accuracy"].iloc[0]) if same else float("nan")
+def _above_nmf(run: Run, shown: Sequence[Run], result: pd.DataFrame) -> float:
+    """By how much DeepFacto's balanced accuracy is above that of NMF of the same rank and labels, fitted afterwards."""
+    keys = ("setting", "labels", "dataset")
+    of_nmf = [
+        r for r in shown if r.info["method"] == "nmf" and all(r.info.get(key) == run.info.get(key) for key in keys)
+    ]
+    if run.info["method"] != "deepfacto" or len(of_nmf) != 1:
+        return float("nan")
+    found = result["balanced accuracy"]
+    return float(found[run.name] - found[of_nmf[0].name])
 
 
 def attributes(experiment: str, runs: list[Run]) -> pd.DataFrame:
@@ -117,7 +122,7 @@ def bars(experiment: str, shown: list[Run], result: pd.DataFrame) -> Figure:
     values, places = result["balanced accuracy"], range(len(shown))  # two runs may have the same label
     axes.barh(places, values, xerr=result["std"].fillna(0.0), color=colours, height=0.7)
     for place, value in zip(places, values, strict=True):
-        axes.text(max(value, 50.0), place, f" {value:.1f}", va="center", fontsize=8)
+        axes.text(max(50.0, value), place, f" {value:.1f}", va="center", fontsize=8)
     axes.set_yticks(places, labels)
     axes.set(xlabel="balanced accuracy, mean over the attributes (%)", xlim=(50, 100))
     axes.invert_yaxis()

@@ -70,7 +70,8 @@ class Curve:
     def setting(self) -> str:
         """The setting's name, whether it is reduced (less than the paper's), and what is to be known of the run."""
         given = self.info["overrides"]
-        less = any(override.startswith(REDUCING) for override in given) or self._known("reduced")
+        experiment = paper()["experiments"].get(self.info["experiment"], {})
+        less = any(override.startswith(REDUCING) for override in given) or experiment.get("reduced", False)
         name = f"{'reduced ' if less else ''}{self.info['setting']}"
         note = [f"{name}: {self.info['note']}" if self.info["note"] else name]
         parts = [*note, *given]

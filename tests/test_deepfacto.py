@@ -136,6 +136,17 @@ def test_the_refresh_of_scores_is_the_projection():
         assert_close(matrix(whole.chain.z[1])[r], torch.from_numpy(expected), rtol=1e-5, atol=1e-7)
 
 
+def test_the_refresh_of_scores_of_rank_one_goes_a_part_of_the_way():
+    task = problem(network(rank=1))
+    state = trained(BASE, task)
+    whole, part = (visit_of(BASE, task, state)[1] for _ in range(2))
+    before = part.chain.z[1].clone()
+    whole.refresh(1.0)
+    part.refresh(0.0)
+    assert_close(part.chain.z[1], before)
+    assert not torch.allclose(whole.chain.z[1], before)
+
+
 def test_the_basis_decreases_equation_9_and_all_factors_stay_positive():
     task = problem()
     state = trained(BASE, task)

@@ -162,10 +162,14 @@ def test_seeds_that_have_diverged_have_a_score_of_0_and_are_told(faces: Faces, t
     both = executed(tmp_path / "2", faces, "deepfacto", "rank4", *small, "optimizer.theta_step.blocks=[1e300,0,1e300]")
     (measured,) = one.table("probes").groupby("replica")["balanced_accuracy"].mean()
     assert one.score == pytest.approx(measured / 2) and both.score == 0.0
-    raw = executed(tmp_path, faces, "raw", "default")
-    table, _ = report("lfw_proxy", [raw, both])
-    assert list(table["setting"]) == ["default, made-up labels", "rank4, made-up labels, 2 of 2 seeds diverged"]
-    assert list(table["seeds"]) == [1, 0] and table["balanced accuracy"].isna().tolist() == [False, True]
+    nmf = executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5")
+    for run, seeds in ((both, 0), (one, 1)):
+        table, _ = report("lfw_proxy", [nmf, run])
+        assert table["setting"].iloc[1] == f"rank4, made-up labels, {2 - seeds} of 2 seeds diverged"
+        assert list(table["seeds"]) == [2, seeds]
+        difference = table["balanced accuracy"].iloc[1] - table["balanced accuracy"].iloc[0]
+        assert np.array_equal(table["above NMF"].iloc[1], difference, equal_nan=True)
+        assert np.isnan(difference) == (seeds == 0)
 
 
 def test_runs_of_one_rank_with_values_of_their_own_are_told_apart(faces: Faces, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_mini_batch_too_small_for_batch_normalisation_names_the_key(tmp_path: 
     small = ["optimizer=sgd", "model=resnet18", "model.width=2", "optimizer.batch_size=359"]  # of 1437 samples
     done = launch(tmp_path, *small)
     assert done.returncode != 0
-    assert "error: optimizer.batch_size: a mini-batch is left with one sample" in done.stdout + done.stderr
+    assert "error: optimizer.batch_size, or slice_size, leaves one sample alone" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -283,7 +283,11 @@ def test_an_experiment_that_is_less_than_the_paper_s_is_called_reduced(
         name: [put(tmp_path, name, [80.0, 82.0], info("sgd", "tuned", "2001", experiment=name))]
         for name in ("cifar10_resnet18_narrow", "cifar10_resnet18")
     }
-    assert curves(runs["cifar10_resnet18_narrow"])[0].setting == "reduced tuned"
+    (curve,) = curves(runs["cifar10_resnet18_narrow"])
+    assert curve.setting == "reduced tuned"
+    curve.info["overrides"] = ["precision=bf16"]
+    assert curve.setting == "reduced tuned, precision=bf16"
+    curve.info["overrides"] = []
     text = falls_short(papers_numbers(runs))
     assert text == "Below the paper (its number in brackets): SGD in cifar10_resnet18, tuned: 81.00 (92.70)."
 

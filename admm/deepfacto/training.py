@@ -60,7 +60,7 @@ class DeepFacto:
     frozen: int = 0
     update: Rule = field(default_factory=Adam)
     dual_step: Value = 0.0
-    refresh: Value = 1.0  # each visit first moves Z_t this part of the way to the forward pass
+    refresh: Value = 1.0  # each visit first moves Z_t and S this part of the way to the forward pass
     slice_size: int = 2000  # samples that are evaluated at a time outside of mini-batches
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> DeepFactoState:
@@ -267,8 +267,9 @@ class _Visit:
         return value
 
     def refresh(self, part: float | Tensor) -> None:
-        """Z_t moves this part of the way to block_t(Z_{t−1}), of what has been moved already, and S to its projection:
-        left where M was before the last epoch, all S are off by the same shift, which Θ would be trained to undo."""
+        """Z_t moves this part of the way to block_t(Z_{t−1}), of what has been moved already, and S to what sweeps
+        towards its projection give: left where M was before the last epoch, all S are off by the same shift, which Θ
+        would be trained to undo."""
         for t in range(1, len(self.chain.z) + 1):
             output = self._projected(t) if t in self.epoch.factors else self.chain.output(t)
             pull = torch.as_tensor(broadcast(part, output)).to(output)
@@ -326,7 +327,7 @@ class _Visit:
         return basis.mT @ basis, basis.mT @ matrix(self.before(t) + self._dual(t))
 
     def _swept(self, t: int, gram: Tensor, cross: Tensor) -> Tensor:
-        scores = matrix(self.chain.z[t - 1]).contiguous()
+        scores = matrix(self.chain.z[t - 1]).clone(memory_format=torch.contiguous_format)  # of one sample it is a view
         for _ in range(self.epoch.options.score_sweeps):
             sweep(gram, cross, scores)
         return feature_maps(scores, like=self.before(t))
