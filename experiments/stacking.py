@@ -26,7 +26,7 @@ from experiments.loggers import Logger
 from experiments.store import RESUME, Slot, failed_writes_in_words
 
 log = logging.getLogger(__name__)
-ON_A_PROCESSOR = 45  # replicas with mini-batches of 64, up to which a larger stack pays (`make bench`)
+REPLICAS, SAMPLES = 45, 45 * 128  # of a stack, and of all their mini-batches, up to which more pay (`make bench`)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def largest_stack(cell: Cell, replicas: int | None, memory: float | None) -> int
 def paying_on_a_processor(samples: int) -> int:
     """Replicas, given the samples of a step: the larger the step, the fewer keep a processor busy, and what more of
     them hold no longer fits its caches."""
-    return ON_A_PROCESSOR * 64 // samples
+    return min(REPLICAS, SAMPLES // samples)
 
 
 def train_stack(cells: Sequence[Cell]) -> None:
