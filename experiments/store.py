@@ -125,10 +125,11 @@ class Run:
     def score(self) -> float:
         """What a search maximises, percent: the probes' mean balanced accuracy of DeepFacto, else the last accuracy on
         the test set or what is held out, mean over the seeds; a seed that has diverged has 0."""
-        history, info = self.history, self.info
+        info = self.info
         if (self.folder / "probes.csv").exists():
             by_replica = self.table("probes").groupby("replica")["balanced_accuracy"].mean()
             return float(by_replica.sum() / (len(by_replica) + len(info.get("diverged", {}))))
+        history = self.history
         last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
         return float(last.sum() / len(info["seeds"]))
 
