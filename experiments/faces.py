@@ -99,7 +99,8 @@ def attributes(experiment: str, runs: list[Run]) -> pd.DataFrame:
         name = f"{paper()['labels'].get(run.info['method'], run.info['method'])} {setting(run)}"
         by_attribute = run.table("probes").groupby("attribute")
         for key in ("positives", "majority"):
-            columns[key] = columns.get(key, by_attribute[key].mean()).combine_first(by_attribute[key].mean())
+            mean = by_attribute[key].mean()
+            columns[key] = columns.get(key, mean).combine_first(mean)
         for measure, label in MEASURES.items():
             columns[f"{name}: {label}"] = by_attribute[measure].mean()
     known = paper()["experiments"]["lfwa_deepfacto"]["attributes"]
