@@ -54,7 +54,11 @@ class LinearLayer:
         self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
     ) -> Tensor | None:
         if into is not None:
-            torch.bmm(cotangent.mT, saved, out=into["weight"])
+            weight = into["weight"]
+            if weight.is_contiguous() or weight.device.type != "cpu":
+                torch.bmm(cotangent.mT, saved, out=weight)
+            else:  # where each replica would be a product of its own, which is slower than this copy
+                weight.copy_(torch.bmm(cotangent.mT, saved))
             if "bias" in into:
                 torch.sum(cotangent, 1, out=into["bias"])
         return torch.bmm(cotangent, theta["weight"]) if to_input else None

@@ -40,6 +40,16 @@ def test_a_replica_s_draws_depend_on_its_seed_and_the_epoch_alone(resnet_problem
     assert torch.equal(torch.cat(parts, 1), whole[1])
 
 
+@pytest.mark.parametrize("augmentation", [None, CropAndFlip(2)])
+def test_replicas_of_one_seed_in_any_place_have_its_mini_batches(resnet_problem, augmentation):
+    problem, seeds = replace(resnet_problem(), augmentation=augmentation), [SEEDS[1], SEEDS[0], SEEDS[1]]
+    alone = {seed: list(problem.minibatches(4, [seed], 1, None)) for seed in seeds}
+    for number, (part, x, y) in enumerate(problem.minibatches(4, seeds, 1, None)):
+        for replica, seed in enumerate(seeds):
+            at, images, targets = alone[seed][number]
+            assert part == at and torch.equal(x[replica], images[0]) and torch.equal(y[replica], targets[0])
+
+
 def test_samples_keep_their_targets_and_are_changed_as_drawn(resnet_problem):
     change = CropAndFlip(2)
     problem = replace(resnet_problem(), augmentation=change)

@@ -41,16 +41,21 @@ class Problem:
     ) -> Iterator[tuple[float, Tensor, Tensor]]:
         """The mini-batches of an iteration, an epoch or one of its `parts`: the part of it that is over, inputs
         [S, B, ...], augmented, and targets [S, B, C]. Raises ValueError as `admm.minibatches.minibatches` does."""
-        batches = minibatches(len(self.x), batch_size, seeds, iteration, self.x.device, parts)
+        distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, gathered once
+        place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.x.device)
+        batches = minibatches(len(self.x), batch_size, distinct, iteration, self.x.device, parts)
         if self.augmentation is not None:
-            draws = [generator(seed, "augmentation", iteration // (parts or 1)) for seed in seeds]
+            draws = [generator(seed, "augmentation", iteration // (parts or 1)) for seed in distinct]
             drawn = torch.stack([self.augmentation.draw(len(self.x), random) for random in draws]).to(self.x.device)
         for number, batch in enumerate(batches):
             x = rows(self.x, batch)
             if self.augmentation is not None:
                 changes = drawn.take_along_dim(batch.unsqueeze(2), 1)
                 x = self.augmentation.apply(x.flatten(0, 1), changes.flatten(0, 1)).unflatten(0, batch.shape)
-            yield number / len(batches), x, rows(self.y, batch)
+            y = rows(self.y, batch)
+            if len(distinct) < len(seeds):
+                x, y = x.index_select(0, place), y.index_select(0, place)
+            yield number / len(batches), x, y
 
     def refuse_augmentation(self, optimizer: str) -> None:
         """Raises ValueError if there is one: `optimizer` keeps variables of each sample."""

@@ -48,8 +48,6 @@ class Adam:
 
     def _fused(self, stacks: list[list[Tensor]], step: float) -> None:
         theta, gradient, mean, square, count = stacks
-        if self.weight_decay:
-            torch._foreach_mul_(theta, 1.0 - step * self.weight_decay)
         adam(
             theta,
             gradient,
@@ -58,11 +56,12 @@ class Adam:
             [],
             count,
             fused=True,
+            decoupled_weight_decay=True,
             amsgrad=False,
             beta1=self.beta1,
             beta2=self.beta2,
             lr=step,
-            weight_decay=0.0,
+            weight_decay=self.weight_decay,
             eps=self.epsilon,
             maximize=False,
         )
