@@ -240,11 +240,18 @@ def _layer(module: nn.Module, execution: Execution) -> Layer:
     return _known_layer(module) or ModuleLayer(module, execution)
 
 
+def _draws(module: nn.Module) -> bool:
+    """Whether a module of PyTorch's draws random numbers in training; what other modules do cannot be known."""
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0.0
+    return isinstance(module, nn.RReLU) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0)
+
+
 def _check_layer(name: str, module: nn.Module) -> None:
     """Raises ValueError for what cannot be evaluated anew with the same result."""
     if any(getattr(m, "inplace", False) for m in module.modules()):
         raise ValueError(f"layer {name!r} ({type(module).__name__}) overwrites its input; use inplace=False")
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) for m in module.modules()):
+    if any(map(_draws, module.modules())):
         raise ValueError(
             f"layer {name!r} ({type(module).__name__}) draws anew in each evaluation, which is not supported"
         )
@@ -330,11 +337,14 @@ class Blocks(Sequence[Block]):
     def __init__(self, network: nn.Module, names: Sequence[Sequence[str]], execution: Execution | None = None) -> None:
         """names: of the network's layers, block by block, in the order of evaluation.
 
-        Raises ValueError for a layer that draws random numbers, overwrites its input or averages over all steps, and
-        for an option of `execution` without effect.
+        Raises ValueError for a layer of PyTorch's that draws random numbers, for one that overwrites its input,
+        averages over all steps or is not to be trained, and for an option of `execution` without effect. A module of
+        one's own must not draw random numbers in its `forward` either: replicas and resumed runs would differ.
         """
         self.network, self.names, modules = network, names, _modules(network)
         for name in chain.from_iterable(names):
+            if not all(p.requires_grad for p in modules[name].parameters()):
+                raise ValueError(f"layer {name!r} has parameters with requires_grad=False, which is not supported")
             if _known_layer(modules[name]) is None:
                 _check_layer(name, modules[name])
         self.execution = execution or Execution()

@@ -180,11 +180,13 @@ def _find(name: str, root: Path, download: bool) -> Arrays:
             return _download(name, npz)
         return _checked(name, arrays, unpacked)
     except DatasetError as error:
+        ways = [f"put {npz} there, with {', '.join(KEYS)} as uint8"]
+        if SOURCES[name].torchvision:
+            ways.append(f"put torchvision's unpacked files into {unpacked}")
+            ways.append("load with download=True (dataset.download=true), torchvision installed and a network")
+        listed = ";\n".join(f"  {number}. {way}" for number, way in enumerate(ways, start=1))
         raise DatasetError(
-            f"{error}\nThree ways to provide {name}, once any wrong or damaged file is deleted:\n"
-            f"  1. put {npz} there, with {', '.join(KEYS)} as uint8;\n"
-            f"  2. put torchvision's unpacked files into {unpacked};\n"
-            f"  3. load with download=True (dataset.download=true), torchvision installed and a network."
+            f"{error}\nWays to provide {name}, once any wrong or damaged file is deleted:\n{listed}."
         ) from None  # the message says it all
 
 
@@ -202,6 +204,8 @@ def _read_npz(npz: Path) -> Arrays:
 
 def _read_torchvision(name: str, root: Path, *, download: bool) -> Arrays:
     source = SOURCES[name]
+    if not source.torchvision:
+        raise DatasetError(f"no {name}.npz")
     try:
         # imported here, so that npz files need no torchvision
         from torchvision import datasets
@@ -270,6 +274,8 @@ def _checked(name: str, arrays: Arrays, origin: str | Path) -> Arrays:
             raise DatasetError(f"{origin}: x_{part} is {x.dtype} {list(x.shape)}, expected uint8 [N, {pixels}]")
         if y.dtype != np.uint8 or y.shape not in ((len(x),), (len(x), 1)):
             raise DatasetError(f"{origin}: y_{part} is {y.dtype} {list(y.shape)}, expected uint8 [{len(x)}]")
+        if y.size and y.max() >= source.classes:
+            raise DatasetError(f"{origin}: y_{part} has a label {y.max()}, expected 0 to {source.classes - 1}")
     found = digest(arrays)
     if found != source.sha256:
         raise DatasetError(f"{origin}: the content's SHA-256 is\n  {found}, expected\n  {source.sha256}.")

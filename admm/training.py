@@ -103,7 +103,7 @@ def train(
     if checkpoint is not None:
         sweep(checkpoint)
     if checkpoint is not None and checkpoint.exists():
-        _load(checkpoint, state, history)
+        _load(checkpoint, optimizer, state, history)
         observe(history.rows, history)
     else:
         observe(evaluated(), history)
@@ -115,7 +115,7 @@ def train(
             observe(evaluated(), history)
         due = time.monotonic() - saved >= checkpoint_seconds or (keep_last and at_end)
         if checkpoint is not None and due:
-            _save(checkpoint, state, history)
+            _save(checkpoint, optimizer, state, history)
             saved = time.monotonic()
     return history
 
@@ -150,23 +150,30 @@ def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: H
     return rows
 
 
-def _save(path: Path, state: Any, history: History) -> None:
+def _save(path: Path, optimizer: Optimizer[Any], state: Any, history: History) -> None:
     saved = save(state)
+    content = {"optimizer": type(optimizer).__name__, "state": saved, "history": vars(history)}
     with whole(path, "the checkpoint", size(saved)) as part, part.open("wb") as file:
-        torch.save({"state": saved, "history": vars(history)}, file)
+        torch.save(content, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """`state` and `history` of a checkpoint. Raises CheckpointError if it is damaged."""
+    """`optimizer`, its class's name, `state` and `history` of a checkpoint. Raises CheckpointError if it is damaged, or
+    another file."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)  # type: ignore[no-any-return]
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
         raise CheckpointError(f"{path}: is damaged ({error}); delete the file to start anew") from None
+    if not isinstance(content, dict) or not {"state", "history"} <= content.keys():
+        raise CheckpointError(f"{path}: is no checkpoint of `admm.training.train`; give another path")
+    return content
 
 
-def _load(path: Path, state: Any, history: History) -> None:
-    saved = read_checkpoint(path)
+def _load(path: Path, optimizer: Optimizer[Any], state: Any, history: History) -> None:
+    saved, own = read_checkpoint(path), type(optimizer).__name__
     try:
+        if saved.get("optimizer", own) != own:  # those of former versions do not say it
+            raise ValueError(f"checkpoint: of {saved['optimizer']}, expected {own}")
         restore(state, saved["state"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; delete the file to start anew") from None

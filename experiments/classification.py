@@ -37,6 +37,7 @@ from experiments.store import (
     Slot,
     failed_writes_in_words,
     identity,
+    mean_score,
     row_identity,
     runs_named,
 )
@@ -66,18 +67,18 @@ class Job:
 
 
 def run(config: DictConfig) -> float | None:
-    """Train and evaluate, unless it has been done. Returns the run's score, for a search."""
-    finished = run_once(config, execute)
-    return finished.score if finished else None
+    """Train and evaluate, unless it has been done. Returns the score of the seeds asked for, for a search."""
+    return mean_score(run_once(config, execute), config.seeds)
 
 
 def run_once(
     config: DictConfig, make: Callable[[DictConfig, Job], Run], load: Callable[..., Any] = load_once
-) -> Run | None:
-    """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`.
+) -> list[Run]:
+    """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`. Returns it after those that
+    join it.
 
-    A run that another process is making is waited for. But in a grid it is None at first: the launch goes on with its
-    other jobs, and comes back to it at the end (`experiments.report.Report`).
+    A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
+    its other jobs, and comes back to it at the end (`experiments.report.Report`).
 
     Bad input ends the program with a message that names the key or file; `hydra.verbose=true` shows where.
     """
@@ -90,16 +91,17 @@ def run_once(
             if not held:
                 log.info("%s is being made by another process: left to it", job.slot.name)
                 left.touch()
-                return None
+                return []
             finished = job.slot.finished()
             if finished is not None and not config.force:
                 log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
             else:
                 finished = make(config, job)
-        report_to_launch([*job.joined, finished])
+        runs = [*job.joined, finished]
+        report_to_launch(runs)
         if not job.info["overrides"]:
             job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
-    return finished
+    return runs
 
 
 def report_to_launch(runs: Sequence[Run]) -> None:

@@ -45,7 +45,7 @@ from experiments.classification import (
     run_once,
     trained,
 )
-from experiments.store import Run
+from experiments.store import Run, mean_score
 
 log = logging.getLogger(__name__)
 SLICE = 256  # images that a network is applied to at a time
@@ -63,8 +63,7 @@ def run(config: DictConfig) -> float | None:
         raise SystemExit(
             f"error: model.rank: {config.model.rank!r} is not a whole number from 1 up; setting=rank32 or so"
         )
-    finished = run_once(config, execute, partial(load, config.backbone))
-    return finished.score if finished else None
+    return mean_score(run_once(config, execute, partial(load, config.backbone)), config.seeds)
 
 
 def load(backbone: DictConfig, name: str, root: str, holdout: int, device: Any, dtype: Any, **options: Any) -> Faces:

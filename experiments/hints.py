@@ -20,7 +20,7 @@ CONF = Path(__file__).parents[1] / "conf"
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     """For an error in writing what to do; else a line for each override `a.b=c` whose key `a.b` does not exist."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # as a missing file of conf/ is
         return [_write_hint(error)]
     overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
     groups = [o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o]

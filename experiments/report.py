@@ -56,11 +56,16 @@ def paper() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run as a row of a table and a curve of a figure."""
+    """A run, or several that differ in their seeds alone, as a row of a table and a curve of a figure."""
 
-    run: str  # its name in the store
+    runs: tuple[str, ...]  # their names in the store, the newest first
     info: dict[str, Any]
     history: pd.DataFrame
+
+    @property
+    def run(self) -> str:
+        """The newest, which the row leads to."""
+        return self.runs[0]
 
     @property
     def method(self) -> str:
@@ -168,14 +173,15 @@ def curves(runs: list[Run]) -> list[Curve]:
 def _joined(runs: list[Run]) -> Curve:
     """The last of these runs, with the seeds of those before it that differ from it in their seeds alone."""
     *former, newest = runs
-    curve = Curve(newest.name, newest.info, newest.history)
+    curve = Curve((newest.name,), newest.info, newest.history)
     for run in reversed(former):
         history, known = run.history, curve.history
         more = history[~history["seed"].isin(known["seed"])] if "seed" in history else history[:0]
         if len(more) and run.row == newest.row:
             more = more.assign(replica=more["replica"] + known["replica"].max() + 1)
             machines = dict.fromkeys((curve.info["machine"], run.info["machine"]))
-            curve = Curve(newest.name, curve.info | {"machine": ", ".join(machines)}, pd.concat([known, more]))
+            info = curve.info | {"machine": ", ".join(machines)}
+            curve = Curve((*curve.runs, run.name), info, pd.concat([known, more]))
     return curve
 
 
@@ -409,10 +415,13 @@ class Report(Callback):
         get_method(config.task)(config)
 
     def _report(self, config: DictConfig, launch: Path) -> None:
-        runs = launched_runs(launch)
-        if not runs:
-            return
-        experiment = runs[0].info["experiment"]
+        by_experiment: dict[str, list[Run]] = {}
+        for run in launched_runs(launch):
+            by_experiment.setdefault(run.info["experiment"], []).append(run)
+        for experiment, runs in by_experiment.items():
+            self._report_of(config, launch, experiment, runs)
+
+    def _report_of(self, config: DictConfig, launch: Path, experiment: str, runs: list[Run]) -> None:
         figures = tables = launch
         if not any(run.info["overrides"] for run in runs):
             root = Path(config.results)

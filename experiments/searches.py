@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from admm.files import whole
-from experiments.store import Run
+from experiments.store import Run, scores
 
 FIXED = ("dataset", "seeds=", "iterations=", "search=")  # overrides that are not what is searched for
 FOUND = ("held-out", "seeds", "iterations", "samples held out")  # columns after those that are
@@ -27,26 +28,31 @@ def is_of_a_search(run: Run) -> bool:
 
 def rankings(runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
     """For each <experiment>_<method> of these runs, see `ranking`."""
-    groups: dict[str, dict[Path, Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(f"{run.info['experiment']}_{run.info['method']}", {})[run.folder] = run
-    return {name: ranking(list(group.values())) for name, group in groups.items()}
+        groups.setdefault(f"{run.info['experiment']}_{run.info['method']}", []).append(run)
+    return {name: ranking(group) for name, group in groups.items()}
 
 
-def ranking(runs: Sequence[Run]) -> pd.DataFrame:
-    """A line for each run of a search, the best first; by the runs' names."""
-    lines = pd.DataFrame([line(run) for run in runs], index=[run.name for run in runs])
+def ranking(runs: Iterable[Run]) -> pd.DataFrame:
+    """A line for each configuration of a search, the best first, by the name of the last of its runs, which may differ
+    in their seeds."""
+    rows: dict[tuple[str, ...], dict[Path, Run]] = {}
+    for run in runs:
+        rows.setdefault((run.folder.parent.as_posix(), run.row), {})[run.folder] = run
+    of_row = [list(row.values()) for row in rows.values()]
+    lines = pd.DataFrame([line(row) for row in of_row], index=[row[-1].name for row in of_row])
     searched = [key for key in lines if key not in FOUND]  # one that only some runs have is last in `lines`
     return lines[[*searched, *FOUND]].sort_values("held-out", ascending=False)
 
 
-def line(run: Run) -> dict[str, Any]:
+def line(row: Sequence[Run]) -> dict[str, Any]:
     """A configuration: its setting, the values searched over, its score, and how many seeds have not diverged."""
-    info = run.info
+    info, by_seed = row[-1].info, scores(row)
     searched = [override for override in info["overrides"] if not override.startswith(FIXED)]
     values: dict[str, Any] = {key: value for key, _, value in (override.partition("=") for override in searched)}
-    seeds = len(info["seeds"]) - len(info.get("diverged", ()))
-    found = run.score, seeds, info["iterations"], info["dataset"]["holdout"]
+    seeds = sum(score > 0.0 for score in by_seed.values())
+    found = fmean(by_seed.values()), seeds, info["iterations"], info["dataset"]["holdout"]
     return {"setting": info["setting"]} | values | dict(zip(FOUND, found, strict=True))
 
 

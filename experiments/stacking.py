@@ -43,10 +43,11 @@ class Cell:
         return len(self.job.info["seeds"])
 
 
-def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: float | None) -> None:
+def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: float | None) -> list[list[Cell]]:
     """Train what can be stacked and has not been run; the result of each cell is put into the store as of its own run.
 
-    Of the other cells nothing is done, nor of those that another process is making.
+    Of the other cells nothing is done, nor of those that another process is making. Returns the stacks that are being
+    made by one.
 
     configs: of the sweep's jobs, with their `hydra`. replicas: most in a stack; None: as many as pay. memory: GiB for a
     stack's variables; None: a quarter of the device's. Stacks are cut in the same way at each launch of a sweep, and so
@@ -59,9 +60,11 @@ def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: fl
         cell = as_cell(config, shared)
         if cell is not None:
             groups.setdefault(cell.template, {})[cell.job.info["identity"]] = cell
-    for group in groups.values():
-        for part in cut(list(group.values()), replicas, memory):
-            train_stack(part)
+    stacks = [part for group in groups.values() for part in cut(list(group.values()), replicas, memory)]
+    alone = len(configs) - sum(map(len, stacks))
+    if alone:
+        log.info("%d of %d jobs are no part of a stack: they run one by one", alone, len(configs))
+    return [stack for stack in stacks if not train_stack(stack)]
 
 
 def check_limits(replicas: Any, memory: Any) -> None:
@@ -73,25 +76,24 @@ def check_limits(replicas: Any, memory: Any) -> None:
 
 
 def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
-    """None if the job is no run of a classifier, is forced, or has bad input, which its own run is to say."""
+    """None if the job is no run of a classifier, is forced, or has bad input, which its own run is to say; and of a
+    network whose replicas are evaluated one after the other, so that a stack would take their memory and no less time.
+    """
     HydraConfig.instance().set_config(config)
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     if task.task != TASK or task.force:
         return None
     try:
         job = find_job(task, HydraConfig.get().runtime.choices["optimizer"], load)
-        return Cell(job, template(job), *needs(job))
+        config = OmegaConf.create(job.config)
+        problem, optimizer = build_problem(config, job.dataset), instantiate(config.optimizer, _convert_="all")
+        variables = size(save(optimizer.init(problem, config.seeds)))
     except BAD_INPUT:
         return None
-
-
-def needs(job: Job) -> tuple[float, int]:
-    """Bytes of a replica's variables, and samples of a step, which are all where there are no mini-batches. Raises what
-    a run would with bad input."""
-    config = OmegaConf.create(job.config)
-    problem, optimizer = build_problem(config, job.dataset), instantiate(config.optimizer, _convert_="all")
-    state = optimizer.init(problem, config.seeds)
-    return size(save(state)) / len(config.seeds), getattr(optimizer, "batch_size", len(problem.x))
+    if any(block.is_autograd for block in problem.blocks):
+        return None
+    samples = getattr(optimizer, "batch_size", len(problem.x))  # of a step, all where there are no mini-batches
+    return Cell(job, template(job), variables / len(config.seeds), samples)
 
 
 def template(job: Job) -> str:
@@ -101,7 +103,8 @@ def template(job: Job) -> str:
     del config["note"]
     for name in hyperparameters(config["optimizer"]):
         config["optimizer"][name] = blanked(config["optimizer"][name], seeds)
-    return json.dumps([config, seeds, job.info["method"], job.info["dataset"], str(job.slot.root)], sort_keys=True)
+    own = [job.info[key] for key in ("experiment", "method", "dataset")]
+    return json.dumps([config, seeds, *own, str(job.slot.root)], sort_keys=True)
 
 
 def hyperparameters(optimizer: dict[str, Any]) -> list[str]:
@@ -163,18 +166,21 @@ def paying_on_a_processor(samples: int) -> int:
     return min(REPLICAS, SAMPLES // samples)
 
 
-def train_stack(cells: Sequence[Cell]) -> None:
-    """Train the cells that have not been, from the stack's checkpoint if there is one."""
+def train_stack(cells: Sequence[Cell], wait: bool = False) -> bool:
+    """Train the cells that have not been, from the stack's checkpoint if there is one. Returns whether all of them are
+    finished: others may be at some of them, or at the stack, unless their end is waited for."""
     first = cells[0].job.slot
     identities = [cell.job.slot.identity for cell in cells]
     slot = replace(
         first, name=f"{first.name}-stack", identity=hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
     )
     with failed_writes_in_words(RESUME), ExitStack() as held:
-        if not held.enter_context(slot.lock(wait=False)):
-            return
-        free = [cell for cell in cells if held.enter_context(cell.job.slot.lock(wait=False))]
-        todo = [cell for cell in free if not cell.job.slot.finished()]
+        if not held.enter_context(slot.lock(wait)):
+            return False
+        slots = {cell.job.slot.identity: cell.job.slot for cell in cells}
+        # in one order in all processes, so that no two wait for each other
+        free = {identity for identity in sorted(slots) if held.enter_context(slots[identity].lock(wait))}
+        todo = [cell for cell in cells if cell.job.slot.identity in free and not cell.job.slot.finished()]
         if slot.checkpoint.exists():
             begun = json.loads((slot.partial / "started.json").read_text())["cells"]
             stack = [cell for cell in cells if cell.job.slot.identity in begun]
@@ -182,7 +188,10 @@ def train_stack(cells: Sequence[Cell]) -> None:
             stack = todo = [cell for cell in todo if not cell.job.slot.checkpoint.exists()]
         if todo and len(stack) > 1:
             complete(stack, todo, slot)
-        slot.discard()
+        done = all(cell.job.slot.folder.exists() for cell in cells)
+        if done:
+            slot.discard()
+    return done
 
 
 def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:

@@ -19,11 +19,12 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -122,21 +123,32 @@ class Run:
         return pd.read_csv(self.folder / f"{name}.csv")
 
     @property
-    def score(self) -> float:
-        """What a search maximises, percent: the probes' mean balanced accuracy of DeepFacto, else the last accuracy on
-        the test set or what is held out, mean over the seeds; a seed that has diverged has 0."""
+    def scores(self) -> dict[int, float]:
+        """By seed what a search maximises, percent: the probes' mean balanced accuracy of DeepFacto, else the last
+        accuracy on the test set or what is held out; 0 of a seed that has diverged."""
         info = self.info
         if (self.folder / "probes.csv").exists():
             by_replica = self.table("probes").groupby("replica")["balanced_accuracy"].mean()
-            return float(by_replica.sum() / (len(by_replica) + len(info.get("diverged", {}))))
-        history = self.history
-        last = history.loc[history["iteration"] == info["iterations"], "test_accuracy"]
-        return float(last.sum() / len(info["seeds"]))
+        else:
+            history = self.history
+            by_replica = history[history["iteration"] == info["iterations"]].set_index("replica")["test_accuracy"]
+        found = by_replica.to_dict() | {int(replica): 0.0 for replica in info.get("diverged", {})}
+        return {info["seeds"][replica]: float(score) for replica, score in found.items()}
 
     @property
     def arrays(self) -> dict[str, Any]:
         with np.load(self.folder / "arrays.npz") as content:
             return dict(content)
+
+
+def scores(runs: Sequence[Run]) -> dict[int, float]:
+    """By seed, `Run.scores` of runs that differ in their seeds alone; of a seed that several have, the last one's."""
+    return {seed: score for run in runs for seed, score in run.scores.items()}
+
+
+def mean_score(runs: Sequence[Run], seeds: Sequence[int]) -> float | None:
+    """Of those seeds that `scores` has; None without runs."""
+    return fmean(score for seed, score in scores(runs).items() if seed in seeds) if runs else None
 
 
 def row_identity(config: dict[str, Any], sha256: str) -> str:
@@ -317,9 +329,10 @@ def age(run: Run) -> tuple[str, str]:
 
 
 def launched_runs(launch: Path) -> list[Run]:
-    """The runs that the jobs of a launch have left notes of in Hydra's folder."""
+    """The runs that the jobs of a launch have left notes of in Hydra's folder, but those removed since."""
     notes = sorted(launch.rglob("runs.txt"))
-    return [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
+    runs = [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
+    return [run for run in runs if run.folder.exists()]
 
 
 @contextmanager

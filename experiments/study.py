@@ -70,9 +70,8 @@ class Study(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         launch = Path(config.hydra.sweep.dir)
         launched = [run for folder in self.launches or [str(launch)] for run in launched_runs(Path(folder))]
-        there = [run for run in launched if run.folder.exists() and is_of_a_search(run)]  # some may have been removed
         with failed_writes_in_words("The runs are in the store; the same command ranks them."):
-            for name, ranked in rankings(there).items():
+            for name, ranked in rankings(filter(is_of_a_search, launched)).items():
                 if len(ranked) > 1:
                     write(name, ranked, launch)
 

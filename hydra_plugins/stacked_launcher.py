@@ -8,7 +8,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 from omegaconf import DictConfig, open_dict
 
-from experiments.stacking import train_stacks
+from experiments.stacking import train_stack, train_stacks
 
 
 class StackedLauncher(BasicLauncher):
@@ -24,8 +24,11 @@ class StackedLauncher(BasicLauncher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         cells = [self._cell(overrides, number) for number, overrides in enumerate(job_overrides, initial_job_idx)]
-        train_stacks(cells, self.replicas, self.memory)
-        return super().launch(job_overrides, initial_job_idx)
+        of_others = train_stacks(cells, self.replicas, self.memory)
+        jobs = super().launch(job_overrides, initial_job_idx)
+        for stack in of_others:  # whose process may die, and leave the cells a checkpoint of the stack
+            train_stack(stack, wait=True)
+        return jobs
 
     def _cell(self, overrides: Sequence[str], number: int) -> DictConfig:
         """The configuration of a job of the sweep."""

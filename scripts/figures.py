@@ -6,7 +6,6 @@ The README's tables stand between `<!-- table: experiment -->` and `<!-- end -->
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +14,7 @@ from admm.files import whole
 from experiments.report import markdown, report, show, title
 from experiments.searches import draw
 from experiments.store import experiments_in, failed_writes_in_words, finished_runs
+from scripts.tables import store_of_the_command
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -43,4 +43,4 @@ def with_tables(page: str, tables: dict[str, pd.DataFrame]) -> str:
 
 if __name__ == "__main__":
     with failed_writes_in_words():
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))
+        main(store_of_the_command(__doc__))

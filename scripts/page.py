@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -181,12 +181,13 @@ def table(caption: str, result: pd.DataFrame, store: Store, experiment: str = ""
 
 
 def newest(store: Store, made_of: dict[str, Content]) -> pd.DataFrame:
-    """A line for each run."""
+    """A line for each run, of its own seeds."""
+    of_curves = {name: curves(runs) for name, runs in store.found.items()}
     lines, names = [], []
     for run in sorted(store.runs.values(), key=age, reverse=True):
-        shown = made_of[run.folder.parent.name][0]
-        is_shown = run.name in shown.index
-        for row in (shown.loc[[run.name]] if is_shown else store.alone[run.name]).to_dict("records"):
+        name = run.folder.parent.name
+        is_shown = run.name in made_of[name][0].index or any(run.name in curve.runs for curve in of_curves[name])
+        for row in store.alone[run.name].loc[[run.name]].to_dict("records"):
             lines.append(summary(run, row, "" if is_shown else ", replaced by a newer run"))
             names.append(run.name)
     return pd.DataFrame(lines, index=names).astype({"seeds": "Int64"} if lines else {})
@@ -238,7 +239,9 @@ def searches(store: Store) -> list[dict[str, Any]]:
 
     for (experiment, method), group in groupby(sorted(held_out, key=of), of):
         found = ranking(list(group))
-        shown = table(f"{experiment}, {label(method)}: {len(found)} runs of this store on held-out data", found, store)
+        shown = table(
+            f"{experiment}, {label(method)}: {len(found)} configurations of this store on held-out data", found, store
+        )
         tables.append({"experiment": experiment, "method": method} | shown)
     return tables
 
@@ -252,6 +255,7 @@ def best(path: Path) -> str:
 def section(name: str, store: Store, result: pd.DataFrame, figures: dict[str, Figure]) -> dict[str, Any]:
     """What the template shows of an experiment."""
     known, runs = paper()["experiments"].get(name, {}), store.found[name]
+    parts_of = {run: curve.runs for curve in curves(runs) for run in curve.runs}
     source = f"The paper's {known['source']}. " if known.get("source") else ""
     tables = {f"{name}: {known.get('quantity', 'test accuracy in percent')}": result}
     tables |= {f"{title}: of all runs below": frame for title, frame in further_tables(name, runs).items()}
@@ -262,7 +266,7 @@ def section(name: str, store: Store, result: pd.DataFrame, figures: dict[str, Fi
         "plot": plot(runs),
         "tables": [table(caption, frame, store, name) for caption, frame in tables.items()],
         "figures": {title: png(figure) for title, figure in figures.items()},
-        "runs": [described(run) for run in reversed(runs)],
+        "runs": [described(run, parts_of.get(run.name, ())) for run in reversed(runs)],
     }
 
 
@@ -273,10 +277,11 @@ def png(figure: Figure) -> str:
     return f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
 
 
-def described(run: Run) -> dict[str, Any]:
-    """Where a run's numbers come from."""
+def described(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
+    """Where a run's numbers come from. of_row: names of the runs that make a row of the tables with it."""
     info = run.info
     seeds = info["seeds"]
+    others = [name for name in of_row if name != run.name]
     diverged = [f"seed {seeds[int(r)]} after iteration {i}" for r, i in info.get("diverged", {}).items()]
     facts = {
         "folder": str(run.folder),
@@ -284,6 +289,7 @@ def described(run: Run) -> dict[str, Any]:
         "commit": info["commit"],
         "seeds": ", ".join(map(str, seeds)),
         "diverged": "; ".join(diverged) or "none",
+        "in one row with": ", ".join(others) or "–",
         "iterations": info["iterations"],
         "training": f"{info['seconds']} s" if "seconds" in info else "–",
         "finished": moment(info["finished"]),

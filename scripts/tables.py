@@ -6,6 +6,7 @@ it took, and the command that reproduces it.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import product
@@ -23,6 +24,16 @@ from experiments.store import Run, experiments_in, failed_writes_in_words, finis
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
 COLUMNS += ["std", "seeds", "iterations"]
 GPU_TFLOPS = 14.0  # assumed in `estimate`
+
+
+def store_of_the_command(description: str | None) -> Path:
+    """The results store that a command of one argument is for; ends the program where there is none."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="a results store")
+    root: Path = parser.parse_args().results
+    if not (root / "runs").is_dir():
+        sys.exit(f"error: {root} is no results store, which has a folder runs")
+    return root
 
 
 def main(root: Path) -> None:
@@ -198,4 +209,4 @@ def search(path: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     with failed_writes_in_words():
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))
+        main(store_of_the_command(__doc__))

@@ -30,4 +30,4 @@ def put(root: Path, name: str, accuracies: list[float], description: dict[str, o
     ]
     slot = Slot(root, "mnist_shallow", name, f"{name}{description['finished']}".replace("-", ""))
     slot.partial.mkdir(parents=True, exist_ok=True)
-    return slot.complete({"a": 1}, rows, description)
+    return slot.complete({"a": 1, "overrides": description["overrides"]}, rows, description)

@@ -168,6 +168,25 @@ def test_dropout_is_refused_by_name():
         whole(nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
 
 
+@pytest.mark.parametrize("layer", [nn.RReLU(), nn.TransformerEncoderLayer(4, 2, 8, 0.1), nn.LSTM(4, 4, 2, dropout=0.1)])
+def test_other_layers_that_draw_are_refused(layer):
+    with pytest.raises(ValueError, match=r"layer '0' \(\w+\) draws anew in each evaluation"):
+        whole(nn.Sequential(layer, nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.0), nn.TransformerEncoderLayer(4, 2, 8, 0.0), nn.MultiheadAttention(4, 2)]
+)
+def test_without_a_probability_nothing_is_drawn(layer):
+    whole(nn.Sequential(layer, nn.Linear(4, 2)))
+
+
+def test_a_layer_that_is_not_to_be_trained_is_refused_by_name():
+    network = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="layer '0' has parameters with requires_grad=False"):
+        whole(network)
+
+
 @pytest.mark.parametrize("activation", [nn.ELU(inplace=True), nn.SiLU(inplace=True), nn.ReLU(inplace=True)])
 def test_an_in_place_activation_never_overwrites_the_input(activation):
     try:

@@ -283,6 +283,7 @@ def test_a_missing_key_is_named(content, tmp_path):
         ("x_test", lambda x: x[0, 0, 0], "x_test is uint8 [], expected uint8 [N, 28, 28]"),
         ("y_train", lambda y: y[1:], "y_train is uint8 [49], expected uint8 [50]"),
         ("y_test", lambda y: y.astype(np.int64) + 256, "y_test is int64 [20], expected uint8 [20]"),
+        ("y_test", lambda y: y + 10, "y_test has a label 19, expected 0 to 9"),
         ("y_test", lambda y: np.eye(10, dtype=np.uint8)[y], "y_test is uint8 [20, 10], expected uint8 [20]"),
     ],
 )

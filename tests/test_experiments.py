@@ -29,7 +29,7 @@ from experiments.store import Run, experiments_in, finished_runs
 from experiments.walltime import seconds_to
 from scripts.figures import with_tables
 from scripts.store import problems
-from scripts.tables import not_run, papers_numbers, rows_of, search, sections
+from scripts.tables import not_run, papers_numbers, rows_of, search, sections, store_of_the_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -335,3 +335,11 @@ def test_the_readme_s_tables_are_what_the_store_says() -> None:
     tables = {name: content(name, finished_runs(RESULTS, name))[0] for name in experiments_in(RESULTS)}
     assert page == with_tables(page, tables) and "| Stochastic Block-ADMM | " in page
     assert "| Stochastic Block-ADMM | " not in with_tables(page, {})
+
+
+def test_a_folder_that_is_no_store_is_refused_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tables", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="none is no results store"):
+        store_of_the_command(None)
+    monkeypatch.setattr("sys.argv", ["tables", str(ROOT / "results")])
+    assert store_of_the_command(None) == ROOT / "results" and not (tmp_path / "none").exists()

@@ -155,6 +155,26 @@ def test_the_newest_runs_come_first_with_the_paper_s_number(root: Path) -> None:
     assert len(newest) == 8
 
 
+def test_runs_that_make_one_row_replace_one_another_in_nothing(root: Path) -> None:
+    """Each is shown with its own number, and leads to the others."""
+    more = [row | {"seed": 5} for row in history(84.0)]
+    added = put(root, more, info("mnist_shallow", "sgd", "tuned", "2026-01-08T10:00:00+00:00", seeds=[5]))
+    html = written(root)
+    newest = {run: texts[3:6] for run, texts in rows(html, "newest") if "sgd" in run}
+    (first, second) = (
+        run.name
+        for run in finished_runs(root, "mnist_shallow")
+        if run.info["finished"][:10] in ("2026-01-01", "2026-01-02")
+    )
+    assert newest == {
+        added.name: ["tuned", "84.00", "–"],
+        second: ["tuned", "91.50", "2.12"],
+        first: ["tuned, replaced by a newer run", "81.00", "1.41"],
+    }
+    assert html.count(f"<dt>in one row with</dt><dd>{added.name}</dd>") == 1
+    assert html.count(f"<dt>in one row with</dt><dd>{second}</dd>") == 1
+
+
 def test_a_run_says_where_it_comes_from(root: Path) -> None:
     html = unescape(written(root))
     entry = html.split('id="mnist_shallow/block_admm-tuned-000000000002"')[1].split("</pre>")[0]

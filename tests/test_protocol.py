@@ -1,6 +1,7 @@
 """What every optimizer promises: independent replicas, exact resumption, and the same result each time."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -389,3 +390,23 @@ def test_another_network_s_checkpoint_is_refused(mlp_problem, conv_problem):
     optimizer = CASES["adam"].optimizer
     with pytest.raises(ValueError, match=r"checkpoint: theta has shape \[3, 74\], expected \[3, 51\]"):
         restore(optimizer.init(conv_problem(), SEEDS), save(optimizer.init(mlp_problem(), SEEDS)))
+
+
+def test_a_problem_whose_parts_do_not_fit_is_refused_in_words(mlp_problem: Callable[..., Problem]) -> None:
+    problem = mlp_problem()
+    with pytest.raises(ValueError, match="problem: 3 inputs x, but"):
+        replace(problem, x=problem.x[:3])
+    for y in (problem.y[:, :1], torch.cat([problem.y, problem.y], 1)):
+        with pytest.raises(ValueError, match=rf"network: its outputs .* the targets y \[{y.shape[1]}\]"):
+            replace(problem, y=y).initial([0])
+    with pytest.raises(ValueError, match=r"network: cannot be evaluated on samples \[2\]: "):
+        replace(problem, x=problem.x.flatten(1)[:, :2]).initial([0])
+    for seeds in ([], [-1], [0.5]):
+        with pytest.raises(ValueError, match=r"seeds: \[.*\] is not a sequence of whole numbers"):
+            problem.initial(seeds)
+
+
+@pytest.mark.parametrize("optimizer", [Backprop(0, SGD(), 0.1), OnlineBlockADMM(0, 0.1), BlockADMM(-3, 0.1)])
+def test_a_horizon_that_is_none_is_refused(mlp_problem: Callable[..., Problem], optimizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.iterations: -?\d is not a whole number from 1 up"):
+        replace(optimizer, batch_size=2).init(mlp_problem(), [0])

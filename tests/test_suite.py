@@ -222,14 +222,16 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("threads=0", r"error: threads: 0 is not a whole number"),
         ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
+        ("logger=wandbb", r"Could not find 'logger/wandbb'"),
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
-        ("dataset=mnist", r"error: no mnist.npz, and (?s:.*)Three ways to provide mnist(?s:.*)nowhere/mnist.npz"),
+        ("dataset=mnist", r"error: no mnist.npz, and (?s:.*)Ways to provide mnist(?s:.*)nowhere/mnist.npz"),
     ],
 )
 def test_bad_input_names_the_key_and_what_would_be_right(tmp_path: Path, argument: str, message: str) -> None:
     done = launch(tmp_path, "optimizer=sgd", "dataset.root=nowhere", "dataset.download=false", argument)
     assert done.returncode != 0
     assert re.search(message, done.stdout + done.stderr), done.stdout + done.stderr
+    assert "could not be written" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert stored(tmp_path) == []
 

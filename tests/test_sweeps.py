@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shlex
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +35,7 @@ from admm.training import History
 from experiments import classification, stacking
 from experiments.searches import rankings, write
 from experiments.stacking import Cell, Share, blanked, check_limits, cut, hyperparameters, joined, paying_on_a_processor
-from experiments.store import LEFT, Run, Slot
+from experiments.store import LEFT, Run, Slot, launched_runs, mean_score, slot_of
 from experiments.study import held, take_up, wait_for
 from scripts import faults
 
@@ -101,11 +103,14 @@ def test_stacked_cells_have_the_numbers_of_their_own_runs(tmp_path: Path, basic:
 
 
 def test_what_cannot_be_stacked_is_run_alone(tmp_path: Path) -> None:
-    """Another optimizer, a rule's own number, and a cell alone."""
+    """Another optimizer, a rule's own number, and a cell alone; and networks that autograd evaluates by replica."""
     output = launch(
         tmp_path, "optimizer=sgd,adam", "optimizer.update.weight_decay=0,1e-3", "hydra/launcher=stacked", "iterations=1"
     )
     assert "as one stack" not in output and len(stored(tmp_path)) == 4
+    assert "4 of 4 jobs are no part of a stack" in output
+    network = ["model=resnet18", "model.width=2", "optimizer=sgd", "optimizer.step_size=0.1,0.2", "iterations=1"]
+    assert "as one stack" not in launch(tmp_path / "conv", *network, "hydra/launcher=stacked")
 
 
 def test_a_wrong_cell_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
@@ -149,7 +154,7 @@ def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
     assert re.search(r"sgd-tuned-stack: seed 1 of \w{12} \(.*optimizer.step_size=1e\+30.*\) diverged", output)
     trained, diverged = sorted(stored(tmp_path).values(), key=lambda run: len(run.info["diverged"]))
     assert trained.info["diverged"] == {} and set(diverged.info["diverged"]) == {"0", "1"}
-    assert diverged.score == 0.0 < trained.score
+    assert diverged.scores == {0: 0.0, 1: 0.0} and min(trained.scores.values()) > 0.0
 
 
 def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
@@ -170,6 +175,32 @@ def test_a_stack_that_was_killed_among_its_results_is_not_trained_again(tmp_path
         assert "iteration 12/12" in output and "iteration 11/12" not in output.split("resuming from")[1]
     after = {name: run.folder.stat().st_mtime_ns for name, run in stored(tmp_path).items()}
     assert len(after) == 4 and before.items() <= after.items()
+
+
+HOLD = """
+import pathlib, sys, time, filelock
+locks = [filelock.FileLock(file) for file in sys.argv[3:]]
+for lock in locks: lock.acquire()
+print("held", flush=True)
+while len(list(pathlib.Path(sys.argv[1]).rglob(sys.argv[2]))) < 4: time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("of", ["the stack and its cells", "the cells"])
+def test_a_stack_is_gone_on_with_after_the_death_of_a_process_at_it(tmp_path: Path, of: str) -> None:
+    """A process holds locks, and ends when the launch has left it all of the cells."""
+    arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=12", "checkpoint_seconds=0"]
+    kill_when_there(command(tmp_path, *arguments), tmp_path, "outputs/runs/.partial/*/checkpoint.pt")
+    (checkpoint,) = tmp_path.glob("outputs/runs/.partial/*/checkpoint.pt")
+    names = json.loads((checkpoint.parent / "started.json").read_text())["cells"]
+    names += [checkpoint.parent.name] if of.startswith("the stack") else []
+    files = [str(checkpoint.parents[1] / f"{name}.lock") for name in names]
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), LEFT, *files], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        output = launch(tmp_path, *arguments)
+    assert output.count("left to it") == 4 and f"resuming from {checkpoint}" in output
+    assert "iteration 0/12" not in output and {run.info["stack"] for run in stored(tmp_path).values()} == {8}
+    assert list(tmp_path.glob("outputs/runs/.partial/*/")) == []
 
 
 def cells(counts: list[int]) -> list[Cell]:
@@ -271,7 +302,7 @@ def test_two_launches_share_a_sweep(tmp_path: Path, basic: dict[str, Run]) -> No
     assert sum(output.count("iteration 3/3") for output, _ in printed) == 8  # none is made twice
     same(stored(tmp_path), basic, check_exact=True)
     tables = [pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/*.csv")]
-    assert [len(table) for table in tables] == [8] * len(tables)
+    assert [len(table) for table in tables] == [8, 8]  # each launch has a folder of its own
 
 
 def test_what_a_dying_process_leaves_is_made_at_the_end(tmp_path: Path, basic: dict[str, Run]) -> None:
@@ -366,7 +397,8 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     assert study.trials[3].params == dead.params
     scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in study.trials if t.value}
     for run in stored(tmp_path).values():
-        assert run.score == pytest.approx(scores[next(o for o in run.info["overrides"] if "step_size" in o)])
+        value = scores[next(o for o in run.info["overrides"] if "step_size" in o)]
+        assert fmean(run.scores.values()) == pytest.approx(value)
     printed = launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
     assert len(stored(tmp_path)) == 4
     *_, last = sorted(
@@ -484,6 +516,35 @@ def test_a_grid_on_held_out_data_is_ranked_at_its_end(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("test/outputs/logs/*/*/searches"))
 
 
+def test_seeds_run_at_different_times_are_one_configuration_of_a_ranking(tmp_path: Path) -> None:
+    grid = ["optimizer=sgd", "dataset.holdout=300", "optimizer.step_size=0.1,0.3", "iterations=1"]
+    launch(tmp_path, *grid, "seeds=[0]")
+    launch(tmp_path, *grid)
+    runs = list(stored(tmp_path).values())
+    assert sorted(sorted(run.seeds) for run in runs) == [[0], [0], [1], [1]]
+    *_, last = sorted(tmp_path.glob("outputs/logs/*/*/searches/*.csv"))
+    table = pd.read_csv(last).set_index("optimizer.step_size")
+    assert list(table["seeds"]) == [2, 2]
+    for value, held_out in table["held-out"].items():
+        of_row = [run for run in runs if f"optimizer.step_size={value}" in run.info["overrides"]]
+        assert held_out == pytest.approx(fmean(score for run in of_row for score in run.scores.values()))
+        assert mean_score(of_row, [0, 1]) == pytest.approx(held_out)
+        assert mean_score(of_row, [1]) == next(run.scores[1] for run in of_row if 1 in run.seeds)
+    slot_of(runs[0].folder).remove()
+    assert len(launched_runs(last.parents[1])) == 3  # of those that are still there
+
+
+def test_a_sweep_over_experiments_has_a_table_of_each(tmp_path: Path) -> None:
+    few = ["optimizer=sgd", "setting=default", "dataset=digits", "iterations=1", "seeds=[0]", "threads=1"]
+    with redirect_stdout(StringIO()):
+        multirun("experiment=digits_shallow,mnist_shallow", *few, *places(tmp_path))
+    tables = {path.stem: pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/*.csv")}
+    runs = [Run(path.parent) for path in tmp_path.glob("outputs/runs/*/*/run.json")]
+    found = {run.info["experiment"]: run.scores[0] for run in runs}
+    assert len(found) == 2 and tables.keys() == found.keys()
+    assert all(list(tables[name]["mean"]) == [pytest.approx(score, abs=0.01)] for name, score in found.items())
+
+
 def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A number, and a word."""
     overrides = (["a.b=1"], ["a.b=2", "c=0.5"], ["a.b=3", "d=word"])
@@ -492,7 +553,7 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
             tmp_path,
             f"sgd-{n}",
             [50.0 + n],
-            info("sgd", "tuned", "2001", dataset={"holdout": 5}, seeds=[0], overrides=o),
+            info("sgd", "tuned", "2001", dataset={"holdout": 5, "sha256": "abc"}, seeds=[0], overrides=o),
         )
         for n, o in enumerate(overrides)
     ]
@@ -520,6 +581,18 @@ def test_the_searches_of_the_readme_compose() -> None:
             overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in space.items()), *arguments])
             ((*cells,),) = BasicSweeper.split_arguments(overrides, None)
             assert len(cells) == 18 and all(compose("config", cell).dataset.holdout == 10000 for cell in cells)
+
+
+def test_the_stacked_sweep_of_the_readme_has_as_many_cells_as_it_says() -> None:
+    text = (ROOT / "README.md").read_text()
+    ((line, said),) = re.findall(r"(python run\.py -m [^#]* hydra/launcher=stacked) +# (\w+) cells", text)
+    arguments = shlex.split(line.replace("\\\n", " "))[3:]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        space = compose("config", arguments, return_hydra_config=True).hydra.sweeper.params
+    overrides = {o.split("=")[0]: o for o in [*(f"{k}={v}" for k, v in space.items()), *arguments]}
+    parsed = OverridesParser.create().parse_overrides(list(overrides.values()))
+    ((*found,),) = BasicSweeper.split_arguments(parsed, None)
+    assert said == "nine" and len(found) == 9
 
 
 # --- Faults

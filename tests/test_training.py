@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from admm.blocks import split
 from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
-from admm.optimizers import SGD, Adam, Backprop, BlockADMM, OnlineBlockADMM, Problem, ZUpdate
+from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.training import CheckpointError, History, Row, accuracy, read_checkpoint, train
 
 OPTIMIZERS = {
@@ -124,6 +125,28 @@ def test_a_checkpoint_of_another_optimizer_is_refused(problem: Problem, tmp_path
     run(problem, OPTIMIZERS["sgd"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: checkpoint: .*delete the file"):
         run(problem, OPTIMIZERS["batch"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+
+
+def test_a_checkpoint_of_an_optimizer_with_the_same_variables_is_refused(problem: Problem, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    run(problem, OPTIMIZERS["adam"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+    with pytest.raises(CheckpointError, match="of Backprop, expected Gotmare; delete the file"):
+        run(problem, Gotmare(2, 0.01, batch_size=16), (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+
+
+def test_a_checkpoint_of_another_type_of_numbers_is_refused(problem: Problem, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    run(problem, OPTIMIZERS["adam"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
+    other = replace(problem, x=problem.x.double(), y=problem.y.double())
+    with pytest.raises(CheckpointError, match=r"theta is of torch\.float32, expected torch\.float64; delete"):
+        run(other, OPTIMIZERS["adam"], (0,), 2, test_of(other), 1, checkpoint, 0.0)
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [1, 2]])
+def test_a_file_that_is_no_checkpoint_is_told(problem: Problem, content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"c\.pt: is no checkpoint of `admm.training.train`; give another path"):
+        run(problem, OPTIMIZERS["adam"], (0,), 2, test_of(problem), 1, tmp_path / "c.pt", 0.0)
 
 
 @pytest.mark.parametrize(("iterations", "evaluate_every"), [(0, 1), (1, 0)])

@@ -133,7 +133,15 @@ class DeepFacto:
 
     def _check(self, problem: Problem) -> None:
         check_batch_size(self.batch_size, len(problem.x))
-        for name in ("together", "primal_rounds", "score_sweeps", "basis_sweeps", "warm_rounds", "slice_size"):
+        for name in (
+            "iterations",
+            "together",
+            "primal_rounds",
+            "score_sweeps",
+            "basis_sweeps",
+            "warm_rounds",
+            "slice_size",
+        ):
             at_least_one(name, getattr(self, name))
         in_range("frozen", self.frozen, self.iterations)
         if self.together > 1 and problem.y.ndim > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size
-from admm.optimizers.protocol import Problem, spectral_norms
+from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
 from admm.optimizers.rules import Rule
 from admm.schedules import Value, schedule
 
@@ -37,6 +37,7 @@ class Backprop:
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
+        at_least_one("iterations", self.iterations)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))

@@ -203,7 +203,7 @@ class BlockADMM:
         one_of("sweep", self.sweep, ("batch", "minibatch"))
         one_of("variables", self.variables, PLACES)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
-        for name in ("primal_rounds", "curvature_every", "slice_size"):
+        for name in ("iterations", "primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("dual_init", self.dual_init)
         in_range("primal_growth", self.primal_growth or 0.0)

@@ -61,6 +61,7 @@ class Gotmare:
         """
         known(start, ("theta",))
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
+        at_least_one("iterations", self.iterations)
         at_least_one("z_rounds", self.z_rounds)
         self._schedules(len(problem.blocks), len(seeds))
         self._penalty(problem.x, len(seeds))

@@ -132,6 +132,7 @@ class OnlineBlockADMM:
     def _check(self, problem: Problem) -> None:
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
+        at_least_one("iterations", self.iterations)
         at_least_one("curvature_every", self.curvature_every)
         in_range("dual_decay", self.dual_decay)
         if self.dual != "none" and (self.z_update.last == "prox" or self.z_update.name in ("lipschitz", "majorised")):

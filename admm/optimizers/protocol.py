@@ -32,9 +32,29 @@ class Problem:
     initialise: Callable[[nn.Module], None]
     augmentation: Augmentation | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError unless there is a target for each input."""
+        if len(self.x) != len(self.y):
+            raise ValueError(f"problem: {len(self.x)} inputs x, but {len(self.y)} targets y")
+
     def initial(self, seeds: Sequence[int]) -> Parameters:
-        """Freshly initialised parameters, one replica a seed."""
-        return self.blocks.initial(seeds, self.initialise, like=self.x)
+        """Freshly initialised parameters, one replica a seed.
+
+        Raises ValueError for other seeds than whole numbers from 0 up, and for a network that cannot be evaluated on x
+        or whose outputs are not of the size of targets [N, C].
+        """
+        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+            raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up, such as [0, 1, 2]")
+        theta = self.blocks.initial(seeds, self.initialise, like=self.x)
+        sample = self.x[:1].expand(len(seeds), 1, *self.x.shape[1:])
+        try:
+            output = self.blocks.forward(theta, sample)
+        except RuntimeError as error:
+            raise ValueError(f"network: cannot be evaluated on samples {list(self.x.shape[1:])}: {error}") from None
+        if self.y.ndim > 1 and output.shape[2:] != self.y.shape[1:]:
+            sizes = f"{list(output.shape[2:])} a sample, the targets y {list(self.y.shape[1:])}"
+            raise ValueError(f"network: its outputs have the shape {sizes}")
+        return theta
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
@@ -130,6 +150,8 @@ def _overwrite(value: Any, saved: Any, name: str) -> None:
         found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         if found != list(value.shape):
             raise ValueError(f"checkpoint: {name} has shape {found}, expected {list(value.shape)}")
+        if saved.dtype != value.dtype:
+            raise ValueError(f"checkpoint: {name} is of {saved.dtype}, expected {value.dtype}")
         value.copy_(saved)
     elif isinstance(value, list):
         if not isinstance(saved, list) or len(value) != len(saved):
