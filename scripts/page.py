@@ -182,12 +182,17 @@ def table(caption: str, result: pd.DataFrame, store: Store, experiment: str = ""
 
 def newest(store: Store, made_of: dict[str, Content]) -> pd.DataFrame:
     """A line for each run, of its own seeds."""
-    of_curves = {name: curves(runs) for name, runs in store.found.items()}
+    parts = {
+        name: {run for curve in curves(runs) if len(curve.runs) > 1 for run in curve.runs}
+        for name, runs in store.found.items()
+    }
     lines, names = [], []
     for run in sorted(store.runs.values(), key=age, reverse=True):
         name = run.folder.parent.name
-        is_shown = run.name in made_of[name][0].index or any(run.name in curve.runs for curve in of_curves[name])
-        for row in store.alone[run.name].loc[[run.name]].to_dict("records"):
+        shown, is_part = made_of[name][0], run.name in parts[name]
+        is_shown = is_part or run.name in shown.index
+        rows = shown if is_shown and not is_part else store.alone[run.name]
+        for row in rows.loc[[run.name]].to_dict("records"):
             lines.append(summary(run, row, "" if is_shown else ", replaced by a newer run"))
             names.append(run.name)
     return pd.DataFrame(lines, index=names).astype({"seeds": "Int64"} if lines else {})

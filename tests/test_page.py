@@ -197,7 +197,8 @@ def test_what_is_under_way_and_searched_for_is_shown(root: Path) -> None:
     assert texts[:3] == ["fashion_mnist", "dladmm", "tuned"] and texts[5:7] == ["0:10:01 ago", "none"]
     assert 'data-experiment="mnist_deep10" data-method="online_block_admm"' in html
     assert [texts for _, texts in rows(html, "searches")] == [["tuned", "0.1", "97.5", "1", "2", "10"]]
-    held_out = {"dataset": {"name": "mnist", "holdout": 5}, "overrides": ["dataset.holdout=5", "optimizer.eta=2"]}
+    held_out = {"dataset": {"name": "mnist", "holdout": 5, "sha256": "abc"}}
+    held_out |= {"overrides": ["dataset.holdout=5", "optimizer.eta=2"]}
     run = put(root, history(70.0, 71.0), info("mnist_deep10", "sgd", "tuned", "2026-01-08", **held_out))
     searched = dict(rows(written(root), "searches"))
     assert searched[run.name] == ["tuned", "2", "70.50", "2", "2", "5", run.name.split("-")[-1]]

@@ -588,7 +588,8 @@ def test_the_stacked_sweep_of_the_readme_has_as_many_cells_as_it_says() -> None:
     ((line, said),) = re.findall(r"(python run\.py -m [^#]* hydra/launcher=stacked) +# (\w+) cells", text)
     arguments = shlex.split(line.replace("\\\n", " "))[3:]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        space = compose("config", arguments, return_hydra_config=True).hydra.sweeper.params
+        groups = [argument for argument in arguments if "," not in argument]
+        space = compose("config", groups, return_hydra_config=True).hydra.sweeper.params
     overrides = {o.split("=")[0]: o for o in [*(f"{k}={v}" for k, v in space.items()), *arguments]}
     parsed = OverridesParser.create().parse_overrides(list(overrides.values()))
     ((*found,),) = BasicSweeper.split_arguments(parsed, None)
