@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -46,17 +45,21 @@ class Problem:
         """
         if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
             raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up, such as [0, 1, 2]")
-        network = copy.deepcopy(self.blocks.network).to(self.x).eval()
+        theta = self.blocks.initial(seeds, self.initialise, like=self.x)
+        if not self.blocks.execution.compile:  # which would compile for the shape of one sample
+            self._check_fit(theta)
+        return theta
+
+    def _check_fit(self, theta: Parameters) -> None:
+        sample = self.x[:1].expand(len(theta.flat), 1, *self.x.shape[1:])
         try:
-            with torch.no_grad():
-                found = network(self.x[:1]).shape[1:]
+            found = self.blocks.forward(theta, sample).shape[2:]
         except RuntimeError as error:
             raise ValueError(f"network: cannot be evaluated on samples {list(self.x.shape[1:])}: {error}") from None
         if self.y.ndim > 1 and found != self.y.shape[1:]:
             raise ValueError(
                 f"network: its outputs have the shape {list(found)} a sample, the targets y {list(self.y.shape[1:])}"
             )
-        return self.blocks.initial(seeds, self.initialise, like=self.x)
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
