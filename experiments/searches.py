@@ -51,7 +51,8 @@ def line(row: Sequence[Run]) -> dict[str, Any]:
     info, by_seed = row[-1].info, scores(row)
     searched = [override for override in info["overrides"] if not override.startswith(FIXED)]
     values: dict[str, Any] = {key: value for key, _, value in (override.partition("=") for override in searched)}
-    seeds = sum(score > 0.0 for score in by_seed.values())
+    diverged = {run.info["seeds"][int(replica)] for run in row for replica in run.info.get("diverged", ())}
+    seeds = len(by_seed.keys() - diverged)
     found = fmean(by_seed.values()), seeds, info["iterations"], info["dataset"]["holdout"]
     return {"setting": info["setting"]} | values | dict(zip(FOUND, found, strict=True))
 

@@ -46,8 +46,8 @@ class Cell:
 def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: float | None) -> list[list[Cell]]:
     """Train what can be stacked and has not been run; the result of each cell is put into the store as of its own run.
 
-    Of the other cells nothing is done, nor of those that another process is making. Returns the stacks that are being
-    made by one.
+    Of the other cells nothing is done, nor of those that another process is making. Returns the stacks that are
+    not finished.
 
     configs: of the sweep's jobs, with their `hydra`. replicas: most in a stack; None: as many as pay. memory: GiB for a
     stack's variables; None: a quarter of the device's. Stacks are cut in the same way at each launch of a sweep, and so
@@ -169,15 +169,11 @@ def paying_on_a_processor(samples: int) -> int:
 def train_stack(cells: Sequence[Cell], wait: bool = False) -> bool:
     """Train the cells that have not been, from the stack's checkpoint if there is one. Returns whether all of them are
     finished: others may be at some of them, or at the stack, unless their end is waited for."""
-    first = cells[0].job.slot
-    identities = [cell.job.slot.identity for cell in cells]
-    slot = replace(
-        first, name=f"{first.name}-stack", identity=hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
-    )
+    first, slots = cells[0].job.slot, {cell.job.slot.identity: cell.job.slot for cell in cells}
+    slot = replace(first, name=f"{first.name}-stack", identity=hashlib.sha256("".join(slots).encode()).hexdigest()[:12])
     with failed_writes_in_words(RESUME), ExitStack() as held:
         if not held.enter_context(slot.lock(wait)):
             return False
-        slots = {cell.job.slot.identity: cell.job.slot for cell in cells}
         # in one order in all processes, so that no two wait for each other
         free = {identity for identity in sorted(slots) if held.enter_context(slots[identity].lock(wait))}
         todo = [cell for cell in cells if cell.job.slot.identity in free and not cell.job.slot.finished()]
@@ -188,7 +184,7 @@ def train_stack(cells: Sequence[Cell], wait: bool = False) -> bool:
             stack = todo = [cell for cell in todo if not cell.job.slot.checkpoint.exists()]
         if todo and len(stack) > 1:
             complete(stack, todo, slot)
-        done = all(cell.job.slot.folder.exists() for cell in cells)
+        done = all(own.folder.exists() for own in slots.values())
         if done:
             slot.discard()
     return done

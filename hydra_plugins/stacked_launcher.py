@@ -24,9 +24,9 @@ class StackedLauncher(BasicLauncher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         cells = [self._cell(overrides, number) for number, overrides in enumerate(job_overrides, initial_job_idx)]
-        of_others = train_stacks(cells, self.replicas, self.memory)
+        unfinished = train_stacks(cells, self.replicas, self.memory)
         jobs = super().launch(job_overrides, initial_job_idx)
-        for stack in of_others:  # whose process may die, and leave the cells a checkpoint of the stack
+        for stack in unfinished:  # other processes are at them, which may die and leave the stack's checkpoint
             train_stack(stack, wait=True)
         return jobs
 

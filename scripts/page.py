@@ -123,6 +123,7 @@ def checked(run: Run) -> pd.DataFrame:
 def page(store: Store) -> str:
     """The page's HTML."""
     made_of = {name: content(name, store.found[name]) for name in in_order(store.found)}
+    of_curves = {name: curves(store.found[name]) for name in made_of}
     numbers = papers_numbers(store.found)
     legend = list(paper()["labels"])
     methods = sorted({run.info["method"] for run in store.runs.values()}, key=lambda name: place(name, legend))
@@ -142,7 +143,7 @@ def page(store: Store) -> str:
         store=store,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         methods=[(name, label(name), COLOURS.get(name, "#888888")) for name in methods],
-        newest=table("Finished runs, the newest first", newest(store, made_of), store),
+        newest=table("Finished runs, the newest first", newest(store, made_of, of_curves), store),
         under_way=table("Runs under way", pd.DataFrame(store.under_way), store),
         numbers=table("Each number of the paper beside ours", numbers, store),
         remarks=[falls_short(numbers), not_run(store.found)],
@@ -151,7 +152,7 @@ def page(store: Store) -> str:
         benchmarks=[
             table(path.name, pd.read_csv(path, dtype=str), store) for path in sorted(store.root.glob("bench*.csv"))
         ],
-        sections=[section(name, store, *made_of[name]) for name in made_of],
+        sections=[section(name, store, of_curves[name], *made_of[name]) for name in made_of],
     )
 
 
@@ -180,16 +181,12 @@ def table(caption: str, result: pd.DataFrame, store: Store, experiment: str = ""
     }
 
 
-def newest(store: Store, made_of: dict[str, Content]) -> pd.DataFrame:
+def newest(store: Store, made_of: dict[str, Content], of_curves: dict[str, list[Curve]]) -> pd.DataFrame:
     """A line for each run, of its own seeds."""
-    parts = {
-        name: {run for curve in curves(runs) if len(curve.runs) > 1 for run in curve.runs}
-        for name, runs in store.found.items()
-    }
     lines, names = [], []
     for run in sorted(store.runs.values(), key=age, reverse=True):
         name = run.folder.parent.name
-        shown, is_part = made_of[name][0], run.name in parts[name]
+        shown, is_part = made_of[name][0], any(run.name in c.runs and len(c.runs) > 1 for c in of_curves[name])
         is_shown = is_part or run.name in shown.index
         rows = shown if is_shown and not is_part else store.alone[run.name]
         for row in rows.loc[[run.name]].to_dict("records"):
@@ -257,10 +254,12 @@ def best(path: Path) -> str:
     return "; ".join(found)
 
 
-def section(name: str, store: Store, result: pd.DataFrame, figures: dict[str, Figure]) -> dict[str, Any]:
+def section(
+    name: str, store: Store, shown: list[Curve], result: pd.DataFrame, figures: dict[str, Figure]
+) -> dict[str, Any]:
     """What the template shows of an experiment."""
     known, runs = paper()["experiments"].get(name, {}), store.found[name]
-    parts_of = {run: curve.runs for curve in curves(runs) for run in curve.runs}
+    of_row = {run: curve.runs for curve in shown for run in curve.runs}
     source = f"The paper's {known['source']}. " if known.get("source") else ""
     tables = {f"{name}: {known.get('quantity', 'test accuracy in percent')}": result}
     tables |= {f"{title}: of all runs below": frame for title, frame in further_tables(name, runs).items()}
@@ -268,10 +267,10 @@ def section(name: str, store: Store, result: pd.DataFrame, figures: dict[str, Fi
         "name": name,
         "text": f"{source}{known.get('caption', name)}.",
         "made": made(runs),
-        "plot": plot(runs),
+        "plot": plot(shown),
         "tables": [table(caption, frame, store, name) for caption, frame in tables.items()],
         "figures": {title: png(figure) for title, figure in figures.items()},
-        "runs": [described(run, parts_of.get(run.name, ())) for run in reversed(runs)],
+        "runs": [described(run, of_row.get(run.name, ())) for run in reversed(runs)],
     }
 
 
@@ -310,9 +309,9 @@ def described(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def plot(runs: list[Run]) -> dict[str, Any] | None:
-    """Every measured quantity of the runs' curves, for the script to draw; None of runs without iterations."""
-    shown = [curve for curve in curves(runs) if "iteration" in curve.history]
+def plot(shown: list[Curve]) -> dict[str, Any] | None:
+    """Every measured quantity of the curves, for the script to draw; None of runs without iterations."""
+    shown = [curve for curve in shown if "iteration" in curve.history]
     if not shown:
         return None
     settings = list(dict.fromkeys(curve.info["setting"] for curve in shown))

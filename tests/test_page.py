@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.report import cells, content
+from experiments.report import cells, content, curves
 from experiments.store import Run, Slot, finished_runs
 
 page = pytest.importorskip("scripts.page")  # of the extra `report`
@@ -206,14 +206,14 @@ def test_what_is_under_way_and_searched_for_is_shown(root: Path) -> None:
 
 def test_plots_have_every_quantity_of_a_history(root: Path) -> None:
     runs = finished_runs(root, "mnist_shallow")
-    plot = page.plot(runs)
+    plot = page.plot(curves(runs))
     assert list(plot["quantities"]) == ["test_accuracy", "kkt", "residual_1"]
     admm, sgd = plot["curves"]
     assert (admm["colour"], sgd["colour"], sgd["paper"]) == ("#0072b2", "#000000", 95.29)
     assert sgd["iteration"] == [0, 1, 2] and sgd["seconds"] == [0.0, 1.5, 3.0]
     assert sgd["measured"]["test_accuracy"]["mean"] == [0.0, 45.75, 91.5]
     assert sgd["measured"]["test_accuracy"]["std"][2] == pytest.approx(2.12132)
-    assert page.plot(finished_runs(root, "memory")) is None
+    assert page.plot(curves(finished_runs(root, "memory"))) is None
     assert page.numbers([float("nan"), float("inf"), 1 / 3]) == [None, None, 0.333333]
 
 
