@@ -364,10 +364,11 @@ def markdown(result: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def title(experiment: str) -> str:
-    """Of an experiment's table."""
-    known = paper()["experiments"].get(experiment, {})
-    return f"{experiment}: {known.get('quantity', 'test accuracy in percent')}"
+def title(experiment: str, runs: list[Run]) -> str:
+    """Of the table of an experiment's runs."""
+    quantity = paper()["experiments"].get(experiment, {}).get("quantity", "test accuracy in percent")
+    held_out = all(run.info["dataset"]["holdout"] for run in runs)
+    return f"{experiment}: {quantity.replace('test accuracy', 'held-out accuracy') if held_out else quantity}"
 
 
 def show(result: pd.DataFrame, title: str) -> None:
@@ -427,5 +428,5 @@ class Report(Callback):
             root = Path(config.results)
             runs, figures, tables = finished_runs(root, experiment), root / "figures", root / "tables"
         with failed_writes_in_words("The runs are in the store; the same command draws them."):
-            show(report(experiment, runs, figures, tables), title(experiment))
+            show(report(experiment, runs, figures, tables), title(experiment, runs))
         Console().print(f"figures: {figures}, table: {tables / experiment}.csv", soft_wrap=True)

@@ -22,8 +22,9 @@ README = Path(__file__).parents[1] / "README.md"
 def main(root: Path) -> None:
     tables = {}
     for experiment in experiments_in(root):
-        tables[experiment] = report(experiment, finished_runs(root, experiment), root / "figures", root / "tables")
-        show(tables[experiment], title(experiment))
+        runs = finished_runs(root, experiment)
+        tables[experiment] = report(experiment, runs, root / "figures", root / "tables")
+        show(tables[experiment], title(experiment, runs))
     for path in sorted(root.glob("searches/*.csv")):
         draw(path)
     if root.resolve() == README.parent / "results":

@@ -43,6 +43,7 @@ from experiments.report import (
     measure,
     paper,
     place,
+    title,
 )
 from experiments.searches import is_of_a_search, ranking
 from experiments.store import Run, age, failed_writes_in_words
@@ -261,15 +262,15 @@ def section(
     known, runs = paper()["experiments"].get(name, {}), store.found[name]
     of_row = {run: curve.runs for curve in shown for run in curve.runs}
     source = f"The paper's {known['source']}. " if known.get("source") else ""
-    tables = {f"{name}: {known.get('quantity', 'test accuracy in percent')}": result}
-    tables |= {f"{title}: of all runs below": frame for title, frame in further_tables(name, runs).items()}
+    tables = {title(name, runs): result}
+    tables |= {f"{further}: of all runs below": frame for further, frame in further_tables(name, runs).items()}
     return {
         "name": name,
         "text": f"{source}{known.get('caption', name)}.",
         "made": made(runs),
         "plot": plot(shown),
         "tables": [table(caption, frame, store, name) for caption, frame in tables.items()],
-        "figures": {title: png(figure) for title, figure in figures.items()},
+        "figures": {figure: png(drawn) for figure, drawn in figures.items()},
         "runs": [described(run, of_row.get(run.name, ())) for run in reversed(runs)],
     }
 

@@ -505,7 +505,8 @@ def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
 def test_a_grid_on_held_out_data_is_ranked_at_its_end(tmp_path: Path) -> None:
     """A ranking for each optimizer."""
     numbers = ["optimizer=sgd,adam", "optimizer.batch_size=64,128", "iterations=1", "seeds=[0]"]
-    launch(tmp_path, *numbers, "dataset.holdout=300")
+    printed = launch(tmp_path, *numbers, "dataset.holdout=300")
+    assert "digits_shallow: held-out accuracy in percent" in printed
     tables = {path.stem: pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/searches/*.csv")}
     assert tables.keys() == {"digits_shallow_sgd", "digits_shallow_adam"}
     columns = ["setting", "optimizer.batch_size", "held-out", "seeds", "iterations", "samples held out"]
