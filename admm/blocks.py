@@ -39,13 +39,12 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """`x Wᵀ + b` as one batched product over the replicas."""
+    """`x Wᵀ + b` over the last axis, as one batched product over the replicas."""
 
     def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
-        weight, bias = theta["weight"], theta.get("bias")
-        if bias is None:
-            return torch.bmm(x, weight.mT)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+        weight, bias, rows = theta["weight"], theta.get("bias"), x.flatten(1, -2)
+        output = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+        return output.view(*x.shape[:-1], -1)
 
     def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
         return self.forward(theta, x, overwrite, training), x
@@ -53,15 +52,16 @@ class LinearLayer:
     def pull_back(
         self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
     ) -> Tensor | None:
+        rows = cotangent.flatten(1, -2)
         if into is not None:
-            weight = into["weight"]
+            weight, inputs = into["weight"], saved.flatten(1, -2)
             if weight.is_contiguous() or weight.device.type != "cpu":
-                torch.bmm(cotangent.mT, saved, out=weight)
+                torch.bmm(rows.mT, inputs, out=weight)
             else:  # where each replica would be a product of its own, which is slower than this copy
-                weight.copy_(torch.bmm(cotangent.mT, saved))
+                weight.copy_(torch.bmm(rows.mT, inputs))
             if "bias" in into:
-                torch.sum(cotangent, 1, out=into["bias"])
-        return torch.bmm(cotangent, theta["weight"]) if to_input else None
+                torch.sum(rows, 1, out=into["bias"])
+        return torch.bmm(rows, theta["weight"]).view(saved.shape) if to_input else None
 
 
 @dataclass(frozen=True)

@@ -308,6 +308,8 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"precision: bf16 needs dtype=float32, not {config.dtype}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if missing := {"name", "holdout"} - set(config.dataset):
+        raise ValueError(f"dataset: its file in conf/dataset has no {' and no '.join(sorted(missing))}; see mnist.yaml")
 
 
 def check_groups(overrides: Sequence[str], settings: Path) -> None:

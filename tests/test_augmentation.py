@@ -66,7 +66,7 @@ def test_samples_keep_their_targets_and_are_changed_as_drawn(resnet_problem):
     [
         Backprop(2, SGD(), 0.05, batch_size=5),
         Gotmare(2, 0.01, 0.1, batch_size=5, update=SGD()),
-        OnlineBlockADMM(2, 0.01, 0.1, batch_size=5, update=SGD(), z_update=BlockADMM(1, 0.1).z_update),
+        OnlineBlockADMM(2, 0.01, 0.1, batch_size=5, update=SGD()),
     ],
     ids=["backprop", "gotmare", "online"],
 )

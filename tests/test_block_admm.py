@@ -228,11 +228,17 @@ def assert_same(problem: Problem, state: BlockADMMState, s: int, reference: Refe
         torch.testing.assert_close(state.u[t][s], reference.u[t], **CLOSE)
 
 
-GRADIENT, ADAM, MAJORISED = ZUpdate("gradient", last="step"), ZUpdate("adam"), ZUpdate("majorised")
-BASE = BlockADMM(ITERATIONS, 0.05, z_step=0.1, batch_size=7, primal_rounds=1, z_update=GRADIENT, update=SGD())
+GRADIENT, ADAM, MAJORISED = (
+    ZUpdate("gradient", last="step"),
+    ZUpdate("adam", last="prox"),
+    ZUpdate("majorised", last="prox"),
+)
+BASE = BlockADMM(
+    ITERATIONS, 0.05, z_step=0.1, batch_size=7, primal_rounds=1, z_update=GRADIENT, update=SGD(), dual_init=0.0
+)
 VARIANTS = {
     "as printed": BASE,
-    "prox": replace(BASE, z_update=ZUpdate("gradient")),
+    "prox": replace(BASE, z_update=ZUpdate("gradient", last="prox")),
     "several steps": replace(BASE, z_update=ZUpdate("gradient", steps=3, last="step")),
     "several rounds": replace(BASE, primal_rounds=3),
     "more and more rounds": replace(
@@ -247,7 +253,7 @@ VARIANTS = {
         update=Adam(beta1=0.8, beta2=0.9, epsilon=1e-4, weight_decay=0.5),
         theta_step=1e-2,
     ),
-    "beta by block": replace(BASE, beta={"blocks": [0.5, 2.0, 1.3]}, z_update=ZUpdate("gradient")),
+    "beta by block": replace(BASE, beta={"blocks": [0.5, 2.0, 1.3]}, z_update=ZUpdate("gradient", last="prox")),
     "zeta by block": replace(BASE, z_step={"blocks": [0.1, {"start": 0.2, "end": 0.0}, 0.3]}),
     "dual step": replace(BASE, dual_step=0.3),
     "no dual step": replace(BASE, dual_step=0.0),
@@ -300,7 +306,11 @@ def test_it_is_algorithm_1_however_the_network_is_cut(mlp_problem, cut, sweep):
 def test_it_is_algorithm_1_for_images_between_blocks(conv_problem, name, sweep):
     problem = conv_problem()
     options = replace(
-        VARIANTS["refresh"], sweep=sweep, z_update=ZUpdate(name), dual_step=0.5, beta={"blocks": [0.7, 1.5]}
+        VARIANTS["refresh"],
+        sweep=sweep,
+        z_update=ZUpdate(name, last="prox"),
+        dual_step=0.5,
+        beta={"blocks": [0.7, 1.5]},
     )
     state = options.init(problem, SEEDS)
     references = [Reference(problem, options, seed) for seed in SEEDS]
@@ -493,7 +503,9 @@ def test_prox_is_the_exact_minimiser_over_the_last_coupling_variable(mlp_problem
     assert gradient.abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("update", [MAJORISED, ZUpdate("lipschitz"), ZUpdate("lipschitz", 2, "step")], ids=str)
+@pytest.mark.parametrize(
+    "update", [MAJORISED, ZUpdate("lipschitz", last="prox"), ZUpdate("lipschitz", 2, "step")], ids=str
+)
 @pytest.mark.parametrize("activation", ["end", "start"])
 def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_problem, update, activation):
     if update.name == "majorised" and activation == "start":
@@ -520,7 +532,7 @@ def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_pro
 def test_the_majorised_step_is_at_most_newtons_before_a_relu(mlp_problem):
     problem = mlp_problem()
     theta, beta = problem.initial((0,)), [torch.full((1, 1, 1), b).double() for b in (0.5, 2.0, 1.0)]
-    update, unit = ZUpdate("majorised"), torch.eye(5).double()
+    update, unit = ZUpdate("majorised", last="prox"), torch.eye(5).double()
     inverse = update.inverse_curvature(problem.blocks, theta, beta, [])[0]
     weight = theta.blocks[1][0]["weight"][0]
     for pattern in range(2**4):
@@ -531,7 +543,7 @@ def test_the_majorised_step_is_at_most_newtons_before_a_relu(mlp_problem):
 
 def test_the_lipschitz_step_is_near_the_largest_safe_one(mlp_problem):
     problem = mlp_problem()
-    update, theta = ZUpdate("lipschitz"), mlp_problem().initial(SEEDS)
+    update, theta = ZUpdate("lipschitz", last="prox"), mlp_problem().initial(SEEDS)
     vectors, beta = update.power_vectors(problem.blocks, theta), torch.tensor([0.5, 2.0, 3.0]).double()
     for _ in range(100):
         steps = update.inverse_curvature(problem.blocks, theta, [b.view(1, 1, 1) for b in beta], vectors)
@@ -539,6 +551,21 @@ def test_the_lipschitz_step_is_near_the_largest_safe_one(mlp_problem):
         weight = theta.blocks[t + 1][0]["weight"]
         safe = 1 / (beta[t] + beta[t + 1] * torch.linalg.matrix_norm(weight, 2) ** 2)
         assert (steps[t].flatten() < safe).all() and (steps[t].flatten() > 0.9 * safe).all()
+
+
+@pytest.mark.parametrize("update", ["gradient", "lipschitz", "majorised"])
+def test_rows_of_a_sample_move_as_samples_of_their_own(update):
+    problem = consensus_problem(SquaredError(0.5), nn.ReLU)
+    rows = replace(problem, x=problem.x.unflatten(0, (4, 2)), y=problem.y.unflatten(0, (4, 2)))
+    options = replace(FROZEN, z_update=ZUpdate(update, 2), z_step=0.5, dual_step=1.0, batch_size=4)
+    of_samples, of_rows = (options.init(p, SEEDS) for p in (problem, rows))
+    for _ in range(3):
+        options.step(problem, of_samples)
+        options.step(rows, of_rows)
+    for name in ("z", "u"):
+        for z, z_of_rows in zip(getattr(of_samples, name), getattr(of_rows, name), strict=True):
+            torch.testing.assert_close(z_of_rows.flatten(1, 2), z)
+    assert of_samples.u[0].abs().max() > 1e-3
 
 
 def consensus_problem(loss: Loss, activation: type[nn.Module]) -> Problem:
@@ -553,7 +580,7 @@ def consensus_problem(loss: Loss, activation: type[nn.Module]) -> Problem:
 )
 @pytest.mark.parametrize(
     "activation, update, step",
-    [(nn.Flatten, ZUpdate("majorised", 4), 1.0), (nn.Tanh, ZUpdate("gradient", 6), 0.5)],
+    [(nn.Flatten, ZUpdate("majorised", 4, last="prox"), 1.0), (nn.Tanh, ZUpdate("gradient", 6, last="prox"), 0.5)],
 )
 def test_in_consensus_the_duals_are_the_back_propagated_gradients(loss, activation, update, step):
     """With Θ fixed and the constraints met, β_t U_t = −∂J/∂Z_t along the network's own forward pass."""
@@ -715,12 +742,15 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"refresh": (1.0,)}, "optimizer.refresh: 1 values for 3 replicas"),
         ({"refresh": {"start": 0.5, "end": (0.5, 1.5, 1.0)}}, "is more than the whole way to the forward pass"),
         ({"primal_growth": -1.0}, "optimizer.primal_growth: -1.0 is not a number from 0 up"),
-        ({"z_update": ZUpdate("newton")}, "optimizer.z_update.name: 'newton' is not one of gradient, adam"),
+        (
+            {"z_update": ZUpdate("newton", last="prox")},
+            "optimizer.z_update.name: 'newton' is not one of gradient, adam",
+        ),
         (
             {"z_update": ZUpdate("adam", last="exact")},
             "optimizer.z_update.last: 'exact' is not one of prox, step",
         ),
-        ({"z_update": ZUpdate("adam", steps=0)}, "optimizer.z_update.steps: 0 is"),
+        ({"z_update": ZUpdate("adam", steps=0, last="prox")}, "optimizer.z_update.steps: 0 is"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
@@ -731,7 +761,7 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
 
 @pytest.mark.parametrize("name", ["majorised", "lipschitz"])
 def test_updates_by_curvature_need_one_linear_layer_a_block(mlp_problem, conv_problem, name):
-    options = replace(BASE, z_update=ZUpdate(name))
+    options = replace(BASE, z_update=ZUpdate(name, last="prox"))
     needs = rf"'{name}' needs blocks of one linear layer, with or without a ReLU; block 2 is \['1.0', '1.1'"
     with pytest.raises(ValueError, match=needs):
         options.init(conv_problem(), SEEDS)

@@ -30,6 +30,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "two relus": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.ReLU(), nn.Linear(5, 4)), (6,)),
     "two linear layers": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.ReLU()), (6,)),
     "deep": (lambda: mlp(6, [5, 4], 3), (2, 3)),
+    "rows": (lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4, bias=False)), (2, 3)),
     "tanh": (lambda: nn.Sequential(nn.Tanh(), nn.Linear(6, 5), nn.Tanh()), (6,)),
     "relu after tanh": (lambda: nn.Sequential(nn.Tanh(), nn.ReLU()), (6,)),
     "flatten of some axes": (

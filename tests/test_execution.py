@@ -21,7 +21,9 @@ SEEDS = (3, 1)
 OPTIMIZERS: dict[str, Optimizer[Any]] = {
     "backprop": Backprop(2, SGD(), 0.01, batch_size=5),
     "gotmare": Gotmare(2, 0.01, 0.1, batch_size=5, update=SGD()),
-    "online": OnlineBlockADMM(2, 0.01, 0.1, batch_size=5, update=SGD(), z_update=ZUpdate("gradient", 1, "step")),
+    "online": OnlineBlockADMM(
+        2, 0.01, 0.1, batch_size=5, update=SGD(), z_update=ZUpdate("gradient", 1, "step"), dual="none"
+    ),
 }
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
@@ -220,8 +222,10 @@ def peak_of_saved_activations(problem: Problem, optimizer: Optimizer[Any]) -> in
 
 BLOCKS_AT_A_TIME = OPTIMIZERS | {
     "online, dual": replace(OPTIMIZERS["online"], dual="decay"),
-    "block-admm": BlockADMM(2, 0.01, 0.1, batch_size=5, slice_size=5, z_update=ZUpdate("gradient")),
-    "block-admm, mini-batches": BlockADMM(2, 0.01, 0.1, sweep="minibatch", batch_size=5, z_update=ZUpdate("gradient")),
+    "block-admm": BlockADMM(2, 0.01, 0.1, batch_size=5, slice_size=5, z_update=ZUpdate("gradient", last="prox")),
+    "block-admm, mini-batches": BlockADMM(
+        2, 0.01, 0.1, sweep="minibatch", batch_size=5, z_update=ZUpdate("gradient", last="prox")
+    ),
 }
 
 

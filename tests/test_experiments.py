@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from statistics import mean
 
@@ -280,6 +281,18 @@ def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimiz
     problem = build_problem(config, load(**config.dataset))
     state = instantiate(config.optimizer, _convert_="all").init(problem, [0])
     assert state.theta.flat.isfinite().all()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("conf/optimizer/*.yaml")), ids=lambda path: path.stem)
+def test_an_optimizer_of_the_library_has_the_defaults_of_the_command_line(path: Path) -> None:
+    config = OmegaConf.merge({"iterations": 20, "model": {"rank": 4}}, {"optimizer": OmegaConf.load(path)})
+    optimizer = instantiate(config.optimizer, _convert_="all")
+    given = {
+        option.name: getattr(optimizer, option.name)
+        for option in fields(optimizer)
+        if option.name == "frozen" or (option.default is MISSING and option.default_factory is MISSING)
+    }  # DeepFacto's `frozen` is below `iterations`, and so are the suite's ten only of an experiment of more
+    assert type(optimizer)(**given) == optimizer
 
 
 def test_a_setting_chooses_the_initialisation_and_the_command_line_another_one() -> None:

@@ -119,14 +119,17 @@ BASE = OnlineBlockADMM(
     batch_size=7,
     z_update=GRADIENT,
     update=SGD(),
+    dual="none",
 )
 VARIANTS = {
     "no dual": BASE,
-    "no dual, prox": replace(BASE, z_update=ZUpdate("gradient", 2)),
+    "no dual, prox": replace(BASE, z_update=ZUpdate("gradient", 2, last="prox")),
     "no dual, adam": replace(
         BASE, z_update=ADAM, update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}
     ),
-    "no dual, majorised": replace(BASE, z_update=ZUpdate("majorised", 3), z_step={"start": 1.0, "end": 0.0}),
+    "no dual, majorised": replace(
+        BASE, z_update=ZUpdate("majorised", 3, last="prox"), z_step={"start": 1.0, "end": 0.0}
+    ),
     "paper": replace(BASE, dual="paper"),
     "paper, adam": replace(BASE, dual="paper", z_update=ADAM, update=Adam(), theta_step={"start": 0.01, "end": 0.0}),
     "reset": replace(BASE, dual="reset"),
@@ -209,7 +212,9 @@ def test_curvature_is_evaluated_every_so_many_mini_batches(mlp_problem, monkeypa
     calls, original = [], ZUpdate.inverse_curvature
     monkeypatch.setattr(ZUpdate, "inverse_curvature", lambda *a: calls.append(1) or original(*a))
     problem = mlp_problem()
-    options = replace(BASE, z_update=ZUpdate("lipschitz"), curvature_every=3, batch_size=3)  # 8 mini-batches
+    options = replace(
+        BASE, z_update=ZUpdate("lipschitz", last="prox"), curvature_every=3, batch_size=3
+    )  # 8 mini-batches
     options.step(problem, options.init(problem, SEEDS))
     assert len(calls) == 3
 
@@ -230,7 +235,7 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
         ({"dual": "vector"}, "optimizer.dual: 'vector' is not one of paper, reset, decay, none"),
         ({"batch_size": 0}, "optimizer.batch_size: 0 is"),
         ({"curvature_every": 0}, "optimizer.curvature_every: 0 is"),
-        ({"dual": "paper", "z_update": ZUpdate("gradient")}, "optimizer.z_update.last=step"),
+        ({"dual": "paper", "z_update": ZUpdate("gradient", last="prox")}, "optimizer.z_update.last=step"),
         (
             {"dual": "reset", "z_update": ZUpdate("lipschitz", 1, "step")},
             "optimizer.z_update.name=adam or gradient",
@@ -239,7 +244,7 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
             {"dual": "decay", "z_update": ZUpdate("majorised", 1, "step")},
             "optimizer.dual=decay is not quadratic",
         ),
-        ({"z_update": ZUpdate("exact")}, "optimizer.z_update.name: 'exact' is not one of"),
+        ({"z_update": ZUpdate("exact", last="prox")}, "optimizer.z_update.name: 'exact' is not one of"),
         ({"theta_step": (0.1, 0.2)}, "optimizer.theta_step: 2 values for 3 replicas"),
         ({"z_step": {"start": 0.1}}, "optimizer.z_step: a schedule is"),
         ({"beta": (1.0, 1.0)}, "optimizer.beta: 2 values for 3 replicas"),

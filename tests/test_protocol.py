@@ -37,6 +37,7 @@ MINIBATCH: dict[str, Any] = {
     "dual_step": 0.3,
     "refresh": 0.6,
 }
+PROX = ZUpdate("adam", last="prox")
 PENALTY = AdaptivePenalty(c=0.8, bound=0.5)
 
 
@@ -58,21 +59,27 @@ CASES = {
     "adam, images": Case(
         Backprop(8, Adam(), 0.01, 4), {"step_size": (0.05, 0.02, 0.1)}, "conv_problem", CrossEntropy()
     ),
-    "block-admm as in the paper": Case(BlockADMM(8, z_step=0.02, dual_init=1e-2, slice_size=10, **ADAM), MORE | BETA),
+    "block-admm as in the paper": Case(
+        BlockADMM(8, z_step=0.02, z_update=PROX, dual_init=1e-2, slice_size=10, **ADAM), MORE | BETA
+    ),
     "block-admm, gradient": Case(
         BlockADMM(8, 0.05, z_step=0.1, batch_size=7, z_update=ZUpdate("gradient", 2, "step"), update=SGD(0.9)),
         MORE | BETA,
     ),
-    "block-admm, majorised": Case(BlockADMM(8, z_update=ZUpdate("majorised"), penalty=PENALTY, **ADAM), MORE | BETA),
+    "block-admm, majorised": Case(
+        BlockADMM(8, z_update=ZUpdate("majorised", last="prox"), penalty=PENALTY, **ADAM), MORE | BETA
+    ),
     "block-admm, lipschitz": Case(BlockADMM(8, z_update=ZUpdate("lipschitz", 2, "step"), z_step=0.5, **ADAM), MORE),
     "block-admm, mini-batches": Case(
-        BlockADMM(8, z_update=ZUpdate("majorised", 3), curvature_every=2, penalty=PENALTY, **MINIBATCH),
+        BlockADMM(8, z_update=ZUpdate("majorised", 3, last="prox"), curvature_every=2, penalty=PENALTY, **MINIBATCH),
         MORE | BETA,
     ),
-    "block-admm, mini-batches, adam": Case(BlockADMM(8, z_step=0.02, **MINIBATCH), MORE | BETA),
-    "block-admm, mini-batches, lipschitz": Case(BlockADMM(8, z_update=ZUpdate("lipschitz", 3), **MINIBATCH), MORE),
+    "block-admm, mini-batches, adam": Case(BlockADMM(8, z_step=0.02, z_update=PROX, **MINIBATCH), MORE | BETA),
+    "block-admm, mini-batches, lipschitz": Case(
+        BlockADMM(8, z_update=ZUpdate("lipschitz", 3, last="prox"), **MINIBATCH), MORE
+    ),
     "block-admm, cross-entropy": Case(
-        BlockADMM(8, z_update=ZUpdate("majorised", 3), **MINIBATCH), MORE | BETA, loss=CrossEntropy()
+        BlockADMM(8, z_update=ZUpdate("majorised", 3, last="prox"), **MINIBATCH), MORE | BETA, loss=CrossEntropy()
     ),
     "block-admm, images": Case(
         BlockADMM(8, z_step=0.02, penalty=PENALTY, refresh=0.1, **{**ADAM, "batch_size": 4}),
@@ -80,18 +87,21 @@ CASES = {
         "conv_problem",
     ),
     "block-admm, images, mini-batches": Case(
-        BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient"), **{**MINIBATCH, "batch_size": 4}),
+        BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient", last="prox"), **{**MINIBATCH, "batch_size": 4}),
         MORE | {"beta": {"blocks": [(1.0, 0.5, 2.0), 0.5]}},
         "conv_problem",
         CrossEntropy(),
     ),
-    "online": Case(OnlineBlockADMM(8, **ADAM), {**STEPS, "z_step": (1.0, 0.5, 0.7), "beta": (1.0, 0.5, 2.0)}),
+    "online": Case(
+        OnlineBlockADMM(8, z_update=ZUpdate("lipschitz", 3, "prox"), dual="none", **ADAM),
+        {**STEPS, "z_step": (1.0, 0.5, 0.7), "beta": (1.0, 0.5, 2.0)},
+    ),
     "online, majorised": Case(
-        OnlineBlockADMM(8, z_update=ZUpdate("majorised", 2), curvature_every=3, **ADAM),
+        OnlineBlockADMM(8, z_update=ZUpdate("majorised", 2, last="prox"), dual="none", curvature_every=3, **ADAM),
         {**STEPS, "beta": (1.0, 0.5, 2.0)},
     ),
     "online, adam": Case(
-        OnlineBlockADMM(8, z_step=0.1, z_update=ZUpdate("adam", 3), **ADAM),
+        OnlineBlockADMM(8, z_step=0.1, z_update=ZUpdate("adam", 3, last="prox"), dual="none", **ADAM),
         {**STEPS, "z_step": (0.1, 0.05, 0.2)},
         loss=CrossEntropy(),
     ),
@@ -129,7 +139,9 @@ CASES = {
         1e-6,
     ),
     "online, resnet": Case(
-        OnlineBlockADMM(8, z_step=0.5, z_update=ZUpdate("gradient", 1, "step"), **{**ADAM, "batch_size": 4}),
+        OnlineBlockADMM(
+            8, z_step=0.5, z_update=ZUpdate("gradient", 1, "step"), dual="none", **{**ADAM, "batch_size": 4}
+        ),
         {**STEPS, "z_step": (0.5, 0.2, 1.0)},
         "augmented_problem",
         CrossEntropy(),

@@ -210,6 +210,7 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("seeds=[1,1]", r"error: seeds: \[1, 1\] holds a seed twice"),
         ("device=abacus", r"error: device: 'abacus' cannot be used here"),
         ("dtype=int8", r"error: dtype: 'int8' is not one of float32, float64"),
+        ("~dataset.holdout", r"error: dataset: its file in conf/dataset has no holdout; see mnist.yaml"),
         ("precision=fp16", r"error: precision: 'fp16' is not one of fp32, tf32, bf16"),
         ("precision=tf32", r"error: precision: tf32 is for GPUs; this is cpu"),
         ("precision=bf16", r"error: precision: bf16 is for other layers than linear, ReLU and flatten"),

@@ -20,7 +20,13 @@ OPTIMIZERS = {
     "adam": Backprop(6, Adam(), {"start": 0.01, "end": 0.0}, batch_size=16),
     "batch": BlockADMM(6, 0.01, z_step=0.05, batch_size=16, dual_init=1e-3, slice_size=20),
     "gauss_seidel": BlockADMM(
-        6, 0.01, sweep="minibatch", batch_size=16, primal_rounds=1, refresh=0.9, z_update=ZUpdate("lipschitz", 2)
+        6,
+        0.01,
+        sweep="minibatch",
+        batch_size=16,
+        primal_rounds=1,
+        refresh=0.9,
+        z_update=ZUpdate("lipschitz", 2, last="prox"),
     ),
     "online": OnlineBlockADMM(6, 0.01, batch_size=16),
 }

@@ -56,7 +56,7 @@ class DeepFacto:
     primal_rounds: int = 1
     score_sweeps: int = 2
     basis_sweeps: int = 2
-    warm_rounds: int = 50
+    warm_rounds: int = 100
     frozen: int = 0
     update: Rule = field(default_factory=Adam)
     dual_step: Value = 0.0

@@ -82,7 +82,7 @@ class BlockADMM:
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: BlockValue = 1.0  # ζ
+    z_step: BlockValue = 1e-2  # ζ
     beta: BlockValue = 1.0  # no schedule
     sweep: Literal["batch", "minibatch"] = "batch"
     batch_size: int = 64
@@ -93,7 +93,7 @@ class BlockADMM:
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("adam"))
     update: Rule = field(default_factory=Adam)
     dual_step: Value = 1.0
-    dual_init: float = 0.0  # U ~ uniform(0, dual_init)
+    dual_init: float = 1e-4  # U ~ uniform(0, dual_init)
     refresh: Value = 0.0  # each visit first moves Z_t this part of the way to the forward pass
     curvature_every: int = 1  # visits of a mini-batch between two evaluations of the curvature
     penalty: AdaptivePenalty | None = None

@@ -106,7 +106,7 @@ class ZUpdate:
 
     name: Literal["gradient", "adam", "lipschitz", "majorised"]
     steps: int = 1  # rounds from Z_T to Z_1 a primal update
-    last: Literal["prox", "step"] = "prox"
+    last: Literal["prox", "step"] = "step"
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -207,10 +207,10 @@ class ZUpdate:
     ) -> Tensor:
         """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient."""
         if inverse_curvature is not None:
-            flat = gradient.flatten(2)  # [S, n, d_t] of images too
-            full = inverse_curvature.shape[1] > 1
-            flat = torch.bmm(flat, inverse_curvature) if full else flat.mul_(inverse_curvature)
-            return flat.view_as(gradient)
+            if inverse_curvature.shape[1] == 1:
+                return gradient.mul_(broadcast(inverse_curvature.view(-1), gradient))
+            rows = gradient.reshape(len(gradient), -1, inverse_curvature.shape[1])  # the next layer's inputs
+            return torch.bmm(rows, inverse_curvature).view_as(gradient)
         if self.name != "adam":
             return gradient
         mean, square = moments

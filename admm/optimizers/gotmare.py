@@ -46,7 +46,7 @@ class Gotmare:
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: BlockValue = 1.0  # ζ
+    z_step: BlockValue = 0.5  # ζ
     rho: Number = 1.0
     batch_size: int = 64
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it

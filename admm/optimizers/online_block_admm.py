@@ -53,13 +53,13 @@ class OnlineBlockADMM:
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: BlockValue = 1.0  # ζ
+    z_step: BlockValue = 1e-2  # ζ
     beta: BlockValue = 1.0  # no schedule
     batch_size: int = 64
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
-    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("lipschitz", steps=3))
+    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("adam", steps=3))
     update: Rule = field(default_factory=Adam)
-    dual: Literal["paper", "reset", "decay", "none"] = "none"
+    dual: Literal["paper", "reset", "decay", "none"] = "paper"
     dual_decay: float = 0.9
     curvature_every: int = 1  # mini-batches between two evaluations of the curvature
 
