@@ -219,11 +219,12 @@ def _stack(replicas: list[Tensor]) -> Tensor:
 
 
 def _known_layer(module: nn.Module) -> Layer | None:
-    if isinstance(module, nn.Linear):
+    # Not a subclass, which may have a `forward` or parameters of its own.
+    if type(module) is nn.Linear:
         return LinearLayer()
-    if isinstance(module, nn.ReLU):
+    if type(module) is nn.ReLU:
         return ReLULayer()
-    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+    if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
         return FlattenLayer()
     return None
 
@@ -233,7 +234,7 @@ def _grouped(modules: list[nn.Module]) -> list[nn.Module]:
     no ReLU overwrites its input."""
     if all(_known_layer(module) for module in modules):
         return modules
-    return [nn.Sequential(*(nn.ReLU() if isinstance(module, nn.ReLU) else module for module in modules))]
+    return [nn.Sequential(*(nn.ReLU() if type(module) is nn.ReLU else module for module in modules))]
 
 
 def _layer(module: nn.Module, execution: Execution) -> Layer:

@@ -91,11 +91,6 @@ class Dataset:
         """Shape of one sample: [H, W] or [C, H, W]."""
         return tuple(self.x_train.shape[1:])
 
-    @property
-    def features(self) -> int:
-        """Number of values in one sample."""
-        return self.x_train[0].numel()
-
 
 def load(
     name: str,

@@ -21,7 +21,8 @@ class Loss(Protocol):
         """∇_z J of each sample, [..., C]."""
 
     def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
-        """argmin_z J(z, y) + penalty/2 ‖z − v‖², [..., C]; `penalty` > 0 broadcasts to v."""
+        """argmin_z J(z, y) + penalty/2 ‖z − v‖², [..., C]; `penalty` > 0 broadcasts to v. A loss that is no sum over
+        samples has none, and is for optimizers that need none."""
 
 
 def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
@@ -64,7 +65,8 @@ class CrossEntropy:
     tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty (1 + max |v|)
 
     def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
+        for key in ("scale", "max_steps", "tolerance"):
+            check_positive(key, getattr(self, key))
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (torch.logsumexp(z, -1) - (z * y).sum(-1)).mul_(self.scale)

@@ -36,12 +36,12 @@ def minibatches(
     """
     check_batch_size(batch_size, samples, parts)
     epoch, part = divmod(iteration, parts or 1)
-    orders = []
-    for seed in seeds:
+    orders = {}
+    for seed in dict.fromkeys(seeds):
         random = generator(seed, "minibatches", epoch)
         order = torch.randperm(samples, generator=random)
-        orders.append(order if groups is None else _in_runs(order, groups.cpu(), together, random))
-    batches = torch.stack(orders).to(device).split(batch_size, dim=1)
+        orders[seed] = order if groups is None else _in_runs(order, groups.cpu(), together, random)
+    batches = torch.stack([orders[seed] for seed in seeds]).to(device).split(batch_size, dim=1)
     begin, end = (number * len(batches) // (parts or 1) for number in (part, part + 1))
     return list(batches[begin:end])
 
@@ -66,23 +66,23 @@ def slices(samples: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, samples))
 
 
-def own_rows(variables: Tensor, batch: Tensor) -> Tensor:
-    """Of each replica's own variables [S, N, ...] its samples [S, B]: [S, B, ...] on the device of `batch`."""
-    found = variables.flatten(0, 1).index_select(0, _flat_index(variables, batch))
-    return found.view(*batch.shape, *variables.shape[2:]).to(batch.device)
+def own_rows(variables: Tensor, own: Tensor) -> Tensor:
+    """Of each replica's own variables [S, N, ...] its samples, given by `own_indices` [S, B]: [S, B, ...] on the device
+    of these."""
+    found = variables.flatten(0, 1).index_select(0, own.flatten().to(variables.device))
+    return found.view(*own.shape, *variables.shape[2:]).to(own.device)
 
 
-def put_own_rows(variables: Tensor, batch: Tensor, values: Tensor) -> None:
+def put_own_rows(variables: Tensor, own: Tensor, values: Tensor) -> None:
     """Overwrites what `own_rows` returns, in place, by `values` [S, B, ...]."""
     variables.view(-1, *variables.shape[2:]).index_copy_(
-        0, _flat_index(variables, batch), values.flatten(0, 1).to(variables.device)
+        0, own.flatten().to(variables.device), values.flatten(0, 1).to(variables.device)
     )
 
 
-def _flat_index(variables: Tensor, batch: Tensor) -> Tensor:
-    """Indices [S·B] into [S·N, ...]."""
-    offsets = torch.arange(0, len(batch) * variables.shape[1], variables.shape[1], device=batch.device)
-    return (batch + offsets[:, None]).flatten().to(variables.device)
+def own_indices(batch: Tensor, samples: int) -> Tensor:
+    """Where a mini-batch [S, B] of N samples is among the rows of variables [S·N, ...], [S, B]."""
+    return batch + torch.arange(0, len(batch) * samples, samples, device=batch.device)[:, None]
 
 
 def _in_runs(order: Tensor, groups: Tensor, together: int, random: torch.Generator) -> Tensor:

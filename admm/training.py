@@ -33,7 +33,7 @@ class History:
     rows: for each evaluation and replica `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
     whole stack), `train_loss` (the problem's J with its scale, mean over the samples), `train_accuracy` and
     `test_accuracy` (percent), and the optimizer's diagnostics. diverged: by replica, the iteration after which it
-    was found not to be finite; it has no rows from there on.
+    was found not to be finite; it has no rows from there on, but for that before the first iteration.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -43,7 +43,7 @@ class History:
 
 def evaluate(problem: Problem, theta: Parameters, test: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """`train_loss`, `train_accuracy` and `test_accuracy` of a plain forward pass, each [S]."""
-    loss, right = torch.zeros(2, len(theta.flat), device=problem.x.device)
+    loss, right = problem.x.new_zeros(2, len(theta.flat))
     for x, y in _parts(problem.x, problem.y, len(theta.flat)):
         z = problem.blocks.forward(theta, x.expand(len(theta.flat), *x.shape))
         loss += problem.loss.value(z, y).sum(1)
@@ -143,7 +143,8 @@ def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: H
             continue
         if not finite[replica]:
             history.diverged[replica] = state.iteration
-            continue
+            if state.iteration > 0:
+                continue
         row = {"iteration": state.iteration, "replica": replica, "seed": seed, "seconds": history.seconds}
         rows.append(row | {name: column[replica] for name, column in table.items()})
     history.rows += rows

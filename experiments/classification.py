@@ -49,6 +49,7 @@ ROW_NAMES = ("experiment", "optimizer", "setting")  # overrides that choose a ro
 load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
 BAD_INPUT = (DatasetError, BackboneError, ValueError, ImportError, InstantiationException)
 PRECISIONS = ("fp32", "tf32", "bf16")
+THREADS = torch.get_num_threads()  # of a job that does not say how many
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -136,8 +137,7 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
         raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
     if config.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         log.warning("precision: this processor emulates bf16, which takes several times as long as fp32")
-    if (threads := config.threads or threads_of_a_worker()) is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(config.threads or threads_of_a_worker() or THREADS)
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root, name = Path(config.outputs if overrides else config.results), f"{method}-{setting}"

@@ -284,11 +284,12 @@ def jointly(
         problem = build_problem(config, features)
     test = (features, features.frozen[task.images], task)
     state, history = trained(config, job, problem, test, "verification", measure=verified, keep_last=True)
+    blocks, theta, seeds = problem.blocks, state.theta, state.seeds  # all else of the state is not kept meanwhile
 
     def represented() -> Iterator[Represented]:
-        for replica, seed in enumerate(state.seeds):
+        for replica, seed in enumerate(seeds):
             if replica not in history.diverged:
-                tail, nmf, _ = problem.blocks.export(state.theta, replica).children()
+                tail, nmf, _ = blocks.export(theta, replica).children()
                 yield Represented(replica, seed, features.applied(nn.Sequential(tail, nmf), features.frozen))
 
     return represented(), history.rows, ended(history) | {"frozen": config.optimizer.frozen}

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import torch
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from admm.blocks import Parameters
 from admm.files import MIB
 from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import Chain
+from admm.optimizers.protocol import save, size
 from experiments.classification import (
     DTYPES,
     Job,
@@ -64,10 +63,10 @@ def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]
             f"optimizer: memory is measured of block_admm and online_block_admm, not {config.optimizer._target_}"
         )
     state = optimizer.init(problem, (seed,))
-    sizes = {field.name: _bytes(getattr(state, field.name)) for field in fields(state) if field.name in NAMES}
+    sizes = {name: size(variable) for name, variable in save(state).items() if name in NAMES}
     if isinstance(optimizer, OnlineBlockADMM):
         chain = Chain(problem.blocks, state.theta, problem.x[None, : optimizer.batch_size])
-        sizes |= {"z": _bytes(chain.z), "z_moments": _bytes(optimizer.z_update.moments(chain.z))}
+        sizes |= {"z": size(chain.z), "z_moments": size(optimizer.z_update.moments(chain.z))}
     return sizes
 
 
@@ -122,15 +121,6 @@ def resident(name: str) -> int:
 def reset_high_water_mark() -> None:
     """From here on VmHWM is counted anew (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def _bytes(value: Any) -> int:
-    """Of all tensors in a variable of a state."""
-    if isinstance(value, Parameters):
-        return _bytes([value.flat, value.buffers])
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes, value))
 
 
 def report(experiment: str, runs: list[Run]) -> Content:

@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -313,14 +313,22 @@ def sums(folder: Path) -> dict[str, str]:
 
 def finished_runs(root: Path, experiment: str) -> list[Run]:
     """The finished runs of an experiment, from the oldest to the newest."""
-    folders = (root / "runs" / experiment).glob("*/run.json")
-    return sorted((Run(path.parent) for path in folders), key=age)
+    return oldest_first((root / "runs" / experiment).glob("*/run.json"))
 
 
 def runs_named(folder: Path, name: str) -> list[Run]:
     """The finished runs of an experiment's folder that have this name, from the oldest to the newest."""
-    found = (path.parent for path in folder.glob(f"{name}-*/run.json"))
-    return sorted((Run(path) for path in found if path.name.removeprefix(f"{name}-").isalnum()), key=age)
+    found = folder.glob(f"{name}-*/run.json")
+    return oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
+
+
+def oldest_first(notes: Iterable[Path]) -> list[Run]:
+    """The runs of these run.json, but those that another process moves away meanwhile."""
+    ages = dict[Run, tuple[str, str]]()
+    for run in (Run(note.parent) for note in notes):
+        with suppress(FileNotFoundError):
+            ages[run] = age(run)
+    return sorted(ages, key=ages.__getitem__)
 
 
 def age(run: Run) -> tuple[str, str]:

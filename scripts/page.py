@@ -86,8 +86,9 @@ def main() -> None:
     if not options.store.is_dir():
         sys.exit(f"error: there is no folder {options.store}; it should be a results store, such as results or outputs")
     store = examined(options.store)
+    text = page(store)
     with failed_writes_in_words(), whole(options.out, "the page") as part:
-        part.write_text(page(store), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
     for path, problem in store.damaged.items():
         print(f"warning: {path} is damaged and left out: {problem}", file=sys.stderr)
     size = options.out.stat().st_size / 1e6

@@ -315,7 +315,7 @@ def incomplete(run: Run, config: dict[str, Any]) -> Iterator[str]:
     found = run.history.groupby(["replica", "seed"])["iteration"].apply(list).to_dict()
     for replica, seed in enumerate(info["seeds"]):
         end = info["diverged"].get(str(replica), inf)
-        due, there = [i for i in evaluations if i < end], found.pop((replica, seed), [])
+        due, there = [i for i in evaluations if i < max(end, 1)], found.pop((replica, seed), [])
         if there != due:
             yield f"history.csv: seed {seed} (replica {replica}) has {len(there)} of {len(due)} evaluations, or others"
     yield from (f"history.csv: {key} is no replica and seed of the run" for key in found)

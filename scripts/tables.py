@@ -37,9 +37,9 @@ def store_of_the_command(description: str | None) -> Path:
 
 
 def main(root: Path) -> None:
-    page = root / "README.md"
+    page, text = root / "README.md", "\n\n".join(sections(root)) + "\n"
     with whole(page, "the page") as part:
-        part.write_text("\n\n".join(sections(root)) + "\n")
+        part.write_text(text)
     print(f"written: {page}")
 
 

@@ -14,10 +14,11 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from admm.blocks import split
+from admm.deepfacto.triplet import TripletLoss
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
 from admm.minibatches import minibatches
 from admm.models import initialiser
-from admm.optimizers import SGD, Adam, AdaptivePenalty, BlockADMM, Problem, ZUpdate
+from admm.optimizers import SGD, Adam, AdaptivePenalty, BlockADMM, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.block_admm import BlockADMMState
 
 SEEDS = (3, 1, 7)
@@ -656,10 +657,13 @@ def test_beta_stays_below_its_largest_value(mlp_problem):
     assert betas == [[2.0], [4.0], [4.0], [4.0]]
 
 
-@pytest.mark.parametrize("c", [0.0, 1.0, 1.5])
-def test_a_wrong_factor_is_refused_by_name(c):
-    with pytest.raises(ValueError, match=r"optimizer\.penalty\.c"):
-        AdaptivePenalty(c=c)
+@pytest.mark.parametrize(
+    "key, value",
+    [("c", 0.0), ("c", 1.0), ("c", 1.5), ("bound", -1.0), ("shrink", float("nan")), ("largest", 0.0)],
+)
+def test_a_wrong_penalty_is_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=rf"optimizer\.penalty\.{key}: {value} is not"):
+        AdaptivePenalty(**{key: value})
 
 
 # --- Diagnostics
@@ -757,6 +761,15 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
     with pytest.raises(ValueError) as error:
         replace(BASE, **options).init(mlp_problem(), SEEDS)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer", [BASE, OnlineBlockADMM(1, 0.1, batch_size=7, dual="none")])
+def test_an_exact_last_step_needs_a_loss_with_a_proximal_operator(mlp_problem, optimizer):
+    options = replace(optimizer, z_update=ZUpdate("gradient", last="prox"))
+    with pytest.raises(
+        ValueError, match=r"loss: TripletLoss has no prox; optimizer.z_update.last=prox supports losses"
+    ):
+        options.init(mlp_problem(TripletLoss()), SEEDS)
 
 
 @pytest.mark.parametrize("name", ["majorised", "lipschitz"])

@@ -88,7 +88,7 @@ def test_npz_comes_first_and_needs_no_torchvision(content, no_torchvision, tmp_p
     arrays = content("mnist")
     np.savez(tmp_path / "mnist.npz", **arrays)
     mnist = load("mnist", tmp_path)
-    assert (mnist.name, mnist.classes, mnist.input_shape, mnist.features) == ("mnist", 10, (28, 28), 784)
+    assert (mnist.name, mnist.classes, mnist.input_shape) == ("mnist", 10, (28, 28))
     assert mnist.sha256 == data.digest(arrays)
     assert mnist.x_train.dtype == torch.float32 and mnist.y_train.dtype == torch.int64
     for key in data.KEYS:

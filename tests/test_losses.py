@@ -229,3 +229,9 @@ def test_prox_of_a_sample_does_not_depend_on_the_others(loss):
 def test_one_hot_has_a_single_one_in_the_dtype_asked_for():
     y = one_hot(torch.tensor([2, 0]), 3, torch.zeros(0, dtype=torch.float64))
     assert y.dtype == torch.float64 and y.tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("key", ["scale", "max_steps", "tolerance"])
+def test_what_is_not_positive_is_refused(key):
+    with pytest.raises(ValueError, match=rf"loss.{key}: 0 is not a positive number"):
+        CrossEntropy(**{key: 0})

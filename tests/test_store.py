@@ -28,8 +28,8 @@ from admm.files import WriteError, whole
 from admm.training import read_checkpoint
 from experiments import walltime
 from experiments.classification import Job, execute
-from experiments.report import report
-from experiments.store import Run, Slot, determining, finished_runs, identity, slot_of
+from experiments.report import curves, report
+from experiments.store import Run, Slot, determining, finished_runs, identity, oldest_first, slot_of
 from scripts import store
 from scripts.store import problems, unreadable
 
@@ -597,6 +597,19 @@ def test_a_renamed_folder_and_garbled_hashes_are_found(tmp_path: Path) -> None:
     assert [problem.split(":")[0] for problem in problems(moved)] == ["config.yaml", "run.json"]
     (moved / "SHA256SUMS").write_text("garbled\n")
     assert list(problems(moved)) == ["SHA256SUMS: does not parse"]
+
+
+def test_what_begins_beyond_the_numbers_is_a_finished_run(tmp_path: Path) -> None:
+    run = made(tmp_path, "init=normal", "init.std=1e30", "iterations=3")
+    assert run.info["diverged"] == {"0": 0, "1": 0} and list(problems(run.folder)) == []
+    assert list(run.history["iteration"]) == [0, 0] and run.scores == {0: 0.0, 1: 0.0}
+    assert "2 of 2 seeds diverged" in curves([run])[0].setting
+
+
+def test_a_run_that_another_process_moves_away_is_not_listed(tmp_path: Path) -> None:
+    run = made(tmp_path, "iterations=1")
+    found = oldest_first([tmp_path / "gone" / "run.json", run.folder / "run.json"])
+    assert [Path(run.folder) for run in found] == [run.folder]
 
 
 def test_a_diverged_seed_has_no_evaluations_to_come(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from admm.blocks import split
 from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
-from admm.training import CheckpointError, History, Row, accuracy, read_checkpoint, train
+from admm.training import CheckpointError, History, Row, accuracy, evaluate, read_checkpoint, train
 
 OPTIMIZERS = {
     "sgd": Backprop(6, SGD(momentum=0.9), 0.05, batch_size=16),
@@ -100,6 +100,22 @@ def test_a_diverged_replica_stops_and_the_others_go_on(problem: Problem) -> None
 def test_a_run_ends_when_every_replica_has_diverged(problem: Problem) -> None:
     state, history = run(problem, Backprop(50, SGD(), 1e30, batch_size=16), (0, 1), 50, test_of(problem))
     assert state.iteration == 1 and history.diverged == {0: 1, 1: 1}
+
+
+def test_what_begins_beyond_the_numbers_has_its_first_row_alone(problem: Problem) -> None:
+    far = replace(problem, initialise=initialiser("normal", std=1e30))
+    state, history = run(far, Backprop(5, SGD(), 0.1, batch_size=16), (0, 1), 5, test_of(problem))
+    assert state.iteration == 0 and history.diverged == {0: 0, 1: 0}
+    assert [(row["iteration"], row["replica"]) for row in history.rows] == [(0, 0), (0, 1)]
+
+
+def test_losses_are_of_the_problem_s_precision(problem: Problem) -> None:
+    double = replace(problem, x=problem.x.double(), y=problem.y.double())
+    x, labels = test_of(double)
+    theta = double.initial((0,))
+    expected = double.loss.value(double.blocks.export(theta)(double.x), double.y).mean()
+    found = evaluate(double, theta, (x, labels))["train_loss"]
+    torch.testing.assert_close(found, expected.detach().unsqueeze(0), rtol=1e-13, atol=0.0)
 
 
 def test_rows_are_the_plain_forward_pass_of_the_exported_networks(problem: Problem) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from admm.blocks import Blocks, LinearLayer, Parameters
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, nonnegative_least_squares, sweep, warm_start
-from admm.minibatches import check_batch_size, minibatches, own_rows, put_own_rows, rows, slices
+from admm.minibatches import check_batch_size, minibatches, own_indices, own_rows, put_own_rows, rows, slices
 from admm.optimizers.coupling import Chain, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, largest_singular_value
 from admm.optimizers.rules import Adam, Rule
@@ -123,10 +123,11 @@ class DeepFacto:
             x, y = (data[part].expand(len(state.seeds), *data[part].shape) for data in (problem.x, problem.y))
             z, u = ([v[:, part] for v in variables] for variables in (state.z, state.u))
             visit = _Visit(epoch, Chain(problem.blocks, state.theta, x, z), y, u)
-            value += visit.lagrangian()
-            for t in range(1, len(z) + 1):
+            residuals = visit.residuals()
+            value += visit.lagrangian(residuals)
+            for t, residual in enumerate(residuals, start=1):
                 of_norm = visit.before(t) if t in epoch.factors else z[t - 1]
-                square[t - 1] += visit.residual(t).square().flatten(1).sum(1)
+                square[t - 1] += residual.square().flatten(1).sum(1)
                 norm[t - 1] += of_norm.square().flatten(1).sum(1)
         residuals = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
         return residuals | {"lagrangian": value / len(problem.x)}
@@ -220,7 +221,8 @@ class _Epoch:
     def visit(self, batch: Tensor, progress: float) -> None:
         """All updates but that of M for the samples [R, B] of a mini-batch."""
         state, problem = self.state, self.problem
-        z, u = ([own_rows(v, batch) for v in variables] for variables in (state.z, state.u))
+        own = own_indices(batch, len(problem.x))
+        z, u = ([own_rows(v, own) for v in variables] for variables in (state.z, state.u))
         visit = _Visit(self, Chain(problem.blocks, state.theta, rows(problem.x, batch), z), rows(problem.y, batch), u)
         at = {name: [schedule(progress) for schedule in values] for name, values in self.schedules.items()}
         visit.refresh(at["refresh"][0])
@@ -230,7 +232,7 @@ class _Epoch:
             visit.update_theta(at["theta_step"])
         visit.update_duals(at["dual_step"][0])
         for whole, values in zip([*state.z, *state.u], [*visit.chain.z, *u], strict=True):
-            put_own_rows(whole, batch, values)
+            put_own_rows(whole, own, values)
 
     def update_basis(self, t: int) -> None:
         """M by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
@@ -267,17 +269,21 @@ class _Visit:
             return self.chain.residual(t)
         return self.before(t) - self._product(t)
 
-    def lagrangian(self) -> Tensor:
-        """Eq. 9 summed over the samples, [R]."""
+    def residuals(self) -> list[Tensor]:
+        """Of all blocks."""
+        return [self.residual(t) for t in range(1, len(self.chain.z) + 1)]
+
+    def lagrangian(self, residuals: Sequence[Tensor]) -> Tensor:
+        """Eq. 9 summed over the samples, [R], given `residuals`."""
         value = self.epoch.problem.loss.value(self.chain.z[-1], self.y).sum(1)
-        for t, beta in enumerate(self.epoch.beta, start=1):
-            value = value + beta / 2 * (self.residual(t) + self._dual(t)).square().flatten(1).sum(1)
+        for t, (beta, residual) in enumerate(zip(self.epoch.beta, residuals, strict=True), start=1):
+            value = value + beta / 2 * (residual + self._dual(t)).square().flatten(1).sum(1)
         return value
 
     def refresh(self, part: float | Tensor) -> None:
-        """Z_t moves this part of the way to block_t(Z_{t−1}), of what has been moved already, and S to what sweeps
-        towards its projection give: left where M was before the last epoch, all S are off by the same shift, which Θ
-        would be trained to undo."""
+        """Z_t moves this part of the way to block_t(Z_{t−1}), of what has been moved already, and S to its projection:
+        left short of it, all S are off by the same shift, which Θ would be trained to undo, and which a loss of
+        directions alone never corrects."""
         for t in range(1, len(self.chain.z) + 1):
             output = self._projected(t) if t in self.epoch.factors else self.chain.output(t)
             pull = torch.as_tensor(broadcast(part, output)).to(output)
@@ -322,23 +328,23 @@ class _Visit:
         curvature = beta * largest_singular_value(weight).square().view(-1, 1, 1)
         descent = (self._force(t + 1) @ weight).view_as(now)  # −∇; a ReLU before W is the identity on S ≥ 0
         gram, cross = self._normal(t)
-        gram = gamma * gram + curvature * torch.eye(gram.shape[2]).to(gram)
-        self.chain.move(t, self._swept(t, gram, gamma * cross + curvature * matrix(now) + matrix(descent)))
+        gram = gamma * gram
+        gram.diagonal(dim1=1, dim2=2).add_(curvature.squeeze(2))
+        cross = gamma * cross + curvature * matrix(now) + matrix(descent)
+        scores = matrix(now).clone(memory_format=torch.contiguous_format)  # of one sample it is a view
+        for _ in range(self.epoch.options.score_sweeps):
+            sweep(gram, cross, scores)
+        self.chain.move(t, feature_maps(scores, like=self.before(t)))
 
     def _projected(self, t: int) -> Tensor:
-        """S by sweeps, from what it is, on ‖Z + V − M S‖² alone."""
-        return self._swept(t, *self._normal(t))
+        """argmin over S ≥ 0 of ‖Z + V − M S‖², from what S is."""
+        scores = nonnegative_least_squares(*self._normal(t), matrix(self.chain.z[t - 1]))
+        return feature_maps(scores, like=self.before(t))
 
     def _normal(self, t: int) -> tuple[Tensor, Tensor]:
         """MᵀM [R, r, r] and Mᵀ(Z + V) [R, r, n·…]."""
         basis = self.epoch.factors[t]
         return basis.mT @ basis, basis.mT @ matrix(self.before(t) + self._dual(t))
-
-    def _swept(self, t: int, gram: Tensor, cross: Tensor) -> Tensor:
-        scores = matrix(self.chain.z[t - 1]).clone(memory_format=torch.contiguous_format)  # of one sample it is a view
-        for _ in range(self.epoch.options.score_sweeps):
-            sweep(gram, cross, scores)
-        return feature_maps(scores, like=self.before(t))
 
     def _update_factorised(self, t: int) -> None:
         """Z_t before a factorisation: the exact minimiser of β/2 ‖Z − block_t + U‖² + γ/2 ‖Z − M S + V‖²."""

@@ -13,7 +13,6 @@ from admm.blocks import Parameters, Views
 from admm.minibatches import slices
 from admm.optimizers.fully_connected import (
     Start,
-    check_prox,
     forward,
     known,
     linear_layers,
@@ -24,7 +23,7 @@ from admm.optimizers.fully_connected import (
     square_residuals,
 )
 from admm.optimizers.least_squares import Scratch, add_gram, factorise, gain, input_factor, zero_gram
-from admm.optimizers.protocol import Problem, spectral_norms
+from admm.optimizers.protocol import Problem, check_prox, spectral_norms
 from admm.schedules import Number, positive
 
 _SLICE = 2000  # samples that are visited at a time: their temporaries stay in the processor's cache

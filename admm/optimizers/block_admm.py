@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, generator, minibatches, own_rows, put_own_rows, rows, slices
+from admm.minibatches import check_batch_size, generator, minibatches, own_indices, own_rows, put_own_rows, rows, slices
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
@@ -54,6 +54,10 @@ class AdaptivePenalty:
     def __post_init__(self) -> None:
         if not 0.0 < self.c < 1.0:
             raise ValueError(f"optimizer.penalty.c: {self.c} is not between 0 and 1 (Eq. 6)")
+        in_range("penalty.bound", self.bound)
+        in_range("penalty.shrink", self.shrink)
+        if not self.largest > 0.0:
+            raise ValueError(f"optimizer.penalty.largest: {self.largest} is not positive")
 
     def eta(self, iteration: int) -> float:
         """η_k, where iteration k is the k-th to be finished."""
@@ -105,7 +109,7 @@ class BlockADMM:
         self._check(problem)
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
-        self.z_update.check(problem.blocks, theta)
+        self.z_update.check(problem, theta)
         self._schedules(len(problem.blocks), len(seeds))
         z: list[Tensor] = []
         for part in slices(len(problem.x), self.slice_size):
@@ -335,15 +339,16 @@ class _Sweep:
 
     def _gather(self, batch: Tensor) -> _Visit:
         """Copies of the samples [S, B] of a mini-batch."""
-        state = self.state
+        state, own = self.state, own_indices(batch, len(self.problem.x))
         gathered = [state.z, state.u, *(state.z_moments if self.options.sweep == "minibatch" else [])]
-        z, u, *moments = ([own_rows(v, batch) for v in variables] for variables in gathered)
+        z, u, *moments = ([own_rows(v, own) for v in variables] for variables in gathered)
         chain = Chain(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
         return _Visit(chain, rows(self.problem.y, batch), u, moments)
 
     def _scatter(self, batch: Tensor, visit: _Visit) -> None:
+        own = own_indices(batch, len(self.problem.x))
         for whole, values in [*self._pairs(visit), *zip(self.state.u, visit.u, strict=True)]:
-            put_own_rows(whole, batch, values)
+            put_own_rows(whole, own, values)
 
     def _pairs(self, visit: _Visit) -> Iterator[tuple[Tensor, Tensor]]:
         """Z of all samples and of the visited ones, and its moments."""
@@ -391,7 +396,8 @@ class _Sweep:
         chain.theta_changed()
 
     def _update_dual(self, visit: _Visit) -> Tensor:
-        """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Alg. 1, line 12). Returns Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
+        """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Alg. 1, line 12). Returns, for the adaptive penalty
+        (0 without one), Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
         square = torch.zeros_like(self.state.beta[0])
         for t in range(1, self.blocks + 1):
             residual = visit.chain.residual(t, pulled=False)

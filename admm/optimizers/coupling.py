@@ -15,7 +15,7 @@ from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
-from admm.optimizers.protocol import at_least_one, in_range, one_of
+from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
 from admm.schedules import BlockValue, block_values, broadcast, positive
 
 Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t, in a new tensor
@@ -92,7 +92,8 @@ class ZUpdate:
 
     - `gradient`: ζ ∇ (Algorithm 1);
     - `adam`: ζ times Adam's direction, with moments for every entry of Z_t (paper, §4.1);
-    - `lipschitz`: ζ ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W_{t+1}) by power iteration;
+    - `lipschitz`: ζ ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W_{t+1}) by one power iteration an evaluation, so that the
+      first few are inexact;
     - `majorised`: ζ H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW and W = W_{t+1}: for ζ = 1 the exact minimiser over Z_t where
       block t+1 is affine.
 
@@ -111,13 +112,16 @@ class ZUpdate:
     beta2: float = 0.999
     epsilon: float = 1e-8
 
-    def check(self, blocks: Blocks, theta: Parameters) -> None:
-        """Raises ValueError for an unknown name, or where the blocks do not have what the update needs."""
+    def check(self, problem: Problem, theta: Parameters) -> None:
+        """Raises ValueError for an unknown name, or where blocks or loss do not have what the update needs."""
+        blocks = problem.blocks
         one_of("z_update.name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
         one_of("z_update.last", self.last, ("prox", "step"))
         at_least_one("z_update.steps", self.steps)
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf)):
             in_range(f"z_update.{name}", getattr(self, name), below)
+        if self.last == "prox":
+            check_prox(problem.loss, "optimizer.z_update.last=prox")
         if self.name in ("lipschitz", "majorised"):
             for t, (block, views) in enumerate(zip(blocks, theta.blocks, strict=True), start=1):
                 if t > 1 and block.linear_weight(views) is None:
@@ -145,14 +149,14 @@ class ZUpdate:
             weight = blocks[t].linear_weight(theta.blocks[t])
             assert weight is not None
             if self.name == "majorised":
-                hessian = torch.baddbmm(
-                    beta[t - 1] * torch.eye(weight.shape[2]).to(weight), weight.mT, beta[t] * weight
-                )
+                hessian = torch.bmm(weight.mT, beta[t] * weight)
+                hessian.diagonal(dim1=1, dim2=2).add_(beta[t - 1].squeeze(2))
                 factor, _ = torch.linalg.cholesky_ex(hessian)  # no error for the NaN of a diverged replica
                 inverses.append(torch.cholesky_inverse(factor))
             else:
+                # Tends to σ² from below, after a first one of up to d_t^½ σ².
                 image = weight.mT @ (weight @ power_vectors[t - 1])
-                square = torch.linalg.vector_norm(image, dim=1, keepdim=True)  # estimates σ² from below
+                square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
                 torch.where(square > 0, image / square, power_vectors[t - 1], out=power_vectors[t - 1])
                 inverses.append(1.0 / (beta[t - 1] + 1.1 * beta[t] * square))
         return inverses

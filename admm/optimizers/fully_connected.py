@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from admm.blocks import Parameters, Views, leaves
-from admm.losses import Loss
 from admm.minibatches import generator, slices
 from admm.optimizers.protocol import Problem
 
@@ -83,15 +82,6 @@ def draw(
             else:
                 drawn.uniform_(0.0, width, generator=random)
             replica.copy_(drawn)
-
-
-def check_prox(loss: Loss, algorithm: str) -> None:
-    """Raises ValueError for a loss without a proximal operator."""
-    if not callable(getattr(loss, "prox", None)):
-        raise ValueError(
-            f"loss: {type(loss).__name__} has no prox; {algorithm} supports losses with one: "
-            "squared_error, cross_entropy, hinge"
-        )
 
 
 def pre_activation(layer: Views, a: Tensor, out: Tensor | None = None) -> Tensor:

@@ -67,7 +67,7 @@ class OnlineBlockADMM:
         """Θ by the problem's initialisation, u = 0."""
         self._check(problem)
         theta = problem.initial(seeds)
-        self.z_update.check(problem.blocks, theta)
+        self.z_update.check(problem, theta)
         self._schedules(len(problem.blocks), len(seeds))
         penalties(self.beta, len(problem.blocks), len(seeds), problem.x)
         return OnlineBlockADMMState(

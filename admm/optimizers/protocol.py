@@ -187,6 +187,15 @@ def in_range(key: str, value: object, below: float = math.inf) -> None:
         raise ValueError(f"optimizer.{key}: {value!r} is not a number from 0 up{bound}")
 
 
+def check_prox(loss: Loss, algorithm: str) -> None:
+    """Raises ValueError for a loss without a proximal operator."""
+    if not callable(getattr(loss, "prox", None)):
+        raise ValueError(
+            f"loss: {type(loss).__name__} has no prox; {algorithm} supports losses with one: "
+            "squared_error, cross_entropy, hinge"
+        )
+
+
 def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
     """`sigma_t` [S]: the largest singular value of block t's weight, for blocks of one linear layer."""
     weights = [block.linear_weight(views) for block, views in zip(problem.blocks, theta.blocks, strict=True)]

@@ -39,12 +39,10 @@ class Adam:
         return [torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(len(theta), device=theta.device)]
 
     def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        stacks = [list(tensor.unbind()) for tensor in (theta, gradient, *moments)]
-        if isinstance(step, float):
-            self._fused(stacks, step)
-        else:  # the fused kernel has one step size a call
-            for replica, size in enumerate(step.tolist()):
-                self._fused([[stack[replica]] for stack in stacks], size)
+        stacks = [tensor.unbind() for tensor in (theta, gradient, *moments)]
+        sizes = [step] * len(theta) if isinstance(step, float) else step.tolist()
+        for size in dict.fromkeys(sizes):  # the fused kernel has one step size a call
+            self._fused([[s for s, own in zip(stack, sizes, strict=True) if own == size] for stack in stacks], size)
 
     def _fused(self, stacks: list[list[Tensor]], step: float) -> None:
         theta, gradient, mean, square, count = stacks

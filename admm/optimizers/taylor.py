@@ -14,7 +14,6 @@ from admm.blocks import Parameters, Views
 from admm.minibatches import slices
 from admm.optimizers.fully_connected import (
     Start,
-    check_prox,
     draw,
     known,
     linear_layers,
@@ -34,7 +33,7 @@ from admm.optimizers.least_squares import (
     regress,
     zero_gram,
 )
-from admm.optimizers.protocol import Problem, at_least_one, one_of, spectral_norms
+from admm.optimizers.protocol import Problem, at_least_one, check_prox, one_of, spectral_norms
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "taylor"
