@@ -132,12 +132,7 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     if setting == "default" and "defaults" in own:
         overrides.append(f"setting={config.setting}")  # it changes a group, but is not a row of this experiment
     check_groups(overrides, settings)
-    device = find_device(config.device)
-    if config.precision == "tf32" and device.type != "cuda":
-        raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
-    if config.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        log.warning("precision: this processor emulates bf16, which takes several times as long as fp32")
-    torch.set_num_threads(config.threads or threads_of_a_worker() or THREADS)
+    device = ready_device(config)
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root, name = Path(config.outputs if overrides else config.results), f"{method}-{setting}"
@@ -172,6 +167,17 @@ def seeds_of_row(experiment: str, settings: Path) -> list[int]:
         inherited(settings),
     )
     return list(OmegaConf.merge(*files).seeds)
+
+
+def ready_device(config: DictConfig) -> torch.device:
+    """The device, with as many threads as the job is to have. Raises ValueError where it lacks the precision."""
+    device = find_device(config.device)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
+    if config.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log.warning("precision: this processor emulates bf16, which takes several times as long as fp32")
+    torch.set_num_threads(config.threads or threads_of_a_worker() or THREADS)
+    return device
 
 
 def threads_of_a_worker() -> int | None:

@@ -50,7 +50,9 @@ def sections(root: Path) -> Iterator[str]:
     yield "# Results"
     yield (
         "Written by `make tables` from the runs in this folder. Accuracies are test accuracies in percent after the "
-        "last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md)."
+        "last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
+        "*reduced* is less than the paper's experiment, *default* has no file of settings, and `1 of 3 seeds` counts "
+        "those run so far. A commit with + had uncommitted changes."
     )
     yield "## The paper's numbers"
     yield markdown(numbers)
@@ -154,7 +156,8 @@ def experiment(name: str, runs: list[Run]) -> Iterator[str]:
     result, figures = content(name, runs)
     yield f"## {name}"
     source = f"The paper's {known['source']}. " if known.get("source") else ""
-    yield f"{source}{known.get('caption', name)}."
+    quantity = f" In the table: {known['quantity']}." if "quantity" in known else ""
+    yield f"{source}{known.get('caption', name)}.{quantity}"
     yield "\n".join(f"![{name}](figures/{figure}.png)" for figure in figures)
     yield markdown(result)
     for table in further_tables(name, runs).values():
@@ -200,7 +203,7 @@ def search(path: Path) -> list[dict[str, Any]]:
 
     def best(setting: str, tried: pd.DataFrame) -> dict[str, Any]:
         first = tried.iloc[0]
-        values = ", ".join(f"{key}={first[key]}" for key in searched)
+        values = ", ".join(f"{key}={first[key]}" for key in searched if pd.notna(first[key]))
         kept = {"held-out": float(first["held-out"])} | dict(first["seeds":])
         return {"search": path.stem, "setting": setting, "configurations": len(tried), "best": values} | kept
 

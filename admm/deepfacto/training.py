@@ -129,8 +129,8 @@ class DeepFacto:
                 of_norm = visit.before(t) if t in epoch.factors else z[t - 1]
                 square[t - 1] += residual.square().flatten(1).sum(1)
                 norm[t - 1] += of_norm.square().flatten(1).sum(1)
-        residuals = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
-        return residuals | {"lagrangian": value / len(problem.x)}
+        relative = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
+        return relative | {"lagrangian": value / len(problem.x)}
 
     def _check(self, problem: Problem) -> None:
         check_batch_size(self.batch_size, len(problem.x))
