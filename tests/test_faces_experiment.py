@@ -128,13 +128,13 @@ def test_every_representation_is_probed_and_reported(faces: Faces, tmp_path: Pat
         executed(tmp_path, faces, "raw", "default"),
         executed(tmp_path, faces, "pca", "rank4"),
         executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5"),
-        executed(tmp_path, faces, "deepfacto", "rank4", *SMALL),
+        executed(tmp_path, faces, "deepfacto", "rank4", *SMALL, "optimizer.warm_rounds=50"),
     ]
     for run, seeds in zip(runs, ([0], [0], [0, 1], [0, 1]), strict=True):
         probes = run.table("probes")
         assert list(probes["seed"]) == seeds and set(probes["attribute"]) == {ATTRIBUTES[0]}
         assert (probes["positives"] == 18).all() and (probes["majority"] == 50.0).all()
-        assert (probes["balanced_accuracy"] > 70.0).all()  # red faces; 50 is chance
+        assert (probes["balanced_accuracy"] > 75.0).all()  # red faces
     assert list(runs[3].history["iteration"].unique()) == [0, 1, 2, 3]
     table, figures = report("lfw_proxy", runs)
     assert list(table["method"]) == ["activations", "PCA", "NMF afterwards (Collins et al.)", "DeepFacto"]
