@@ -12,12 +12,12 @@ import torch
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """The machine in words, library versions and the git commit, with `+` if the tree had changes."""
+    """The machine in words, library versions and the git commit."""
     return {
         "machine": machine(device),
         "versions": {name: version(name) for name in ("torch", "numpy", "hydra-core")}
         | {"python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -38,14 +38,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
+    """The git commit of a clone, with `+` if what determines numbers has changes there; None where there is no git."""
+
     def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
     try:
-        return git("rev-parse", "--short=12", "HEAD").strip() + (
-            "+" if git("status", "--porcelain", "-uno", "..", ":!../tests", ":!../*.md") else ""
-        )
+        changes = git("status", "--porcelain", "-uno", ".", ":!tests", ":!results", ":!*.md")
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,11 +1,16 @@
-"""Launches of the suite: in this process, and such that are cut short."""
+"""Launches of the suite: in this process, and as a process of its own, which can be cut short."""
 
 import logging
-import signal
+import multiprocessing
+import os
+import runpy
 import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hydra import version
 from hydra._internal.hydra import Hydra
@@ -15,6 +20,10 @@ from hydra.utils import get_method
 
 from experiments import study
 from experiments.classification import CONF
+
+RUN = CONF.parent / "run.py"
+SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again
+SERVER.set_forkserver_preload(["run", "experiments.stacking", "experiments.searches"])
 
 
 def multirun(*overrides: str) -> None:
@@ -34,12 +43,38 @@ def multirun(*overrides: str) -> None:
             study.held.pop().release()
 
 
-def kill_when_there(command: list[str], folder: Path, pattern: str) -> None:
-    """Start a command, and end it by SIGKILL as soon as a file of that pattern is in the folder."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob(pattern)) and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def _main(command: Sequence[str], folder: Path, printed: str) -> None:
+    os.chdir(folder)
+    os.environ.update(COLUMNS="300", WANDB_SILENT="true")
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{printed}/{name}", os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv[:] = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+class Launch:
+    """`python run.py` with these arguments, in a folder."""
+
+    def __init__(self, *arguments: str, script: Path = RUN, folder: Path = RUN.parent) -> None:
+        self.command, self.printed = [str(script), *arguments], TemporaryDirectory()
+        self.process = SERVER.Process(target=_main, args=(self.command, folder, self.printed.name))
+        self.process.start()
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Its end, and what it printed."""
+        self.process.join(300)
+        if self.process.exitcode is None:
+            self.process.kill()
+        assert self.process.exitcode is not None, "took more than five minutes"
+        with self.printed as folder:
+            output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(self.command, self.process.exitcode, output, errors)
+
+    def kill_when_there(self, folder: Path, pattern: str) -> None:
+        """End it by SIGKILL as soon as a file of that pattern is in the folder."""
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(pattern)) and time.monotonic() < deadline:
+            assert self.process.exitcode is None, "ended before it could be killed"
+            time.sleep(0.002)
+        self.process.kill()
+        self.process.join()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from launches import kill_when_there
+from launches import Launch
 from omegaconf import OmegaConf
 
 from admm.data import load
@@ -37,14 +36,12 @@ RESULTS = ROOT / "results"
 RACE = ["experiment=mnist_walltime", "optimizers=[sgd,bcd]", "iterations=4", "seeds=[0,1]"]
 
 
-def command(folder: Path, arguments: list[str]) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), "dataset=digits", "threads=1", f"outputs={folder}", *arguments]
+def on_digits(folder: Path, arguments: list[str]) -> list[str]:
+    return ["dataset=digits", "threads=1", f"outputs={folder}", *arguments]
 
 
 def launch(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        command(folder, list(arguments)), env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True
-    )
+    done = Launch(*on_digits(folder, list(arguments))).wait()
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -94,7 +91,7 @@ def test_a_race_and_what_was_measured_check_clean(race: Path, measured: dict[str
 
 
 def test_a_killed_race_goes_on_with_the_seed_that_it_was_at(tmp_path: Path) -> None:
-    kill_when_there(command(tmp_path, RACE), tmp_path, "runs/.partial/*/race.json")
+    Launch(*on_digits(tmp_path, RACE)).kill_when_there(tmp_path, "runs/.partial/*/race.json")
     assert stored(tmp_path) == {}
     output = launch(tmp_path, *RACE)
     assert "seed 1: " in output and "seed 0: " not in output
@@ -121,7 +118,7 @@ def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_task_cannot_do_is_refused_by_name(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = subprocess.run(command(tmp_path, arguments), capture_output=True, text=True)
+    done = Launch(*on_digits(tmp_path, arguments)).wait()
     assert done.returncode != 0 and re.search(f"error: {message}", done.stderr) and "Traceback" not in done.stderr
     assert stored(tmp_path) == {}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from launches import Launch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from scipy.optimize import nnls
@@ -455,12 +454,12 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
         "BACKBONES['dlib_resnet29'] = Backbone(small_backbone, size=8)\n"
         f"import runpy\nrunpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')\n"
     )
-    command = [sys.executable, str(driver), "experiment=lfw_proxy", "backbone.frozen=stem", "backbone.cut=body"]
-    command += ["backbone.box=null", "fewest=3", "verification.number=10", "probe.costs=[1e-3]", "seeds=[0,1]"]
-    command += [f"{key}={tmp_path}/{key}" for key in ("results", "outputs")] + [f"dataset.root={tmp_path}/data"]
+    faces = ["experiment=lfw_proxy", "backbone.frozen=stem", "backbone.cut=body"]
+    faces += ["backbone.box=null", "fewest=3", "verification.number=10", "probe.costs=[1e-3]", "seeds=[0,1]"]
+    faces += [f"{key}={tmp_path}/{key}" for key in ("results", "outputs")] + [f"dataset.root={tmp_path}/data"]
 
     def launch(*arguments: str) -> list[Run]:
-        done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = Launch(*faces, *arguments, script=driver, folder=tmp_path).wait()
         assert done.returncode == 0, done.stderr
         return finished_runs(tmp_path / "outputs", "lfw_proxy")
 

@@ -13,14 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from launches import Launch
+from omegaconf import DictConfig, OmegaConf
 from stores import info, put
 
 from admm.data import load
@@ -28,6 +29,7 @@ from admm.files import WriteError, whole
 from admm.training import read_checkpoint
 from experiments import walltime
 from experiments.classification import Job, execute
+from experiments.provenance import commit
 from experiments.report import curves, report
 from experiments.store import Run, Slot, determining, finished_runs, identity, oldest_first, slot_of
 from scripts import store
@@ -38,12 +40,16 @@ SMALL = ("experiment=digits_shallow", "optimizer=sgd", "iterations=2", "seeds=[0
 SMALL += ("dataset.first=100", "model.hidden=[8]", "progress=false")
 
 
+@cache
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [*SMALL, *overrides])
+
+
 def job(root: Path, *overrides: str) -> Job:
     """A run that takes no time."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", [*SMALL, *overrides])
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    data = load(**config.dataset)
+    plain: Any = OmegaConf.to_container(composed(*overrides), resolve=True)
+    data = load(**plain["dataset"])
     slot = Slot(root, "digits_shallow", "sgd-tuned", identity(plain, data.sha256))
     given = {"identity": slot.identity, "seeds": plain["seeds"], "iterations": plain["iterations"]}
     given |= {"dataset": {"holdout": 0, "sha256": data.sha256}, "experiment": "digits_shallow"}
@@ -284,6 +290,25 @@ def test_a_full_disk_at_any_write_of_a_move_leaves_the_run_in_one_place(
         assert len(store.finished(root, None)) == 1 and not list((root / "runs/.partial").glob("*.removed"))
 
 
+def test_the_commit_of_a_run_says_whether_code_was_changed_not_results(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    assert commit(tmp_path) is None
+    for name in ("admm/a.py", "results/figures/a.png", "tests/a.py", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        git(*arguments)
+    clean = commit(tmp_path)
+    assert clean and re.fullmatch("[0-9a-f]{12}", clean)
+    for name in ("results/figures/a.png", "tests/a.py", "README.md"):  # an earlier launch has redrawn a figure
+        (tmp_path / name).write_text("changed")
+    assert commit(tmp_path) == clean
+    (tmp_path / "admm/a.py").write_text("changed")
+    assert commit(tmp_path) == f"{clean}+"
+
+
 def test_a_file_that_fails_for_another_reason_is_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("former")
     with pytest.raises(KeyboardInterrupt), whole(tmp_path / "file", "it") as part:
@@ -295,16 +320,16 @@ def test_a_file_that_fails_for_another_reason_is_as_it_was(tmp_path: Path) -> No
 # --- Launches on a full disk, and where nothing can be written
 
 
-def launch(folder: Path, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    shell = f'{before} exec "$0" "$@"'
-    line = ["sh", "-c", shell, sys.executable, str(ROOT / "run.py"), *SMALL, f"outputs={folder}", *arguments]
-    return subprocess.run(line, env=os.environ | {"COLUMNS": "300"}, cwd=folder.parent, capture_output=True, text=True)
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return Launch(*SMALL, f"outputs={folder}", *arguments, folder=folder.parent).wait()
 
 
 def test_a_launch_that_may_not_write_so_much_says_so_and_goes_on_later(tmp_path: Path) -> None:
     """Files of at most 40 KiB, which the checkpoint is not."""
     wide = "model.hidden=[300]"
-    limited = launch(tmp_path / "a", wide, before="ulimit -f 80;")
+    line = ["sh", "-c", 'ulimit -f 80; exec "$0" "$@"', sys.executable, str(ROOT / "run.py"), *SMALL, wide]
+    line += [f"outputs={tmp_path}/a"]
+    limited = subprocess.run(line, env=os.environ | {"COLUMNS": "300"}, cwd=tmp_path, capture_output=True, text=True)
     assert limited.returncode == 1 and "Traceback" not in limited.stderr
     message = (
         r"error: .*/checkpoint.pt: the checkpoint could not be written: .*File too large.* \(it takes 0.2 MiB, .* free"
@@ -364,17 +389,17 @@ def test_where_hydra_cannot_write_the_last_line_says_what_to_do(tmp_path: Path) 
 
 
 def test_a_report_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
-    row = [sys.executable, str(ROOT / "run.py"), "experiment=digits_shallow", "optimizer=sgd", "progress=false"]
+    row = ["experiment=digits_shallow", "optimizer=sgd", "progress=false"]
     row += [f"outputs={tmp_path}/outputs", f"results={tmp_path}/results"]
     (tmp_path / "results").mkdir()
     (tmp_path / "results/figures").write_text("in the way")
-    done = subprocess.run(row, capture_output=True, text=True)
+    done = Launch(*row).wait()
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search("error: .*results/figures/digits_shallow.*The runs are in the store", done.stderr, re.DOTALL)
     (folder,) = store.finished(tmp_path / "results", None)
     assert list(problems(folder)) == [] and not list((tmp_path / "results/tables").iterdir())
     (tmp_path / "results/figures").unlink()
-    assert subprocess.run(row, capture_output=True).returncode == 0
+    assert Launch(*row).wait().returncode == 0
     assert (tmp_path / "results/figures/digits_shallow.png").exists()
 
 

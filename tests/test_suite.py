@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from launches import kill_when_there
+from launches import Launch
 from stores import info, put
 
 from admm.blocks import split
@@ -31,15 +31,15 @@ from experiments.store import Run, Slot, experiments_in, finished_runs
 from scripts.tables import falls_short, papers_numbers
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, str(ROOT / "run.py"), "experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
+SMALL = ["experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
 
 
-def launch(folder: Path, *arguments: str, command: list[str] = COMMAND) -> subprocess.CompletedProcess[str]:
-    places = [f"outputs={folder}/outputs", f"results={folder}/results"]
-    environment = os.environ | {"COLUMNS": "200", "WANDB_SILENT": "true"}
-    return subprocess.run(
-        [*command, *places, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+def places(folder: Path) -> list[str]:
+    return [f"outputs={folder}/outputs", f"results={folder}/results"]
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return Launch(*SMALL, *places(folder), *arguments, folder=folder).wait()
 
 
 def stored(folder: Path) -> list[Run]:
@@ -48,9 +48,11 @@ def stored(folder: Path) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """All optimizers of the experiment, two seeds, three iterations."""
+    """All optimizers of the experiment, two seeds, three iterations; in a process started anew, as a user's."""
     folder = tmp_path_factory.mktemp("launch")
-    return folder, launch(folder)
+    command = [sys.executable, str(ROOT / "run.py"), *SMALL, *places(folder)]
+    environment = os.environ | {"COLUMNS": "200"}
+    return folder, subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_an_experiment_runs_all_of_its_optimizers(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -156,8 +158,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
     arguments = ["optimizer=block_admm", "iterations=12", "checkpoint_seconds=0"]
     (tmp_path / "whole").mkdir()
     assert launch(tmp_path / "whole", *arguments).returncode == 0
-    places = [f"outputs={tmp_path}/killed/outputs", f"results={tmp_path}/killed/results"]
-    kill_when_there([*COMMAND, *places, *arguments], tmp_path, "killed/outputs/runs/.partial/*/checkpoint.pt")
+    (tmp_path / "killed").mkdir()
+    begun = Launch(*SMALL, *places(tmp_path / "killed"), *arguments, folder=tmp_path / "killed")
+    begun.kill_when_there(tmp_path / "killed", "outputs/runs/.partial/*/checkpoint.pt")
     assert stored(tmp_path / "killed") == []
     resumed = launch(tmp_path / "killed", *arguments)
     assert resumed.returncode == 0 and "resuming from" in resumed.stdout
@@ -166,8 +169,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
 
 
 def test_multirun_sweeps_a_grid(tmp_path: Path) -> None:
-    command = [*COMMAND[:2], "-m", *COMMAND[2:]]
-    done = launch(tmp_path, "optimizer=adam", "optimizer.step_size=1e-3,1e-2", "iterations=1", command=command)
+    grid = ["optimizer=adam", "optimizer.step_size=1e-3,1e-2", "iterations=1"]
+    done = Launch("-m", *SMALL, *places(tmp_path), *grid, folder=tmp_path).wait()
     assert done.returncode == 0, done.stderr
     configs = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in stored(tmp_path)]
     assert sorted(config["optimizer"]["step_size"] for config in configs) == [0.001, 0.01]

@@ -27,7 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from joblib import cpu_count
-from launches import kill_when_there, multirun
+from launches import Launch, multirun
 from omegaconf import DictConfig
 from stores import info, put
 
@@ -49,8 +49,8 @@ def places(folder: Path) -> list[str]:
     return [f"outputs={folder}/outputs", f"results={folder}/results"]
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), "-m", *GRID, *places(folder), *arguments]
+def sweep(folder: Path, *arguments: str) -> list[str]:
+    return ["-m", *GRID, *places(folder), *arguments]
 
 
 def launch(folder: Path, *arguments: str) -> str:
@@ -62,7 +62,7 @@ def launch(folder: Path, *arguments: str) -> str:
 
 def launch_processes(folder: Path, *arguments: str) -> None:
     """By a launcher that has processes of its own."""
-    done = subprocess.run(command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = Launch(*sweep(folder, *arguments)).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning: Callback" not in done.stderr, done.stderr
 
@@ -170,7 +170,9 @@ def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
 
 def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
     arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=12", "checkpoint_seconds=0"]
-    kill_when_there(command(tmp_path / "killed", *arguments), tmp_path, "killed/outputs/runs/.partial/*/checkpoint.pt")
+    Launch(*sweep(tmp_path / "killed", *arguments)).kill_when_there(
+        tmp_path / "killed", "outputs/runs/.partial/*/checkpoint.pt"
+    )
     assert stored(tmp_path / "killed") == {}
     assert "resuming from" in launch(tmp_path / "killed", *arguments)
     launch(tmp_path / "whole", *arguments)
@@ -179,7 +181,7 @@ def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -
 
 def test_a_stack_that_was_killed_among_its_results_is_not_trained_again(tmp_path: Path) -> None:
     arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=12", "checkpoint_seconds=0"]
-    kill_when_there(command(tmp_path, *arguments), tmp_path, "outputs/runs/digits_shallow/*/run.json")
+    Launch(*sweep(tmp_path, *arguments)).kill_when_there(tmp_path, "outputs/runs/digits_shallow/*/run.json")
     before = {name: run.folder.stat().st_mtime_ns for name, run in stored(tmp_path).items()}
     output = launch(tmp_path, *arguments)
     after = {name: run.folder.stat().st_mtime_ns for name, run in stored(tmp_path).items()}
@@ -202,7 +204,7 @@ while len(list(pathlib.Path(sys.argv[1]).rglob(sys.argv[2]))) < 4: time.sleep(0.
 def test_a_stack_is_gone_on_with_after_the_death_of_a_process_at_it(tmp_path: Path, of: str) -> None:
     """A process holds locks, and ends when the launch has left it all of the cells."""
     arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=12", "checkpoint_seconds=0"]
-    kill_when_there(command(tmp_path, *arguments), tmp_path, "outputs/runs/.partial/*/checkpoint.pt")
+    Launch(*sweep(tmp_path, *arguments)).kill_when_there(tmp_path, "outputs/runs/.partial/*/checkpoint.pt")
     (checkpoint,) = tmp_path.glob("outputs/runs/.partial/*/checkpoint.pt")
     names = json.loads((checkpoint.parent / "started.json").read_text())["cells"]
     names += [checkpoint.parent.name] if of.startswith("the stack") else []
@@ -303,15 +305,10 @@ def test_a_cells_share_of_a_history() -> None:
 
 def test_two_launches_share_a_sweep(tmp_path: Path, basic: dict[str, Run]) -> None:
     arguments = [*STACKABLE, "optimizer.batch_size=64,128"]
-    both = [
-        subprocess.Popen(
-            command(tmp_path, *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    printed = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], printed
-    assert sum(output.count("iteration 3/3") for output, _ in printed) == 8  # none is made twice
+    both = [Launch(*sweep(tmp_path, *arguments)) for _ in range(2)]
+    done = [one.wait() for one in both]
+    assert [one.returncode for one in done] == [0, 0], done
+    assert sum(one.stdout.count("iteration 3/3") for one in done) == 8  # none is made twice
     same(stored(tmp_path), basic, check_exact=True)
     tables = [pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/*.csv")]
     assert [len(table) for table in tables] == [8, 8]  # each launch has a folder of its own
@@ -325,16 +322,14 @@ def test_what_a_dying_process_leaves_is_made_at_the_end(tmp_path: Path, basic: d
     file = str(slot.partial.with_suffix(".lock"))
     hold = f"import time, filelock; lock = filelock.FileLock({file!r}); lock.acquire(); time.sleep(300)"
     holder = subprocess.Popen([sys.executable, "-c", hold])
-    sweep = subprocess.Popen(
-        command(tmp_path, *STACKABLE, "optimizer.batch_size=64,128"), cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    launched = Launch(*sweep(tmp_path, *STACKABLE, "optimizer.batch_size=64,128"))
     deadline = time.monotonic() + 120
     while len(stored(tmp_path)) < 7 and time.monotonic() < deadline:
         time.sleep(0.05)
     (_,) = tmp_path.rglob(LEFT)
     assert identity not in {name.rsplit("-", 1)[1] for name in stored(tmp_path)}
     holder.kill()
-    assert sweep.wait(timeout=120) == 0
+    assert launched.wait().returncode == 0
     same(stored(tmp_path), basic, check_exact=True)
 
 

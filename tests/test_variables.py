@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated_gpu import simulated_gpu
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from admm import variables
 from admm.optimizers import SGD, AdaptivePenalty, BlockADMM, ZUpdate
@@ -50,20 +50,16 @@ def test_visits_that_are_copies_give_the_same_numbers(resnet_problem, monkeypatc
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """Tensors that have shapes and devices, but no values: what would fail on a GPU fails here."""
-    monkeypatch.setattr(variables, "free", lambda name, device: 2**40)
-    monkeypatch.setattr("admm.optimizers.coupling.positive", lambda name, value, replicas: torch.ones(replicas))
-    monkeypatch.setattr(Tensor, "data_ptr", lambda tensor: id(tensor))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield torch.device("cuda", 0)
+def gpu():
+    with simulated_gpu() as device:
+        yield device
 
 
 @pytest.mark.parametrize("sweep", ["batch", "minibatch"])
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_visits_are_on_the_gpu_wherever_the_variables_are(mlp_problem, gpu, place, sweep):
     plain = mlp_problem()
-    problem = replace(plain, x=torch.empty_like(plain.x, device=gpu), y=torch.empty_like(plain.y, device=gpu))
+    problem = replace(plain, x=plain.x.to(gpu), y=plain.y.to(gpu))
     options = replace(BASE, sweep=sweep, variables=place, refresh=0.5, penalty=AdaptivePenalty())
     state = options.step(problem, options.init(problem, SEEDS))
     assert {v.device for v in (*state.z, *state.u)} == {gpu if place == "device" else torch.device("cpu")}

@@ -1,0 +1,95 @@
+"""What runs on a GPU has the numbers of a run on the processor, and its tensors stay there; on a simulated one."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from launches import multirun
+from simulated_gpu import GPU, NAME, simulated_gpu
+from test_deepfacto import BASE, problem
+from test_protocol import CASES, trained
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from admm.optimizers import Problem
+from admm.optimizers.protocol import restore, save
+from admm.training import evaluate
+from experiments.store import finished_runs
+
+SEEDS = (3, 1)
+
+
+def measured(options: Any, task: Problem) -> list[Tensor]:
+    """The state after two iterations, with a checkpoint between them, and what is measured of it."""
+    checkpoint = BytesIO()
+    torch.save(save(trained(options, task, SEEDS, 1)), checkpoint)
+    checkpoint.seek(0)
+    state = options.init(task, SEEDS)
+    restore(state, torch.load(checkpoint, map_location="cpu"))
+    options.step(task, state)
+    values = options.diagnostics(task, state)
+    if task.y.dim() == 2:
+        values |= evaluate(task, state.theta, (task.x, task.y.argmax(1)))
+    return [leaf for leaf in tree_leaves((save(state), values)) if isinstance(leaf, Tensor)]
+
+
+def same(options: Any, task: Problem, close: float) -> None:
+    expected = measured(options, task)
+    with simulated_gpu() as gpu:
+        found = measured(options, replace(task, x=task.x.to(gpu), y=task.y.to(gpu)))
+        assert {tensor.device for tensor in found} == {gpu}
+        torch.testing.assert_close([tensor.cpu() for tensor in found], expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_optimizer_computes_where_the_samples_are(case: str, request: pytest.FixtureRequest) -> None:
+    of = CASES[case]
+    same(of.optimizer, request.getfixturevalue(of.problem)(of.loss), of.close)
+
+
+def test_deepfacto_computes_where_the_samples_are() -> None:
+    same(BASE, problem(), 1e-10)
+
+
+@pytest.mark.parametrize("launcher", ["basic", "stacked"])
+def test_the_suite_s_runs_on_a_gpu_have_the_numbers_of_the_processor(tmp_path: Path, launcher: str) -> None:
+    grid = [
+        "experiment=digits_shallow",
+        "optimizer=block_admm",
+        "optimizer.z_step=0.5,1",
+        "seeds=[0,1]",
+        "dataset.first=100",
+    ]
+
+    def launch(device: str, folder: Path) -> list[pd.DataFrame]:
+        places = [f"outputs={folder}/outputs", f"results={folder}/results", f"hydra/launcher={launcher}"]
+        with redirect_stdout(StringIO()):
+            multirun(*grid, *places, f"device={device}", "iterations=2", "checkpoint_seconds=0")
+        runs = finished_runs(folder / "outputs", "digits_shallow")
+        assert all((run.info["machine"] == NAME) == (device != "cpu") for run in runs)
+        return [run.history.drop(columns="seconds") for run in runs]
+
+    own = launch("cpu", tmp_path / "cpu")
+    with simulated_gpu():
+        found = launch("cuda:0", tmp_path / "cuda")
+    assert len(own) == len(found) == 2
+    for one, other in zip(own, found, strict=True):
+        pd.testing.assert_frame_equal(one, other)
+
+
+def test_the_simulated_gpu_refuses_tensors_of_both_places() -> None:
+    with simulated_gpu() as gpu:
+        there, here = torch.ones(3, device=gpu), torch.arange(3)
+        assert there.device == gpu == GPU and (there * 2.0).sum().item() == 6.0
+        with pytest.raises(RuntimeError, match="same device"):
+            there + here
+        with pytest.raises(RuntimeError, match="same device"):
+            here.add_(there)
+        assert torch.equal(there.copy_(here).cpu(), torch.arange(3.0))
