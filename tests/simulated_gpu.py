@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-GPU = torch.device("cuda", 0)
+GPU, NAME, BYTES = torch.device("cuda", 0), "a simulated GPU", 2**30
 MOVES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}  # what may have tensors on both
 
 
@@ -80,9 +80,6 @@ class SimulatedGPU(TorchDispatchMode):
 def _made(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """As `make`, which fills a tensor on the device past all modes."""
     return lambda data, device="cpu", **options: make(data, **options).to(device)
-
-
-NAME, BYTES = "a simulated GPU", 2**30
 
 
 @contextmanager
