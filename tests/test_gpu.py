@@ -68,20 +68,20 @@ def test_the_suite_s_runs_on_a_gpu_have_the_numbers_of_the_processor(tmp_path: P
         "dataset.first=100",
     ]
 
-    def launch(device: str, folder: Path) -> list[pd.DataFrame]:
+    def launch(device: str, folder: Path) -> dict[str, pd.DataFrame]:
         places = [f"outputs={folder}/outputs", f"results={folder}/results", f"hydra/launcher={launcher}"]
         with redirect_stdout(StringIO()):
             multirun(*grid, *places, f"device={device}", "iterations=2", "checkpoint_seconds=0")
         runs = finished_runs(folder / "outputs", "digits_shallow")
         assert all((run.info["machine"] == NAME) == (device != "cpu") for run in runs)
-        return [run.history.drop(columns="seconds") for run in runs]
+        return {run.name: run.history.drop(columns="seconds") for run in runs}
 
     own = launch("cpu", tmp_path / "cpu")
     with simulated_gpu():
         found = launch("cuda:0", tmp_path / "cuda")
-    assert len(own) == len(found) == 2
-    for one, other in zip(own, found, strict=True):
-        pd.testing.assert_frame_equal(one, other)
+    assert len(own) == 2 and own.keys() == found.keys()
+    for name, history in own.items():
+        pd.testing.assert_frame_equal(history, found[name])
 
 
 def test_the_simulated_gpu_refuses_tensors_of_both_places() -> None:

@@ -61,8 +61,9 @@ def launch(folder: Path, *arguments: str) -> str:
 
 
 def launch_processes(folder: Path, *arguments: str) -> None:
-    """By a launcher that has processes of its own."""
-    done = Launch(*sweep(folder, *arguments)).wait()
+    """By a launcher that has processes of its own, which only the end of an interpreter ends."""
+    command = [sys.executable, str(ROOT / "run.py"), *sweep(folder, *arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning: Callback" not in done.stderr, done.stderr
 
