@@ -26,6 +26,11 @@ SERVER = multiprocessing.get_context("forkserver")  # whose forks need not impor
 SERVER.set_forkserver_preload(["run", "experiments.stacking", "experiments.searches"])
 
 
+def places(folder: Path) -> list[str]:
+    """Overrides that keep a launch's outputs and results in a folder."""
+    return [f"outputs={folder}/outputs", f"results={folder}/results"]
+
+
 def multirun(*overrides: str) -> None:
     """`python run.py -m` with these overrides, without the start of a process; warnings of callbacks are errors."""
     handlers = logging.root.handlers[:]
@@ -65,7 +70,7 @@ class Launch:
         self.process.join(300)
         if self.process.exitcode is None:
             self.process.kill()
-        assert self.process.exitcode is not None, "took more than five minutes"
+            raise TimeoutError("took more than five minutes")
         with self.printed as folder:
             output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
         return subprocess.CompletedProcess(self.command, self.process.exitcode, output, errors)
@@ -78,3 +83,4 @@ class Launch:
             time.sleep(0.002)
         self.process.kill()
         self.process.join()
+        self.printed.cleanup()

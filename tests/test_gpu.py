@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from launches import multirun
+from launches import multirun, places
 from simulated_gpu import GPU, NAME, simulated_gpu
 from test_deepfacto import BASE, problem
 from test_protocol import CASES, trained
@@ -66,12 +66,13 @@ def test_the_suite_s_runs_on_a_gpu_have_the_numbers_of_the_processor(tmp_path: P
         "optimizer.z_step=0.5,1",
         "seeds=[0,1]",
         "dataset.first=100",
+        "iterations=2",
+        "checkpoint_seconds=0",
     ]
 
     def launch(device: str, folder: Path) -> dict[str, pd.DataFrame]:
-        places = [f"outputs={folder}/outputs", f"results={folder}/results", f"hydra/launcher={launcher}"]
         with redirect_stdout(StringIO()):
-            multirun(*grid, *places, f"device={device}", "iterations=2", "checkpoint_seconds=0")
+            multirun(*grid, *places(folder), f"device={device}", f"hydra/launcher={launcher}")
         runs = finished_runs(folder / "outputs", "digits_shallow")
         assert all((run.info["machine"] == NAME) == (device != "cpu") for run in runs)
         return {run.name: run.history.drop(columns="seconds") for run in runs}

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
-from launches import Launch
+from launches import Launch, places
 from omegaconf import DictConfig, OmegaConf
 from stores import info, put
 
@@ -389,8 +389,7 @@ def test_where_hydra_cannot_write_the_last_line_says_what_to_do(tmp_path: Path) 
 
 
 def test_a_report_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
-    row = ["experiment=digits_shallow", "optimizer=sgd", "progress=false"]
-    row += [f"outputs={tmp_path}/outputs", f"results={tmp_path}/results"]
+    row = ["experiment=digits_shallow", "optimizer=sgd", "progress=false", *places(tmp_path)]
     (tmp_path / "results").mkdir()
     (tmp_path / "results/figures").write_text("in the way")
     done = Launch(*row).wait()

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from launches import Launch
+from launches import Launch, places
 from stores import info, put
 
 from admm.blocks import split
@@ -32,10 +32,6 @@ from scripts.tables import falls_short, papers_numbers
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
-
-
-def places(folder: Path) -> list[str]:
-    return [f"outputs={folder}/outputs", f"results={folder}/results"]
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from joblib import cpu_count
-from launches import Launch, multirun
+from launches import Launch, multirun, places
 from omegaconf import DictConfig
 from stores import info, put
 
@@ -43,10 +43,6 @@ from scripts import faults
 ROOT = Path(__file__).parents[1]
 GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
 STACKABLE = ["optimizer=online_block_admm", "optimizer.theta_step=1e-3,1e-2", "optimizer.beta=0.5,1"]
-
-
-def places(folder: Path) -> list[str]:
-    return [f"outputs={folder}/outputs", f"results={folder}/results"]
 
 
 def sweep(folder: Path, *arguments: str) -> list[str]:
