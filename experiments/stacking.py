@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
@@ -19,13 +19,14 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from admm.data import load
-from admm.optimizers.protocol import save, size
+from admm.optimizers.protocol import Optimizer, Problem, save, size
 from admm.training import History, Row
 from experiments.classification import BAD_INPUT, TASK, Job, build_problem, ended, find_device, find_job, trained
 from experiments.loggers import Logger
 from experiments.store import RESUME, Slot, failed_writes_in_words
 
 log = logging.getLogger(__name__)
+SOME = 1000  # samples of which a cell's variables are made, to know how many bytes those of all take
 REPLICAS, SAMPLES = 45, 45 * 128  # of a stack, and of all their mini-batches, up to which more pay (`make bench`)
 
 
@@ -87,13 +88,30 @@ def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
         job = find_job(task, HydraConfig.get().runtime.choices["optimizer"], load)
         config = OmegaConf.create(job.config)
         problem, optimizer = build_problem(config, job.dataset), instantiate(config.optimizer, _convert_="all")
-        variables = size(save(optimizer.init(problem, config.seeds)))
+        variables = bytes_of_variables(problem, optimizer, config.seeds)
     except BAD_INPUT:
         return None
     if any(block.is_autograd for block in problem.blocks):
         return None
     samples = getattr(optimizer, "batch_size", len(problem.x))  # of a step, all where there are no mini-batches
     return Cell(job, template(job), variables / len(config.seeds), samples)
+
+
+def bytes_of_variables(problem: Problem, optimizer: Optimizer[Any], seeds: Sequence[int]) -> float:
+    """Of all seeds, from those of `SOME` samples and of twice as many, with which they grow linearly.
+
+    Raises ValueError for what the optimizer cannot do.
+    """
+
+    def of(samples: int) -> int:
+        part = replace(problem, x=problem.x[:samples], y=problem.y[:samples])
+        return size(save(optimizer.init(part, seeds)))
+
+    samples = len(problem.x)
+    if samples > 2 * SOME:
+        with suppress(ValueError):  # the mini-batches may be larger
+            return (some := of(SOME)) + (of(2 * SOME) - some) / SOME * (samples - SOME)
+    return of(samples)
 
 
 def template(job: Job) -> str:

@@ -30,8 +30,11 @@ from joblib import cpu_count
 from launches import Launch, multirun, places
 from omegaconf import DictConfig
 from stores import info, put
+from test_protocol import CASES
 
 from admm.data import load
+from admm.optimizers import Problem
+from admm.optimizers.protocol import save, size
 from admm.training import History
 from experiments import classification, stacking
 from experiments.searches import rankings, write
@@ -212,6 +215,25 @@ def test_a_stack_is_gone_on_with_after_the_death_of_a_process_at_it(tmp_path: Pa
     assert output.count("left to it") == 4 and f"resuming from {checkpoint}" in output
     assert "iteration 0/12" not in output and {run.info["stack"] for run in stored(tmp_path).values()} == {8}
     assert list(tmp_path.glob("outputs/runs/.partial/*/")) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bytes_of_variables_are_known_from_those_of_some_samples(
+    case: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, optimizer = request.getfixturevalue(CASES[case].problem)(CASES[case].loss), CASES[case].optimizer
+    samples: list[int] = []
+
+    def init(part: Problem, seeds: Any) -> Any:
+        samples.append(len(part.x))
+        return optimizer.init(part, seeds)
+
+    monkeypatch.setattr(stacking, "SOME", getattr(optimizer, "batch_size", 3))
+    found = stacking.bytes_of_variables(problem, SimpleNamespace(init=init), (0, 1))
+    assert samples == [stacking.SOME, 2 * stacking.SOME]
+    assert found == size(save(optimizer.init(problem, (0, 1))))
+    monkeypatch.setattr(stacking, "SOME", 1)  # mini-batches are larger
+    assert stacking.bytes_of_variables(problem, optimizer, (0, 1)) == found
 
 
 def cells(counts: list[int]) -> list[Cell]:
