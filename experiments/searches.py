@@ -70,22 +70,26 @@ def write(name: str, ranked: pd.DataFrame, folder: Path) -> None:
 def draw(path: Path) -> None:
     """The picture of a search beside its table, <folder>/searches/<name>.csv. Raises WriteError."""
     found = pd.read_csv(path)
-    searched = list(found.columns[1 : found.columns.get_loc("held-out")])
+    keys = list(found.columns[1 : found.columns.get_loc("held-out")])
+    searched = [key for key in keys if found[key].nunique(dropna=False) > 1] or keys
     width = max(4.5, 3.4 * len(searched))  # inches
     drawn = Figure(figsize=(width, 3.6), layout="constrained")
     panels = drawn.subplots(1, max(1, len(searched)), sharey=True, squeeze=False)[0]
     for axes, key in zip(panels, searched, strict=False):
+        if not (is_number := pd.api.types.is_numeric_dtype(found[key])):
+            found[key] = found[key].fillna("the setting's")
         for setting, tried in found.dropna(subset=[key]).groupby("setting", sort=False):
             axes.scatter(tried[key], tried["held-out"], s=18, alpha=0.7, label=setting)
         values = found[key].dropna()
-        is_number = pd.api.types.is_numeric_dtype(values)
         if is_number and values.min() > 0 and values.max() >= WIDE * values.min():
             axes.set_xscale("log")
         if is_number and values.nunique() <= FEW:
             axes.set_xticks(values.unique(), [f"{value:g}" for value in values.unique()])
             axes.minorticks_off()
         axes.set_xlabel(key.removeprefix("optimizer."))
-        axes.tick_params("x", labelrotation=0 if is_number else 20)
+        if not is_number:
+            for label in axes.get_xticklabels():
+                label.set(rotation=20, ha="right", rotation_mode="anchor", fontsize=8)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out score (%)")
     if found["setting"].nunique() > 1:
