@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, Literal, Protocol
@@ -129,14 +130,16 @@ class ModuleLayer:
 
     def __init__(self, module: nn.Module, execution: Execution) -> None:
         self.module, self.execution = module, execution
-        self._call = self._compiled(self._evaluate) if execution.compile else self._evaluate
+        # An error instead of what is not compiled.
+        self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile else self._evaluate
+        self._settings = _compiler_settings if execution.compile else nullcontext
         self._trained = {name for name, _ in module.named_parameters()}
         self._others: dict[torch.device, Views] = {}
         self._needs_contiguous = any(map(_corrupts_memory_in_channels_last, module.modules()))
 
     def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
         self.module.train(training)
-        with torch.no_grad():
+        with torch.no_grad(), self._settings():
             return _stack([self._call(self._replica(theta, s, x.device), v) for s, v in enumerate(x)])
 
     def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
@@ -146,7 +149,7 @@ class ModuleLayer:
             views, leaf = self._replica(theta, s, x.device), x[s].detach().requires_grad_()
             for name in self._trained:
                 views[name].requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), self._settings():
                 saved.append((views, leaf, self._call(views, leaf)))
         return _stack([output.detach() for _, _, output in saved]), saved
 
@@ -158,7 +161,10 @@ class ModuleLayer:
             wanted = [views[name] for name in into or ()] + ([x] if to_input else [])
             gradients: list[Tensor] = []
             if wanted:
-                pulled = torch.autograd.grad(output, wanted, cotangent[s], retain_graph=True, materialize_grads=True)
+                with self._settings():
+                    pulled = torch.autograd.grad(
+                        output, wanted, cotangent[s], retain_graph=True, materialize_grads=True
+                    )
                 gradients = list(pulled)
             if to_input:
                 to_x.append(gradients.pop())
@@ -187,19 +193,16 @@ class ModuleLayer:
             output: Tensor = functional_call(self.module, views, (x,))
         return output.to(x.dtype)
 
-    @staticmethod
-    def _compiled(evaluate: Callable[[Views, Tensor], Tensor]) -> Callable[[Views, Tensor], Tensor]:
-        from torch._dynamo import config as dynamo
-        from torch._functorch import config as functorch
 
-        compiled = torch.compile(evaluate, fullgraph=True)  # an error instead of what is not compiled
+@contextmanager
+def _compiler_settings() -> Iterator[None]:
+    """For all calls of what is compiled, forwards and back: blocks count as one function to be recompiled, and a record
+    may be pulled back through more than once, whatever number of samples it is compiled for."""
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
 
-        def call(views: Views, x: Tensor) -> Tensor:
-            # All blocks count as one function to be recompiled; a record may be pulled back through more than once.
-            with dynamo.patch(recompile_limit=1000), functorch.patch(donated_buffer=False):
-                return compiled(views, x)
-
-        return call
+    with dynamo.patch(recompile_limit=1000), functorch.patch(donated_buffer=False):
+        yield
 
 
 def _corrupts_memory_in_channels_last(module: nn.Module) -> bool:
