@@ -38,7 +38,8 @@ def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> lis
         others = ", ".join(f"{name} {room[name] / GIB:.1f} GiB" for name in PLACES)
         raise ValueError(
             f"optimizer.variables={place}: the variables of all samples take {needed / GIB:.1f} GiB ({needed} bytes), "
-            f"more than there is room for (free: {others}); take fewer seeds, or online_block_admm, which has none"
+            f"more than there is room for (free: {others}); take a place with room, fewer seeds, or online_block_admm, "
+            "which has none"
         )
     if place == "disk":
         with writing(Path(tempfile.gettempdir()), "the variables of all samples", needed):

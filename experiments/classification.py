@@ -211,7 +211,7 @@ def trained(
     """
     slot, info, seeds = job.slot, job.info, job.info["seeds"]
     names = names or [f"seed {seed}" for seed in seeds]
-    with bad_input_in_words():
+    with bad_input_in_words(), one_sample_in_words():
         optimizer = instantiate(config.optimizer, _convert_="all")
         logger = logger or instantiate(config.logger)
         if not hasattr(optimizer, "init"):
@@ -233,7 +233,8 @@ def trained(
             progress.update(int(last[0]["iteration"]), mean, history.seconds)
 
     try:
-        with RunProgress(slot.name, config.iterations, config.progress, shown.replace("_", " ")) as progress:
+        shows = RunProgress(slot.name, config.iterations, config.progress, shown.replace("_", " "))
+        with one_sample_in_words(), shows as progress:
             history = train(
                 problem,
                 optimizer,
@@ -248,10 +249,6 @@ def trained(
             )
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from None
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):  # PyTorch's batch normalisation, of a map of one pixel
-            raise
-        raise SystemExit(f"error: optimizer.batch_size, or slice_size, leaves one sample alone. {error}") from None
     finally:
         logger.close()
     return state, history
@@ -357,6 +354,17 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used here ({error}); auto, cpu, cuda, cuda:1, …") from None
     return torch.device(name)
+
+
+@contextmanager
+def one_sample_in_words() -> Iterator[None]:
+    """Ends the program with a message that names the keys where PyTorch cannot normalise a batch of one pixel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise SystemExit(f"error: optimizer.batch_size, or slice_size, leaves one sample alone. {error}") from None
 
 
 @contextmanager

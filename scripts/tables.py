@@ -188,7 +188,8 @@ def estimate(found: dict[str, list[Run]], bench: pd.Series[float]) -> Iterator[s
     yield "## Figure 7 at full size: an estimate"
     yield (
         f"Not measured: no GPU here. ResNet-18 at full width, {epochs} epochs and {seeds} seeds, at {GPU_TFLOPS:g} "
-        "TFLOP/s, which a card of the class of an RTX 3090 reaches in float32 convolutions (about 40 % of its peak): "
+        "TFLOP/s, assumed for a card of the class of an RTX 3090 (about 40 % of its float32 peak), without "
+        "setting=faithful: "
         f"{each[0]:.0f} h each for SGD and Adam, {each[1]:.0f} h each for online Block-ADMM and Gotmare et al., "
         f"{2 * sum(each):.0f} h for all of the command below, by the FLOPs of an epoch (`bench.csv`: {sgd:.0f} and "
         f"{online:.0f} TFLOP a seed, and {evaluation:.0f} for the evaluation after it)."

@@ -238,6 +238,17 @@ def test_activations_of_one_block_at_a_time_are_held(name):
     assert 0.9 * of_sgd < kept < 1.1 * of_sgd
 
 
+@pytest.mark.parametrize("name", [name for name in BLOCKS_AT_A_TIME if name not in ("backprop", "online, dual")])
+def test_activations_of_one_of_four_blocks_are_held_in_all_rounds(name):
+    deep = two_equal_blocks(6)
+    halves = [half[k : k + 9] for half in list(deep.blocks.network)[:2] for k in (0, 9)]
+    network = nn.Sequential(*halves, *list(deep.blocks.network)[2:])
+    four = replace(deep, blocks=split(network, after=["0", "1", "2"]))
+    rounds = {"z_rounds": 3} if name == "gotmare" else {"z_update": replace(BLOCKS_AT_A_TIME[name].z_update, steps=3)}
+    of_sgd = peak_of_saved_activations(four, OPTIMIZERS["backprop"])
+    assert peak_of_saved_activations(four, replace(BLOCKS_AT_A_TIME[name], **rounds)) < 0.35 * of_sgd
+
+
 def test_a_block_is_evaluated_once_where_its_pull_back_comes_next(monkeypatch):
     problem, optimizer = two_equal_blocks(1), replace(BLOCKS_AT_A_TIME["block-admm"], slice_size=10, primal_rounds=1)
     state, calls = optimizer.init(problem, SEEDS), Counter()

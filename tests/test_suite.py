@@ -236,9 +236,16 @@ def test_bad_input_names_the_key_and_what_would_be_right(tmp_path: Path, argumen
     assert stored(tmp_path) == []
 
 
-def test_a_mini_batch_too_small_for_batch_normalisation_names_the_key(tmp_path: Path) -> None:
-    small = ["optimizer=sgd", "model=resnet18", "model.width=2", "optimizer.batch_size=359"]  # of 1437 samples
-    done = launch(tmp_path, *small)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["optimizer=sgd", "optimizer.batch_size=359"],  # of 1437 samples
+        ["optimizer=block_admm", "optimizer.slice_size=359", "optimizer.z_update.name=gradient"],
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_a_batch_too_small_for_batch_normalisation_names_the_key(tmp_path: Path, arguments: list[str]) -> None:
+    done = launch(tmp_path, "model=resnet18", "model.width=2", *arguments)
     assert done.returncode != 0
     assert "error: optimizer.batch_size, or slice_size, leaves one sample alone" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -70,7 +70,11 @@ class Chain:
         """Replace Z_t, which makes block_{t+1}'s value stale."""
         self.z[t - 1] = z
         if t < len(self.blocks):
-            self._evaluations[t] = None
+            self.forget(t + 1)
+
+    def forget(self, t: int) -> None:
+        """Let go of block t's value and activations, before another block's are made."""
+        self._evaluations[t - 1] = None
 
     def theta_changed(self) -> None:
         """Forget every value: Θ has been updated."""
@@ -201,10 +205,10 @@ class ZUpdate:
             else:
                 move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
             for t in range(blocks - 1, 0, -1):
-                gradient = force(t)
                 pulled = chain.pull_back(t + 1, force(t + 1))
                 assert pulled is not None
-                move(t, gradient.sub_(pulled))
+                chain.forget(t + 1)
+                move(t, force(t).sub_(pulled))
 
     def _direction(
         self, gradient: Tensor, inverse_curvature: Tensor | None, moments: Sequence[Tensor], count: int

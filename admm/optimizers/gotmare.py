@@ -40,8 +40,8 @@ class Gotmare:
     on its own term's mean over the mini-batch. An iteration is an epoch, or a part of one. For any
     network, cut into any blocks, and any loss with a gradient; one block is back-propagation.
 
-    Running statistics after a cut are those of the gluing variables that have moved, while evaluation feeds these
-    blocks a forward pass: for a large ζ the difference costs accuracy.
+    After a cut weights and running statistics are those for gluing variables that have moved, while evaluation feeds
+    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy.
     """
 
     iterations: int  # the schedules' horizon
@@ -100,6 +100,7 @@ class Gotmare:
             for t in gluing:
                 pulled = chain.pull_back(t + 1, terms.by_output(t + 1))
                 assert pulled is not None
+                chain.forget(t + 1)
                 gradient = pulled.sub_(terms.by_output(t))
                 z = chain.z[t - 1].clone(memory_format=torch.contiguous_format)
                 self.z_update.apply(z.flatten(1), gradient.flatten(1), moments[t - 1], steps[t - 1])

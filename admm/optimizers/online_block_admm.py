@@ -47,8 +47,8 @@ class OnlineBlockADMM:
     The derivative of the norm at 0 is taken as 0. With a dual the term is not quadratic, and the Z update must be
     adam or gradient, with `last="step"`.
 
-    Running statistics after a cut are those of the coupling variables that have moved, while evaluation feeds these
-    blocks a forward pass: for a large ζ the difference costs accuracy.
+    After a cut weights and running statistics are those for coupling variables that have moved, while evaluation feeds
+    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy.
     """
 
     iterations: int  # the schedules' horizon
