@@ -104,9 +104,8 @@ class Execution:
 
     precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling variables
     and gradients keep their type. compile: by `torch.compile`. channels_last: images in that memory format, except on
-    a processor in blocks with a strided 1×1 convolution of fewer than 8 channels. recompute: Block-ADMM, its online
-    form and BlockProp evaluate a block once more for its parameters' gradient instead of keeping its activations while
-    the others' are in use.
+    a processor in blocks with a strided 1×1 convolution. recompute: Block-ADMM, its online form and BlockProp evaluate
+    a block once more for its parameters' gradient instead of keeping its activations while the others' are in use.
 
     Raises ValueError for another precision; `Blocks` does so for bf16 or compile without such a block.
     """
@@ -135,7 +134,7 @@ class ModuleLayer:
         self._settings = _compiler_settings if execution.compile else nullcontext
         self._trained = {name for name, _ in module.named_parameters()}
         self._others: dict[torch.device, Views] = {}
-        self._needs_contiguous = any(map(_corrupts_memory_in_channels_last, module.modules()))
+        self._needs_contiguous = any(map(_is_strided_pointwise, module.modules()))
 
     def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
         self.module.train(training)
@@ -197,23 +196,27 @@ class ModuleLayer:
 @contextmanager
 def _compiler_settings() -> Iterator[None]:
     """For all calls of what is compiled, forwards and back: blocks count as one function to be recompiled, and a record
-    may be pulled back through more than once, whatever number of samples it is compiled for."""
+    may be pulled back through more than once, whatever number of samples it is compiled for. Raises ValueError where
+    PyTorch finds no compiler."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
+    from torch._inductor.exc import InvalidCxxCompiler
 
-    with dynamo.patch(recompile_limit=1000), functorch.patch(donated_buffer=False):
-        yield
+    try:
+        with dynamo.patch(recompile_limit=1000), functorch.patch(donated_buffer=False):
+            yield
+    except Exception as error:
+        if InvalidCxxCompiler.__name__ not in str(error):  # PyTorch wraps it
+            raise
+        raise ValueError(
+            "compile: torch.compile finds no working C++ compiler; install one, such as g++, or take compile=false"
+        ) from None
 
 
-def _corrupts_memory_in_channels_last(module: nn.Module) -> bool:
-    """On a processor oneDNN's gradient of these weights, of float32 and in channels-last, is written beyond its end
-    (PyTorch 2.14.1): of a strided 1×1 convolution of fewer than 8 channels."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and max(module.stride) > 1
-        and module.in_channels < 8
-    )
+def _is_strided_pointwise(module: nn.Module) -> bool:
+    """Blocks with such a convolution are not evaluated in channels-last on a processor, where oneDNN corrupts memory
+    for some of them (PyTorch 2.14.1)."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
 
 
 def _stack(replicas: list[Tensor]) -> Tensor:
@@ -221,8 +224,17 @@ def _stack(replicas: list[Tensor]) -> Tensor:
     return replicas[0].unsqueeze(0) if len(replicas) == 1 else torch.stack(replicas)
 
 
-def _known_layer(module: nn.Module) -> Layer | None:
-    # Not a subclass, which may have a `forward` or parameters of its own.
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its `forward`."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def known_layer(module: nn.Module) -> Layer | None:
+    """A layer without autograd for a module without hooks that is no subclass, which may have a `forward` or parameters
+    of its own; None for any other."""
+    if _has_hooks(module):
+        return None
     if type(module) is nn.Linear:
         return LinearLayer()
     if type(module) is nn.ReLU:
@@ -235,32 +247,42 @@ def _known_layer(module: nn.Module) -> Layer | None:
 def _grouped(modules: list[nn.Module]) -> list[nn.Module]:
     """A block's modules by layer: each alone where all are linear, ReLU or flatten, else all of them as one, in which
     no ReLU overwrites its input."""
-    if all(_known_layer(module) for module in modules):
+    if all(known_layer(module) for module in modules):
         return modules
-    return [nn.Sequential(*(nn.ReLU() if type(module) is nn.ReLU else module for module in modules))]
+    return [nn.Sequential(*(nn.ReLU() if isinstance(known_layer(m), ReLULayer) else m for m in modules))]
 
 
 def _layer(module: nn.Module, execution: Execution) -> Layer:
-    return _known_layer(module) or ModuleLayer(module, execution)
+    return known_layer(module) or ModuleLayer(module, execution)
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether a module of PyTorch's draws random numbers in training; what other modules do cannot be known."""
+    """Whether a module of PyTorch's draws random numbers in training; `admm.comparison` finds others that do."""
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0.0
     return isinstance(module, nn.RReLU) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0)
 
 
 def _check_layer(name: str, module: nn.Module) -> None:
-    """Raises ValueError for what cannot be evaluated anew with the same result."""
-    if any(getattr(m, "inplace", False) for m in module.modules()):
-        raise ValueError(f"layer {name!r} ({type(module).__name__}) overwrites its input; use inplace=False")
-    if any(map(_draws, module.modules())):
+    """Raises ValueError for what cannot be trained, copied, or evaluated anew with the same result."""
+    layer = f"layer {name!r} ({type(module).__name__})"
+    if any("forward" in vars(m) for m in module.modules()):
+        raise ValueError(f"{layer} has a `forward` of its own, which its copies would share; make it a subclass")
+    if not all(p.requires_grad for p in module.parameters()):
         raise ValueError(
-            f"layer {name!r} ({type(module).__name__}) draws anew in each evaluation, which is not supported"
+            f"{layer} has parameters with requires_grad=False, which is not supported; of frozen first layers, take the "
+            "outputs as x"
         )
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
+        raise ValueError(f"{layer} has parameters with gradient hooks, which would not be called; remove them")
+    if known_layer(module) is not None:
+        return
+    if any(getattr(m, "inplace", False) for m in module.modules()):
+        raise ValueError(f"{layer} overwrites its input; use inplace=False")
+    if any(map(_draws, module.modules())):
+        raise ValueError(f"{layer} draws anew in each evaluation, which is not supported")
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None for m in module.modules()):
-        raise ValueError(f"layer {name!r} ({type(module).__name__}) averages over all steps; give it a momentum")
+        raise ValueError(f"{layer} averages over all steps; give it a momentum")
 
 
 @dataclass(frozen=True)
@@ -342,15 +364,14 @@ class Blocks(Sequence[Block]):
         """names: of the network's layers, block by block, in the order of evaluation.
 
         Raises ValueError for a layer of PyTorch's that draws random numbers, for one that overwrites its input,
-        averages over all steps or is not to be trained, and for an option of `execution` without effect. A module of
-        one's own must not draw random numbers in its `forward` either: replicas and resumed runs would differ.
+        averages over all steps, is not to be trained, or has gradient hooks or a `forward` that is not its class's, and
+        for an option of `execution` without effect. What a module of one's own does in its `forward` is seen when a
+        `Problem` is made (`admm.comparison`).
         """
         self.network, self.names, modules = network, names, _modules(network)
+        self.compared: dict[Any, torch.Size] = {}  # see `admm.comparison.outputs_of`
         for name in chain.from_iterable(names):
-            if not all(p.requires_grad for p in modules[name].parameters()):
-                raise ValueError(f"layer {name!r} has parameters with requires_grad=False, which is not supported")
-            if _known_layer(modules[name]) is None:
-                _check_layer(name, modules[name])
+            _check_layer(name, modules[name])
         self.execution = execution or Execution()
         groups = self._groups(network)
         self._blocks = tuple(Block(tuple(_layer(module, self.execution) for module in group)) for group in groups)
@@ -441,14 +462,25 @@ def _modules(network: nn.Module) -> dict[str, nn.Module]:
     return dict(network.named_modules(remove_duplicate=False))
 
 
+def _is_chain(module: nn.Module) -> bool:
+    """Whether a module calls its children one after the other, and does nothing else."""
+    is_sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return is_sequential and not _has_hooks(module) and "forward" not in vars(module)
+
+
 def leaves(network: nn.Module) -> list[str]:
-    """Names of the layers in the order of evaluation: what lies inside nested `nn.Sequential`s."""
-    if not isinstance(network, nn.Sequential):
-        raise TypeError(f"only an nn.Sequential of layers can be cut into blocks, got {type(network).__name__}")
+    """Names of the layers in the order of evaluation: what lies inside nested `nn.Sequential`s. One that has hooks, or
+    a `forward` of its own, is a layer. Raises TypeError for another network."""
+    if not _is_chain(network):
+        own = " with hooks or a `forward` of its own" if isinstance(network, nn.Sequential) else ""
+        raise TypeError(
+            f"only an nn.Sequential of layers can be cut into blocks, got {type(network).__name__}{own}; make one of "
+            "its parts, nn.Sequential(first, second, …), modules that map a tensor to a tensor"
+        )
     names = []
     for name, child in network._modules.items():  # named_children leaves out a module that occurs again
         assert child is not None
-        names += [f"{name}.{leaf}" for leaf in leaves(child)] if isinstance(child, nn.Sequential) else [name]
+        names += [f"{name}.{leaf}" for leaf in leaves(child)] if _is_chain(child) else [name]
     return names
 
 

@@ -6,8 +6,10 @@ averages over samples is the algorithm's own definition.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +26,46 @@ class Loss(Protocol):
         """argmin_z J(z, y) + penalty/2 ‖z − v‖², [..., C]; `penalty` > 0 broadcasts to v. A loss that is no sum over
         samples has none, and is for optimizers that need none."""
 
+    def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+        """What `value` takes as y, in the dtype of `like`, of what a caller has: [N, ...] for outputs of that shape per
+        sample. Raises ValueError for what the loss is not defined for. A loss without it takes y as it is given."""
+
 
 def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     """Targets [N, C] in the dtype and on the device of `like`, of class indices [N]."""
-    return torch.nn.functional.one_hot(labels, classes).to(like)
+    return torch.nn.functional.one_hot(labels.long(), classes).to(like)
+
+
+def is_one_hot(y: Tensor) -> bool:
+    """Whether targets [..., C] are classes: of at least two entries one is 1 and the others are 0."""
+    return y.ndim > 1 and y.shape[-1] > 1 and bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) == 1)).all())
+
+
+def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+    """Targets [N, *outputs] in the dtype of `like`: these themselves, [N] for one output per sample, or class indices
+    [N] or [N, 1] (with further axes of the outputs: [N, *outputs[:-1]]), which become one-hot over the last axis.
+
+    Raises ValueError for another shape, a class that there is not, or values that are not finite.
+    """
+    samples, *positions = len(y), *outputs[:-1]
+    shape = (samples, *outputs)
+    if y.shape == shape or (y.shape == (samples,) and math.prod(outputs) == 1):
+        y = y.reshape(shape).to(like)
+        if not bool(y.isfinite().all()):
+            raise ValueError("y: targets must be finite numbers, found NaN or infinity")
+        return y
+    whole = not (y.is_floating_point() or y.is_complex())
+    if not whole or not outputs or y.shape not in ((samples, *positions), (samples, *positions, 1)):
+        raise ValueError(
+            f"y: targets of {y.dtype} {list(y.shape)} do not fit the network's outputs {list(shape)}: give these, or "
+            f"class indices {[samples, *positions]} of a whole-number type"
+        )
+    if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < outputs[-1]:
+        raise ValueError(
+            f"y: class indices go from {int(y.min())} to {int(y.max())}, the network has outputs for 0 to "
+            f"{outputs[-1] - 1}"
+        )
+    return one_hot(y.reshape(samples, *positions), outputs[-1], like)
 
 
 def check_positive(key: str, value: object) -> None:
@@ -44,6 +82,10 @@ class SquaredError:
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
+
+    def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+        """Any numbers, or class indices, see `as_targets`."""
+        return as_targets(y, outputs, like)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).square().sum(-1).mul_(0.5 * self.scale)
@@ -67,6 +109,23 @@ class CrossEntropy:
     def __post_init__(self) -> None:
         for key in ("scale", "max_steps", "tolerance"):
             check_positive(key, getattr(self, key))
+
+    def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+        """Distributions over at least two classes, or class indices, see `as_targets`."""
+        if not outputs or outputs[-1] < 2:
+            raise ValueError(
+                f"loss: CrossEntropy needs outputs for two classes or more, the network's are {list(outputs)} per "
+                "sample; for one output that says yes or no take BinaryCrossEntropy"
+            )
+        found = as_targets(y, outputs, like)
+        sums = found.sum(-1)
+        if bool((found < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=0.0, atol=1e-2):
+            raise ValueError(
+                f"y: CrossEntropy takes distributions over the classes, which are not negative and sum to 1; the rows "
+                f"sum to {float(sums.min()):.4g} to {float(sums.max()):.4g}, the smallest entry is "
+                f"{float(found.min()):.4g}; for several labels per sample take BinaryCrossEntropy"
+            )
+        return found
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (torch.logsumexp(z, -1) - (z * y).sum(-1)).mul_(self.scale)
@@ -100,6 +159,52 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """J = scale · Σ_c log(1 + exp(z_c)) − y_c z_c, each output a logit of its own: for several labels per sample, or
+    one output that says yes or no. `y` is between 0 and 1. PyTorch's `BCEWithLogitsLoss`, a mean over the C outputs
+    too, is `scale = 1/C`."""
+
+    threshold: ClassVar[float] = 0.0  # outputs above it say yes
+    scale: float = 1.0
+    max_steps: int = 2000  # of Newton's method in the proximal operator
+    tolerance: float = 1e-6  # of its gradient, relative to scale + penalty (1 + |v|)
+
+    def __post_init__(self) -> None:
+        for key in ("scale", "max_steps", "tolerance"):
+            check_positive(key, getattr(self, key))
+
+    def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers from 0 to 1, or class indices, see `as_targets`."""
+        found = as_targets(y, outputs, like)
+        if bool(((found < 0) | (found > 1)).any()):
+            raise ValueError(
+                f"y: BinaryCrossEntropy takes numbers from 0 to 1, found {float(found.min()):.4g} to "
+                f"{float(found.max()):.4g}"
+            )
+        return found
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return (torch.nn.functional.softplus(z) - y * z).sum(-1).mul_(self.scale)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return (torch.sigmoid(z) - y).mul_(self.scale)
+
+    def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
+        """Newton's method for each output, with the step of `CrossEntropy.prox`, which makes each step descend."""
+        z, tolerance = v.clone(), self.tolerance * (self.scale + penalty * (1.0 + v.abs()))
+        for _ in range(self.max_steps):
+            p = torch.sigmoid(z)
+            gradient = self.scale * (p - y) + penalty * (z - v)
+            active = gradient.abs() > tolerance  # never for NaN
+            if not active.any():
+                break
+            direction = gradient / (self.scale * p * (1.0 - p) + penalty)
+            delta = direction.abs().clamp_(min=1e-12)
+            z -= torch.where(active, direction * (torch.log1p(delta) / delta), 0.0)
+        return z
+
+
+@dataclass(frozen=True)
 class Hinge:
     """J = scale · Σ_c max(1 − z_c, 0) where y_c = 1 and max(z_c, 0) where y_c = 0; `y` has no other values.
 
@@ -107,10 +212,20 @@ class Hinge:
     the gradient is 0.
     """
 
+    threshold: ClassVar[float] = 0.5  # outputs above it say yes
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
+
+    def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+        """Zeros and ones, or class indices, see `as_targets`."""
+        found = as_targets(y, outputs, like)
+        if not bool(((found == 0) | (found == 1)).all()):
+            raise ValueError(
+                f"y: Hinge takes the values 0 and 1, found {float(found.min()):.4g} to {float(found.max()):.4g}"
+            )
+        return found
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.where(y == 1, 1.0 - z, z).clamp_(min=0.0).sum(-1).mul_(self.scale)
@@ -124,3 +239,31 @@ class Hinge:
         up = torch.maximum(v, (v + step).clamp_(max=1.0))
         down = torch.minimum(v, (v - step).clamp_(min=0.0))
         return torch.where(y == 1, up, down)
+
+
+@dataclass(frozen=True)
+class FunctionLoss:
+    """A loss from a plain function of outputs and targets of n samples, [n, ...] each, which returns J of each sample,
+    [n], or parts of it, [n, ...], whose sum it is: such as
+    `partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="none")`.
+
+    The gradient is autograd's, and there is no proximal operator. Here z and y are [S, n, ...]. Raises ValueError for a
+    function that returns another shape.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        found = self.function(z.flatten(0, 1), y.flatten(0, 1))
+        if not isinstance(found, Tensor) or found.shape[:1] != (z.shape[0] * z.shape[1],):
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"loss: {self.function!r} returns {shape} for {z.shape[0] * z.shape[1]} samples; J of each sample is "
+                'wanted, [n] or [n, ...], as with reduction="none"'
+            )
+        return found.flatten(1).sum(1).unflatten(0, z.shape[:2]) if found.ndim > 1 else found.view(z.shape[:2])
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            return torch.autograd.grad(self.value(leaf, y).sum(), leaf)[0]

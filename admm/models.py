@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 
 def mlp(input_shape: int | Sequence[int], hidden: Sequence[int], classes: int) -> nn.Sequential:
@@ -92,27 +94,104 @@ def initialiser(name: str, bias: float | None = 0.0, **options: float) -> Callab
     """A function that initialises a module in place: weights by `name`, biases to the constant `bias`.
 
     `name` is one of normal (mean, std), uniform (a, b), kaiming_normal, kaiming_uniform or pytorch (each layer's
-    own default, biases included). `bias=None` leaves the biases at PyTorch's default. Raises ValueError for
-    another name or option.
+    own default, biases included). `bias=None` leaves the biases at PyTorch's default. Weights are the parameters with
+    "weight" in their name and two or more axes, but for those of embeddings, which keep PyTorch's default; a
+    parametrised weight is drawn as a whole. Raises ValueError for another name or option.
+
+    The function raises ValueError, by its name, for a parameter that the network's constructor has drawn and nothing
+    draws anew, so that all seeds would share it; `as_constructed` draws any.
     """
     if name not in _INITIALISATIONS:
         raise ValueError(f"init.name: {name!r} is not one of {', '.join(_INITIALISATIONS)}")
     fill = _INITIALISATIONS[name]
 
-    def initialise(network: nn.Module) -> None:
+    def draw(network: nn.Module) -> None:
         for module in network.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-        if name == "pytorch":
-            return
-        for path, parameter in network.named_parameters():
-            if parameter.ndim > 1:
-                fill(parameter, **options)
-            elif bias is not None and path.endswith("bias"):
-                nn.init.constant_(parameter, bias)
+            _reset(module)
+        for module in network.modules():
+            if parametrize.is_parametrized(module):
+                _draw_parametrised(module, fill, options)
+            if name != "pytorch":
+                _fill(module, fill, options, bias)
+
+    def initialise(network: nn.Module) -> None:
+        before = {path: parameter.detach().clone() for path, parameter in network.named_parameters()}
+        draw(network)
+        same = [path for path, parameter in network.named_parameters() if _is_drawn_and_same(parameter, before[path])]
+        if same:
+            _check_drawn(network, same, draw)
 
     try:
         fill(torch.empty(1, 1), **options)
     except TypeError as error:
         raise ValueError(f"init: {error}") from None
     return initialise
+
+
+def _is_drawn_and_same(parameter: Tensor, before: Tensor) -> bool:
+    return torch.equal(parameter, before) and not bool((before == before.flatten()[:1]).all())
+
+
+def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Module], None]) -> None:
+    """Raises ValueError for one of these parameters that `draw` does not set: others are drawn the same, such as by the
+    seed that the network was constructed with."""
+    twin = copy.deepcopy(network)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        shifted = {path: twin.get_parameter(path).add_(1.0).clone() for path in same}
+        draw(twin)
+    for path, value in shifted.items():
+        # Of a parametrised weight, what it is made of may stay as it was, such as a factor that is the identity.
+        if torch.equal(twin.get_parameter(path), value) and ".parametrizations." not in f".{path}":
+            raise ValueError(
+                f"init: parameter {path!r} is drawn by the network's constructor alone, so that all seeds would share "
+                "it; give its module a method reset_parameters, or take admm.models.as_constructed"
+            )
+
+
+def as_constructed(build: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
+    """A function that gives a module the parameters and buffers of a new one, which `build` makes and draws."""
+
+    def initialise(network: nn.Module) -> None:
+        network.load_state_dict(build().state_dict())
+
+    return initialise
+
+
+def _reset(module: nn.Module) -> None:
+    """A module's own default; `nn.MultiheadAttention` has its with an underscore."""
+    for method in ("reset_parameters", "_reset_parameters"):
+        if callable(reset := getattr(module, method, None)):
+            reset()
+            return
+
+
+def _fill(module: nn.Module, fill: Callable[..., Any], options: dict[str, float], bias: float | None) -> None:
+    """A module's own parameters."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if "weight" in name and parameter.ndim > 1:
+            if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                fill(parameter, **options)
+        elif bias is not None and name.endswith("bias") and parameter.ndim == 1:
+            nn.init.constant_(parameter, bias)
+
+
+def _draw_parametrised(module: nn.Module, fill: Callable[..., Any], options: dict[str, float]) -> None:
+    """A module's weights of which other parameters are made (`torch.nn.utils.parametrizations`), drawn as those of its
+    plain twin. (PyTorch's own `remove_parametrizations` would take them from the twin's class, which they share.)"""
+    kind = parametrize.type_before_parametrizations(module)
+    plain, names = kind.__new__(kind), list(module.parametrizations)  # type: ignore[arg-type]
+    own = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+    own |= {name: getattr(module, name).detach().clone() for name in names}
+    parameters = {name: nn.Parameter(value) for name, value in own.items()}
+    plain.__dict__.update(vars(module) | {"_parameters": parameters, "_modules": {}})
+    _reset(plain)
+    _fill(plain, fill, options, None)
+    try:
+        with torch.no_grad():
+            for name in names:
+                setattr(module, name, parameters[name].detach())
+    except (RuntimeError, NotImplementedError) as error:  # there is no inverse
+        raise ValueError(
+            f"init: the parametrised {name!r} of a {kind.__name__} cannot be drawn ({error}); take "
+            "admm.models.as_constructed"
+        ) from None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import re
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,16 +18,18 @@ from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.files import sweep, whole
+from admm.losses import SquaredError
 from admm.optimizers.protocol import Optimizer, Problem, restore, save, size
 
 Row = dict[str, float]  # one evaluation of one replica
 # Samples evaluated at a time, so few that a processor's caches hold what is made of them: images, whose replicas take
 # turns; vectors, at most, and of all replicas.
 IMAGES, VECTORS, OF_ALL = 128, 2000, 8000
+HASHED = 2**22  # numbers of a tensor, evenly spaced, of which its fingerprint is made
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or not of this optimizer, network or seeds."""
+    """A checkpoint that is damaged, or of another run."""
 
 
 @dataclass
@@ -31,9 +37,9 @@ class History:
     """What a run has measured so far.
 
     rows: for each evaluation and replica `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
-    whole stack), `train_loss` (the problem's J with its scale, mean over the samples), `train_accuracy` and
-    `test_accuracy` (percent), and the optimizer's diagnostics. diverged: by replica, the iteration after which it
-    was found not to be finite; it has no rows from there on, but for that before the first iteration.
+    whole stack), what `measure` returns (see `evaluate`), and the optimizer's diagnostics. diverged: by replica, the
+    iteration after which it was found not to be finite; it has no rows from there on, but for that before the first
+    iteration.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -41,18 +47,59 @@ class History:
     diverged: dict[int, int] = field(default_factory=dict)
 
 
-def evaluate(problem: Problem, theta: Parameters, test: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """`train_loss`, `train_accuracy` and `test_accuracy` of a plain forward pass, each [S]."""
-    loss, right = problem.x.new_zeros(2, len(theta.flat))
-    for x, y in _parts(problem.x, problem.y, len(theta.flat)):
-        z = problem.blocks.forward(theta, x.expand(len(theta.flat), *x.shape))
-        loss += problem.loss.value(z, y).sum(1)
-        right += (z.argmax(2) == y.argmax(1)).sum(1)
-    return {
-        "train_loss": loss / len(problem.x),
-        "train_accuracy": 100.0 * right / len(problem.x),
-        "test_accuracy": accuracy(problem.blocks, theta, *test),
-    }
+def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
+    """What a plain forward pass is worth, each quantity [S], of the training samples (`train_…`) and, unless `test` is
+    None, of inputs [M, ...] and targets or class indices (`test_…`): `loss`, J with its scale as a mean over the
+    samples; and where the targets are
+
+    - one class per sample, or per position of it: `accuracy`, percent whose largest output is the class;
+    - several labels per sample (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, percent of the labels that are told
+      right, and `exact_match`, percent of the samples of which all are; of one label, `accuracy`;
+    - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / the targets' variance;
+    - those of another loss: nothing more.
+
+    Raises ValueError for a test set that does not fit.
+    """
+    found = {f"train_{name}": value for name, value in _scores(problem, theta, problem.x, problem.y).items()}
+    if test is not None:
+        try:
+            x, y = problem.samples(*test)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"test: {error}") from None
+        found |= {f"test_{name}": value for name, value in _scores(problem, theta, x, y).items()}
+    return found
+
+
+def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """As `evaluate` has them, of these samples."""
+    totals: dict[str, Tensor] = {}
+    for part, targets in _parts(x, y, len(theta.flat)):
+        z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
+        for name, values in _of_samples(problem, z, targets.expand(len(z), *targets.shape)).items():
+            totals[name] = totals.get(name, 0.0) + values.sum(1)
+    means = {name: total / len(x) for name, total in totals.items()}
+    if "mse" in means:
+        means["r2"] = 1.0 - means["mse"] / y.flatten(1).var(0, correction=0).mean()
+    return means
+
+
+def _of_samples(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """For each sample of z [S, n, ...] and y [S, n, ...] its loss and what says how good it is, [S, n] each."""
+    loss = {"loss": problem.loss.value(z, y)}
+    if problem.has_classes:
+        return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}
+    if (threshold := getattr(problem.loss, "threshold", None)) is not None:
+        right = ((z > threshold) == (y > 0.5)).to(z)
+        if math.prod(right.shape[2:]) == 1:
+            return loss | {"accuracy": 100.0 * _mean(right)}
+        every = right.flatten(2).amin(2)
+        return loss | {"label_accuracy": 100.0 * _mean(right), "exact_match": 100.0 * every}
+    return loss | {"mse": _mean((z - y).square())} if isinstance(problem.loss, SquaredError) else loss
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over all but the first two axes."""
+    return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
 def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Tensor:
@@ -64,9 +111,11 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Te
 
 
 def _parts(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples x [N, ...] and what belongs to them y [N, ...], a few at a time."""
-    samples = min(VECTORS, max(1, OF_ALL // replicas)) if x.ndim == 2 else IMAGES
-    return zip(x.split(samples), y.split(samples), strict=True)
+    """Samples x [N, ...] and what belongs to them y [N, ...], a few at a time, nearly the same number each: a single one
+    that is left over could not be normalised."""
+    most = min(VECTORS, max(1, OF_ALL // replicas)) if x.ndim == 2 else IMAGES
+    parts = math.ceil(len(x) / most)
+    return zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)
 
 
 def train(
@@ -74,9 +123,9 @@ def train(
     optimizer: Optimizer[Any],
     state: Any,
     iterations: int,
-    test: Any,
+    test: Any = None,
     evaluate_every: int = 1,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     observe: Callable[[list[Row], History], None] = lambda rows, history: None,
     measure: Callable[[Problem, Parameters, Any], dict[str, Tensor]] = evaluate,
@@ -84,26 +133,31 @@ def train(
 ) -> History:
     """Train for `iterations` steps of the optimizer, from the state that its `init` has made, in place.
 
-    test: inputs [M, ...] and class indices [M], or what another `measure` takes; that returns `train_loss` and other
-    quantities, each [S]. Evaluation takes place before the first iteration, every `evaluate_every` and after the last;
-    only `optimizer.step` is timed. With a `checkpoint` path, the state is saved there after iterations at least
-    `checkpoint_seconds` apart, and with `keep_last` at the end; a run that finds such a file goes on from it as if it
-    had not been interrupted. `observe` is called with the rows of each evaluation, and at a resume with all former
-    ones. Raises CheckpointError if the file is damaged, or of another optimizer, network or seeds, and WriteError if it
-    cannot be written.
+    test: inputs [M, ...] and class indices [M] or targets, None for none, or what another `measure` takes; that returns
+    `train_loss` and other quantities, each [S]. Evaluation takes place before the first iteration, every
+    `evaluate_every` and after the last; only `optimizer.step` is timed. With a `checkpoint` path, the state is saved
+    there after iterations at least `checkpoint_seconds` apart, and with `keep_last` at the end; a run that finds such a
+    file goes on from it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at
+    a resume with all former ones.
+
+    Raises CheckpointError if the file is damaged, or of another optimizer, hyperparameter, network, loss, data or seeds;
+    ValueError for samples or targets that do not fit, and for a step that does not count its iteration; TypeError for
+    one that returns no state, or a state that cannot be saved; and WriteError if the file cannot be written.
     """
     if iterations < 1 or evaluate_every < 1:
         raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
-    history = History()
+    history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
 
     def evaluated() -> list[Row]:
         values = measure(problem, optimizer.parameters(state), test) | optimizer.diagnostics(problem, state)
         return _record(optimizer.parameters(state), state, values, history)
 
-    if checkpoint is not None:
-        sweep(checkpoint)
-    if checkpoint is not None and checkpoint.exists():
-        _load(checkpoint, optimizer, state, history)
+    if path is not None:
+        sweep(path)
+        save(state)  # raises at once where it could not be
+        made_by = fingerprint(problem, optimizer)
+    if path is not None and path.exists():
+        _load(path, made_by, state, history)
         observe(history.rows, history)
     else:
         observe(evaluated(), history)
@@ -114,19 +168,32 @@ def train(
         if at_end or state.iteration % evaluate_every == 0:
             observe(evaluated(), history)
         due = time.monotonic() - saved >= checkpoint_seconds or (keep_last and at_end)
-        if checkpoint is not None and due:
-            _save(checkpoint, optimizer, state, history)
+        if path is not None and due:
+            _save(path, made_by, state, history)
             saved = time.monotonic()
     return history
 
 
 def timed_step(problem: Problem, optimizer: Optimizer[Any], state: Any) -> float:
-    """One iteration, in place; returns its seconds."""
+    """One iteration; returns its seconds. `state` is then what the step has returned. Raises TypeError where that is no
+    state, and ValueError where the iteration is not counted."""
     _synchronize(problem.x.device)
-    start = time.perf_counter()
-    optimizer.step(problem, state)
+    start, iteration = time.perf_counter(), state.iteration
+    returned = optimizer.step(problem, state)
     _synchronize(problem.x.device)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if type(returned) is not type(state):
+        raise TypeError(
+            f"optimizer: the step of {type(optimizer).__name__} returns a {type(returned).__name__}, expected the state, "
+            f"a {type(state).__name__}"
+        )
+    vars(state).update(vars(returned))
+    if state.iteration != iteration + 1:
+        raise ValueError(
+            f"optimizer: after iteration {iteration} the step of {type(optimizer).__name__} leaves state.iteration at "
+            f"{state.iteration}, expected {iteration + 1}"
+        )
+    return seconds
 
 
 def _synchronize(device: torch.device) -> None:
@@ -145,37 +212,72 @@ def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: H
             history.diverged[replica] = state.iteration
             if state.iteration > 0:
                 continue
-        row = {"iteration": state.iteration, "replica": replica, "seed": seed, "seconds": history.seconds}
+        row = {"iteration": state.iteration, "replica": replica, "seed": int(seed), "seconds": history.seconds}
         rows.append(row | {name: column[replica] for name, column in table.items()})
     history.rows += rows
     return rows
 
 
-def _save(path: Path, optimizer: Optimizer[Any], state: Any, history: History) -> None:
+def fingerprint(problem: Problem, optimizer: Optimizer[Any]) -> dict[str, str]:
+    """What determines the numbers of a run besides its seeds, as text by name: the optimizer and its hyperparameters,
+    the network, the cuts, the loss, the augmentation and the data. Of the initialisation, which the state makes up for,
+    and of what a network's own modules compute, nothing is known."""
+    is_plain = is_dataclass(optimizer)
+    values = {f.name: getattr(optimizer, f.name) for f in fields(optimizer)} if is_plain else vars(optimizer)  # type: ignore[arg-type]
+    made_by = {"optimizer": type(optimizer).__name__}
+    made_by |= {f"optimizer.{name}": _told(value) for name, value in values.items()}
+    made_by |= {"network": _told(problem.blocks.network), "blocks": _told(problem.blocks.names)}
+    made_by |= {"loss": _told(problem.loss), "augmentation": _told(problem.augmentation)}
+    return made_by | {"x": _told(problem.x), "y": _told(problem.y)}
+
+
+def _told(value: Any) -> str:
+    """In words, without addresses in memory; of a tensor its shape, its type and a hash of its numbers."""
+    if isinstance(value, Tensor):
+        every = max(1, math.ceil(value.numel() / HASHED))
+        numbers = value.detach().reshape(-1)[::every].cpu().contiguous().view(torch.uint8).numpy()
+        return f"{value.dtype} {list(value.shape)} {hashlib.sha256(numbers.data).hexdigest()[:12]}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _save(path: Path, made_by: dict[str, str], state: Any, history: History) -> None:
     saved = save(state)
-    content = {"optimizer": type(optimizer).__name__, "state": saved, "history": vars(history)}
+    content = {"made_by": made_by, "state": saved, "history": vars(history)}
     with whole(path, "the checkpoint", size(saved)) as part, part.open("wb") as file:
         torch.save(content, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """`optimizer`, its class's name, `state` and `history` of a checkpoint. Raises CheckpointError if it is damaged, or
-    another file."""
+    """`made_by`, `state` and `history` of a checkpoint. Raises CheckpointError if it is damaged, or another file."""
     try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch's format; of the checksums that it writes, it reads none
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: is damaged ({error}); delete the file to start anew") from None
     if not isinstance(content, dict) or not {"state", "history"} <= content.keys():
         raise CheckpointError(f"{path}: is no checkpoint of `admm.training.train`; give another path")
     return content
 
 
-def _load(path: Path, optimizer: Optimizer[Any], state: Any, history: History) -> None:
-    saved, own = read_checkpoint(path), type(optimizer).__name__
+def _load(path: Path, made_by: dict[str, str], state: Any, history: History) -> None:
+    saved = read_checkpoint(path)
     try:
-        if saved.get("optimizer", own) != own:  # those of former versions do not say it
-            raise ValueError(f"checkpoint: of {saved['optimizer']}, expected {own}")
+        # Those of former versions say but the optimizer's class, or nothing.
+        former = saved.get("made_by") or {"optimizer": saved.get("optimizer", made_by["optimizer"])}
+        for name, was in former.items():
+            if (now := made_by.get(name, "nothing")) != was:
+                raise ValueError(f"it is of another run: {_difference(name, was, now)}")
         restore(state, saved["state"])
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; delete the file to start anew") from None
+        raise CheckpointError(f"{path}: {error}; delete the file to start anew, or give another path") from None
     vars(history).update(saved["history"])
+
+
+def _difference(name: str, was: str, now: str) -> str:
+    """In one line; of long texts, such as of networks, what is different."""
+    if "\n" in was + now:
+        pairs = zip(was.splitlines(), now.splitlines(), strict=False)
+        was, now = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("shorter", "longer"))
+    return f"{name} was {was}, is {now}"

@@ -145,14 +145,14 @@ def test_only_steps_are_timed(problem: Problem, monkeypatch: pytest.MonkeyPatch)
 def test_a_checkpoint_of_another_optimizer_is_refused(problem: Problem, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     run(problem, OPTIMIZERS["sgd"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: checkpoint: .*delete the file"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: .*optimizer was Backprop, is BlockADMM; delete the file"):
         run(problem, OPTIMIZERS["batch"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
 
 
 def test_a_checkpoint_of_an_optimizer_with_the_same_variables_is_refused(problem: Problem, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     run(problem, OPTIMIZERS["adam"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
-    with pytest.raises(CheckpointError, match="of Backprop, expected Gotmare; delete the file"):
+    with pytest.raises(CheckpointError, match="optimizer was Backprop, is Gotmare; delete the file"):
         run(problem, Gotmare(2, 0.01, batch_size=16), (0,), 2, test_of(problem), 1, checkpoint, 0.0)
 
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_type_of_numbers_is_refused(problem: Problem, tm
     checkpoint = tmp_path / "checkpoint.pt"
     run(problem, OPTIMIZERS["adam"], (0,), 2, test_of(problem), 1, checkpoint, 0.0)
     other = replace(problem, x=problem.x.double(), y=problem.y.double())
-    with pytest.raises(CheckpointError, match=r"theta is of torch\.float32, expected torch\.float64; delete"):
+    with pytest.raises(CheckpointError, match=r"x was torch\.float32 .*, is torch\.float64 .*; delete"):
         run(other, OPTIMIZERS["adam"], (0,), 2, test_of(other), 1, checkpoint, 0.0)
 
 

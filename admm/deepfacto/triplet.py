@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,12 @@ class TripletLoss:
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
         check_positive("margin", self.margin)
+
+    def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+        """Identities [N], whole numbers. Raises ValueError for others."""
+        if y.ndim != 1 or y.is_floating_point() or y.is_complex():
+            raise ValueError(f"y: TripletLoss takes identities [N], whole numbers, not {y.dtype} {list(y.shape)}")
+        return y
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         """J of each anchor, [..., B]."""

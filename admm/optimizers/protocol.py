@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from numbers import Integral
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
-from admm.losses import Loss
+from admm.comparison import outputs_of
+from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
 from admm.minibatches import generator, minibatches, rows
 
 
@@ -20,8 +24,10 @@ from admm.minibatches import generator, minibatches, rows
 class Problem:
     """Training data, a network cut into blocks, and a loss.
 
-    x: inputs [N, ...], y: one-hot targets [N, C], both on one device. `initialise` fills a network's parameters
-    in place from PyTorch's global random state. `augmentation` changes the inputs of mini-batches, for optimizers whose
+    x: inputs [N, ...], of floating point. y: targets [N, ...], as `loss.targets` takes them: for classes, class indices
+    [N], which become one-hot, or distributions [N, C]. Both are tensors on one device, or what `torch.as_tensor` takes.
+    loss: a `Loss`, or a plain function as `FunctionLoss` takes it. `initialise` fills a network's parameters in place
+    from PyTorch's global random state. `augmentation` changes the inputs of mini-batches, for optimizers whose
     variables are none of the samples' own.
     """
 
@@ -33,33 +39,64 @@ class Problem:
     augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError unless there is a target for each input."""
-        if len(self.x) != len(self.y):
-            raise ValueError(f"problem: {len(self.x)} inputs x, but {len(self.y)} targets y")
+        """Raises ValueError for inputs or targets that the network or the loss cannot take, and as
+        `admm.comparison.outputs_of` does."""
+        if not hasattr(self.loss, "value") and callable(self.loss):
+            object.__setattr__(self, "loss", FunctionLoss(self.loss))
+        object.__setattr__(self, "x", self._inputs(self.x))
+        object.__setattr__(self, "y", self.targets(self.x, self.y))
+        self._check_loss()
+
+    def samples(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        """Other inputs [M, ...] and targets, such as a test set, in the form of these. Raises ValueError as for
+        these."""
+        x = self._inputs(x)
+        if x.shape[1:] != self.x.shape[1:]:
+            raise ValueError(f"x: samples of shape {list(x.shape[1:])}, where training has {list(self.x.shape[1:])}")
+        return x, self.targets(x, y)
+
+    def targets(self, x: Tensor, y: Any) -> Tensor:
+        """Targets of inputs x [M, ...], as `loss.targets` makes them of what a caller has. Raises ValueError."""
+        y = y if isinstance(y, Tensor) else torch.as_tensor(y, device=x.device)
+        if not y.ndim or len(x) != len(y):
+            raise ValueError(f"problem: {len(x)} inputs x, but {len(y) if y.ndim else 'no'} targets y")
+        if y.device != x.device:
+            raise ValueError(f"y: is on {y.device}, x on {x.device}; both must be on one device")
+        outputs = outputs_of(self.blocks, x)
+        if callable(make := getattr(self.loss, "targets", None)):
+            return make(y, outputs, like=x)  # type: ignore[no-any-return]
+        return y.to(x.dtype) if y.is_floating_point() else y
+
+    @cached_property
+    def has_classes(self) -> bool:
+        """Whether the targets say one class per sample, or per position of it, so that accuracy means something."""
+        return isinstance(self.loss, CrossEntropy) or is_one_hot(self.y)
+
+    def _inputs(self, x: Any) -> Tensor:
+        x = x if isinstance(x, Tensor) else torch.as_tensor(x)
+        if not x.is_floating_point():
+            raise ValueError(
+                f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(). (A module "
+                "that needs whole numbers, such as an embedding, can be one of your own that says x.long().)"
+            )
+        if x.ndim < 1 or not len(x):
+            raise ValueError(f"x: inputs {list(x.shape)} have no samples [N, ...]")
+        if self.blocks.execution.precision == "bf16" and x.dtype != torch.float32:
+            raise ValueError(f"precision: bf16 is for inputs x of float32, not {x.dtype}")
+        return x
+
+    def _check_loss(self) -> None:
+        """Raises ValueError for a loss that is not one number per sample, or has no gradient of the outputs' shape."""
+        y = self.y[:2].expand(2, *self.y[:2].shape)
+        z = self.x.new_zeros(*y.shape[:2], *outputs_of(self.blocks, self.x))
+        if (found := self.loss.value(z, y).shape) != z.shape[:2]:
+            raise ValueError(f"loss: the value of outputs {list(z.shape)} is {list(found)}, expected {list(z.shape[:2])}")
+        if (found := self.loss.gradient(z, y).shape) != z.shape:
+            raise ValueError(f"loss: the gradient for outputs {list(z.shape)} is {list(found)}, expected their shape")
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
-        """Freshly initialised parameters, one replica a seed.
-
-        Raises ValueError for other seeds than whole numbers from 0 up, and for a network that cannot be evaluated on x
-        or whose outputs are not of the size of targets [N, C].
-        """
-        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-            raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up, such as [0, 1, 2]")
-        theta = self.blocks.initial(seeds, self.initialise, like=self.x)
-        if not self.blocks.execution.compile:  # which would compile for the shape of one sample
-            self._check_fit(theta)
-        return theta
-
-    def _check_fit(self, theta: Parameters) -> None:
-        sample = self.x[:1].expand(len(theta.flat), 1, *self.x.shape[1:])
-        try:
-            found = self.blocks.forward(theta, sample).shape[2:]
-        except RuntimeError as error:
-            raise ValueError(f"network: cannot be evaluated on samples {list(self.x.shape[1:])}: {error}") from None
-        if self.y.ndim > 1 and found != self.y.shape[1:]:
-            raise ValueError(
-                f"network: its outputs have the shape {list(found)} a sample, the targets y {list(self.y.shape[1:])}"
-            )
+        """Freshly initialised parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
+        return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.x)
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
@@ -97,7 +134,7 @@ State = TypeVar("State")
 class Optimizer(Protocol[State]):
     """An algorithm: an immutable object with hyperparameters, over an explicit state of tensors.
 
-    All variables have a replica axis S, one replica a seed, in front unless a state says otherwise. `step` works in
+    All variables have a replica axis S, one replica per seed, in front unless a state says otherwise. `step` works in
     place and returns the state; it never prints, logs, evaluates or reads a clock, and depends on nothing but the
     problem and the state.
     """
@@ -109,15 +146,31 @@ class Optimizer(Protocol[State]):
         """One iteration over all N samples (an epoch or a part of one, for mini-batch methods)."""
 
     def parameters(self, state: State) -> Parameters:
-        """The blocks' parameters."""
+        """The blocks' parameters: the state's own tensors, which `step` changes. `Blocks.export` makes a copy."""
 
     def diagnostics(self, problem: Problem, state: State) -> dict[str, Tensor]:
         """Named quantities [S] for the history, such as constraint residuals."""
 
 
+def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """The seeds as integers of Python's. Raises ValueError for other ones than whole numbers from 0 up to 2⁶⁴ − 1."""
+    given = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
+    is_sequence = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    if not is_sequence or not all(isinstance(s, Integral) and not isinstance(s, bool) for s in given):
+        raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up, such as [0, 1, 2]")
+    whole = tuple(map(int, given))
+    if not 0 <= min(whole) <= max(whole) < 2**64:
+        raise ValueError(f"seeds: {seeds!r} are not whole numbers from 0 up to {2**64 - 1}")
+    return whole
+
+
 def save(state: Any) -> dict[str, Any]:
-    """The state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`."""
-    return {field.name: _plain(getattr(state, field.name)) for field in fields(state)}
+    """The state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`. The tensors are the
+    state's own, which `step` changes in place; `copy.deepcopy(save(state))` keeps what they hold now, for `restore`.
+
+    Raises TypeError for what `restore` could not bring back.
+    """
+    return {field.name: _plain(getattr(state, field.name), field.name) for field in fields(state)}
 
 
 def size(saved: Any) -> int:
@@ -129,43 +182,64 @@ def size(saved: Any) -> int:
 
 
 def restore(state: Any, saved: dict[str, Any]) -> None:
-    """Overwrite a freshly initialised state, in place, by what `save` made. Raises ValueError on a mismatch."""
+    """Overwrite a freshly initialised state, in place, by what `save` made. Raises ValueError on a mismatch, and for
+    other seeds."""
     for field in fields(state):
         if field.name not in saved:
             raise ValueError(f"checkpoint: no {field.name!r}; it was made by another optimizer or version")
         value = getattr(state, field.name)
-        if isinstance(value, int):
-            setattr(state, field.name, saved[field.name])
-        else:
-            _overwrite(value, saved[field.name], field.name)
+        if field.name == "seeds" and list(value) != list(saved["seeds"]):
+            raise ValueError(f"checkpoint: seeds is {saved['seeds']}, expected {list(value)}")
+        setattr(state, field.name, _restored(value, saved[field.name], field.name))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str) -> Any:
+    match value:
+        case Parameters():
+            return [value.flat, value.buffers] if value.buffers.numel() else value.flat
+        case Tensor() | bool() | int() | float() | str() | None:
+            return value
+        case np.generic():
+            return value.item()
+        case list() | tuple():
+            return [_plain(item, name) for item in value]
+        case dict():
+            return {key: _plain(item, name) for key, item in value.items()}
+    if is_dataclass(value):
+        return save(value)
+    raise TypeError(
+        f"state: {name} holds a {type(value).__name__}, which cannot be saved; a state holds tensors, numbers and text, "
+        "and lists, tuples, dictionaries and dataclasses of them"
+    )
+
+
+def _restored(value: Any, saved: Any, name: str) -> Any:
+    """`value` with what was saved of it: tensors are overwritten in place."""
     if isinstance(value, Parameters):
-        return [value.flat, value.buffers] if value.buffers.numel() else value.flat
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _overwrite(value: Any, saved: Any, name: str) -> None:
-    if isinstance(value, Parameters):
-        value = _plain(value)
+        _restored(_plain(value, name), saved, name)
+        return value
     if isinstance(value, Tensor):
         found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         if found != list(value.shape):
             raise ValueError(f"checkpoint: {name} has shape {found}, expected {list(value.shape)}")
         if saved.dtype != value.dtype:
             raise ValueError(f"checkpoint: {name} is of {saved.dtype}, expected {value.dtype}")
-        value.copy_(saved)
-    elif isinstance(value, list):
-        if not isinstance(saved, list) or len(value) != len(saved):
-            entries = len(saved) if isinstance(saved, list) else "no"
+        return value.copy_(saved)
+    if isinstance(value, list | tuple):
+        if not isinstance(saved, list | tuple) or len(value) != len(saved):
+            entries = len(saved) if isinstance(saved, list | tuple) else "no"
             raise ValueError(f"checkpoint: {name} has {entries} entries, expected {len(value)}")
-        for item, other in zip(value, saved, strict=True):
-            _overwrite(item, other, name)
-    elif _plain(value) != saved:
-        raise ValueError(f"checkpoint: {name} is {saved}, expected {_plain(value)}")
+        return type(value)(_restored(*pair, name) for pair in zip(value, saved, strict=True))
+    if isinstance(value, dict):
+        if not isinstance(saved, dict) or value.keys() != saved.keys():
+            raise ValueError(f"checkpoint: {name} has the keys {list(saved)}, expected {list(value)}")
+        return {key: _restored(item, saved[key], name) for key, item in value.items()}
+    if is_dataclass(value):
+        restore(value, saved)
+        return value
+    if isinstance(saved, Tensor | list | dict):
+        raise ValueError(f"checkpoint: {name} is a {type(saved).__name__}, expected a {type(value).__name__}")
+    return saved
 
 
 def one_of(key: str, value: object, valid: Sequence[str]) -> None:
