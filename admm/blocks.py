@@ -270,8 +270,8 @@ def _check_layer(name: str, module: nn.Module) -> None:
         raise ValueError(f"{layer} has a `forward` of its own, which its copies would share; make it a subclass")
     if not all(p.requires_grad for p in module.parameters()):
         raise ValueError(
-            f"{layer} has parameters with requires_grad=False, which is not supported; of frozen first layers, take the "
-            "outputs as x"
+            f"{layer} has parameters with requires_grad=False, which is not supported; of frozen first layers, take "
+            "the outputs as x"
         )
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
         raise ValueError(f"{layer} has parameters with gradient hooks, which would not be called; remove them")

@@ -48,8 +48,8 @@ def _compared(blocks: Blocks, x: Tensor, training: bool) -> Tensor:
     """The network's outputs, if the blocks' are the same."""
     mode = "training" if training else "evaluation"
     layers = list(_layer_by_layer(blocks, _copied(blocks, x, training), x))
-    whole = _copied(blocks, x, training)(x)
-    if not _same(whole, layers[-1], blocks):
+    whole: Tensor = _copied(blocks, x, training)(x)
+    if not _same(whole, layers[-1]):
         raise ValueError(
             f"network: in {mode} mode its outputs are not those of its layers one after the other; a layer keeps "
             "something from one call to the next, or draws random numbers"
@@ -60,7 +60,7 @@ def _compared(blocks: Blocks, x: Tensor, training: bool) -> Tensor:
     theta, before = eager.parameters(flat, buffers), x
     for t, end in enumerate(accumulate(map(len, blocks.names)), start=1):
         found = eager[t - 1].forward(theta.blocks[t - 1], before[None], training)[0]
-        if not _same(layers[end - 1], found, blocks):
+        if not _same(layers[end - 1], found):
             raise ValueError(
                 f"network: in {mode} mode block {t}, {list(blocks.names[t - 1])}, has other outputs than these layers "
                 "of the network; a hook or a subclass changes what they do"
@@ -106,7 +106,7 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _same(expected: Tensor, found: Tensor, blocks: Blocks) -> bool:
+def _same(expected: Tensor, found: Tensor) -> bool:
     """Whether outputs agree up to rounding, half the digits of their type."""
     if expected.shape != found.shape or not expected.isfinite().all():
         return expected.shape == found.shape

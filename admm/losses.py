@@ -17,7 +17,7 @@ from torch import Tensor
 
 class Loss(Protocol):
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """J of each sample, [...]."""
+        """J of each sample, [...]; of outputs with further axes, of each of a sample's positions, whose sum it is."""
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         """∇_z J of each sample, [..., C]."""
@@ -254,16 +254,17 @@ class FunctionLoss:
     function: Callable[[Tensor, Tensor], Tensor]
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        found = self.function(z.flatten(0, 1), y.flatten(0, 1))
-        if not isinstance(found, Tensor) or found.shape[:1] != (z.shape[0] * z.shape[1],):
+        found, samples = self.function(z.flatten(0, 1), y.flatten(0, 1)), z.shape[0] * z.shape[1]
+        if not isinstance(found, Tensor) or found.shape[:1] != (samples,):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
-                f"loss: {self.function!r} returns {shape} for {z.shape[0] * z.shape[1]} samples; J of each sample is "
-                'wanted, [n] or [n, ...], as with reduction="none"'
+                f"loss: {self.function!r} returns {shape} for {samples} samples; J of each sample is wanted, [n] or "
+                '[n, ...], as with reduction="none"'
             )
-        return found.flatten(1).sum(1).unflatten(0, z.shape[:2]) if found.ndim > 1 else found.view(z.shape[:2])
+        return found.unflatten(0, z.shape[:2])
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
-            return torch.autograd.grad(self.value(leaf, y).sum(), leaf)[0]
+            gradient: Tensor = torch.autograd.grad(self.value(leaf, y).sum(), leaf)[0]
+        return gradient

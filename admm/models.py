@@ -179,7 +179,8 @@ def _draw_parametrised(module: nn.Module, fill: Callable[..., Any], options: dic
     """A module's weights of which other parameters are made (`torch.nn.utils.parametrizations`), drawn as those of its
     plain twin. (PyTorch's own `remove_parametrizations` would take them from the twin's class, which they share.)"""
     kind = parametrize.type_before_parametrizations(module)
-    plain, names = kind.__new__(kind), list(module.parametrizations)  # type: ignore[arg-type]
+    plain: nn.Module = object.__new__(kind)
+    names = list(module.parametrizations)  # type: ignore[arg-type]
     own = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
     own |= {name: getattr(module, name).detach().clone() for name in names}
     parameters = {name: nn.Parameter(value) for name, value in own.items()}

@@ -49,7 +49,7 @@ class History:
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
     """What a plain forward pass is worth, each quantity [S], of the training samples (`train_…`) and, unless `test` is
-    None, of inputs [M, ...] and targets or class indices (`test_…`): `loss`, J with its scale as a mean over the
+    None, of inputs [M, ...] and targets or class indices (`test_…`): `loss`, the mean of J with its scale over the
     samples; and where the targets are
 
     - one class per sample, or per position of it: `accuracy`, percent whose largest output is the class;
@@ -85,7 +85,7 @@ def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[s
 
 def _of_samples(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
     """For each sample of z [S, n, ...] and y [S, n, ...] its loss and what says how good it is, [S, n] each."""
-    loss = {"loss": problem.loss.value(z, y)}
+    loss = {"loss": problem.loss.value(z, y).reshape(*z.shape[:2], -1).sum(2)}
     if problem.has_classes:
         return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}
     if (threshold := getattr(problem.loss, "threshold", None)) is not None:
@@ -111,8 +111,8 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Te
 
 
 def _parts(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples x [N, ...] and what belongs to them y [N, ...], a few at a time, nearly the same number each: a single one
-    that is left over could not be normalised."""
+    """Samples x [N, ...] and what belongs to them y [N, ...], a few at a time, nearly the same number each: a single
+    one that is left over could not be normalised."""
     most = min(VECTORS, max(1, OF_ALL // replicas)) if x.ndim == 2 else IMAGES
     parts = math.ceil(len(x) / most)
     return zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)
@@ -140,9 +140,10 @@ def train(
     file goes on from it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at
     a resume with all former ones.
 
-    Raises CheckpointError if the file is damaged, or of another optimizer, hyperparameter, network, loss, data or seeds;
-    ValueError for samples or targets that do not fit, and for a step that does not count its iteration; TypeError for
-    one that returns no state, or a state that cannot be saved; and WriteError if the file cannot be written.
+    Raises CheckpointError if the file is damaged, or of another optimizer, hyperparameter, network, loss, data or
+    seeds; ValueError for samples or targets that do not fit, and for a step that does not count its iteration;
+    TypeError for one that returns no state, or a state that cannot be saved; and WriteError if the file cannot be
+    written.
     """
     if iterations < 1 or evaluate_every < 1:
         raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
@@ -184,8 +185,8 @@ def timed_step(problem: Problem, optimizer: Optimizer[Any], state: Any) -> float
     seconds = time.perf_counter() - start
     if type(returned) is not type(state):
         raise TypeError(
-            f"optimizer: the step of {type(optimizer).__name__} returns a {type(returned).__name__}, expected the state, "
-            f"a {type(state).__name__}"
+            f"optimizer: the step of {type(optimizer).__name__} returns a {type(returned).__name__}, expected the "
+            f"state, a {type(state).__name__}"
         )
     vars(state).update(vars(returned))
     if state.iteration != iteration + 1:

@@ -63,3 +63,6 @@ def trained(optimizer: Any, problem: Problem, seeds: tuple[int, ...], steps: int
 class NoProx:
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).abs().sum(-1)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).sign()

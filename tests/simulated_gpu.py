@@ -91,6 +91,8 @@ def simulated_gpu() -> Iterator[torch.device]:
         "_lazy_init": lambda: None,
         "synchronize": lambda device: None,
         "get_device_name": lambda device: NAME,
+        "get_rng_state": lambda device: torch.get_rng_state(),
+        "set_rng_state": lambda state, device: None,
         "mem_get_info": lambda device: (BYTES, BYTES),
         "memory_reserved": lambda device: 0,
         "memory_allocated": lambda device: 0,

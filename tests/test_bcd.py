@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fully_connected import NoProx
 from torch import Tensor, nn
 
 from admm.blocks import split
@@ -229,8 +230,8 @@ def test_it_refuses_what_it_cannot_do(conv_problem):
     problem = make()
     with pytest.raises(ValueError, match=r"bcd supports fully connected ReLU networks .*, not Conv2d, Tanh, GroupNorm"):
         OPTIMIZER.init(conv_problem(), SEEDS)
-    with pytest.raises(ValueError, match="loss: object has no prox; bcd supports losses with one"):
-        OPTIMIZER.init(replace(problem, loss=object()), SEEDS)
+    with pytest.raises(ValueError, match="loss: NoProx has no prox; bcd supports losses with one"):
+        OPTIMIZER.init(replace(problem, loss=NoProx()), SEEDS)
     for name in PENALTIES:
         with pytest.raises(ValueError, match=rf"optimizer\.{name}: \(1.0, 0.0, 1.0\) is not positive"):
             replace(OPTIMIZER, **{name: (1.0, 0.0, 1.0)}).init(problem, SEEDS)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fully_connected import NoProx
 from references import statistics_kept
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from admm.blocks import split
-from admm.deepfacto.triplet import TripletLoss
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
 from admm.minibatches import minibatches
 from admm.models import initialiser
@@ -766,10 +766,8 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
 @pytest.mark.parametrize("optimizer", [BASE, OnlineBlockADMM(1, 0.1, batch_size=7, dual="none")])
 def test_an_exact_last_step_needs_a_loss_with_a_proximal_operator(mlp_problem, optimizer):
     options = replace(optimizer, z_update=ZUpdate("gradient", last="prox"))
-    with pytest.raises(
-        ValueError, match=r"loss: TripletLoss has no prox; optimizer.z_update.last=prox supports losses"
-    ):
-        options.init(mlp_problem(TripletLoss()), SEEDS)
+    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; optimizer.z_update.last=prox supports losses"):
+        options.init(mlp_problem(NoProx()), SEEDS)
 
 
 @pytest.mark.parametrize("name", ["majorised", "lipschitz"])

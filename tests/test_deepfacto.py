@@ -15,7 +15,7 @@ from admm.blocks import split
 from admm.deepfacto.nmf import NMF, matrix, nonnegative_least_squares
 from admm.deepfacto.training import DeepFacto, _Epoch, _Visit, by_block, factorisations
 from admm.deepfacto.triplet import TripletLoss
-from admm.losses import SquaredError
+from admm.losses import FunctionLoss, SquaredError
 from admm.models import initialiser
 from admm.optimizers import SGD, Adam
 from admm.optimizers.coupling import Chain
@@ -35,10 +35,10 @@ def network(rank=3):
     )
 
 
-def problem(net=None, after=("0", "1"), loss=None, samples=20):
+def problem(net=None, after=("0", "1"), loss=None, samples=20, y=None):
     random = torch.Generator().manual_seed(0)
     x = torch.rand(samples, 2, 4, 4, generator=random, dtype=torch.float64)
-    y = torch.arange(samples) // 3
+    y = torch.arange(samples) // 3 if y is None else y
     blocks = split(net or network(), after=after)
     return Problem(x, y, blocks, loss or TripletLoss(margin=0.5), initialiser("kaiming_uniform"))
 
@@ -87,8 +87,7 @@ def test_the_lagrangian_is_equation_9():
 def test_every_primal_update_decreases_equation_9(net):
     whole = net()
     after = [str(k) for k in range(len(whole) - 1)]
-    task = problem(whole, after, SquaredError())
-    task = replace(task, y=torch.rand(20, 4, dtype=torch.float64))
+    task = problem(whole, after, SquaredError(), y=torch.rand(20, 4, dtype=torch.float64))
     # Small steps where an update is a gradient step; the others have none.
     options = replace(BASE, theta_step=1e-3, z_step=1e-2, beta=1.3, update=SGD(), together=1)
     state = trained(options, task)
@@ -111,7 +110,7 @@ def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
         NMF(45, 4),
         nn.Sequential(nn.ReLU(), nn.Linear(4, 4)),
     )
-    task = replace(problem(net, loss=SquaredError()), y=torch.rand(20, 4, dtype=torch.float64))
+    task = problem(net, loss=SquaredError(), y=torch.rand(20, 4, dtype=torch.float64))
     options = replace(BASE, beta=1.0, together=1)
     state = options.init(task, SEEDS)
     state.z[1] = torch.zeros_like(state.z[1])
@@ -308,10 +307,11 @@ def test_an_nmf_inside_a_block_is_refused(after, message):
 @pytest.mark.parametrize("after", [(), (nn.Conv2d(3, 3, 1),), (nn.Flatten(), nn.Linear(27, 4), nn.ReLU())])
 def test_an_nmf_without_a_linear_layer_after_it_is_refused(after):
     net = nn.Sequential(nn.Conv2d(2, 5, 2), NMF(5, 3), *([nn.Sequential(*after)] if after else []))
+    loss, y = FunctionLoss(lambda z, y: z.square()), torch.arange(20)
     with pytest.raises(
         ValueError, match="the NMF layer '1' must be followed by a block that ends with its one linear layer"
     ):
-        replace(BASE, beta=1.0).init(problem(net, ["0", "1"] if after else ["0"]), SEEDS)
+        replace(BASE, beta=1.0).init(problem(net, ["0", "1"] if after else ["0"], loss, y=y), SEEDS)
 
 
 @pytest.mark.parametrize("key", ["together", "warm_rounds", "score_sweeps", "basis_sweeps", "primal_rounds"])
@@ -326,14 +326,13 @@ def test_freezing_for_all_iterations_is_refused():
 
 
 def test_another_loss_serves_as_well():
-    task = problem(loss=SquaredError())
-    task = replace(task, y=torch.rand(20, 4, dtype=torch.float64))
+    task = problem(loss=SquaredError(), y=torch.rand(20, 4, dtype=torch.float64))
     state = trained(replace(BASE, together=1), task)
     assert torch.isfinite(state.theta.flat).all()
 
 
 def test_labels_of_another_form_are_refused_where_samples_come_together():
-    task = replace(problem(), y=torch.rand(20, 4))
+    task = problem(loss=SquaredError(), y=torch.rand(20, 4))
     with pytest.raises(ValueError, match=r"optimizer.together: 4 needs class indices as y, not 2 axes"):
         BASE.init(task, SEEDS)
 

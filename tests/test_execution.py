@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from admm.blocks import Execution, split
 from admm.losses import CrossEntropy
-from admm.models import initialiser, resnet18
+from admm.models import initialiser
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate
 from experiments.classification import execution
 

@@ -409,10 +409,10 @@ def test_a_problem_whose_parts_do_not_fit_is_refused_in_words(mlp_problem: Calla
     with pytest.raises(ValueError, match="problem: 3 inputs x, but"):
         replace(problem, x=problem.x[:3])
     for y in (problem.y[:, :1], torch.cat([problem.y, problem.y], 1)):
-        with pytest.raises(ValueError, match=rf"network: its outputs .* the targets y \[{y.shape[1]}\]"):
-            replace(problem, y=y).initial([0])
-    with pytest.raises(ValueError, match=r"network: cannot be evaluated on samples \[2\]: "):
-        replace(problem, x=problem.x.flatten(1)[:, :2]).initial([0])
+        with pytest.raises(ValueError, match=rf"y: targets .* \[24, {y.shape[1]}\] do not fit .* outputs \[24, 3\]"):
+            replace(problem, y=y)
+    with pytest.raises(ValueError, match=r"network: cannot be evaluated on samples \[2\]: layer 'fc1.linear' "):
+        replace(problem, x=problem.x.flatten(1)[:, :2])
     for seeds in ([], [-1], [0.5]):
         with pytest.raises(ValueError, match=r"seeds: \[.*\] is not a sequence of whole numbers"):
             problem.initial(seeds)

@@ -55,9 +55,9 @@ class Problem:
             raise ValueError(f"x: samples of shape {list(x.shape[1:])}, where training has {list(self.x.shape[1:])}")
         return x, self.targets(x, y)
 
-    def targets(self, x: Tensor, y: Any) -> Tensor:
+    def targets(self, x: Tensor, given: Any) -> Tensor:
         """Targets of inputs x [M, ...], as `loss.targets` makes them of what a caller has. Raises ValueError."""
-        y = y if isinstance(y, Tensor) else torch.as_tensor(y, device=x.device)
+        y: Tensor = given if isinstance(given, Tensor) else torch.as_tensor(given, device=x.device)
         if not y.ndim or len(x) != len(y):
             raise ValueError(f"problem: {len(x)} inputs x, but {len(y) if y.ndim else 'no'} targets y")
         if y.device != x.device:
@@ -72,12 +72,12 @@ class Problem:
         """Whether the targets say one class per sample, or per position of it, so that accuracy means something."""
         return isinstance(self.loss, CrossEntropy) or is_one_hot(self.y)
 
-    def _inputs(self, x: Any) -> Tensor:
-        x = x if isinstance(x, Tensor) else torch.as_tensor(x)
+    def _inputs(self, given: Any) -> Tensor:
+        x: Tensor = given if isinstance(given, Tensor) else torch.as_tensor(given)
         if not x.is_floating_point():
             raise ValueError(
-                f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(). (A module "
-                "that needs whole numbers, such as an embedding, can be one of your own that says x.long().)"
+                f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(); a "
+                "module that needs whole numbers, such as an embedding, can be wrapped in one that says x.long()"
             )
         if x.ndim < 1 or not len(x):
             raise ValueError(f"x: inputs {list(x.shape)} have no samples [N, ...]")
@@ -86,13 +86,23 @@ class Problem:
         return x
 
     def _check_loss(self) -> None:
-        """Raises ValueError for a loss that is not one number per sample, or has no gradient of the outputs' shape."""
+        """Raises ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
+        if not hasattr(self.loss, "gradient"):
+            raise ValueError(f"loss: a {type(self.loss).__name__} has no `value` and `gradient`, and is no function")
         y = self.y[:2].expand(2, *self.y[:2].shape)
         z = self.x.new_zeros(*y.shape[:2], *outputs_of(self.blocks, self.x))
-        if (found := self.loss.value(z, y).shape) != z.shape[:2]:
-            raise ValueError(f"loss: the value of outputs {list(z.shape)} is {list(found)}, expected {list(z.shape[:2])}")
-        if (found := self.loss.gradient(z, y).shape) != z.shape:
-            raise ValueError(f"loss: the gradient for outputs {list(z.shape)} is {list(found)}, expected their shape")
+        shapes = f"outputs {list(z.shape)} and targets {list(y.shape)}"
+        try:
+            value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise ValueError(f"loss: cannot be evaluated on {shapes}: {type(error).__name__}: {error}") from error
+        if value.shape[:2] != z.shape[:2]:
+            raise ValueError(
+                f"loss: the value for {shapes} is {list(value.shape)}; J of each sample is wanted, "
+                f"{list(z.shape[:2])}, or of each of its parts"
+            )
+        if gradient.shape != z.shape:
+            raise ValueError(f"loss: the gradient for {shapes} is {list(gradient.shape)}; the outputs' is wanted")
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
         """Freshly initialised parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
@@ -156,17 +166,15 @@ def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     """The seeds as integers of Python's. Raises ValueError for other ones than whole numbers from 0 up to 2⁶⁴ − 1."""
     given = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
     is_sequence = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
-    if not is_sequence or not all(isinstance(s, Integral) and not isinstance(s, bool) for s in given):
-        raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up, such as [0, 1, 2]")
-    whole = tuple(map(int, given))
-    if not 0 <= min(whole) <= max(whole) < 2**64:
-        raise ValueError(f"seeds: {seeds!r} are not whole numbers from 0 up to {2**64 - 1}")
-    return whole
+    if not is_sequence or not all(isinstance(s, Integral) and 0 <= s < 2**64 for s in given):
+        raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]")
+    return tuple(map(int, given))
 
 
 def save(state: Any) -> dict[str, Any]:
-    """The state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`. The tensors are the
-    state's own, which `step` changes in place; `copy.deepcopy(save(state))` keeps what they hold now, for `restore`.
+    """The state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`. The tensors are
+    the state's own, which `step` changes in place; `copy.deepcopy(save(state))` keeps what they hold now, for
+    `restore`.
 
     Raises TypeError for what `restore` could not bring back.
     """
@@ -208,8 +216,8 @@ def _plain(value: Any, name: str) -> Any:
     if is_dataclass(value):
         return save(value)
     raise TypeError(
-        f"state: {name} holds a {type(value).__name__}, which cannot be saved; a state holds tensors, numbers and text, "
-        "and lists, tuples, dictionaries and dataclasses of them"
+        f"state: {name} holds a {type(value).__name__}, which cannot be saved; a state holds tensors, numbers and "
+        "text, and lists, tuples, dictionaries and dataclasses of them"
     )
 
 
