@@ -48,12 +48,15 @@ def _compared(blocks: Blocks, x: Tensor, training: bool) -> Tensor:
     """The network's outputs, if the blocks' are the same."""
     mode = "training" if training else "evaluation"
     layers = list(_layer_by_layer(blocks, _copied(blocks, x, training), x))
-    whole: Tensor = _copied(blocks, x, training)(x)
+    network = _copied(blocks, x, training)
+    whole: Tensor = network(x)
     if not _same(whole, layers[-1]):
         raise ValueError(
-            f"network: in {mode} mode its outputs are not those of its layers one after the other; a layer keeps "
-            "something from one call to the next, or draws random numbers"
+            f"network: in {mode} mode its outputs are not those of its layers one after the other; a layer draws "
+            "random numbers, or a hook of all modules changes them"
         )
+    if not training and not _same(whole, network(x)):
+        raise ValueError("network: its outputs change from one evaluation to the next; a layer keeps something")
     # by functions that are not compiled, which would be for this number of samples
     eager = Blocks(blocks.network, blocks.names, replace(blocks.execution, compile=False, precision="fp32"))
     flat, buffers = (eager.flatten(eager.network, kind)[None].to(x) for kind in ("parameters", "buffers"))

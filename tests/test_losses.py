@@ -1,5 +1,7 @@
 """Losses: values and gradients against PyTorch's, proximal operators against independent minimisers."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,19 @@ from scipy.optimize import brentq, minimize
 from scipy.special import wrightomega
 from torch import Tensor, nn
 
-from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
+from admm.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    FunctionLoss,
+    Hinge,
+    Loss,
+    SquaredError,
+    as_targets,
+    is_one_hot,
+    one_hot,
+)
 
-LOSSES = [SquaredError(), SquaredError(0.3), CrossEntropy(), CrossEntropy(2.5)]
+LOSSES = [SquaredError(), SquaredError(0.3), CrossEntropy(), CrossEntropy(2.5), BinaryCrossEntropy(1.5)]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -39,7 +51,7 @@ def exact_prox(scale: float, v: np.ndarray, y: np.ndarray, penalty: float) -> np
 
 def sharp(loss: Loss) -> Loss:
     """With a proximal operator to machine precision."""
-    return loss if isinstance(loss, SquaredError) else CrossEntropy(loss.scale, tolerance=1e-12)
+    return loss if isinstance(loss, SquaredError) else replace(loss, tolerance=1e-12)
 
 
 def stationarity(loss: Loss, z: Tensor, v: Tensor, y: Tensor, penalty: Any) -> Tensor:
@@ -204,7 +216,8 @@ def test_prox_keeps_what_is_already_optimal(loss, penalty):
         torch.testing.assert_close(loss.prox(y, y, penalty), y, **EXACT)
     else:
         z, _, _ = example()
-        torch.testing.assert_close(loss.prox(z, torch.softmax(z, -1), penalty), z, **EXACT)
+        y = torch.sigmoid(z) if isinstance(loss, BinaryCrossEntropy) else torch.softmax(z, -1)
+        torch.testing.assert_close(loss.prox(z, y, penalty), z, **EXACT)
 
 
 @each_loss
@@ -235,3 +248,104 @@ def test_one_hot_has_a_single_one_in_the_dtype_asked_for():
 def test_what_is_not_positive_is_refused(key):
     with pytest.raises(ValueError, match=rf"loss.{key}: 0 is not a positive number"):
         CrossEntropy(**{key: 0})
+
+
+# --- Targets
+
+
+def test_binary_cross_entropy_is_pytorch_s():
+    z, _, _ = example()
+    y = torch.rand(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(1))
+    expected = nn.BCEWithLogitsLoss(reduction="none")(z, y).sum(-1)
+    torch.testing.assert_close(BinaryCrossEntropy(0.3).value(z, y), 0.3 * expected, **EXACT)
+
+
+@pytest.mark.parametrize("function", [nn.functional.cross_entropy, nn.CrossEntropyLoss], ids=["function", "module"])
+def test_a_plain_function_is_a_loss(function):
+    z, y, labels = example()
+    made = function(reduction="none") if isinstance(function, type) else partial(function, reduction="none")
+    loss = FunctionLoss(made)
+    torch.testing.assert_close(loss.value(z, labels), CrossEntropy().value(z, y), **EXACT)
+    torch.testing.assert_close(loss.gradient(z, labels), CrossEntropy().gradient(z, y), **EXACT)
+
+
+def test_a_function_s_value_may_be_of_a_sample_s_parts():
+    z, y, _ = example()
+    loss = FunctionLoss(lambda z, y: (z - y).square() / 2)
+    torch.testing.assert_close(loss.value(z, y).sum(-1), SquaredError().value(z, y), **EXACT)
+    torch.testing.assert_close(loss.gradient(z, y), z - y, **EXACT)
+
+
+def test_a_function_of_all_samples_is_refused():
+    z, _, labels = example()
+    with pytest.raises(ValueError, match=r'loss: .*cross_entropy.* returns \[\] for 16 samples; .*reduction="none"'):
+        FunctionLoss(nn.functional.cross_entropy).value(z, labels)
+
+
+LIKE = torch.zeros(0, dtype=torch.float64)
+CLASSES = torch.tensor([2, 0, 1])
+
+
+@pytest.mark.parametrize("labels", [CLASSES, CLASSES[:, None], CLASSES.byte(), CLASSES.int()], ids=str)
+@pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy(), BinaryCrossEntropy(), Hinge()], ids=str)
+def test_class_indices_become_one_hot(loss, labels):
+    assert torch.equal(loss.targets(labels, (3,), LIKE), torch.eye(3, dtype=torch.float64)[CLASSES])
+
+
+def test_class_indices_of_positions_become_one_hot_over_the_last_axis():
+    labels = torch.tensor([[2, 0], [1, 1], [0, 2]])
+    assert torch.equal(CrossEntropy().targets(labels, (2, 3), LIKE), torch.eye(3, dtype=torch.float64)[labels])
+
+
+def test_numbers_for_one_output_need_no_axis():
+    y = torch.tensor([0.5, -1.0, 3.0])
+    assert torch.equal(SquaredError().targets(y, (1,), LIKE), y.double()[:, None])
+    assert torch.equal(Hinge().targets(torch.tensor([True, False, True]), (1,), LIKE), LIKE.new_tensor([[1], [0], [1]]))
+
+
+HALVES = torch.full((2, 4), 0.25)
+
+
+@pytest.mark.parametrize(
+    "loss, y, outputs, message",
+    [
+        (CrossEntropy(), torch.tensor([0, 3]), (3,), "go from 0 to 3, the network has outputs for 0 to 2"),
+        (CrossEntropy(), torch.tensor([0, -100]), (3,), "y: class indices go from -100 to 0"),
+        (SquaredError(), torch.tensor([0, 3]), (3,), "y: class indices go from 0 to 3"),
+        (CrossEntropy(), torch.tensor([0.0, 1.0]), (3,), r"y: targets of torch.float32 \[2\] do not fit .* \[2, 3\]"),
+        (SquaredError(), torch.zeros(2, 3), (2,), r"y: targets of torch.float32 \[2, 3\] do not fit"),
+        (SquaredError(), torch.tensor([[1.0], [torch.nan]]), (1,), "y: targets must be finite numbers, found NaN"),
+        (CrossEntropy(), torch.tensor([[0.0], [1.0]]), (1,), "CrossEntropy needs outputs for two classes or more"),
+        (CrossEntropy(), torch.tensor([[1.0, 1.0, 0.0]]), (3,), "the rows sum to 2 to 2, .*BinaryCrossEntropy"),
+        (CrossEntropy(), torch.zeros(1, 3), (3,), "the rows sum to 0 to 0"),
+        (CrossEntropy(), torch.tensor([[1.5, -0.5]]), (2,), "not negative and sum to 1; .* smallest entry is -0.5"),
+        (CrossEntropy(), 2.0 * torch.eye(3), (3,), "the rows sum to 2 to 2"),
+        (BinaryCrossEntropy(), torch.tensor([[1.5, 0.0]]), (2,), "numbers from 0 to 1, found 0 to 1.5"),
+        (Hinge(), torch.tensor([[-1.0, 1.0]]), (2,), "Hinge takes the values 0 and 1, found -1 to 1"),
+        (Hinge(), HALVES, (4,), "Hinge takes the values 0 and 1, found 0.25 to 0.25"),
+    ],
+)  # fmt: skip
+def test_targets_that_a_loss_is_not_defined_for_are_refused(loss, y, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        loss.targets(y, outputs, LIKE)
+
+
+def test_distributions_and_numbers_are_taken_as_they_are():
+    assert torch.equal(CrossEntropy().targets(HALVES, (4,), LIKE), HALVES.double())
+    y = torch.tensor([[3, -2], [0, 7]])
+    assert torch.equal(as_targets(y, (2,), LIKE), y.double())
+
+
+@pytest.mark.parametrize(
+    "y, expected",
+    [
+        (torch.eye(3), True),
+        (torch.eye(3)[None], True),
+        (HALVES, False),
+        (torch.ones(3, 1), False),
+        (torch.tensor([[1.0, 1.0]]), False),
+        (torch.tensor([2.0, 1.0]), False),
+    ],
+)
+def test_one_hot_is_recognised(y, expected):
+    assert is_one_hot(y) == expected

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from admm.blocks import split
-from admm.models import initialiser, mlp, resnet18
+from admm.models import as_constructed, initialiser, mlp, resnet18
 
 
 def filled(name: str, seed: int = 0, **options: float) -> nn.Sequential:
@@ -92,6 +92,109 @@ def test_an_unknown_initialisation_lists_the_names():
 def test_an_unknown_option_is_refused_by_name(name):
     with pytest.raises(ValueError, match=r"init: .*'stdd'"):
         initialiser(name, stdd=1.0)
+
+
+class Positions(nn.Module):
+    """Parameters of its own, of which a constructor draws one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.position + self.token
+
+
+@pytest.mark.parametrize("name", ["pytorch", "kaiming_normal", "normal"])
+def test_what_a_constructor_alone_draws_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=r"init: parameter '1.position' is drawn by the network's constructor alone"):
+        initialiser(name)(nn.Sequential(nn.Linear(4, 4), Positions()))
+
+
+def test_what_the_same_seed_has_drawn_before_is_no_error():
+    torch.manual_seed(3)
+    network = mlp(6, [5], 3)
+    before = network.fc1.linear.weight.clone()
+    torch.manual_seed(3)
+    initialiser("pytorch")(network)
+    assert torch.equal(network.fc1.linear.weight, before)
+
+
+def test_as_constructed_draws_every_parameter_and_buffer():
+    def build() -> nn.Sequential:
+        return nn.Sequential(Positions(), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))
+
+    network = build()
+    torch.manual_seed(7)
+    as_constructed(build)(network)
+    torch.manual_seed(7)
+    expected = build().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+PARAMETRISATIONS = [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal]
+
+
+@pytest.mark.parametrize("name", ["pytorch", "kaiming_normal"])
+def test_attention_is_drawn_whole_for_each_seed(name):
+    blocks = split(nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)), after=[])
+    theta = blocks.initial([0, 1, 0], initialiser(name), like=torch.zeros(0))
+    (views,) = theta.blocks[0]
+    assert torch.equal(theta.flat[0], theta.flat[2])
+    for parameter in (views[key] for key in views if "in_proj_weight" in key or ("linear" in key and "weight" in key)):
+        assert not (parameter[0] == parameter[1]).any()
+
+
+@pytest.mark.parametrize("name", ["pytorch", "kaiming_normal", "normal"])
+@pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
+def test_a_parametrised_weight_is_its_plain_twin_s(name, parametrisation):
+    def drawn(*, plain: bool) -> nn.Module:
+        torch.manual_seed(1)
+        layer = nn.Linear(5, 4) if plain else parametrisation(nn.Linear(5, 4))
+        torch.manual_seed(2)
+        initialise(layer)
+        return layer
+
+    initialise = initialiser(name)
+    expected, found = drawn(plain=True), drawn(plain=False)
+    assert torch.equal(found.bias, expected.bias)
+    if parametrisation is nn.utils.parametrizations.weight_norm:
+        assert (found.parametrizations.weight.original0 > 0).all()
+    else:
+        torch.testing.assert_close(found.weight @ found.weight.T, torch.eye(4), atol=1e-5, rtol=0.0)
+    weights = [seeded(initialise, nn.Linear(5, 4), parametrisation, seed) for seed in (0, 1)]
+    assert not (weights[0] == weights[1]).any()
+
+
+def seeded(initialise, layer, parametrisation, seed):
+    layer = parametrisation(layer)
+    torch.manual_seed(seed)
+    initialise(layer)
+    return layer.weight
+
+
+def test_weight_norm_s_weight_is_drawn_as_a_plain_one():
+    """Its two parts are drawn as one weight, whose bound is that of its fan-in."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(100, 50))
+    initialiser("kaiming_uniform")(layer)
+    assert 0.9 * (6 / 100) ** 0.5 < layer.weight.abs().max() <= (6 / 100) ** 0.5 + 1e-6
+
+
+def test_embeddings_keep_pytorch_s_default():
+    network = nn.Sequential(nn.Embedding(2000, 10), nn.Linear(10, 3))
+    initialiser("normal", std=5.0)(network)
+    assert 0.9 < network[0].weight.std() < 1.1
+
+
+def test_a_parametrisation_without_an_inverse_is_refused():
+    class Squared(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.square()
+
+    layer = nn.Linear(3, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Squared())
+    with pytest.raises(ValueError, match=r"init: the parametrised 'weight' of a Linear cannot be drawn"):
+        initialiser("pytorch")(layer)
 
 
 # --- ResNet-18

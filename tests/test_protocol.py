@@ -5,11 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from admm.blocks import Execution, split
 from admm.losses import CrossEntropy, SquaredError
+from admm.models import initialiser
 from admm.optimizers import (
     BCD,
     DLADMM,
@@ -413,8 +416,8 @@ def test_a_problem_whose_parts_do_not_fit_is_refused_in_words(mlp_problem: Calla
             replace(problem, y=y)
     with pytest.raises(ValueError, match=r"network: cannot be evaluated on samples \[2\]: layer 'fc1.linear' "):
         replace(problem, x=problem.x.flatten(1)[:, :2])
-    for seeds in ([], [-1], [0.5]):
-        with pytest.raises(ValueError, match=r"seeds: \[.*\] is not a sequence of whole numbers"):
+    for seeds in ([], [-1], [0.5], [2**64], 5, "01", np.array([[0]])):
+        with pytest.raises(ValueError, match=r"seeds: .* is not a sequence of whole numbers"):
             problem.initial(seeds)
 
 
@@ -422,3 +425,71 @@ def test_a_problem_whose_parts_do_not_fit_is_refused_in_words(mlp_problem: Calla
 def test_a_horizon_that_is_none_is_refused(mlp_problem: Callable[..., Problem], optimizer: Any) -> None:
     with pytest.raises(ValueError, match=r"optimizer\.iterations: -?\d is not a whole number from 1 up"):
         replace(optimizer, batch_size=2).init(mlp_problem(), [0])
+
+
+def test_what_numpy_holds_is_taken(mlp_problem: Callable[..., Problem]) -> None:
+    problem = mlp_problem()
+    labels = problem.y.argmax(1)
+    given = Problem(problem.x.numpy(), labels.numpy(), problem.blocks, problem.loss, problem.initialise)
+    assert torch.equal(given.x, problem.x) and torch.equal(given.y, problem.y)
+    optimizer = replace(CASES["sgd"].optimizer, batch_size=np.int64(6))
+    states = [
+        optimizer.init(problem, seeds) for seeds in ([0, 2], np.array([0, 2]), torch.tensor([0, 2]), range(0, 3, 2))
+    ]
+    for state in states:
+        optimizer.step(problem, state)
+        assert torch.equal(state.theta.flat, states[0].theta.flat)
+        assert state.seeds == (0, 2) and all(type(seed) is int for seed in state.seeds)
+
+
+class Mean:
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).flatten(1).mean(1)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return z - y
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (lambda x: (255 * x).byte(), r"x: inputs of torch.uint8 are not supported; .*x.float\(\)"),
+        (lambda x: x.long(), "x: inputs of torch.int64 are not supported"),
+        (lambda x: x.to(torch.complex128), "x: inputs of torch.complex128 are not supported"),
+        (lambda x: x[:0], r"x: inputs \[0, 6\] have no samples"),
+    ],
+)
+def test_inputs_that_blocks_cannot_take_are_refused(mlp_problem: Callable[..., Problem], x: Any, message: str) -> None:
+    problem = mlp_problem()
+    with pytest.raises(ValueError, match=message):
+        replace(problem, x=x(problem.x), y=problem.y[: len(x(problem.x))])
+
+
+def test_targets_elsewhere_are_refused(mlp_problem: Callable[..., Problem]) -> None:
+    problem = mlp_problem()
+    with pytest.raises(ValueError, match="y: is on meta, x on cpu; both must be on one device"):
+        replace(problem, y=problem.y.to("meta"))
+
+
+def test_bf16_of_other_inputs_is_refused() -> None:
+    blocks = split(nn.Sequential(nn.Tanh(), nn.Linear(6, 3)), after=[], execution=Execution("bf16"))
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4) % 3
+    with pytest.raises(ValueError, match="precision: bf16 is for inputs x of float32, not torch.float64"):
+        Problem(x, y, blocks, SquaredError(), initialiser("pytorch"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (object(), "loss: a object has no `value` and `gradient`, and is no function"),
+        (nn.functional.mse_loss, r"loss: .*mse_loss.* returns \[\] for 4 samples"),
+        (lambda z, y: z @ y, r"loss: cannot be evaluated on outputs \[2, 2, 3\] and targets \[2, 2, 3\]: RuntimeError"),
+        (Mean(), r"loss: the value for .* is \[2\]; J of each sample is wanted, \[2, 2\]"),
+    ],
+    ids=["an object", "a mean", "an error", "a value of a replica"],
+)
+def test_a_loss_without_a_value_per_sample_is_refused(
+    mlp_problem: Callable[..., Problem], loss: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mlp_problem(loss)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import r2_score
+from torch import Tensor, nn
 
-from admm.blocks import split
-from admm.losses import SquaredError, one_hot
+from admm.blocks import Parameters, split
+from admm.losses import BinaryCrossEntropy, CrossEntropy, Hinge, Loss, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
+from admm.optimizers.backprop import BackpropState
+from admm.optimizers.protocol import restore, save
 from admm.training import CheckpointError, History, Row, accuracy, evaluate, read_checkpoint, train
 
 OPTIMIZERS = {
@@ -185,3 +190,255 @@ def test_accuracy_counts_in_percent(problem: Problem) -> None:
         int(o.argmax() == label) for o, label in zip(problem.blocks.export(theta, 1)(problem.x), labels, strict=True)
     )
     assert found.tolist() == pytest.approx([100.0, 100.0 * right / 50])
+
+
+# --- What is measured
+
+
+def task(loss: Any, y: Any, *shape: int, outputs: int, samples: int = 300) -> Problem:
+    """Of one linear layer over the last of a sample's axes, with the network's own weights."""
+    x = torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(nn.Linear(shape[-1], outputs))
+    nn.init.normal_(network[0].weight, generator=torch.Generator().manual_seed(1))
+    return Problem(x, y(x) if callable(y) else y, split(network, after=[]), loss, lambda module: None)
+
+
+def measured(problem: Problem, y: Any = None) -> tuple[dict[str, float], Tensor]:
+    """What `evaluate` finds, with the training samples as the test set, and the outputs."""
+    theta = problem.initial([0])
+    found = evaluate(problem, theta, (problem.x, problem.y if y is None else y))
+    return {name: value.item() for name, value in found.items()}, problem.blocks.forward(theta, problem.x[None])[0]
+
+
+def classes(x: Tensor) -> Tensor:
+    return x[..., :3].argmax(-1)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy(), BinaryCrossEntropy(), Hinge()], ids=str)
+@pytest.mark.parametrize("given", [lambda y: y, lambda y: one_hot(y, 3, torch.zeros(0))], ids=["indices", "one-hot"])
+def test_of_classes_accuracy_is_measured(loss: Loss, given: Any) -> None:
+    problem = task(loss, lambda x: given(classes(x)), 4, outputs=3)
+    found, z = measured(problem, classes(problem.x))
+    right = 100.0 * (z.argmax(1) == classes(problem.x)).float().mean().item()
+    assert set(found) == {f"{part}_{name}" for part in ("train", "test") for name in ("loss", "accuracy")}
+    assert found["train_accuracy"] == found["test_accuracy"] == pytest.approx(right)
+    assert found["test_loss"] == pytest.approx(loss.value(z, problem.y).mean().item(), rel=1e-5)
+
+
+def test_of_sequences_accuracy_is_of_the_positions() -> None:
+    problem = task(CrossEntropy(), classes, 5, 4, outputs=3)
+    found, z = measured(problem)
+    assert problem.y.shape == (300, 5, 3)
+    assert found["test_accuracy"] == pytest.approx(100.0 * (z.argmax(2) == classes(problem.x)).float().mean().item())
+    expected = 5 * nn.functional.cross_entropy(z.flatten(0, 1), classes(problem.x).flatten()).item()
+    assert found["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_of_numbers_the_mean_square_error_and_r2_are_measured() -> None:
+    problem = task(SquaredError(), lambda x: x[:, :2].sin() + 3.0, 4, outputs=2)
+    found, z = measured(problem)
+    assert set(found) == {f"{part}_{name}" for part in ("train", "test") for name in ("loss", "mse", "r2")}
+    assert found["test_mse"] == pytest.approx((z - problem.y).square().mean().item(), rel=1e-5)
+    assert found["train_r2"] == pytest.approx(r2_score(problem.y, z, multioutput="variance_weighted"), rel=1e-4)
+
+
+def test_numbers_for_one_output_need_no_axis_in_training_and_test() -> None:
+    problem = task(SquaredError(), lambda x: x[:, 0], 4, outputs=1)
+    found, z = measured(problem, problem.x[:, 0])
+    assert problem.y.shape == (300, 1)
+    assert found["test_mse"] == pytest.approx((z[:, 0] - problem.x[:, 0]).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "threshold"), [(BinaryCrossEntropy(), 0.0), (Hinge(), 0.5)], ids=["logits", "hinge"])
+def test_of_several_labels_their_accuracy_and_the_exact_matches_are_measured(loss: Loss, threshold: float) -> None:
+    problem = task(loss, lambda x: (x[:, :3] > 0).float(), 4, outputs=3)
+    found, z = measured(problem)
+    right = (z > threshold) == (problem.y == 1)
+    assert found["test_label_accuracy"] == pytest.approx(100.0 * right.float().mean().item())
+    assert found["test_exact_match"] == pytest.approx(100.0 * right.all(1).float().mean().item())
+    assert "test_accuracy" not in found
+
+
+def test_of_one_label_its_accuracy_is_measured() -> None:
+    problem = task(BinaryCrossEntropy(), lambda x: x[:, 0] > 0, 4, outputs=1)
+    found, z = measured(problem)
+    assert found["test_accuracy"] == pytest.approx(100.0 * ((z > 0) == (problem.x[:, :1] > 0)).float().mean().item())
+
+
+def test_of_a_plain_function_the_loss_alone_is_measured() -> None:
+    problem = task(lambda z, y: (z - y).abs(), lambda x: x[:, :2], 4, outputs=2)
+    found, z = measured(problem)
+    assert set(found) == {"train_loss", "test_loss"}
+    assert found["test_loss"] == pytest.approx((z - problem.y).abs().sum(1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_plain_function_is_trained_as_the_loss_that_it_is(problem: Problem, optimizer: Any) -> None:
+    if getattr(getattr(optimizer, "z_update", None), "last", "step") == "prox":
+        optimizer = replace(optimizer, z_update=replace(optimizer.z_update, last="step"))
+    plain = replace(problem, loss=lambda z, y: (z - y).square() / 2)
+    states = [run(p, optimizer, (0, 1), 2, measure=loss_alone)[0] for p in (problem, plain)]
+    torch.testing.assert_close(states[1].theta.flat, states[0].theta.flat, rtol=1e-4, atol=1e-6)
+
+
+def loss_alone(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
+    return {"train_loss": evaluate(problem, theta, None)["train_loss"]}
+
+
+def test_a_single_sample_is_never_left_over_in_an_evaluation() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    x = torch.randn(2001, 4)
+    problem = Problem(x, torch.arange(2001) % 2, split(network, after=[]), CrossEntropy(), lambda module: None)
+    assert torch.isfinite(evaluate(problem, problem.initial([0]), None)["train_loss"]).all()
+
+
+def test_without_a_test_set_nothing_of_it_is_measured(problem: Problem) -> None:
+    _, history = run(problem, OPTIMIZERS["sgd"], (0,), 2)
+    assert {name for name in history.rows[-1] if name.startswith(("train", "test"))} == {"train_loss", "train_accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (lambda x: (x[:4], torch.tensor([0, 1, 2, 3])), "test: y: class indices go from 0 to 3"),
+        (lambda x: (x[:4], torch.tensor([0, 1])), "test: problem: 4 inputs x, but 2 targets y"),
+        (lambda x: (x[:4, :3], torch.tensor([0, 1, 2, 0])), r"test: x: samples of shape \[3\], where training has"),
+        (lambda x: (x[:4].long(), torch.tensor([0, 1, 2, 0])), "test: x: inputs of torch.int64 are not supported"),
+    ],
+)
+def test_a_test_set_that_does_not_fit_is_refused_before_training(problem: Problem, test: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(problem, OPTIMIZERS["sgd"], (0,), 2, test(problem.x))
+
+
+# --- What a run is
+
+
+def test_a_path_may_be_text(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(problem, OPTIMIZERS["sgd"], (0,), 2, None, 1, "~/c.pt", 0.0)
+    assert read_checkpoint(tmp_path / "c.pt")["state"]["iteration"] == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"optimizer": Backprop(6, SGD(momentum=0.9), 0.01, batch_size=16)}, "optimizer.step_size was 0.05, is 0.01"),
+        ({"optimizer": Backprop(6, SGD(), 0.05, batch_size=16)}, r"optimizer.update was SGD\(momentum=0.9, .*is SGD\(mom"),
+        ({"network": nn.Tanh}, r"network was \(relu\): ReLU\(\), is \(relu\): Tanh\(\)"),
+        ({"cut": {"n_blocks": 2}}, "blocks was "),
+        ({"loss": SquaredError(2.0)}, r"loss was SquaredError\(scale=1.0\), is SquaredError\(scale=2.0\)"),
+        ({"shift": 1e-3}, r"x was torch.float32 \[50, 6\] \w+, is torch.float32 \[50, 6\] "),
+        ({"seeds": (1,)}, r"seeds is \[0\], expected \[1\]"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
+    problem: Problem, other: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "c.pt"
+    run(problem, OPTIMIZERS["sgd"], (0,), 3, None, 1, checkpoint, 0.0)
+    before = checkpoint.read_bytes()
+    network = mlp(6, [8, 7], 3)
+    if "network" in other:
+        network.fc1.relu = other["network"]()  # type: ignore[union-attr]
+    blocks = split(network, **other.get("cut", {"per_layer": True}))
+    changed = replace(problem, blocks=blocks, loss=other.get("loss", problem.loss), x=problem.x + other.get("shift", 0))
+    with pytest.raises(CheckpointError, match=rf"c\.pt: .*{message}.*; delete the file to start anew, or give another"):
+        run(changed, other.get("optimizer", OPTIMIZERS["sgd"]), other.get("seeds", (0,)), 3, None, 1, checkpoint, 0.0)
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_checkpoint_of_the_same_run_in_another_process_is_taken(problem: Problem, tmp_path: Path) -> None:
+    """Whatever addresses functions have there."""
+    checkpoint = tmp_path / "c.pt"
+    plain = [replace(problem, loss=lambda z, y: (z - y).square() / 2) for _ in range(2)]
+    assert repr(plain[0].loss) != repr(plain[1].loss)
+    _, first = run(plain[0], OPTIMIZERS["sgd"], (0,), 3, None, 1, checkpoint, 0.0)
+    _, second = run(plain[1], OPTIMIZERS["sgd"], (0,), 3, None, 1, checkpoint, 0.0)
+    assert [row["train_loss"] for row in second.rows] == [row["train_loss"] for row in first.rows]
+
+
+def test_every_bit_of_a_checkpoint_s_numbers_counts(problem: Problem, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c.pt"
+    state, _ = run(problem, OPTIMIZERS["sgd"], (0,), 2, None, 1, checkpoint, 0.0, keep_last=True)
+    content = checkpoint.read_bytes()
+    for number in range(0, state.theta.flat.numel(), 7):  # each, wherever it is in the file
+        found = content.find(state.theta.flat[0, number : number + 4].numpy().tobytes())
+        if found < 0:
+            continue
+        for bit in (0, 7):
+            damaged = bytearray(content)
+            damaged[found] ^= 1 << bit
+            checkpoint.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"c\.pt: is damaged \(the checksum of .* is another\); delete"):
+                read_checkpoint(checkpoint)
+    checkpoint.write_bytes(content)
+    assert read_checkpoint(checkpoint)["state"]["iteration"] == 2
+
+
+class Own(Backprop):
+    """With a state of its own, and another object at each step."""
+
+    def init(self, problem: Problem, seeds: Any) -> Any:
+        return OwnState(**vars(super().init(problem, seeds)), best=float("inf"), names={"a": (1, "b")}, notes=None)
+
+    def step(self, problem: Problem, state: Any) -> Any:
+        stepped = super().step(problem, replace(state))
+        return replace(stepped, best=min(state.best, 1.0 / stepped.iteration), notes=f"after {stepped.iteration}")
+
+
+@dataclass
+class OwnState(BackpropState):
+    best: float
+    names: dict[str, Any]
+    notes: str | None
+
+
+def test_a_step_may_return_another_state_which_is_saved_and_resumed(problem: Problem, tmp_path: Path) -> None:
+    optimizer, checkpoint = Own(4, SGD(momentum=0.9), 0.05, batch_size=16), tmp_path / "c.pt"
+    expected, _ = run(problem, Backprop(4, SGD(momentum=0.9), 0.05, batch_size=16), (0,), 4)
+    run(problem, optimizer, (0,), 2, None, 1, checkpoint, 0.0, keep_last=True)
+    saved = read_checkpoint(checkpoint)["state"]
+    assert (saved["best"], saved["notes"], saved["names"]) == (0.5, "after 2", {"a": [1, "b"]})
+    state, history = run(problem, optimizer, (0,), 4, None, 1, checkpoint, 0.0)
+    assert torch.equal(state.theta.flat, expected.theta.flat)
+    assert (state.best, state.notes, state.names, state.iteration) == (0.25, "after 4", {"a": (1, "b")}, 4)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (
+            lambda problem, state: None,
+            TypeError,
+            "the step of Backprop returns a NoneType, expected the state, a Backp",
+        ),
+        (lambda problem, state: state, ValueError, "after iteration 0 the step of Backprop leaves .* at 0, expected 1"),
+    ],
+)
+def test_a_step_that_does_not_count_is_told_at_once(
+    problem: Problem, step: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backprop, "step", lambda self, problem, state: step(problem, state))
+    with pytest.raises(error, match=message):
+        run(problem, OPTIMIZERS["sgd"], (0,), 3)
+
+
+def test_a_state_that_cannot_be_saved_is_told_before_training(problem: Problem, tmp_path: Path) -> None:
+    optimizer = Own(4, SGD(), 0.05, batch_size=16)
+    state = replace(optimizer.init(problem, (0,)), notes={1, 2})
+    with pytest.raises(TypeError, match="state: notes holds a set, which cannot be saved"):
+        train(problem, optimizer, state, 2, checkpoint=tmp_path / "c.pt")
+    assert state.iteration == 0
+
+
+def test_the_best_is_kept_by_a_copy(problem: Problem) -> None:
+    optimizer = OPTIMIZERS["adam"]
+    state = optimizer.init(problem, (0, 1))
+    view, best = save(state), copy.deepcopy(save(state))
+    start = problem.blocks.export(optimizer.parameters(state), 1)
+    optimizer.step(problem, state)
+    assert torch.equal(view["theta"], state.theta.flat) and not torch.equal(best["theta"], state.theta.flat)
+    restore(state, best)
+    assert torch.equal(problem.blocks.flatten(start), state.theta.flat[1]) and state.iteration == 0

@@ -1,0 +1,293 @@
+"""What a network computes in PyTorch is what its blocks compute, or it is refused by name when a problem is made."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from admm.blocks import split
+from admm.losses import CrossEntropy, SquaredError
+from admm.models import initialiser
+from admm.optimizers import SGD, Backprop, Problem
+
+LABELS = torch.arange(6) % 2
+
+
+def samples(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(6, *shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def problem(network: nn.Module, x: Tensor | None = None, **cut: object) -> Problem:
+    cut = cut or {"after": []}
+    return Problem(samples(4) if x is None else x, LABELS, split(network, **cut), CrossEntropy(), lambda module: None)
+
+
+class Residual(nn.Sequential):
+    """With a skip connection and a parameter of its own."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * super().forward(x)
+
+
+class Plain(nn.Sequential):
+    """With nothing of its own."""
+
+
+class Of(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x)
+
+
+def hooked(kind: str, layer: nn.Module) -> nn.Module:
+    """A layer with a hook that halves its input, its output, or the gradient of either."""
+    changes = {
+        "register_forward_pre_hook": lambda _, inputs: (inputs[0] / 2,),
+        "register_forward_hook": lambda _, inputs, output: output / 2,
+        "register_full_backward_hook": lambda _, by_input, by_output: (by_input[0] / 2,),
+        "register_full_backward_pre_hook": lambda _, by_output: (by_output[0] / 2,),
+    }
+    getattr(layer, kind)(changes[kind])
+    return layer
+
+
+HOOKS = [
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+def bound(layer: nn.Linear) -> nn.Linear:
+    layer.forward = lambda x: 2.0 * nn.Linear.forward(layer, x)  # type: ignore[method-assign]
+    return layer
+
+
+# By what is special about it, a network whose blocks must follow it.
+FOLLOWED: dict[str, Callable[[], nn.Sequential]] = {
+    "a subclass with a forward": lambda: nn.Sequential(Residual(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)),
+    "such a subclass inside": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(4, 4), Residual(nn.Linear(4, 4))), nn.Linear(4, 2)
+    ),
+    "a subclass without one": lambda: nn.Sequential(Plain(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)),
+} | {
+    f"{kind} on {name}": lambda kind=kind, make=make: nn.Sequential(
+        nn.Linear(4, 4), hooked(kind, make()), nn.Linear(4, 2)
+    )
+    for kind in HOOKS
+    for name, make in {
+        "a linear layer": lambda: nn.Linear(4, 4),
+        "a ReLU": nn.ReLU,
+        "a flatten": nn.Flatten,
+        "a nested network": lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+    }.items()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", FOLLOWED.values(), ids=FOLLOWED)
+def test_blocks_train_and_export_what_the_network_computes(make):
+    network, step = make(), 0.3
+    task, twin = problem(network, after=["0"]), make().double()
+    twin.load_state_dict(network.state_dict())
+    optimizer = Backprop(1, SGD(), step, batch_size=6)
+    state = optimizer.init(task, [0])
+    torch.testing.assert_close(task.blocks.forward(state.theta, task.x[None])[0], twin(task.x))
+    optimizer.step(task, state)
+    nn.functional.cross_entropy(twin(task.x), LABELS).backward()
+    torch.optim.SGD(twin.parameters(), step).step()
+    torch.testing.assert_close(task.blocks.forward(state.theta, task.x[None])[0], twin(task.x))
+    torch.testing.assert_close(task.blocks.export(state.theta)(task.x), twin(task.x))
+
+
+def with_gradient_hook() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(4, 2))
+    network[0].weight.register_hook(lambda gradient: 0 * gradient)
+    return network
+
+
+def with_accumulation_hook() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(4, 2))
+    network[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    return network
+
+
+def old_weight_norm() -> nn.Sequential:
+    with pytest.warns(FutureWarning):
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 2)))
+
+
+class Counting(nn.Module):
+    """Another function at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * float(self.calls)
+
+
+# By what is wrong, a network and what is said.
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a whole network with a forward": (
+        lambda: Residual(nn.Linear(4, 4)),
+        r"only an nn.Sequential .*, got Residual with hooks or a `forward` of its own",
+    ),
+    "a whole network with a hook": (
+        lambda: hooked("register_forward_hook", nn.Sequential(nn.Linear(4, 2))),
+        r"got Sequential with hooks or a `forward` of its own; make one of its parts",
+    ),
+    "a forward of an instance": (
+        lambda: nn.Sequential(bound(nn.Linear(4, 2))),
+        r"layer '0' \(Linear\) has a `forward` of its own, .*make it a subclass",
+    ),
+    "a forward of an instance inside": (
+        lambda: nn.Sequential(Residual(bound(nn.Linear(4, 4)))),
+        r"layer '0' \(Residual\) has a `forward` of its own",
+    ),
+    "a gradient hook": (with_gradient_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),
+    "a hook of accumulation": (with_accumulation_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),
+    "what cannot be copied": (old_weight_norm, r"network: cannot be copied, as each seed needs it: "),
+    "a tuple": (lambda: nn.Sequential(nn.LSTM(4, 2)), r"layer '0' \(LSTM\) returns a tuple, where .* one tensor"),
+    "a dictionary": (lambda: nn.Sequential(Of(lambda x: {"x": x})), r"layer '0' \(Of\) returns a dict"),
+    "a failed assertion": (
+        lambda: nn.Sequential(Of(lambda x: (_ for _ in ()).throw(AssertionError("even sizes only")))),
+        r"cannot be evaluated on samples \[4\]: layer '0' \(Of\): AssertionError: even sizes only",
+    ),
+    "a sum over the samples": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x.sum(0))),
+        r"layer '1' \(Of\) makes outputs \[2\] of 4 samples",
+    ),
+    "dropout as a function": (
+        lambda: nn.Sequential(Of(nn.functional.dropout), nn.Linear(4, 2)),
+        r"layer '0' \(Of\) draws random numbers",
+    ),
+    "dropout as a function in training alone": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), StochasticInTraining()),
+        r"layer '2' \(StochasticInTraining\) draws random numbers",
+    ),
+    "NumPy's random numbers": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x * np.random.random())),
+        r"network: in evaluation mode its outputs are not those of its layers .* draws random numbers",
+    ),
+    "Python's random numbers": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x * random.random())),
+        r"network: in evaluation mode its outputs are not those of its layers",
+    ),
+    "a count of calls": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Counting()),
+        r"network: its outputs change from one evaluation to the next",
+    ),
+    "an input that is overwritten": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Of(lambda x: x.mul_(2.0)), nn.Linear(4, 2)),
+        r"layer '1' \(Of\) overwrites its input",
+    ),
+    "in place by a function": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Of(lambda x: nn.functional.relu(x, inplace=True)), nn.Linear(4, 2)),
+        r"layer '1' \(Of\) overwrites its input",
+    ),
+}
+
+
+class StochasticInTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.1, self.training)
+
+
+@pytest.mark.parametrize("make, message", REFUSED.values(), ids=REFUSED)
+def test_what_the_blocks_would_not_follow_is_refused_by_name(make, message):
+    network = make()
+    with pytest.raises((ValueError, TypeError), match=message):
+        problem(network)
+
+
+def test_the_first_block_that_differs_is_named(monkeypatch):
+    """Of a layer that the blocks would evaluate wrongly, whatever it is."""
+    monkeypatch.setattr("admm.blocks.ReLULayer.forward", lambda self, theta, x, overwrite, training: x)
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"network: in evaluation mode block 2, \['1', '2'\], has other outputs"):
+        problem(network, per_layer=True)
+
+
+def test_hooks_of_all_modules_are_seen():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output * 2)
+    try:
+        with pytest.raises(ValueError, match=r"network: in evaluation mode "):
+            problem(nn.Sequential(nn.Linear(4, 2)))
+    finally:
+        handle.remove()
+
+
+def test_a_state_that_changes_from_call_to_call_is_compared_from_the_same_start():
+    network = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+    before = network[0].parametrizations.weight[0]._u.clone()
+    task = problem(network)
+    assert torch.equal(task.blocks.network[0].parametrizations.weight[0]._u, before)
+
+
+def test_the_network_its_mode_and_the_random_state_are_left_alone():
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    problem(network)
+    assert torch.equal(torch.get_rng_state(), state) and not network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4)], ids=str)
+def test_networks_that_normalise_over_the_samples_train(norm):
+    task = problem(nn.Sequential(nn.Linear(4, 4), norm, nn.ReLU(), nn.Linear(4, 2)))
+    optimizer = Backprop(1, SGD(), 0.1, batch_size=3)
+    state = optimizer.step(task, optimizer.init(task, [0, 1]))
+    exported = task.blocks.export(state.theta, 1)
+    torch.testing.assert_close(task.blocks.forward(state.theta, task.x.expand(2, -1, -1))[1], exported(task.x))
+
+
+def test_the_comparison_is_made_once_for_samples_of_a_kind(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "admm.comparison._compared", lambda blocks, x, training: calls.append(training) or x.new_zeros(4, 2)
+    )
+    blocks, x = split(nn.Sequential(nn.Linear(4, 2)), after=[]), samples(4)
+    for part in (x, x[:3]):
+        Problem(part, LABELS[: len(part)], blocks, CrossEntropy(), initialiser("pytorch"))
+    assert calls == [False, True]
+    Problem(x.float(), LABELS, blocks, CrossEntropy(), initialiser("pytorch"))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("kept", [torch.float64, torch.complex64], ids=str)
+def test_parameters_that_inputs_are_not_precise_enough_for_are_refused(kept):
+    network = nn.Sequential(nn.Linear(4, 2)).to(kept)
+    with pytest.raises(ValueError, match=rf"parameter '0.weight' is of {kept}, x of torch.float32.*network.to\("):
+        problem(network, samples(4, dtype=torch.float32))
+
+
+def test_parameters_of_less_precision_take_that_of_the_inputs():
+    task = problem(nn.Sequential(nn.Linear(4, 2)), samples(4))
+    assert task.initial([0]).flat.dtype == torch.float64
+
+
+def test_outputs_of_several_axes_are_compared_too():
+    x = samples(3, 4)
+    task = Problem(
+        x, samples(3, 2), split(nn.Sequential(nn.Linear(4, 2)), after=[]), SquaredError(), initialiser("pytorch")
+    )
+    assert task.y.shape == (6, 3, 2)
