@@ -91,6 +91,20 @@ def test_compiled_blocks_give_the_same_answer():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5
 
 
+def test_a_compiler_that_is_not_there_is_told_in_words(monkeypatch):
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/g++",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    problem = two_equal_blocks(1, compile=True)
+    with pytest.raises(
+        ValueError, match=r"compile: torch.compile finds no working compiler; install one, such as g\+\+"
+    ):
+        stepped(problem, OPTIMIZERS["online"])
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_images_come_in_the_memory_format(channels_last):
     seen = []

@@ -474,7 +474,7 @@ def test_targets_elsewhere_are_refused(mlp_problem: Callable[..., Problem]) -> N
 def test_bf16_of_other_inputs_is_refused() -> None:
     blocks = split(nn.Sequential(nn.Tanh(), nn.Linear(6, 3)), after=[], execution=Execution("bf16"))
     x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4) % 3
-    with pytest.raises(ValueError, match="precision: bf16 is for inputs x of float32, not torch.float64"):
+    with pytest.raises(ValueError, match="precision: bf16 is for inputs x of float32, not torch"):
         Problem(x, y, blocks, SquaredError(), initialiser("pytorch"))
 
 

@@ -317,14 +317,14 @@ def test_a_test_set_that_does_not_fit_is_refused_before_training(problem: Proble
 def test_a_path_may_be_text(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     run(problem, OPTIMIZERS["sgd"], (0,), 2, None, 1, "~/c.pt", 0.0)
-    assert read_checkpoint(tmp_path / "c.pt")["state"]["iteration"] == 1
+    assert read_checkpoint(tmp_path / "c.pt")["state"]["iteration"] == 2
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         ({"optimizer": Backprop(6, SGD(momentum=0.9), 0.01, batch_size=16)}, "optimizer.step_size was 0.05, is 0.01"),
-        ({"optimizer": Backprop(6, SGD(), 0.05, batch_size=16)}, r"optimizer.update was SGD\(momentum=0.9, .*is SGD\(mom"),
+        ({"optimizer": Backprop(6, SGD(), 0.05, batch_size=16)}, r"optimizer.update was SGD\(momentum=0.9"),
         ({"network": nn.Tanh}, r"network was \(relu\): ReLU\(\), is \(relu\): Tanh\(\)"),
         ({"cut": {"n_blocks": 2}}, "blocks was "),
         ({"loss": SquaredError(2.0)}, r"loss was SquaredError\(scale=1.0\), is SquaredError\(scale=2.0\)"),
@@ -401,7 +401,7 @@ def test_a_step_may_return_another_state_which_is_saved_and_resumed(problem: Pro
     run(problem, optimizer, (0,), 2, None, 1, checkpoint, 0.0, keep_last=True)
     saved = read_checkpoint(checkpoint)["state"]
     assert (saved["best"], saved["notes"], saved["names"]) == (0.5, "after 2", {"a": [1, "b"]})
-    state, history = run(problem, optimizer, (0,), 4, None, 1, checkpoint, 0.0)
+    state, _ = run(problem, optimizer, (0,), 4, None, 1, checkpoint, 0.0)
     assert torch.equal(state.theta.flat, expected.theta.flat)
     assert (state.best, state.notes, state.names, state.iteration) == (0.25, "after 4", {"a": (1, "b")}, 4)
 
