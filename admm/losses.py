@@ -258,7 +258,7 @@ class FunctionLoss:
         if not isinstance(found, Tensor) or found.shape[:1] != (samples,):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
-                f"loss: {self.function!r} returns {shape} for {samples} samples; J of each sample is wanted, [n] or "
+                f"{self.function!r} returns {shape} for {samples} samples; J of each sample is wanted, [n] or "
                 '[n, ...], as with reduction="none"'
             )
         return found.unflatten(0, z.shape[:2])

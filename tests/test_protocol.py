@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from admm.blocks import Execution, split
 from admm.losses import CrossEntropy, SquaredError
@@ -457,12 +458,14 @@ class Mean:
         (lambda x: x.long(), "x: inputs of torch.int64 are not supported"),
         (lambda x: x.to(torch.complex128), "x: inputs of torch.complex128 are not supported"),
         (lambda x: x[:0], r"x: inputs \[0, 6\] have no samples"),
+        (lambda x: (x, x), "x: a tuple is no tensor, nor an array or a list of numbers"),
+        (lambda x: TensorDataset(x), "x: a TensorDataset is no tensor, nor an array"),
     ],
 )
 def test_inputs_that_blocks_cannot_take_are_refused(mlp_problem: Callable[..., Problem], x: Any, message: str) -> None:
     problem = mlp_problem()
     with pytest.raises(ValueError, match=message):
-        replace(problem, x=x(problem.x), y=problem.y[: len(x(problem.x))])
+        replace(problem, x=x(problem.x), y=problem.y[:0])
 
 
 def test_targets_elsewhere_are_refused(mlp_problem: Callable[..., Problem]) -> None:

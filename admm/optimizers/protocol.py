@@ -57,7 +57,7 @@ class Problem:
 
     def targets(self, x: Tensor, given: Any) -> Tensor:
         """Targets of inputs x [M, ...], as `loss.targets` makes them of what a caller has. Raises ValueError."""
-        y: Tensor = given if isinstance(given, Tensor) else torch.as_tensor(given, device=x.device)
+        y = as_tensor("y", given, x.device)
         if not y.ndim or len(x) != len(y):
             raise ValueError(f"problem: {len(x)} inputs x, but {len(y) if y.ndim else 'no'} targets y")
         if y.device != x.device:
@@ -73,7 +73,7 @@ class Problem:
         return isinstance(self.loss, CrossEntropy) or is_one_hot(self.y)
 
     def _inputs(self, given: Any) -> Tensor:
-        x: Tensor = given if isinstance(given, Tensor) else torch.as_tensor(given)
+        x = as_tensor("x", given)
         if not x.is_floating_point():
             raise ValueError(
                 f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(); a "
@@ -94,7 +94,7 @@ class Problem:
         shapes = f"outputs {list(z.shape)} and targets {list(y.shape)}"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
-        except (RuntimeError, IndexError, TypeError) as error:
+        except Exception as error:  # whatever a function of one's own raises
             raise ValueError(f"loss: cannot be evaluated on {shapes}: {type(error).__name__}: {error}") from error
         if value.shape[:2] != z.shape[:2]:
             raise ValueError(
@@ -160,6 +160,19 @@ class Optimizer(Protocol[State]):
 
     def diagnostics(self, problem: Problem, state: State) -> dict[str, Tensor]:
         """Named quantities [S] for the history, such as constraint residuals."""
+
+
+def as_tensor(name: str, given: Any, device: torch.device | None = None) -> Tensor:
+    """A tensor as it is, or of an array or a list of numbers, on the device. Raises ValueError for anything else."""
+    if isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(given, device=device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: a {type(given).__name__} is no tensor, nor an array or a list of numbers ({error}); of several "
+            "inputs, or of a data loader's batches, make one tensor"
+        ) from None
 
 
 def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
