@@ -363,7 +363,7 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:
                 log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
-        if files := changed(started.get("sources", info["sources"]), info["sources"]):
+        if "sources" in started and (files := changed(started["sources"], info["sources"])):
             log.warning("%s: begun with other code, resumed with another %s", slot.name, listed(files))
     with whole(note, "the note of the run's start") as part:
         part.write_text(json.dumps(info), encoding="utf-8")
@@ -401,7 +401,7 @@ def whole_number(least: int, most: float = math.inf) -> Kind:
 
 def or_null(kind: Kind) -> Kind:
     words, is_right = kind
-    return f"null or {words}", lambda value: value is None or is_right(value)
+    return f"{words}, or null", lambda value: value is None or is_right(value)
 
 
 def is_number(value: Any) -> bool:
@@ -416,7 +416,7 @@ LARGEST_SEED = 2**64 - 1  # that PyTorch takes
 KINDS: dict[str, Kind] = {  # of values that nothing else checks
     "iterations": whole_number(1),
     "evaluate_every": whole_number(1),
-    "threads": or_null(whole_number(1)),
+    "threads": or_null(whole_number(1, 1024)),  # far more end the process without a word
     "checkpoint_seconds": FROM_0,
     **dict.fromkeys(("compile", "channels_last", "recompute", "progress", "force"), YES_OR_NO),
     **dict.fromkeys(("results", "outputs", "dataset.root"), FOLDER),

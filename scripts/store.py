@@ -331,7 +331,8 @@ def compare(options: argparse.Namespace) -> int:
     first, second = (Run(Path(n) if (Path(n) / "run.json").exists() else named(n, folders)) for n in options.runs)
     configurations = side_by_side(settings(first), settings(second))
     show(configurations[configurations["1"] != configurations["2"]], "configuration, where it differs")
-    show(side_by_side(origin(first), origin(second)), "run")
+    runs = side_by_side(origin(first), origin(second))
+    show(runs[~runs["key"].str.startswith("sources.") | (runs["1"] != runs["2"])], "run")
     show(side_by_side(numbers(first), numbers(second)), "end, mean over the replicas that have not diverged")
     return 0
 

@@ -304,10 +304,10 @@ def test_a_setting_chooses_the_initialisation_and_the_command_line_another_one()
     assert init("setting=kaiming", "init=kaiming_uniform") == "kaiming_uniform"
 
 
-def test_a_setting_that_is_no_row_of_the_experiment_counts_as_an_override(tmp_path: Path) -> None:
+def test_a_setting_that_changes_a_group_counts_as_an_override(tmp_path: Path) -> None:
     launch(tmp_path, "experiment=digits_shallow", "optimizer=sgd", "setting=kaiming", "iterations=1", "seeds=[0]")
     (run,) = stored(tmp_path).values()
-    assert run.info["setting"] == "default" and "setting=kaiming" in run.info["overrides"]
+    assert run.info["setting"] == "kaiming" and "setting=kaiming" in run.info["overrides"]
 
 
 def test_a_row_without_a_run_is_named() -> None:
