@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ from experiments.store import (
     failed_writes_in_words,
     identity,
     mean_score,
-    row_identity,
-    runs_named,
+    runs_of_row,
 )
 
 log = logging.getLogger(__name__)
@@ -130,8 +129,8 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
         raise ValueError("dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
     choices = HydraConfig.get().runtime.choices
     experiment = choices["experiment"]
-    settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
-    check_names(experiment, method, choices["setting"], settings)
+    settings = CONF / f"settings/{config.get('setting')}/{experiment}_{method}.yaml"
+    check_names(experiment, method, choices.get("setting"), settings)
     setting, own = setting_of_row(config.setting, settings)
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
     by_seed, of_row = config.task == TASK, seeds_of_row(experiment, settings)
@@ -143,37 +142,31 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     device = ready_device(config)
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    root, name = Path(config.outputs if overrides else config.results), f"{method}-{setting}"
-    origin = provenance(device, plain)
-
-    def slot() -> Slot:
-        return Slot(root, experiment, name, identity(plain, dataset.sha256))
-
+    root, origin = Path(config.outputs if overrides else config.results), provenance(device, plain)
+    slot = Slot(root, experiment, f"{method}-{setting}", identity(plain, dataset.sha256))
+    found = [Run(slot.folder)] if slot.folder.exists() else []
     if by_seed:
-        row = row_identity(plain, dataset.sha256)
-        same = runs_named(root / "runs" / experiment, name)
-        found = [run for run in same if not run.seeds.isdisjoint(config.seeds) and run.row == row]
-    else:
-        found = [Run(slot().folder)] if slot().folder.exists() else []
+        found = runs_of_row(slot, plain, dataset.sha256)
     there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
     if by_seed and not config.force:
         missing = [seed for seed in config.seeds if not any(seed in run.seeds for run in there)]
         plain["seeds"] = missing or there[-1].info["seeds"]
+        slot = replace(slot, identity=identity(plain, dataset.sha256))
     info = {
         "experiment": experiment,
         "method": method,
         "setting": setting,
         "note": config.note,
         "overrides": overrides,
-        "identity": slot().identity,
+        "identity": slot.identity,
         "seeds": plain["seeds"],
         "of_seeds": len(of_row),
         "iterations": config.iterations,
         "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256},
     }
-    joined = [run for run in there if run.folder != slot().folder]
-    again = any(run.folder == slot().folder for run in found if run not in there)
-    return Job(dataset, slot(), info | origin, plain, joined, again)
+    joined = [run for run in there if run.folder != slot.folder]
+    again = any(run.folder == slot.folder for run in found if run not in there)
+    return Job(dataset, slot, info | origin, plain, joined, again)
 
 
 def stands(run: Run, origin: dict[str, Any], other_code: str) -> bool:
@@ -230,13 +223,11 @@ def check_place() -> None:
         )
 
 
-def check_names(experiment: str, method: str, setting: str, settings: Path) -> None:
+def check_names(experiment: str, method: str, setting: str | None, settings: Path) -> None:
     """Raises ValueError for names that would be taken for others'."""
     for key, name in (("experiment", experiment), ("optimizer", method), ("setting", setting)):
-        if "/" in name:
-            raise ValueError(
-                f"{key}: {name!r} is in a folder of conf/{key}, which names of runs do not have; move it up"
-            )
+        if name is None or "/" in name:
+            raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
     file = CONF / f"setting/{setting}.yaml"
     content: Any = OmegaConf.load(file) if file.exists() else {"setting": setting}
     if (own := content.get("setting")) != setting:

@@ -328,6 +328,13 @@ def runs_named(folder: Path, name: str) -> list[Run]:
     return oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
 
 
+def runs_of_row(slot: Slot, config: dict[str, Any], sha256: str) -> list[Run]:
+    """The finished runs of a slot's name that make one row with its own, from a configuration and data, and have some
+    of its seeds, from the oldest to the newest."""
+    same, row = runs_named(slot.folder.parent, slot.name), row_identity(config, sha256)
+    return [run for run in same if not run.seeds.isdisjoint(config["seeds"]) and run.row == row]
+
+
 def oldest_first(notes: Iterable[Path]) -> list[Run]:
     """The runs of these run.json, but those that another process moves away meanwhile."""
     ages = dict[Run, tuple[str, str]]()

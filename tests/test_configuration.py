@@ -144,8 +144,10 @@ def test_names_that_would_be_taken_for_others_are_refused(conf: Path) -> None:
     (conf / "setting/fast.yaml").write_text("# @package _global_\nsetting: tuned\n")
     with pytest.raises(ValueError, match=r"conf/setting/fast.yaml says `setting: tuned`, not its own name, fast"):
         check_names("a", "b_c", "fast", settings)
-    with pytest.raises(ValueError, match="optimizer: 'mine/c' is in a folder of conf/optimizer"):
+    with pytest.raises(ValueError, match="optimizer: mine/c is not the name of a file directly in conf/optimizer"):
         check_names("a", "mine/c", "tuned", settings)
+    with pytest.raises(ValueError, match="setting: None is not the name of a file directly in conf/setting"):
+        check_names("a", "b_c", None, settings)
     for name in ("experiment/a", "experiment/a_b", "optimizer/c", "optimizer/b_c"):
         (conf / f"{name}.yaml").write_text("")
     check_names("a", "b_c", "tuned", settings)
