@@ -185,6 +185,12 @@ INITIALISER, PENALTY = {"_target_": "admm.models.initialiser"}, {"_target_": "ad
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("iterations", "many", "iterations: 'many' is not a whole number from 1 up"),
+        ("threads", 0, "threads: 0 is not a whole number from 1 to 1024, or null"),
+        ("seeds", [1, 1], "seeds: [1, 1] holds a seed twice"),
+        ("dtype", "int8", "dtype: 'int8' is not one of float32, float64"),
+        ("precision", "fp16", "precision: 'fp16' is not one of fp32, tf32, bf16"),
+        ("dataset", {"name": "mnist"}, "dataset: its file in conf/dataset has no holdout; see mnist.yaml"),
         ("iterations", True, "iterations: True is not a whole number from 1 up"),
         ("checkpoint_seconds", "never", "checkpoint_seconds: 'never' is not a number from 0 up"),
         ("checkpoint_seconds", math.nan, "checkpoint_seconds: nan is not a number from 0 up"),
