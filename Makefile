@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and make; everything else goes into .venv.
+# Needs Python 3.11, 3.12 or 3.13 and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +11,7 @@ help: ## this list
 env: .venv/installed ## build .venv
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11, 3.12 or 3.13 is needed (Hydra 1.3 does not start on 3.14): make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb,notebooks,report,sweeps]'
 	touch $@
@@ -55,4 +55,4 @@ bench: env ## measure speed and memory into results/bench.csv (on an idle machin
 	$(BIN)/python -m scripts.bench_rivals
 
 clean: ## remove .venv and caches, keep data/, results/ and outputs/
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -6,6 +6,8 @@ import hydra
 from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from experiments.progress import show_what_can_be_shown
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float | None:
@@ -14,6 +16,7 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    show_what_can_be_shown()
     try:
         main()
     except SystemExit as end:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from admm.optimizers import Problem
 from admm.training import CheckpointError, History, Row, train
 from experiments.loggers import Logger
 from experiments.progress import RunProgress
-from experiments.provenance import provenance
+from experiments.provenance import changed, changed_since, provenance
 from experiments.store import (
     LEFT,
     NEUTRAL,
@@ -38,8 +40,7 @@ from experiments.store import (
     failed_writes_in_words,
     identity,
     mean_score,
-    row_identity,
-    runs_named,
+    runs_of_row,
 )
 
 log = logging.getLogger(__name__)
@@ -51,13 +52,16 @@ BAD_INPUT = (DatasetError, BackboneError, ValueError, ImportError, Instantiation
 PRECISIONS = ("fp32", "tf32", "bf16")
 THREADS = torch.get_num_threads()  # of a job that does not say how many
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+OTHER_CODE = ("keep", "rerun", "refuse")
+LISTED = 6  # sources that a message names
 
 
 @dataclass(frozen=True)
 class Job:
     """A run that was asked for: its data, its place in a store, and what its `run.json` says.
 
-    joined: finished runs that differ in their seeds alone, with others of those that were asked for.
+    joined: finished runs that differ in their seeds alone, with others of those that were asked for. again: the run
+    is finished, and is to be made once more.
     """
 
     dataset: Any  # with its `sha256`
@@ -65,6 +69,7 @@ class Job:
     info: dict[str, Any]
     config: dict[str, Any]
     joined: Sequence[Run] = ()
+    again: bool = False
 
 
 def run(config: DictConfig) -> float | None:
@@ -94,7 +99,7 @@ def run_once(
                 left.touch()
                 return []
             finished = job.slot.finished()
-            if finished is not None and not config.force:
+            if finished is not None and not job.again:
                 log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
             else:
                 finished = make(config, job)
@@ -108,7 +113,7 @@ def run_once(
 def report_to_launch(runs: Sequence[Run]) -> None:
     """Leave a note of finished runs in Hydra's folder, for the report at the end of the launch."""
     with whole(Path(HydraConfig.get().runtime.output_dir) / "runs.txt", "the note of finished runs") as note:
-        note.write_text("\n".join(str(run.folder.absolute()) for run in runs))
+        note.write_text("\n".join(str(run.folder.absolute()) for run in runs), encoding="utf-8")
 
 
 def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_once) -> Job:
@@ -118,32 +123,35 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     the newest of these runs. load: of `config.dataset`, a device and a dtype, the data, with their `sha256`. Raises
     ValueError or DatasetError.
     """
+    check_place()
     check(config)
     if "optuna" in HydraConfig.get().sweeper._target_ and not config.dataset.holdout:
         raise ValueError("dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
-    experiment = HydraConfig.get().runtime.choices["experiment"]
+    choices = HydraConfig.get().runtime.choices
+    experiment = choices["experiment"]
+    settings = CONF / f"settings/{config.get('setting')}/{experiment}_{method}.yaml"
+    check_names(experiment, method, choices.get("setting"), settings)
+    setting, own = setting_of_row(config.setting, settings)
     overrides = [override for override in HydraConfig.get().overrides.task if not chooses_only(override)]
-    settings = CONF / f"settings/{config.setting}/{experiment}_{method}.yaml"
     by_seed, of_row = config.task == TASK, seeds_of_row(experiment, settings)
     if by_seed and set(config.seeds) <= set(of_row):
         overrides = [override for override in overrides if not override.startswith("seeds=")]
-    own: Any = OmegaConf.load(CONF / f"setting/{config.setting}.yaml")
-    setting = config.setting if settings.exists() or "model" in own else "default"  # a rank is a row of its own
-    if setting == "default" and "defaults" in own:
-        overrides.append(f"setting={config.setting}")  # it changes a group, but is not a row of this experiment
+    if not settings.exists() and "defaults" in own:
+        overrides.append(f"setting={config.setting}")  # it changes a group, as init=… of the command line does
     check_groups(overrides, settings)
     device = ready_device(config)
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    root, name = Path(config.outputs if overrides else config.results), f"{method}-{setting}"
-    there: list[Run] = []
+    root, origin = Path(config.outputs if overrides else config.results), provenance(device, plain)
+    slot = Slot(root, experiment, f"{method}-{setting}", identity(plain, dataset.sha256))
+    found = [Run(slot.folder)] if slot.folder.exists() else []
+    if by_seed:
+        found = runs_of_row(slot, plain, dataset.sha256)
+    there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
     if by_seed and not config.force:
-        row = row_identity(plain, dataset.sha256)
-        same = runs_named(root / "runs" / experiment, name)
-        there = [run for run in same if not run.seeds.isdisjoint(config.seeds) and run.row == row]
         missing = [seed for seed in config.seeds if not any(seed in run.seeds for run in there)]
         plain["seeds"] = missing or there[-1].info["seeds"]
-    slot = Slot(root, experiment, name, identity(plain, dataset.sha256))
+        slot = replace(slot, identity=identity(plain, dataset.sha256))
     info = {
         "experiment": experiment,
         "method": method,
@@ -156,7 +164,83 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
         "iterations": config.iterations,
         "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256},
     }
-    return Job(dataset, slot, info | provenance(device), plain, [run for run in there if run.folder != slot.folder])
+    joined = [run for run in there if run.folder != slot.folder]
+    again = any(run.folder == slot.folder for run in found if run not in there)
+    return Job(dataset, slot, info | origin, plain, joined, again)
+
+
+def stands(run: Run, origin: dict[str, Any], other_code: str) -> bool:
+    """Whether a finished run is kept, though the code may have changed since, which is told; but of a run from before
+    sources were hashed only as far as git knows, and such a one is always kept.
+
+    origin: the `provenance` of the run asked for. other_code: of the configuration. Raises ValueError where it is
+    refuse.
+    """
+    made = run.info
+    names, is_hashed = list(origin["sources"]), "sources" in made
+    files = changed(made["sources"], origin["sources"]) if is_hashed else changed_since(made["commit"], names)
+    if files is None:
+        log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, made["commit"])
+    if not files:
+        return True
+    told = f"{run.folder.name}: made by other code, {made['commit']}, now {origin['commit']}: {listed(files)}"
+    if is_hashed and other_code == "refuse":
+        raise ValueError(f"other_code=refuse: {told}")
+    is_kept = not (is_hashed and other_code == "rerun")
+    log.warning("%s; %s", told, "kept, force=true makes it again" if is_kept else "it is made again")
+    return is_kept
+
+
+def listed(files: Sequence[str]) -> str:
+    """The first of them, and how many more."""
+    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+    return f"{', '.join(files[:LISTED])}{more}"
+
+
+def setting_of_row(setting: str, settings: Path) -> tuple[str, Any]:
+    """The name of a run's setting, and the content of its file: default, if neither its file in conf/setting nor the
+    row's own in conf/settings says anything."""
+    file = CONF / f"setting/{setting}.yaml"
+    own: Any = OmegaConf.load(file) if file.exists() else OmegaConf.create({"elsewhere": True})  # by --config-dir
+    if settings.exists() or setting == "default" or set(own) - {"setting"}:
+        return setting, own
+    log.warning(
+        "setting=%s changes nothing here, as there is no conf/%s: as setting=default", setting, in_conf(settings)
+    )
+    return "default", own
+
+
+def in_conf(file: Path) -> str:
+    return f"{file.parents[1].name}/{file.parent.name}/{file.name}"
+
+
+def check_place() -> None:
+    """Raises ValueError where this package is a copy without the configuration beside it."""
+    if not CONF.is_dir():
+        raise ValueError(
+            f"{CONF}: there is no such folder, as `experiments` was installed as a copy, whose code may also be older "
+            "than the clone's; do pip install -e . there"
+        )
+
+
+def check_names(experiment: str, method: str, setting: str | None, settings: Path) -> None:
+    """Raises ValueError for names that would be taken for others'."""
+    for key, name in (("experiment", experiment), ("optimizer", method), ("setting", setting)):
+        if name is None or "/" in name:
+            raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
+    file = CONF / f"setting/{setting}.yaml"
+    content: Any = OmegaConf.load(file) if file.exists() else {"setting": setting}
+    if (own := content.get("setting")) != setting:
+        raise ValueError(f"setting: conf/setting/{setting}.yaml says `setting: {own}`, not its own name, {setting}")
+    if settings.exists():
+        for cut in re.finditer("_", settings.stem):
+            other, of_other = settings.stem[: cut.start()], settings.stem[cut.end() :]
+            is_pair = (CONF / f"experiment/{other}.yaml").exists() and (CONF / f"optimizer/{of_other}.yaml").exists()
+            if is_pair and other != experiment:
+                raise ValueError(
+                    f"conf/{in_conf(settings)}: is of experiment={experiment} optimizer={method} and of "
+                    f"experiment={other} optimizer={of_other}; rename one of them"
+                )
 
 
 def seeds_of_row(experiment: str, settings: Path) -> list[int]:
@@ -164,6 +248,7 @@ def seeds_of_row(experiment: str, settings: Path) -> list[int]:
     files = (
         OmegaConf.load(CONF / "config.yaml"),
         inherited(CONF / f"experiment/{experiment}.yaml"),
+        inherited(CONF / f"setting/{settings.parent.name}.yaml"),
         inherited(settings),
     )
     return list(OmegaConf.merge(*files).seeds)
@@ -265,12 +350,14 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
     if slot.checkpoint.exists():
         log.info("resuming from %s", slot.checkpoint)
     if slot.checkpoint.exists() or (slot.partial / "probes.jsonl").exists():
-        started = json.loads(note.read_text())
+        started = json.loads(note.read_text(encoding="utf-8"))
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:
                 log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
+        if "sources" in started and (files := changed(started["sources"], info["sources"])):
+            log.warning("%s: begun with other code, resumed with another %s", slot.name, listed(files))
     with whole(note, "the note of the run's start") as part:
-        part.write_text(json.dumps(info))
+        part.write_text(json.dumps(info), encoding="utf-8")
 
 
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
@@ -295,24 +382,88 @@ def execution(config: DictConfig) -> Execution:
     return Execution("bf16" if precision == "bf16" else "fp32", **how)
 
 
+Kind = tuple[str, Callable[[Any], bool]]  # what is right, in words, and whether a value is
+
+
+def whole_number(least: int, most: float = math.inf) -> Kind:
+    bound = "up" if most == math.inf else f"to {most}"
+    return f"a whole number from {least} {bound}", lambda value: type(value) is int and least <= value <= most
+
+
+def or_null(kind: Kind) -> Kind:
+    words, is_right = kind
+    return f"{words}, or null", lambda value: value is None or is_right(value)
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+NUMBER: Kind = "a number", is_number
+FROM_0: Kind = "a number from 0 up", lambda value: type(value) in (int, float) and value >= 0
+YES_OR_NO: Kind = "true or false", lambda value: type(value) is bool
+FOLDER: Kind = "a folder", lambda value: type(value) is str and value != ""
+LARGEST_SEED = 2**64 - 1  # that PyTorch takes
+KINDS: dict[str, Kind] = {  # of values that nothing else checks
+    "iterations": whole_number(1),
+    "evaluate_every": whole_number(1),
+    "threads": or_null(whole_number(1, 1024)),  # far more end the process without a word
+    "checkpoint_seconds": FROM_0,
+    **dict.fromkeys(("compile", "channels_last", "recompute", "progress", "force"), YES_OR_NO),
+    **dict.fromkeys(("results", "outputs", "dataset.root"), FOLDER),
+    "other_code": (f"one of {', '.join(OTHER_CODE)}", OTHER_CODE.__contains__),
+    "precision": (f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__),
+    "dtype": (f"one of {', '.join(DTYPES)}", DTYPES.__contains__),
+    "dataset.first": or_null(whole_number(1)),
+    "dataset.holdout": whole_number(0),
+    "dataset.download": YES_OR_NO,
+    **dict.fromkeys(("dataset.holdout_seed", "dataset.split_seed"), whole_number(0, 2**32 - 1)),  # that NumPy takes
+    **dict.fromkeys(("init.mean", "init.a", "init.b"), NUMBER),
+    "init.std": FROM_0,
+    "init.bias": or_null(NUMBER),
+    "split.n_blocks": whole_number(1),
+    "split.per_layer": YES_OR_NO,
+    "optimizer.theta_passes": FROM_0,
+    "optimizer.penalty.c": NUMBER,
+    "optimizer.penalty.largest": FROM_0,
+    "fewest": whole_number(1),
+    "verification.number": whole_number(1),
+    "verification.seed": whole_number(0, 2**32 - 1),
+    "model.embedding": whole_number(1),
+    "probe.balanced": YES_OR_NO,
+}
+
+
 def check(config: DictConfig) -> None:
     """Raises ValueError that names the key of a value that no run can have."""
-    for key in ("iterations", "evaluate_every", "threads"):
-        if (key, config[key]) != ("threads", None) and not (isinstance(config[key], int) and config[key] > 0):
-            raise ValueError(f"{key}: {config[key]!r} is not a whole number from 1 up")
-    seeds = config.seeds
-    if not isinstance(seeds, ListConfig) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
-        raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers from 0 up, such as [0, 1, 2, 3, 4]")
+    for key, (right, is_right) in KINDS.items():
+        group: Any = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
+        is_there = isinstance(group, DictConfig) and key.rpartition(".")[2] in group
+        if (
+            is_there
+            and group.get("_target_", "admm.").startswith("admm.")
+            and not is_right(OmegaConf.select(config, key))
+        ):
+            raise ValueError(f"{key}: {OmegaConf.select(config, key)!r} is not {right}")
+    check_words(OmegaConf.to_container(config, resolve=True))
+    seeds, (_, is_seed) = config.seeds, whole_number(0, LARGEST_SEED)
+    if not isinstance(seeds, ListConfig) or not seeds or not all(map(is_seed, seeds)):
+        raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers from 0 to {LARGEST_SEED}, such as [0, 1, 2]")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: {seeds!r} holds a seed twice")
-    if config.precision not in PRECISIONS:
-        raise ValueError(f"precision: {config.precision!r} is not one of {', '.join(PRECISIONS)}")
     if config.precision == "bf16" and config.dtype != "float32":
         raise ValueError(f"precision: bf16 needs dtype=float32, not {config.dtype}")
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
     if missing := {"name", "holdout"} - set(config.dataset):
         raise ValueError(f"dataset: its file in conf/dataset has no {' and no '.join(sorted(missing))}; see mnist.yaml")
+
+
+def check_words(node: Any, key: str = "") -> None:
+    """Raises ValueError for infinity as the command line or YAML does not write it, and so takes for a word."""
+    parts: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in parts:
+        check_words(value, f"{key}.{name}".lstrip("."))
+    if isinstance(node, str) and re.fullmatch(r"[-+]?\.?(inf|nan)", node, re.IGNORECASE) and key != "note":
+        raise ValueError(f"{key}: {node!r} is a word here; infinity is inf on the command line, .inf in YAML")
 
 
 def check_groups(overrides: Sequence[str], settings: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, table
+from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, in_figure, table
 from experiments.store import Run
 
 PALETTE = list(COLOURS.values())
@@ -80,6 +80,6 @@ def rounds(experiment: str, shown: list[Curve]) -> Figure:
 
 
 def _finish(axes: Axes, title: str) -> None:
-    axes.set(yscale="log", xlabel="iteration", title=title)
+    axes.set(yscale="log", xlabel="iteration", title=in_figure(title))
     axes.grid(alpha=0.3)
     axes.label_outer()

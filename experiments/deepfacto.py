@@ -219,7 +219,7 @@ class PCA:
     def represent(self, features: Features, task: Verification, seeds: Sequence[int]) -> Iterator[Represented]:
         columns = matrix(features.maps[None])[0].T.numpy()
         train = matrix(features.maps[None, features.faces.train])[0].T.numpy()
-        fitted = Components(self.rank, random_state=seeds[0]).fit(train)
+        fitted = Components(self.rank, random_state=seeds[0] % 2**32).fit(train)
         scores = torch.from_numpy(fitted.transform(columns).T.copy())
         row: Row = {"iteration": 0, "replica": 0, "seed": seeds[0]}
         yield Represented(0, seeds[0], feature_maps(scores[None], like=features.maps[None])[0], row)
@@ -362,7 +362,7 @@ def probed_attributes(
                 "majority": max(share, 100.0 - share),
             }
             row |= probe(x[kept], y[kept], people[kept], x[tested], y[tested])
-            with writing(done, "what was probed"), done.open("a") as file:
+            with writing(done, "what was probed"), done.open("a", encoding="utf-8") as file:
                 file.write(f"\n{json.dumps(row)}\n")  # in a line of its own, also after one that was cut off
         yield {"replica": found.replica, "seed": found.seed} | {key: row[key] for key in row if key != "scores"}
 
@@ -370,7 +370,7 @@ def probed_attributes(
 def measured_before(done: Path) -> list[dict[str, Any]]:
     """The rows of an interrupted run's file, without one that was cut off."""
     rows = []
-    for line in done.read_text().splitlines() if done.exists() else ():
+    for line in done.read_text(encoding="utf-8").splitlines() if done.exists() else ():
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from experiments.report import COLOURS, Content, paper
+from experiments.report import COLOURS, Content, in_figure, paper
 from experiments.store import Run
 
 HEAT_MAPS = 6  # factors in a figure
@@ -124,7 +124,7 @@ def bars(experiment: str, shown: list[Run], result: pd.DataFrame) -> Figure:
     axes.barh(places, values, xerr=result["std"].fillna(0.0), color=colours, height=0.7)
     for place, value in zip(places, values, strict=True):
         axes.text(max(50.0, value), place, f" {value:.1f}", va="center", fontsize=8)
-    axes.set_yticks(places, labels)
+    axes.set_yticks(places, map(in_figure, labels))
     axes.set(xlabel="balanced accuracy, mean over the attributes (%)", xlim=(50, 100))
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")

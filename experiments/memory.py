@@ -30,7 +30,7 @@ from experiments.classification import (
     note_start,
     run_once,
 )
-from experiments.report import COLOURS, Content, paper
+from experiments.report import COLOURS, Content, in_figure, paper
 from experiments.store import Run
 
 WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the libraries' own memory is nobody's
@@ -114,13 +114,13 @@ def peak(config: str) -> float:
 
 def resident(name: str) -> int:
     """Bytes of this process: VmRSS now, or VmHWM, the most since the last reset (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def reset_high_water_mark() -> None:
     """From here on VmHWM is counted anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def report(experiment: str, runs: list[Run]) -> Content:
@@ -148,7 +148,9 @@ def figure(experiment: str, result: pd.DataFrame) -> Figure:
     """A stacked bar for each run, its total and the process's peak in figures."""
     drawn = Figure(figsize=(8.0, 1.6 + 0.6 * len(result)), layout="constrained")
     axes = drawn.subplots()
-    labels = [f"{method}\n{setting}" for method, setting in zip(result["method"], result["setting"], strict=True)]
+    labels = [
+        in_figure(f"{method}\n{setting}") for method, setting in zip(result["method"], result["setting"], strict=True)
+    ]
     left = 0.0 * result["total"]
     for colour, name in zip(COLOURS.values(), NAMES.values(), strict=False):
         axes.barh(labels, result[name], left=left, color=colour, label=name)

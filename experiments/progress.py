@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from io import TextIOWrapper
 from types import TracebackType
 
 from rich.console import Console
@@ -18,6 +20,12 @@ from rich.progress import (
 log = logging.getLogger(__name__)
 
 
+def show_what_can_be_shown() -> None:
+    """From here on, print a question mark for a character that the output's encoding lacks."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class RunProgress:
     """Iteration, the mean of a quantity in percent, such as the test accuracy, and time left."""
 
@@ -26,7 +34,7 @@ class RunProgress:
         self.name, self.iterations, self.enabled, self.terminal = name, iterations, enabled, console.is_terminal
         self.quantity = quantity
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(f"iterations, {quantity} {{task.fields[accuracy]}}"),

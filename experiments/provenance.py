@@ -1,23 +1,38 @@
-"""Where numbers come from: machine, versions, commit."""
+"""Where numbers come from: machine, versions, commit, sources."""
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import platform
 import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec, resolve_name
+from inspect import isclass, isfunction, ismodule
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from hydra.utils import get_object
+
+ROOT = Path(__file__).parents[1]  # of the clone
+SHARED = "experiments.classification"  # what other tasks import of the suite that determines numbers
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """The machine in words, library versions and the git commit."""
+def provenance(device: torch.device, config: dict[str, Any]) -> dict[str, Any]:
+    """The machine in words, library versions, the git commit, and the sources of what a configuration names."""
     return {
         "machine": machine(device),
         "versions": {name: version(name) for name in ("torch", "numpy", "hydra-core")}
         | {"python": platform.python_version()},
         "commit": commit(),
+        "sources": sources(config),
     }
 
 
@@ -32,20 +47,126 @@ def machine(device: torch.device) -> str:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
-def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
+def commit(folder: Path = ROOT) -> str | None:
     """The git commit of a clone, with `+` if what determines numbers has changes there; None where there is no git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
-
     try:
-        changes = git("status", "--porcelain", "-uno", ".", ":!tests", ":!results", ":!*.md")
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changes else "")
+        changes = git(folder, "status", "--porcelain", "-uno", ".", ":!tests", ":!results", ":!*.md")
+        return git(folder, "rev-parse", "--short=12", "HEAD").strip() + ("+" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What git prints. Raises OSError or CalledProcessError."""
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8", check=True)
+    return done.stdout
+
+
+# --- Sources
+
+
+def sources(config: dict[str, Any]) -> dict[str, str]:
+    """The first twelve digits of the SHA-256 of the files that determine a run's numbers, by their names as modules
+    (admm/blocks.py): of all that its configuration names (`_target_`, the task), the optimizer first, and of what these
+    import that is no library's. Of the suite itself, neither the store nor figures and tables."""
+    found: dict[str, str] = {}
+    waiting = list(named_modules({"optimizer": config.get("optimizer")} | config))
+    while waiting:
+        module = waiting.pop(0)
+        if is_own(module) and (name := file_name(module)) not in found:
+            found[name], imports = read(module)
+            waiting += [other for other in imports if other == SHARED or not other.startswith("experiments.")]
+    return found
+
+
+def named_modules(config: dict[str, Any]) -> Iterator[str]:
+    """The modules of the objects that a configuration names, but for its logger's."""
+    for key, value in config.items():
+        if key == "logger" or not value:
+            continue
+        if isinstance(value, dict):
+            yield from named_modules(value)
+        elif key in ("_target_", "task"):
+            with suppress(Exception):  # what is wrong with it, its use says
+                yield str(get_object(value).__module__)
+
+
+@cache
+def is_own(module: str) -> bool:
+    """Whether a module is the library's or a user's own, no other library's, which its version tells."""
+    package = module.partition(".")[0]
+    if package == "admm":
+        return True  # installed or not
+    try:
+        spec = find_spec(package)
+    except ValueError:  # as of __main__
+        return False
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    files = [Path(place) for place in places if place and Path(place).exists()]
+    libraries = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    return bool(files) and not any(
+        library in file.parents or {"site-packages", "dist-packages"} & set(file.parts)
+        for file in files
+        for library in libraries
+    )
+
+
+def file_name(module: str) -> str:
+    """Of its source, below the folder of its package."""
+    is_package = hasattr(import_module(module), "__path__")
+    return f"{module.replace('.', '/')}{'/__init__' if is_package else ''}.py"
+
+
+@cache
+def read(module: str) -> tuple[str, list[str]]:
+    """The hash of a module's source, as it is at the first call, and the modules that it imports."""
+    imported = import_module(module)
+    if not getattr(imported, "__file__", None):
+        return "", []  # a folder without a file of its own
+    text = Path(str(imported.__file__)).read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()[:12], list(dict.fromkeys(imports(imported, text)))
+
+
+def imports(module: ModuleType, text: str) -> Iterator[str]:
+    """The modules that a module's source imports, where a name of another one is defined rather than where it is
+    imported from, so that a package does not bring in all of its modules."""
+    package = module.__name__ if hasattr(module, "__path__") else module.__name__.rpartition(".")[0]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if is_own(name.name))
+        elif isinstance(node, ast.ImportFrom):
+            origin = resolve_name("." * node.level + (node.module or ""), package)
+            if is_own(origin):
+                yield from (defined_in(origin, name.name) for name in node.names)
+
+
+def defined_in(module: str, name: str) -> str:
+    """The module that has the definition of what another one calls by a name."""
+    with suppress(ImportError):
+        import_module(f"{module}.{name}")  # a module of a package
+    value = getattr(import_module(module), name, None)
+    found = value.__name__ if ismodule(value) else value.__module__ if isclass(value) or isfunction(value) else module
+    return found if is_own(found) else module
+
+
+def changed(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The names of the sources that differ, and of those that only one has."""
+    return [name for name in {**now, **then} if then.get(name) != now.get(name)]
+
+
+def changed_since(commit: str | None, names: list[str], folder: Path = ROOT) -> list[str] | None:
+    """The names of those sources that differ from a commit's in git; None where git does not have them as they were."""
+    if commit is None or commit.endswith("+"):
+        return None
+    try:
+        there = [name for name in names if (folder / name).exists()]
+        differing = git(folder, "diff", "--name-only", "--relative", commit, "--", *there) if there else ""
+        return [name for name in there if name in differing.splitlines()]
     except (OSError, subprocess.CalledProcessError):
         return None

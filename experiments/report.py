@@ -51,7 +51,7 @@ REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides th
 @cache
 def paper() -> dict[str, Any]:
     """The paper's numbers, `experiments/paper.yaml`."""
-    return yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())  # type: ignore[no-any-return]
+    return yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def figure(experiment: str, shown: list[Curve]) -> Figure:
     drawn = Figure(figsize=size, layout="constrained")
     for axes, setting, group in zip(drawn.subplots(1, len(groups), squeeze=False)[0], settings, groups, strict=True):
         _draw(axes, group)
-        axes.set(title=titles.get(setting, setting), xlabel="iteration", ylabel=measure(shown))
+        axes.set(title=in_figure(titles.get(setting, setting)), xlabel="iteration", ylabel=measure(shown))
         axes.set_ylim(accuracy_range(group))
     remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in shown) else ""
     remark += "; thin: the seeds of a method in which they disagree" if any(c.seeds_disagree for c in shown) else ""
@@ -267,7 +267,7 @@ def draw_curve(
     statistics = curve.by_iteration(column)
     mean, std = (statistics[name].to_numpy() for name in ("mean", "std"))
     at = statistics.index.to_numpy() if x == "iteration" else curve.by_iteration(x)["mean"].to_numpy()
-    axes.plot(at, mean, color=colour, label=label, linewidth=1.6, linestyle=line)
+    axes.plot(at, mean, color=colour, label=in_figure(label), linewidth=1.6, linestyle=line)
     axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
 
 
@@ -360,8 +360,19 @@ def cells(result: pd.DataFrame) -> list[list[str]]:
 
 def markdown(result: pd.DataFrame) -> str:
     """A table as Markdown."""
-    lines = [list(result.columns), ["---"] * len(result.columns), *cells(result)]
+    lines = [list(map(in_markdown, result.columns)), ["---"] * len(result.columns)]
+    lines += [list(map(in_markdown, row)) for row in cells(result)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_markdown(text: str) -> str:
+    """A text as a cell of a table, on one line and without a bar that would end it."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def in_figure(text: str) -> str:
+    """A text of Matplotlib's, whose dollars are not formulas."""
+    return text.replace("$", r"\$")
 
 
 def title(experiment: str, runs: list[Run]) -> str:
@@ -375,7 +386,9 @@ def show(result: pd.DataFrame, title: str) -> None:
     """Print a table to the terminal."""
     printed = Table(title=escape(title))
     for column in result.columns:
-        printed.add_column(column, justify="right" if is_numeric_dtype(result[column]) else "left", overflow="fold")
+        printed.add_column(
+            escape(column), justify="right" if is_numeric_dtype(result[column]) else "left", overflow="fold"
+        )
     for row in cells(result):
         printed.add_row(*map(escape, row))
     Console(width=None if Console().is_terminal else 140).print(printed)

@@ -4,20 +4,51 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import RangeSweep
 from matplotlib.figure import Figure
+from omegaconf import DictConfig, read_write
 
 from admm.files import whole
+from experiments.report import in_figure
 from experiments.store import Run, scores
 
 FIXED = ("dataset", "seeds=", "iterations=", "search=")  # overrides that are not what is searched for
 FOUND = ("held-out", "seeds", "iterations", "samples held out")  # columns after those that are
 FEW = 6  # values of a hyperparameter, which its axis names
 WIDE = 4.0  # the quotient of a hyperparameter's largest and smallest value from which on its axis is logarithmic
+
+
+def as_in_a_grid(config: DictConfig) -> None:
+    """Make the ranges of a study's space those of a grid, whose ends are excluded; Optuna's sweeper includes them.
+
+    config: with its `hydra`.
+    """
+    sweeper, overrides = config.hydra.sweeper, config.hydra.overrides
+    with read_write(config):
+        overrides.task = [without_end(override) for override in overrides.task]
+        for key, space in (sweeper.params or {}).items():
+            sweeper.params[key] = without_end(f"{key}={space}").removeprefix(f"{key}=")
+
+
+def without_end(override: str) -> str:
+    """An override whose value is a range(…), up to the last of its values, in rising order; another one as it is."""
+    space = OverridesParser.create().parse_override(override).value()
+    if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
+        return override
+    first, step = Decimal(str(space.start)), Decimal(str(space.step))
+    last = first + (len(list(space.range())) - 1) * step
+    low, high = (first, last) if step > 0 else (last, first)
+    if low > high:
+        raise SystemExit(f"error: {override}: a range without a value, as its end is not part of it")
+    return f"{override.partition('=')[0]}=range({low},{high},{abs(step)})"
 
 
 def is_of_a_search(run: Run) -> bool:
@@ -57,6 +88,19 @@ def line(row: Sequence[Run]) -> dict[str, Any]:
     return {"setting": info["setting"]} | values | dict(zip(FOUND, found, strict=True))
 
 
+def read(path: Path, dtype: type | None = None) -> pd.DataFrame:
+    """A ranking that has been written; null, none and the like are values in it, only an empty cell is missing."""
+    return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""])
+
+
+def words_first(value: str) -> float:
+    """To sort the numbers among the values of a hyperparameter, after its words, which stay in their order."""
+    try:
+        return float(value)
+    except ValueError:
+        return -inf
+
+
 def write(name: str, ranked: pd.DataFrame, folder: Path) -> None:
     """Print a ranking, and write it and its picture to <folder>/searches/<name>.csv and .png. Raises WriteError."""
     path = folder / "searches" / f"{name}.csv"
@@ -69,7 +113,7 @@ def write(name: str, ranked: pd.DataFrame, folder: Path) -> None:
 
 def draw(path: Path) -> None:
     """The picture of a search beside its table, <folder>/searches/<name>.csv. Raises WriteError."""
-    found = pd.read_csv(path)
+    found = read(path)
     keys = list(found.columns[1 : found.columns.get_loc("held-out")])
     searched = [key for key in keys if found[key].nunique(dropna=False) > 1] or keys
     width = max(4.5, 3.4 * len(searched))  # inches
@@ -78,8 +122,9 @@ def draw(path: Path) -> None:
     for axes, key in zip(panels, searched, strict=False):
         if not (is_number := pd.api.types.is_numeric_dtype(found[key])):
             found[key] = found[key].fillna("the setting's")
+            axes.xaxis.update_units(sorted(found[key].unique(), key=words_first))
         for setting, tried in found.dropna(subset=[key]).groupby("setting", sort=False):
-            axes.scatter(tried[key], tried["held-out"], s=18, alpha=0.7, label=setting)
+            axes.scatter(tried[key], tried["held-out"], s=18, alpha=0.7, label=in_figure(str(setting)))
         values = found[key].dropna()
         if is_number and values.min() > 0 and values.max() >= WIDE * values.min():
             axes.set_xscale("log")
@@ -89,6 +134,7 @@ def draw(path: Path) -> None:
         axes.set_xlabel(key.removeprefix("optimizer."))
         if not is_number:
             for label in axes.get_xticklabels():
+                label.set_parse_math(False)
                 label.set(rotation=20, ha="right", rotation_mode="anchor", fontsize=8)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out score (%)")

@@ -196,7 +196,7 @@ def train_stack(cells: Sequence[Cell], wait: bool = False) -> bool:
         free = {identity for identity in sorted(slots) if held.enter_context(slots[identity].lock(wait))}
         todo = [cell for cell in cells if cell.job.slot.identity in free and not cell.job.slot.finished()]
         if slot.checkpoint.exists():
-            begun = json.loads((slot.partial / "started.json").read_text())["cells"]
+            begun = json.loads((slot.partial / "started.json").read_text(encoding="utf-8"))["cells"]
             stack = [cell for cell in cells if cell.job.slot.identity in begun]
         else:
             stack = todo = [cell for cell in todo if not cell.job.slot.checkpoint.exists()]

@@ -52,6 +52,7 @@ NEUTRAL = (
     "progress",
     "checkpoint_seconds",
     "force",
+    "other_code",
     "results",
     "outputs",
     "logger",
@@ -103,7 +104,7 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        return json.loads((self.folder / "run.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     @property
     def seeds(self) -> set[int]:
@@ -112,7 +113,7 @@ class Run:
     @property
     def row(self) -> str:
         """See `row_identity`."""
-        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
         return row_identity(config, self.info["dataset"]["sha256"])
 
     @property
@@ -230,13 +231,16 @@ class Slot:
             with tempfile.TemporaryDirectory(dir=self.partial) as folder:
                 made = Path(folder, self.folder.name)
                 made.mkdir()
-                (made / "config.yaml").write_text(yaml.safe_dump(determining(config), sort_keys=False))
+                text = {"config.yaml": yaml.safe_dump(determining(config), sort_keys=False)}
+                text["run.json"] = json.dumps(info, indent=2) + "\n"
+                for name, written in text.items():
+                    (made / name).write_text(written, encoding="utf-8")
                 for name, content in ({"history": pd.DataFrame(rows)} | (tables or {})).items():
                     content.to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
                 if arrays:
                     np.savez_compressed(made / "arrays.npz", **arrays)
-                (made / "run.json").write_text(json.dumps(info, indent=2) + "\n")
-                (made / SUMS).write_text("".join(f"{sha}  {name}\n" for name, sha in sums(made).items()))
+                hashes = "".join(f"{sha}  {name}\n" for name, sha in sums(made).items())
+                (made / SUMS).write_text(hashes, encoding="utf-8")
                 self._put(made)
         self.discard()
         return Run(self.folder)
@@ -262,6 +266,8 @@ class Slot:
         own = Run(self.folder)
         for other in runs_named(self.folder.parent, self.name):
             folder = other.folder
+            if any(other.info[key] != own.info[key] for key in ("method", "setting")):
+                continue  # as sgd with the setting a-b, and sgd-a with b
             if folder != self.folder and (other.seeds <= own.seeds or other.row != own.row):
                 with writing(place / folder.name, "the run of former settings"):
                     place.mkdir(parents=True, exist_ok=True)
@@ -322,6 +328,13 @@ def runs_named(folder: Path, name: str) -> list[Run]:
     return oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
 
 
+def runs_of_row(slot: Slot, config: dict[str, Any], sha256: str) -> list[Run]:
+    """The finished runs of a slot's name that make one row with its own, from a configuration and data, and have some
+    of its seeds, from the oldest to the newest."""
+    same, row = runs_named(slot.folder.parent, slot.name), row_identity(config, sha256)
+    return [run for run in same if not run.seeds.isdisjoint(config["seeds"]) and run.row == row]
+
+
 def oldest_first(notes: Iterable[Path]) -> list[Run]:
     """The runs of these run.json, but those that another process moves away meanwhile."""
     ages = dict[Run, tuple[str, str]]()
@@ -339,7 +352,7 @@ def age(run: Run) -> tuple[str, str]:
 def launched_runs(launch: Path) -> list[Run]:
     """The runs that the jobs of a launch have left notes of in Hydra's folder, but those removed since."""
     notes = sorted(launch.rglob("runs.txt"))
-    runs = [Run(Path(folder)) for note in notes for folder in note.read_text().splitlines()]
+    runs = [Run(Path(folder)) for note in notes for folder in note.read_text(encoding="utf-8").splitlines()]
     return [run for run in runs if run.folder.exists()]
 
 

@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from experiments.hints import failures_end_the_program
-from experiments.searches import is_of_a_search, rankings, write
+from experiments.searches import as_in_a_grid, is_of_a_search, rankings, write
 from experiments.store import failed_writes_in_words, identity, launched_runs
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Study(Callback):
         import optuna
         from optuna.trial import TrialState
 
+        as_in_a_grid(config)
         with read_write(config):
             sweeper.study_name = f"{sweeper.study_name}_{searched(config)}"
         if not sweeper.storage.startswith(SQLITE):

@@ -34,7 +34,7 @@ from experiments.report import COLOURS, Content, Curve, caption, curves, draw_cu
 from experiments.store import RESUME, Run, failed_writes_in_words
 
 log = logging.getLogger(__name__)
-SAME = ("identity", "commit", "machine", "versions")  # of all seeds of a race
+SAME = ("identity", "commit", "sources", "machine", "versions")  # of all seeds of a race
 TARGETS = (90, 93, 95, 97)  # test accuracy, percent
 
 
@@ -80,7 +80,7 @@ def run(config: DictConfig) -> None:
         for slot in slots:  # in one order, so that two races do not wait for each other
             locks.enter_context(slot.lock())
         runs = [run for job in jobs.values() if (run := job.slot.finished())]
-        if config.force or len(runs) < len(jobs):
+        if any(job.again for job in jobs.values()) or len(runs) < len(jobs):
             runs = race(config, jobs)
         else:
             machine = runs[0].info["machine"]
@@ -114,7 +114,7 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
     conditions = {method: {key: job.info[key] for key in SAME} for method, job in jobs.items()}
     histories: dict[str, list[list[Row]]] = {method: [] for method in jobs}
     if kept.exists():
-        begun = json.loads(kept.read_text())
+        begun = json.loads(kept.read_text(encoding="utf-8"))
         if begun["conditions"] == conditions:
             histories = begun["histories"]
         else:
@@ -124,7 +124,7 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
         for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
         with whole(kept, "the seeds raced so far") as part:
-            part.write_text(json.dumps({"conditions": conditions, "histories": histories}))
+            part.write_text(json.dumps({"conditions": conditions, "histories": histories}), encoding="utf-8")
     # the first, which keeps the race, is completed last
     return [complete(job, histories[method]) for method, job in reversed(jobs.items())]
 

@@ -39,6 +39,7 @@ from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
 from experiments.classification import CONF, build_problem
 from experiments.memory import variables
+from experiments.paths import in_full
 from experiments.provenance import machine
 from experiments.stacking import paying_on_a_processor
 from experiments.store import failed_writes_in_words
@@ -385,4 +386,4 @@ def _torch_epoch(batches: Callable[[], Any]) -> Task:
 
 if __name__ == "__main__":
     with failed_writes_in_words():
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/bench.csv"))
+        main(in_full(sys.argv[1] if len(sys.argv) > 1 else "results/bench.csv"))

@@ -98,7 +98,7 @@ def histories(folder: Path) -> dict[str, pd.DataFrame]:
 
 def table(folder: Path) -> str:
     """Of the newest launch that has ended."""
-    return max(folder.glob("logs/*/*/*.csv"), key=lambda path: path.stat().st_mtime).read_text()
+    return max(folder.glob("logs/*/*/*.csv"), key=lambda path: path.stat().st_mtime).read_text(encoding="utf-8")
 
 
 def compare(undisturbed: Path, killed: Path) -> list[str]:

@@ -29,7 +29,7 @@ def main(root: Path) -> None:
         draw(path)
     if root.resolve() == README.parent / "results":
         with whole(README, "the page") as part:
-            part.write_text(with_tables(README.read_text(), tables))
+            part.write_text(with_tables(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 def with_tables(page: str, tables: dict[str, pd.DataFrame]) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from admm.files import whole
 from experiments.faces import heat_maps
+from experiments.paths import in_full
 from experiments.store import Run, failed_writes_in_words
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="such as results/runs/lfw_proxy/deepfacto-rank32-<identity>")
-    parser.add_argument("picture", type=Path, help="what to write: .png, .pdf, .svg")
+    parser.add_argument("run", type=in_full, help="such as results/runs/lfw_proxy/deepfacto-rank32-<identity>")
+    parser.add_argument("picture", type=in_full, help="what to write: .png, .pdf, .svg")
     parser.add_argument(
         "--factors", type=int, nargs="+", help="their numbers, from 0; without them the most consistent"
     )

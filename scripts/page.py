@@ -29,6 +29,7 @@ from pandas.api.types import is_numeric_dtype
 from plotly.offline import get_plotlyjs
 
 from admm.files import whole
+from experiments.paths import in_full
 from experiments.report import (
     COLOURS,
     Content,
@@ -45,7 +46,7 @@ from experiments.report import (
     place,
     title,
 )
-from experiments.searches import is_of_a_search, ranking
+from experiments.searches import is_of_a_search, ranking, read
 from experiments.store import Run, age, failed_writes_in_words
 from scripts.store import interrupted, line_of_interrupted, written
 from scripts.tables import falls_short, in_order, made, not_run, papers_numbers, search
@@ -80,8 +81,8 @@ class Store:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, nargs="?", default=Path("results"), help="such as results or outputs")
-    parser.add_argument("--out", type=Path, default=Path("outputs/report.html"), help="what to write")
+    parser.add_argument("store", type=in_full, nargs="?", default=Path("results"), help="such as results or outputs")
+    parser.add_argument("--out", type=in_full, default=Path("outputs/report.html"), help="what to write")
     options = parser.parse_args()
     if not options.store.is_dir():
         sys.exit(f"error: there is no folder {options.store}; it should be a results store, such as results or outputs")
@@ -139,8 +140,8 @@ def page(store: Store) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.get_template("page.html").render(
-        style=Markup((folder / "page.css").read_text()),
-        script=Markup((folder / "page.js").read_text()),
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        script=Markup((folder / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
         store=store,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -234,7 +235,7 @@ def searches(store: Store) -> list[dict[str, Any]]:
     for path in sorted((store.root / "searches").glob("*.csv")):
         method = max((m for m in paper()["labels"] if path.stem.endswith(f"_{m}")), key=len, default="")
         key = {"experiment": path.stem.removesuffix(f"_{method}"), "method": method}
-        kept = table(f"{path.stem}: {best(path)}", pd.read_csv(path, dtype=str), store)
+        kept = table(f"{path.stem}: {best(path)}", read(path, dtype=str), store)
         tables.append(kept | key | {"rows": [row | key for row in kept["rows"]]})
     held_out = [run for run in store.runs.values() if is_of_a_search(run)]
 
@@ -306,7 +307,8 @@ def described(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
         "note": info["note"] or "–",
     }
     title = ", ".join([label(info["method"]), info["setting"], *info["overrides"]])
-    return {"name": run.name, "title": title, "facts": facts, "config": (run.folder / "config.yaml").read_text()} | {
+    config = (run.folder / "config.yaml").read_text(encoding="utf-8")
+    return {"name": run.name, "title": title, "facts": facts, "config": config} | {
         key: info[key] for key in ("experiment", "method")
     }
 

@@ -12,14 +12,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from experiments.paths import in_full
 from experiments.searches import is_of_a_search, rankings, write
 from experiments.store import failed_writes_in_words, launched_runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("launch", type=Path, nargs="+", help="a launch's folder, such as outputs/logs/<day>/<time>")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("launch", type=in_full, nargs="+", help="a launch's folder, such as outputs/logs/<day>/<time>")
+    parser.add_argument("--results", type=in_full, default=Path("results"))
     options = parser.parse_args()
     runs = [run for launch in options.launch for run in launched_runs(launch)]
     places = ", ".join(map(str, options.launch))

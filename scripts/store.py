@@ -29,6 +29,7 @@ from filelock import Timeout
 
 from admm.files import MIB
 from admm.training import CheckpointError, read_checkpoint
+from experiments.paths import in_full
 from experiments.report import curves, show
 from experiments.store import SUMS, Run, Slot, delete, experiments_in, identity, lock_of, slot_of, sums, without_nulls
 
@@ -48,7 +49,7 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--store", type=Path, default=Path("results"), help="its folder (default: results)")
+    common.add_argument("--store", type=in_full, default=Path("results"), help="its folder (default: results)")
     of_one = argparse.ArgumentParser(add_help=False)
     of_one.add_argument("--experiment", help="its runs alone")
     made = argparse.ArgumentParser(
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def text(path: Path) -> str:
     """Raises ValueError where the last line is cut off."""
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     if not content.endswith("\n"):
         raise ValueError("cut off")
     return content
@@ -108,7 +109,7 @@ def interrupted(store: Path, experiment: str | None) -> list[Path]:
 def started(partial: Path) -> dict[str, Any]:
     """What an interrupted run has noted in the beginning; nothing if the note is damaged."""
     try:
-        return json.loads((partial / "started.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((partial / "started.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError):
         return {}
 
@@ -130,7 +131,7 @@ def displaced(partial: Path) -> Slot | None:
     """The place of a finished run that is among what an interrupted one has left, as a kill while the one was to take
     the other's place leaves it; None if there is no such run, or if it is in its place."""
     try:
-        info = json.loads((partial / "former/run.json").read_text())
+        info = json.loads((partial / "former/run.json").read_text(encoding="utf-8"))
         slot = Slot(partial.parents[2], info["experiment"], f"{info['method']}-{info['setting']}", partial.name)
     except (OSError, ValueError, KeyError):
         return None
@@ -211,7 +212,7 @@ def reached(partial: Path, info: dict[str, Any]) -> str:
     """How far it goes on from."""
     try:
         if (partial / "race.json").exists():
-            histories = json.loads((partial / "race.json").read_text())["histories"]
+            histories = json.loads((partial / "race.json").read_text(encoding="utf-8"))["histories"]
             return f"seed {len(next(iter(histories.values())))} of {len(info['seeds'])}"
         if not (partial / "checkpoint.pt").exists():
             return "the start"
@@ -253,7 +254,7 @@ def problems(folder: Path) -> Iterator[str]:
     if not damaged:
         try:
             run = Run(folder)
-            config = yaml.safe_load((folder / "config.yaml").read_text())
+            config = yaml.safe_load(text(folder / "config.yaml"))
             yield from misnamed(run, config)
             yield from incomplete(run, config)
         except (KeyError, TypeError, AttributeError) as error:
@@ -287,7 +288,7 @@ def unreadable(folder: Path) -> Iterator[str]:
 def recorded(folder: Path) -> dict[str, str]:
     """The sums that were written with the run; none for the oldest runs. Raises ValueError."""
     path = folder / SUMS
-    pairs = (line.split("  ") for line in path.read_text().splitlines()) if path.exists() else ()
+    pairs = (line.split("  ") for line in path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
     return {name: sha for sha, name in pairs}
 
 
@@ -330,7 +331,8 @@ def compare(options: argparse.Namespace) -> int:
     first, second = (Run(Path(n) if (Path(n) / "run.json").exists() else named(n, folders)) for n in options.runs)
     configurations = side_by_side(settings(first), settings(second))
     show(configurations[configurations["1"] != configurations["2"]], "configuration, where it differs")
-    show(side_by_side(origin(first), origin(second)), "run")
+    runs = side_by_side(origin(first), origin(second))
+    show(runs[~runs["key"].str.startswith("sources.") | (runs["1"] != runs["2"])], "run")
     show(side_by_side(numbers(first), numbers(second)), "end, mean over the replicas that have not diverged")
     return 0
 
@@ -343,7 +345,7 @@ def side_by_side(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:
 
 def settings(run: Run) -> dict[str, Any]:
     """All that determines the numbers, by dotted key."""
-    return flat(without_nulls(yaml.safe_load((run.folder / "config.yaml").read_text())))
+    return flat(without_nulls(yaml.safe_load(text(run.folder / "config.yaml"))))
 
 
 def flat(node: dict[str, Any], group: str = "") -> dict[str, Any]:

@@ -18,7 +18,9 @@ from omegaconf import OmegaConf
 
 from admm.files import whole
 from experiments.classification import CONF, inherited
+from experiments.paths import in_full
 from experiments.report import content, curves, further_tables, markdown, paper, place
+from experiments.searches import read
 from experiments.store import Run, experiments_in, failed_writes_in_words, finished_runs
 
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
@@ -29,7 +31,7 @@ GPU_TFLOPS = 14.0  # assumed in `estimate`
 def store_of_the_command(description: str | None) -> Path:
     """The results store that a command of one argument is for; ends the program where there is none."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="a results store")
+    parser.add_argument("results", type=in_full, nargs="?", default=Path("results"), help="a results store")
     root: Path = parser.parse_args().results
     if not (root / "runs").is_dir():
         sys.exit(f"error: {root} is no results store, which has a folder runs")
@@ -39,7 +41,7 @@ def store_of_the_command(description: str | None) -> Path:
 def main(root: Path) -> None:
     page, text = root / "README.md", "\n\n".join(sections(root)) + "\n"
     with whole(page, "the page") as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
     print(f"written: {page}")
 
 
@@ -199,7 +201,7 @@ def estimate(found: dict[str, list[Run]], bench: pd.Series[float]) -> Iterator[s
 
 def search(path: Path) -> list[dict[str, Any]]:
     """For each setting, how many configurations a search has tried, and the best one, which its file has first."""
-    found = pd.read_csv(path, dtype=str)
+    found = read(path, dtype=str)
     searched = found.columns[1 : found.columns.get_loc("held-out")]
 
     def best(setting: str, tried: pd.DataFrame) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def root(tmp_path: Path) -> Path:
     for path in (started, started.with_name("checkpoint.pt"), started.parent):
         os.utime(path, (now, now - 601))
     search = "setting,optimizer.step_size,held-out,seeds,iterations,samples held out\ntuned,0.1,97.5,1,2,10\n"
+    search += "tuned,null,96.5,1,2,10\n"
     (root / "searches").mkdir()
     (root / "searches/mnist_deep10_online_block_admm.csv").write_text(search)
     return root
@@ -196,7 +197,8 @@ def test_what_is_under_way_and_searched_for_is_shown(root: Path) -> None:
     ((_, texts),) = rows(html, "under-way")
     assert texts[:3] == ["fashion_mnist", "dladmm", "tuned"] and texts[5:7] == ["0:10:01 ago", "none"]
     assert 'data-experiment="mnist_deep10" data-method="online_block_admm"' in html
-    assert [texts for _, texts in rows(html, "searches")] == [["tuned", "0.1", "97.5", "1", "2", "10"]]
+    found = [texts for _, texts in rows(html, "searches")]
+    assert found == [["tuned", "0.1", "97.5", "1", "2", "10"], ["tuned", "null", "96.5", "1", "2", "10"]]
     held_out = {"dataset": {"name": "mnist", "holdout": 5, "sha256": "abc"}}
     held_out |= {"overrides": ["dataset.holdout=5", "optimizer.eta=2"]}
     run = put(root, history(70.0, 71.0), info("mnist_deep10", "sgd", "tuned", "2026-01-08", **held_out))

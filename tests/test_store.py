@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -677,8 +678,11 @@ def test_list_tells_finished_and_interrupted_runs(tmp_path: Path, command: Comma
 
 def test_compare_shows_what_differs_and_the_numbers(tmp_path: Path, command: Command) -> None:
     first, second = made(tmp_path), made(tmp_path / "other", "optimizer.step_size=0.0123")
+    for run, changed in ((first, "1"), (second, "2")):
+        told = json.dumps(run.info | {"sources": {"admm/a.py": "0", "admm/b.py": changed}})
+        (run.folder / "run.json").write_text(told)
     code, printed = command("compare", slot_of(first.folder).identity[:5], second.folder, "--store", tmp_path)
-    assert code == 0
+    assert code == 0 and "sources.admm/b.py" in printed and "sources.admm/a.py" not in printed
     configuration, rest = re.split(r"\n +run *\n", printed)
     assert "optimizer.step_size" in configuration and "0.0123" in configuration and "model" not in configuration
     assert "versions.torch" in rest

@@ -1,0 +1,50 @@
+"""`~` in paths is the home folder: in configurations, in YAML and on the command line, and in arguments of scripts."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
+from omegaconf.errors import InterpolationResolutionError
+
+IN_OVERRIDE = re.compile(r"(?<=[=,])~(?=/|$)")
+IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
+
+
+def in_full(text: str) -> Path:
+    """Of an argument of a script."""
+    return Path(text).expanduser()
+
+
+def expand(node: DictConfig | ListConfig) -> None:
+    """Replace `~` in all values that begin with it, and with it alone or `~/…`; those of environment variables too."""
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
+        if isinstance(value, dict | list):
+            expand(node[key])
+        elif isinstance(value, str):
+            with suppress(InterpolationResolutionError):
+                value = node[key] if value.startswith("${oc.env:") else value
+            if IN_VALUE.search(value):
+                with read_write(node):
+                    node[key] = IN_VALUE.sub(rf"\g<1>{Path.home().as_posix()}", value)
+
+
+def expand_in_configurations() -> None:
+    """From here on, in each configuration that Hydra composes. It has no hook for this: the folders of a launch and of
+    a sweep's jobs are made before a callback, or the task, sees their configuration."""
+    load = ConfigLoaderImpl.load_configuration
+
+    @wraps(load)
+    def load_expanded(self: Any, config_name: Any, overrides: list[str], **how: Any) -> DictConfig:
+        home = Path.home().as_posix()
+        config = load(self, config_name, [IN_OVERRIDE.sub(lambda _: home, o) for o in overrides], **how)
+        expand(config)
+        return config
+
+    ConfigLoaderImpl.load_configuration = load_expanded  # type: ignore[assignment, method-assign]

@@ -1,0 +1,474 @@
+"""What a launch makes of its configuration: paths, names of settings, numbers, spaces; and of code that has changed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import launches
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from launches import multirun, places
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from stores import info, put
+
+from admm.optimizers import AdaptivePenalty
+from experiments import classification, provenance
+from experiments.classification import (
+    LARGEST_SEED,
+    check,
+    check_names,
+    check_place,
+    note_start,
+    seeds_of_row,
+    setting_of_row,
+    stands,
+)
+from experiments.paths import expand
+from experiments.progress import show_what_can_be_shown
+from experiments.provenance import changed_since, sources
+from experiments.report import curves, figure, markdown
+from experiments.searches import rankings, read, without_end, write
+from experiments.store import Run, Slot, finished_runs
+from scripts.tables import search
+
+ROOT = Path(__file__).parents[1]
+MINE = "# @package _global_\ndefaults: [override /dataset: digits]\niterations: 1\nthreads: 1\n"
+SMALL = ["experiment=digits_shallow", "optimizer=sgd", "dataset.first=100", "model.hidden=[8]", "progress=false"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", ["experiment=digits_shallow", "optimizer=block_admm", *overrides])
+
+
+def launch(*overrides: str) -> str:
+    """In this process, without figures; what is printed."""
+    with redirect_stdout(StringIO()) as printed:
+        multirun(*overrides, "~hydra.callbacks.report")
+    return printed.getvalue()
+
+
+def stored(folder: Path) -> list[Run]:
+    return [Run(path.parent) for path in sorted(folder.glob("runs/*/*/run.json"))]
+
+
+# --- Paths
+
+
+def test_a_tilde_is_the_home_folder_in_yaml_and_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "my home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text(f"{MINE}seeds: [0]\noutputs: ~/o\n")
+    launch(f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=mine", "optimizer=sgd", "results=~/r")
+    assert [run.info["experiment"] for run in stored(home / "r")] == ["mine"]
+    assert list(home.glob("o/logs/*/*/0/runs.txt")) and list(here.iterdir()) == []
+
+
+def test_a_tilde_is_expanded_where_a_value_begins_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("OF_A_TEST", "~/data")
+    config = OmegaConf.create(
+        {"a": "~/x/${b}", "b": "~", "c": ["~/y"], "d": "sqlite:///~/z.db", "e": "${oc.env:OF_A_TEST}", "f": "x~/y"}
+    )
+    OmegaConf.set_readonly(config, True)
+    expand(config)
+    found = ["/home/me/x//home/me", "/home/me", ["/home/me/y"], "sqlite:////home/me/z.db", "/home/me/data", "x~/y"]
+    assert list(OmegaConf.to_container(config, resolve=True).values()) == found  # type: ignore[union-attr]
+    overrides = ["hydra/sweeper=study", "outputs=~/o", "logger=wandb", "dataset.root=~/d"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides, return_hydra_config=True)
+    assert [config.dataset.root, config.logger.dir] == ["/home/me/d", "/home/me/o"]
+    for derived in (config.hydra.run.dir, config.hydra.sweep.dir, config.hydra.sweeper.storage):
+        assert derived.removeprefix("sqlite:///").startswith("/home/me/o/")
+
+
+# --- Settings
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the configuration, to which a test may add."""
+    folder = tmp_path / "conf"
+    shutil.copytree(ROOT / "conf", folder)
+    for module in (classification, launches):
+        monkeypatch.setattr(module, "CONF", folder)
+    return folder
+
+
+def test_a_setting_of_one_s_own_has_its_own_name(conf: Path, tmp_path: Path) -> None:
+    (conf / "setting/fast.yaml").write_text(
+        "# @package _global_\nsetting: fast\nseeds: [7]\noptimizer: {batch_size: 32}\n"
+    )
+    (conf / "experiment/mine.yaml").write_text(f"{MINE}seeds: [0]\n")
+    assert seeds_of_row("mine", conf / "settings/fast/mine_sgd.yaml") == [7]
+    for setting in ("fast", "default"):
+        launch("experiment=mine", "optimizer=sgd", f"setting={setting}", *places(tmp_path))
+    runs = {run.info["setting"]: run for run in stored(tmp_path / "results")}
+    assert runs.keys() == {"fast", "default"}
+    assert runs["fast"].folder.name.startswith("sgd-fast-") and runs["fast"].info["overrides"] == []
+    assert [runs[name].info["of_seeds"] for name in runs] == [1, 1]
+    assert curves(list(runs.values()))[0].setting in runs
+
+
+def test_a_setting_that_says_nothing_is_the_default_and_told(conf: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = conf / "settings/faithful/digits_shallow_sgd.yaml"
+    assert setting_of_row("faithful", settings)[0] == "default"
+    assert "there is no conf/settings/faithful/digits_shallow_sgd.yaml" in caplog.text
+    assert setting_of_row("tuned", conf / "settings/tuned/digits_shallow_sgd.yaml")[0] == "tuned"
+    assert setting_of_row("rank4", conf / "settings/rank4/digits_shallow_sgd.yaml")[0] == "rank4"
+    assert setting_of_row("kaiming", conf / "settings/kaiming/digits_shallow_sgd.yaml")[0] == "kaiming"
+    assert setting_of_row("of_a_config_dir", conf / "settings/of_a_config_dir/digits_shallow_sgd.yaml")[0] != "default"
+
+
+def test_names_that_would_be_taken_for_others_are_refused(conf: Path) -> None:
+    settings = conf / "settings/tuned/a_b_c.yaml"
+    (conf / "setting/fast.yaml").write_text("# @package _global_\nsetting: tuned\n")
+    with pytest.raises(ValueError, match=r"conf/setting/fast.yaml says `setting: tuned`, not its own name, fast"):
+        check_names("a", "b_c", "fast", settings)
+    with pytest.raises(ValueError, match="optimizer: mine/c is not the name of a file directly in conf/optimizer"):
+        check_names("a", "mine/c", "tuned", settings)
+    with pytest.raises(ValueError, match="setting: None is not the name of a file directly in conf/setting"):
+        check_names("a", "b_c", None, settings)
+    for name in ("experiment/a", "experiment/a_b", "optimizer/c", "optimizer/b_c"):
+        (conf / f"{name}.yaml").write_text("")
+    check_names("a", "b_c", "tuned", settings)
+    settings.write_text("")
+    with pytest.raises(ValueError, match=r"a_b_c.yaml: is of .*=a optimizer=b_c and of experiment=a_b optimizer=c;"):
+        check_names("a", "b_c", "tuned", settings)
+
+
+def test_a_run_does_not_supersede_one_whose_name_and_setting_are_divided_otherwise(tmp_path: Path) -> None:
+    for method, setting in (("sgd", "a-b"), ("sgd-a", "b")):
+        run = put(tmp_path, "sgd-a-b", [90.0], info(method, setting, f"2001 {method}", seeds=[0]))
+        Slot(tmp_path, "mnist_shallow", "sgd-a-b", run.folder.name.removeprefix("sgd-a-b-")).supersede(tmp_path / "s")
+    assert {run.info["method"] for run in finished_runs(tmp_path, "mnist_shallow")} == {"sgd", "sgd-a"}
+
+
+def test_a_copy_of_the_suite_without_its_configuration_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classification, "CONF", tmp_path / "conf")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/conf: there is no such folder, .*; do pip install -e \. there"):
+        check_place()
+
+
+# --- Values
+
+
+@pytest.fixture(scope="module")
+def of_the_suite() -> DictConfig:
+    return composed()
+
+
+INITIALISER, PENALTY = {"_target_": "admm.models.initialiser"}, {"_target_": "admm.optimizers.AdaptivePenalty"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("iterations", "many", "iterations: 'many' is not a whole number from 1 up"),
+        ("threads", 0, "threads: 0 is not a whole number from 1 to 1024, or null"),
+        ("seeds", [1, 1], "seeds: [1, 1] holds a seed twice"),
+        ("dtype", "int8", "dtype: 'int8' is not one of float32, float64"),
+        ("precision", "fp16", "precision: 'fp16' is not one of fp32, tf32, bf16"),
+        ("dataset", {"name": "mnist"}, "dataset: its file in conf/dataset has no holdout; see mnist.yaml"),
+        ("iterations", True, "iterations: True is not a whole number from 1 up"),
+        ("checkpoint_seconds", "never", "checkpoint_seconds: 'never' is not a number from 0 up"),
+        ("checkpoint_seconds", math.nan, "checkpoint_seconds: nan is not a number from 0 up"),
+        ("seeds", [2**64], f"seeds: [{2**64}] is not a list of whole numbers from 0 to {LARGEST_SEED}, such as"),
+        ("seeds", [True], "seeds: [True] is not a list of whole numbers"),
+        ("seeds", [-1], "seeds: [-1] is not a list of whole numbers"),
+        ("threads", 5000, "threads: 5000 is not a whole number from 1 to 1024, or null"),
+        ("force", "maybe", "force: 'maybe' is not true or false"),
+        ("results", None, "results: None is not a folder"),
+        ("other_code", "ask", "other_code: 'ask' is not one of keep, rerun, refuse"),
+        ("dataset.first", "some", "dataset.first: 'some' is not a whole number from 1 up, or null"),
+        ("dataset.holdout", 0.1, "dataset.holdout: 0.1 is not a whole number from 0 up"),
+        ("dataset.holdout_seed", 2**32, f"dataset.holdout_seed: {2**32} is not a whole number from 0 to {2**32 - 1}"),
+        ("init", INITIALISER | {"std": -1}, "init.std: -1 is not a number from 0 up"),
+        ("init", INITIALISER | {"bias": "some"}, "init.bias: 'some' is not a number, or null"),
+        ("split.per_layer", "maybe", "split.per_layer: 'maybe' is not true or false"),
+        ("optimizer.theta_passes", "some", "optimizer.theta_passes: 'some' is not a number from 0 up"),
+        (
+            "optimizer.penalty",
+            PENALTY | {"largest": ".inf"},
+            "optimizer.penalty.largest: '.inf' is not a number from 0",
+        ),
+        (
+            "optimizer.beta",
+            "-.inf",
+            "optimizer.beta: '-.inf' is a word here; infinity is inf on the command line, .inf",
+        ),
+        ("optimizer.z_step", {"blocks": [1, ".inf"]}, "optimizer.z_step.blocks.1: '.inf' is a word here"),
+    ],
+)
+def test_a_value_that_is_none_is_named_with_its_key(
+    of_the_suite: DictConfig, key: str, value: Any, message: str
+) -> None:
+    config = of_the_suite.copy()
+    OmegaConf.update(config, key, value, merge=False, force_add=True)
+    with pytest.raises(ValueError) as error:
+        check(config)
+    assert message in str(error.value)
+
+
+def test_values_that_are_right_are_taken() -> None:
+    penalty = "optimizer.penalty={_target_:admm.optimizers.AdaptivePenalty,c:0.9,bound:1.0,shrink:0.95,largest:inf}"
+    check(composed(penalty, f"seeds=[{LARGEST_SEED}]", "checkpoint_seconds=inf", "~init", "+init={_target_:f,std:a}"))
+    printed = (ROOT / "conf/optimizer/block_admm.yaml").read_text(encoding="utf-8").split("# Eq. 6: ")[1].split("}")[0]
+    config = composed(f"optimizer.penalty={printed}}}")  # as its comment has it
+    check(config)
+    assert instantiate(config.optimizer.penalty) == AdaptivePenalty()
+
+
+# --- Searches
+
+
+@pytest.mark.parametrize(
+    "override", ["k=range(1,3)", "k=range(3)", "k=range(6,1,-2)", "k=range(0,1,0.3)", "k=range(1,2)", "k=null,0.1,0.4"]
+)
+def test_a_study_searches_the_cells_of_a_grid(override: str) -> None:
+    optuna = pytest.importorskip("hydra_plugins.hydra_optuna_sweeper._impl")
+    parser = OverridesParser.create()
+    grid = parser.parse_override(override).sweep_string_iterator()
+    space = optuna.create_optuna_distribution_from_override(parser.parse_override(without_end(override)))
+    if hasattr(space, "choices"):
+        assert space.choices == ("null", 0.1, 0.4)  # Optuna's TPE drops trials of a None
+    else:
+        steps = round((space.high - space.low) / (step := getattr(space, "q", None) or space.step))
+        searched = [space.low + number * step for number in range(steps + 1)]
+        assert searched == pytest.approx(sorted(map(float, grid)))
+
+
+def test_a_study_s_ranges_end_as_a_grid_s(tmp_path: Path) -> None:
+    """Of the command line and of search=…."""
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    few = [*SMALL, "iterations=1", "seeds=[0]", "dataset.holdout=20", *places(tmp_path), "hydra.sweeper.n_trials=1"]
+    few += ["hydra/sweeper=study", "+hydra.sweeper.params={optimizer.epoch_parts: 'range(1,4)'}"]
+    launch(*few, "optimizer.batch_size=range(5,6)")
+    (file,) = tmp_path.glob("outputs/searches/*.db")
+    ((trial,),) = [optuna.load_study(study_name=file.stem, storage=f"sqlite:///{file}").trials]
+    assert {name: (space.low, space.high) for name, space in trial.distributions.items()} == {
+        "optimizer.batch_size": (5, 5),
+        "optimizer.epoch_parts": (1, 3),
+    }
+    with pytest.raises(SystemExit, match=r"error: k=range\(5,5\): a range without a value"):
+        without_end("k=range(5,5)")
+
+
+def test_null_is_a_value_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its table, its picture and as the best one."""
+    held_out = {"dataset": {"holdout": 5, "sha256": "abc"}, "seeds": [0]}
+    runs = [
+        put(tmp_path, f"sgd-{value}", [score], info("sgd", "tuned", "2001", overrides=[f"a.b={value}"], **held_out))
+        for value, score in (("0.4", 50.0), ("null", 90.0), ("0.1", 70.0))
+    ]
+    drawn: list[Figure] = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), real(self, *a, **k))[1])
+    write("mnist_shallow_sgd", rankings(runs)["mnist_shallow_sgd"], tmp_path)
+    path = tmp_path / "searches/mnist_shallow_sgd.csv"
+    assert list(read(path)["a.b"]) == ["null", "0.1", "0.4"]
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["null", "0.1", "0.4"]
+    assert axes.collections[0].get_offsets().tolist() == [[0, 90], [1, 70], [2, 50]]
+    assert [line["best"] for line in search(path)] == ["a.b=null"]
+
+
+# --- Texts
+
+
+def test_text_is_read_and_written_as_utf_8() -> None:
+    """Whatever the locale's encoding is."""
+    folders = ("admm", "experiments", "scripts", "hydra_plugins")
+    without = []
+    for path in [ROOT / "run.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and is_text_without_encoding(call):
+                without.append(f"{path}:{call.lineno}: {ast.unparse(call)}")
+    assert without == []
+
+
+def is_text_without_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text, of a file or of a process, in the locale's encoding."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    mode = given.get("mode", " ".join(ast.unparse(part) for part in call.args if isinstance(part, ast.Constant)))
+    is_file = name in ("read_text", "write_text") or (
+        name == "open" and "b" not in mode and ast.unparse(call.func) not in ("os.open", "Image.open", "logger.open")
+    )
+    return "encoding" not in given and (is_file or given.get("text") == "True")
+
+
+def test_pages_are_utf_8_in_any_locale_and_what_a_terminal_lacks_ends_nothing(tmp_path: Path) -> None:
+    note = "784–128–10, β = 1"
+    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", note=note, commit="c"))
+    code = """import sys
+from pathlib import Path
+from experiments.report import show
+from experiments.store import Run
+from scripts.tables import main
+main(Path(sys.argv[1]))
+show(__import__("pandas").DataFrame([{"note": Run(Path(sys.argv[2])).info["note"]}]), "a note")
+"""
+    narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-c", code, str(tmp_path), str(run.folder)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | narrow, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert note in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert b"784?128?10, ? = 1" in done.stdout
+
+
+def test_a_character_that_the_output_lacks_is_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(printed, encoding="ascii"))
+    show_what_can_be_shown()
+    print("β = 1", flush=True)
+    assert printed.getvalue() == b"? = 1\n"
+
+
+def test_a_note_stays_in_its_cell_and_is_no_formula(tmp_path: Path) -> None:
+    assert markdown(pd.DataFrame({"a|b": ["x | y\nz", "c"]})) == "| a\\|b |\n| --- |\n| x \\| y z |\n| c |"
+    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", note="$x_{$ of 5$"))
+    picture = figure("mnist_shallow", curves([run]))
+    picture.savefig(tmp_path / "a.png")
+    (text,) = picture.axes[0].get_legend().get_texts()  # type: ignore[union-attr]
+    assert r"\$x_{\$ of 5\$" in text.get_text()
+
+
+# --- Code
+
+
+def test_the_sources_of_a_run_are_those_of_what_its_configuration_names() -> None:
+    def of(*overrides: str) -> dict[str, str]:
+        plain: Any = OmegaConf.to_container(composed(*overrides), resolve=True)
+        return sources(plain)
+
+    found = of("optimizer=sgd", "logger=wandb")
+    assert next(iter(found)) == "admm/optimizers/backprop.py"
+    assert {"admm/models.py", "admm/blocks.py", "admm/training.py", "experiments/classification.py"} <= set(found)
+    others = {"admm/optimizers/block_admm.py", "admm/optimizers/taylor.py", "admm/optimizers/__init__.py"}
+    assert not (others | {"experiments/report.py", "experiments/store.py", "experiments/loggers.py"}) & set(found)
+    assert "admm/deepfacto/nmf.py" in of("experiment=lfw_proxy", "optimizer=nmf", "setting=rank4")
+    assert "experiments/classification.py" in of("experiment=memory")
+    assert all(len(sha) == 12 for sha in found.values())
+
+
+NETWORK = """from torch import nn
+from mylab.sizes import WIDTH
+def network(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))
+"""
+
+
+def test_a_run_of_other_code_is_named_and_kept_or_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "mylab"
+    package.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def edit(width: int) -> None:
+        for name, text in (("__init__", ""), ("networks", NETWORK), ("sizes", f"WIDTH = {width}\n")):
+            (package / f"{name}.py").write_text(text)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
+            del sys.modules[name]
+        provenance.read.cache_clear()
+
+    def run(*overrides: str) -> tuple[str, pd.DataFrame]:
+        model = ["model={_target_:mylab.networks.network}", "dataset.first=100", "iterations=1", "seeds=[0]"]
+        few = ["experiment=digits_shallow", "optimizer=sgd", "~model", f"+{model[0]}", *model[1:], *places(tmp_path)]
+        printed = launch(*few, *overrides)
+        (found,) = stored(tmp_path / "outputs")
+        assert {"mylab/networks.py", "mylab/sizes.py"} <= set(found.info["sources"])
+        return printed, found.history.drop(columns="seconds")
+
+    edit(width=4)
+    printed, before = run()
+    edit(width=5)
+    monkeypatch.setattr(provenance, "commit", lambda: "another")
+    printed, kept = run()
+    then = provenance.git(ROOT, "rev-parse", "--short=12", "HEAD").strip()
+    assert (
+        f"made by other code, {then}" in printed and ", now another: mylab/sizes.py; kept, force=true makes" in printed
+    )
+    pd.testing.assert_frame_equal(kept, before, check_exact=True)
+    found = stored(tmp_path / "outputs")[0]
+    changed = {"sources": found.info["sources"] | {"mylab/sizes.py": "0"}, "commit": "another"}
+    with pytest.raises(ValueError, match=r"^other_code=refuse: sgd-.*: made by other code, .*: mylab/sizes.py$"):
+        stands(found, changed, "refuse")
+    printed, again = run("other_code=rerun")
+    assert "mylab/sizes.py; it is made again" in printed and not again.equals(before)
+    assert stands(found, found.info, "refuse")
+
+
+def test_a_race_of_other_code_is_run_again(tmp_path: Path) -> None:
+    """Which is of no seed alone, as memory and the faces."""
+    few = ["experiment=mnist_walltime", "dataset=digits", "dataset.first=100", "model.hidden=[8]", "optimizers=[sgd]"]
+    few += ["iterations=1", "seeds=[0]", "threads=1", "progress=false", "setting=default", *places(tmp_path)]
+    launch(*few)
+    (run,) = stored(tmp_path / "outputs")
+    former = run.info | {"sources": run.info["sources"] | {"admm/blocks.py": "0"}, "finished": "2001"}
+    (run.folder / "run.json").write_text(json.dumps(former))
+    assert ": admm/blocks.py; it is made again" in launch(*few, "other_code=rerun")
+    assert run.info["finished"] != "2001" and run.info["sources"]["admm/blocks.py"] != "0"
+
+
+def test_of_a_run_before_sources_were_hashed_git_tells_what_has_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        return provenance.git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments)
+
+    for name in ("b.py", "a.py", "of_no_run.py"):
+        (tmp_path / name).write_text("first")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        git(*arguments)
+    first, names = git("rev-parse", "HEAD").strip(), ["b.py", "a.py", "elsewhere.py"]
+    assert changed_since(first, names, tmp_path) == []
+    for name in ("a.py", "b.py", "of_no_run.py"):
+        (tmp_path / name).write_text("second")
+    assert changed_since(first, names, tmp_path) == ["b.py", "a.py"]
+    assert changed_since(first, ["elsewhere.py"], tmp_path) == []
+    for unknown in (f"{first}+", None, "0" * 12):
+        assert changed_since(unknown, names, tmp_path) is None
+    run = put(tmp_path, "sgd-tuned", [90.0], info("sgd", "tuned", "2001", seeds=[0], commit=first))
+    origin = {"commit": "now", "sources": dict.fromkeys(names, "0")}
+    monkeypatch.setattr(classification, "changed_since", lambda *asked: changed_since(*asked, tmp_path))
+    for other_code in ("keep", "rerun", "refuse"):
+        assert stands(run, origin, other_code)
+    assert caplog.text.count(f"made by other code, {first}, now now: b.py, a.py; kept") == 3
+    unknown_run = put(tmp_path, "adam-tuned", [90.0], info("adam", "tuned", "2001", seeds=[0], commit="c+"))
+    caplog.set_level("INFO")
+    assert stands(unknown_run, origin, "refuse") and "the sources of c+, which made it, were not kept" in caplog.text
+
+
+def test_a_resumed_run_whose_code_has_changed_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    slot = Slot(tmp_path, "a", "b", "c")
+    slot.partial.mkdir(parents=True)
+    slot.checkpoint.write_bytes(b"")
+    begun = {"commit": "c", "versions": {}, "machine": "m", "sources": {"admm/blocks.py": "1", "admm/losses.py": "1"}}
+    (slot.partial / "started.json").write_text(json.dumps(begun))
+    note_start(slot, begun | {"sources": {"admm/blocks.py": "2", "admm/losses.py": "1"}})
+    assert "begun with other code, resumed with another admm/blocks.py" in caplog.text
+    caplog.clear()
+    note_start(slot, begun | {"sources": {"admm/blocks.py": "2", "admm/losses.py": "1"}})
+    assert "other code" not in caplog.text
