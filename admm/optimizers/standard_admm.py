@@ -64,8 +64,8 @@ class StandardADMM:
     """Algorithm 3 on Eq. 11, every step an exact minimiser; J is the sum over the samples and has a prox.
 
     The intercept is an extra column of ones in A_{l−1}, so that W_l and b_l are one ridge regression, with the penalty
-    λ‖[W_l b_l]‖² on both; without weight decay they are the shortest of all minimisers. `start_from="uniform"`: all variables ~ U(0, spread) (§4.1). "forward": the problem's own
-    initialisation, Z and A by a forward pass, duals 0.
+    λ‖[W_l b_l]‖² on both; without it, for λ = 0, they are the shortest of all minimisers. `start_from="uniform"`: all
+    variables ~ U(0, spread) (§4.1). "forward": the problem's own initialisation, Z and A by a forward pass, duals 0.
 
     Starting variables, for `init`: `weight` [S, d_l, d_{l−1}], `bias` [S, d_l], `z`, `u` [S, N, d_l], l = 1..L, and
     `a`, `v` [S, N, d_l], l = 1..L−1. (W and b are overwritten first.)
