@@ -83,9 +83,9 @@ class Reference:
             p = np.exp(z - z.max(1, keepdims=True))
             p /= p.sum(1, keepdims=True)
             slope = self.loss.scale * (p - self.y) + self.gamma * (z - u) + self.alpha * (z - v)
-            curvature = self.loss.scale * (p[:, None] * unit - p[:, :, None] * p[:, None]) + (
-                self.gamma + self.alpha
-            ) * unit
+            curvature = (
+                self.loss.scale * (p[:, None] * unit - p[:, :, None] * p[:, None]) + (self.gamma + self.alpha) * unit
+            )
             z -= np.linalg.solve(curvature, slope[:, :, None])[:, :, 0]
         return z
 

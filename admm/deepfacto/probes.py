@@ -26,9 +26,9 @@ class Probe:
     """One linear SVM an attribute (paper, §4.2), on standardised features.
 
     C times the number of features is the one of `costs` with the best `score` on a third of the training people, held
-    out; then the SVM is trained on all. People are drawn again, up to `SPLITS` times, until both classes are among those
-    held out and among the others. In these units the best ones lie close together for few features and for many; which
-    one was taken is told with the result. `balanced` weighs the classes by their rarity.
+    out; then the SVM is trained on all. People are drawn again, up to `SPLITS` times, until both classes are among
+    those held out and among the others. In these units the best ones lie close together for few features and for many;
+    which one was taken is told with the result. `balanced` weighs the classes by their rarity.
     """
 
     costs: Sequence[float] = (0.03, 0.1, 0.3, 1.0)
