@@ -11,6 +11,7 @@ import unicodedata
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -368,7 +369,7 @@ def _face(file: Path, box: Box, size: int) -> Bytes:
     try:
         with Image.open(file) as stored:
             image = _upright(stored)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{file}: expected an image, found a damaged or other file ({error})") from error
     if box is not None:
         across, down = image.width // 2, image.height // 2
@@ -381,7 +382,10 @@ def _face(file: Path, box: Box, size: int) -> Bytes:
 
 def _upright(stored: Image.Image) -> Image.Image:
     """An image of any kind as RGB of 8 bits, upright. Raises ValueError for pixels whose range is not known."""
-    image = ImageOps.exif_transpose(stored)
+    stored.load()
+    image = stored
+    with suppress(SyntaxError, ValueError, OSError, struct.error):  # damaged EXIF data say nothing
+        image = ImageOps.exif_transpose(stored)
     if image.mode.startswith("I;16") or (image.mode == "I" and stored.format == "PNG"):
         # `convert` would make white of all from 255 on
         image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))

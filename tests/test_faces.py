@@ -307,8 +307,8 @@ def test_lfwa_s_names_may_be_a_row_and_have_accents(write_mat, tmp_path):
     write(tmp_path / "lfw", [f"{APART}/1.png"])
     if write_mat is write_v5:
         labels = scipy.io.loadmat(tmp_path / "lfw_att_40.mat")
-        labels |= {"name": labels["name"].T, "AttrName": labels["AttrName"].T}
-        scipy.io.savemat(tmp_path / "lfw_att_40.mat", labels)
+        rows = {"name": labels["name"].T, "AttrName": labels["AttrName"].T, "label": labels["label"]}
+        scipy.io.savemat(tmp_path / "lfw_att_40.mat", rows)
     else:
         with pytest.importorskip("h5py").File(tmp_path / "lfw_att_40.mat", "r+") as file:
             for key in ("name", "AttrName"):
@@ -455,6 +455,7 @@ KINDS = {  # how two pixels are written, and what they are: grey, or red, green 
     "greyalpha16.png": (lambda path: png16(path, 4, [[[257 * 50, 65535], [257 * 50, 0]]]), [50, 255]),
     "colouralpha16.png": (lambda path: png16(path, 6, [[[257, 514, 771, 65535], [0] * 4]]), [[1, 2, 3], 255]),
     "grey.png": (from_pixels("L", 0, 201), [0, 201]),
+    "exif.png": (lambda path: from_pixels("L", 3, 4)(path, exif=b"Exif\0\0damaged"), [3, 4]),
     "bit.png": (from_pixels("1", 0, 1), [0, 255]),
     "alpha.png": (from_pixels("RGBA", (10, 20, 30, 255), (0, 0, 0, 0)), [[10, 20, 30], 255]),
     "half.png": (from_pixels("RGBA", (0, 0, 0, 51), (100, 200, 50, 204)), [204, [131, 211, 91]]),
