@@ -220,7 +220,12 @@ def _download(folder: Path) -> Path:
 def _listed(folder: Path) -> dict[str, Path]:
     """All files of the folder by their "<person>/<file>", sorted."""
     files: dict[str, Path] = {}
-    for path in folder.glob("[!.]*/[!.]*"):
+    try:
+        people = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        paths = [path for person in people for path in person.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise DatasetError(f"{folder}: could not be searched ({error})") from error
+    for path in paths:
         if path.suffix.lower() in SUFFIXES:
             name = composed(path.relative_to(folder).as_posix())
             if name in files:

@@ -221,11 +221,24 @@ def test_the_split_is_the_same_in_every_version():
 def test_the_order_of_the_file_system_does_not_matter(root, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("other")
     write(other / "faces", NAMES[::-1])
-    glob = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda *args: reversed(list(glob(*args))))
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(list(iterdir(path))))
     one, two = load_faces(root, size=6), load_faces(other, size=6)
     assert one.names == two.names == tuple(NAMES) and one.sha256 == two.sha256
     assert torch.equal(one.train, two.train)
+
+
+def test_a_folder_that_may_not_be_read_is_named(root, monkeypatch):
+    iterdir = Path.iterdir
+
+    def denied(path):
+        if path.name == "Cy":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    expected = f"{root / 'faces'}: could not be searched ([Errno 13] Permission denied: '{root / 'faces' / 'Cy'}')"
+    assert message(root) == expected
 
 
 def test_one_person_cannot_be_split(tmp_path):
