@@ -22,7 +22,7 @@ def solve(x: Tensor, target: Tensor, ridge: float) -> Tensor:
 
 
 def reference(x: Tensor, target: Tensor, ridge: float) -> np.ndarray:
-    """Of one replica; of no more than the ridge's solution, the shortest one without."""
+    """Of one replica, by the singular values of the features: without a ridge the shortest of all solutions."""
     columns = np.hstack([x.double().numpy(), np.ones((len(x), 1))])
     below = np.sqrt(ridge) * np.eye(columns.shape[1])
     right = np.vstack([target.double().numpy(), np.zeros((len(below), target.shape[1]))])
@@ -39,10 +39,10 @@ def test_regressions_on_float32_data_are_numpy_s(samples, ridge, scale):
     """Fewer samples than features, and more: a sum of products in float32 is wrong by far more than 1e-9."""
     x, target = drawn(2, samples, 30) * scale, drawn(2, samples, 3, seed=1)
     x[:, :, 4], x[:, :, 7] = x[:, :, 5], 0.0  # a copy, and a feature that is always 0
-    for own, features, right in zip(solve(x, target, ridge * scale**2).double(), x, target, strict=True):
+    for own, features, right in zip(solve(x, target, ridge * scale**2).double().numpy(), x, target, strict=True):
         expected = reference(features, right, ridge * scale**2)
         columns = np.hstack([features.double().numpy(), np.ones((samples, 1))])
-        assert np.abs(columns @ (own.numpy() - expected).T).max() < 1e-4
+        assert np.abs(columns @ (own - expected).T).max() < 1e-4
         if scale == 1.0:  # else the intercept's column is of another size, and what is shortest hangs on rounding
             assert np.linalg.norm(own - expected) < (0.1 if ridge == 0.0 else 1e-3) * np.linalg.norm(expected)
         assert not own[:, 7].any()
