@@ -5,11 +5,13 @@ the network. `digits` comes with scikit-learn and needs no folder.
 """
 
 import hashlib
+import math
 import os
+import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +115,8 @@ def load(
         y_train, x_test, y_test, uint8, as in Keras's mnist.npz); torchvision's unpacked files; torchvision's
         download, if `download`, which is then kept as `<root>/<name>.npz`.
     normalisation: "unit", pixels in [0, 1]; "symmetric", in [-1, 1]; "standard", mean 0 and standard
-        deviation 1 in each channel of x_train (that is, after the hold-out, so that held-out samples tell
-        nothing).
+        deviation 1 in each channel of x_train, of vectors in each entry (that is, after the hold-out, so that
+        held-out samples tell nothing); what is constant there is shifted alone.
     first: use only the first so many training samples, as some authors do; None: all of them.
     holdout: number of these training samples held out, stratified by class. If not 0, they are x_test and y_test,
         and the test set is not returned: what is tuned on them never sees it.
@@ -170,11 +172,14 @@ def _find(name: str, root: Path, download: bool) -> Arrays:
         try:
             arrays = _read_torchvision(name, root, download=False)
         except DatasetError:
-            if not download:
+            try:
+                if download:
+                    return _download(name, npz)
                 raise
-            return _download(name, npz)
+            except DatasetError as error:
+                raise DatasetError(f"{_damaged(name, unpacked)}{error}") from None
         return _checked(name, arrays, unpacked)
-    except DatasetError as error:
+    except (DatasetError, OSError) as error:  # the latter where a folder cannot be searched
         ways = [f"put {npz} there, with {', '.join(KEYS)} as uint8"]
         if SOURCES[name].torchvision:
             ways.append(f"put torchvision's unpacked files into {unpacked}")
@@ -216,6 +221,47 @@ def _read_torchvision(name: str, root: Path, *, download: bool) -> Arrays:
         "x_test": np.asarray(test.data),
         "y_test": np.asarray(test.targets, dtype=np.uint8),
     }
+
+
+def _damaged(name: str, folder: Path) -> str:
+    """What is wrong with the first of torchvision's unpacked files that is not as it should be, and with how many."""
+    if not SOURCES[name].torchvision or not folder.exists():
+        return ""
+    if name == "cifar10":
+        faults = list(_cifar10_faults(folder))
+    else:
+        parts = [(part, kind) for part in ("train", "t10k") for kind in (("images", 3), ("labels", 1))]
+        found = (_idx_fault(folder / f"{part}-{kind}-idx{axes}-ubyte", axes) for part, (kind, axes) in parts)
+        faults = [fault for fault in found if fault]
+    return f"{faults[0]} (of {len(faults)} such files); " if faults else ""
+
+
+def _idx_fault(path: Path, axes: int) -> str:
+    """What is wrong with a file of MNIST's format: 0, 0, 8 for unsigned bytes, the number of axes, the length of each
+    in four bytes, and the entries."""
+    if not path.is_file():
+        return f"{path}: is not there"
+    with path.open("rb") as file:
+        head = file.read(4 + 4 * axes)
+    if len(head) < 4 + 4 * axes or head[:4] != bytes([0, 0, 8, axes]):
+        return f"{path}: does not begin as an IDX file of unsigned bytes with {axes} axes"
+    expected = len(head) + math.prod(struct.unpack(f">{axes}I", head[4:]))
+    found = path.stat().st_size
+    return f"{path}: has {found} bytes, expected {expected} by its header" if found != expected else ""
+
+
+def _cifar10_faults(folder: Path) -> Iterator[str]:
+    with suppress(ImportError):
+        from torchvision.datasets import CIFAR10
+        from torchvision.datasets.utils import calculate_md5
+
+        meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
+        for file, expected in (*CIFAR10.train_list, *CIFAR10.test_list, meta):
+            path = folder / file
+            if not path.is_file():
+                yield f"{path}: is not there"
+            elif expected is not None and (found := calculate_md5(path)) != expected:
+                yield f"{path}: its MD5 is {found}, expected {expected}"
 
 
 def _download(name: str, npz: Path) -> Arrays:
@@ -313,6 +359,8 @@ def _normalise(train: torch.Tensor, test: torch.Tensor, normalisation: str, maxi
     elif normalisation == "symmetric":
         shift = scale = maximum / 2
     else:  # over samples and pixels, for each channel
-        scale, shift = torch.std_mean(train, dim=(0, -2, -1), correction=0, keepdim=True)
+        pixels = (-2, -1) if train.ndim > 2 else ()
+        scale, shift = torch.std_mean(train, dim=(0, *pixels), correction=0, keepdim=True)
+        scale = torch.where(scale > 0, scale, 1.0)
     for x in (train, test):
         x.sub_(shift).div_(scale)

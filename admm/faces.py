@@ -5,10 +5,13 @@ split: Liu, Luo, Wang & Tang, "Deep Learning Face Attributes in the Wild", ICCV 
 """
 
 import hashlib
+import struct
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +21,7 @@ import pandas as pd
 import scipy.io
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from admm.data import DatasetError, kept
@@ -33,6 +36,7 @@ ATTRIBUTES = tuple(  # in CelebA's order
 FOLDERS = ("faces", "lfw", "lfw-deepfunneled", "lfw_funneled")  # the last is where a download goes
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LFWA, LFWA_SPLIT = "lfw_att_40.mat", "indices_train_test.mat"
+DECODED = 2  # changes with what is made of a file, so that what was kept before is not taken
 
 Integers = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -46,7 +50,7 @@ class Faces:
 
     images: uint8 [N, 3, size, size], RGB.
     people: int64 [N], whose face it is, an index into `persons`.
-    names: of the images, "<person>/<file>", and persons: of the people, sorted.
+    names: of the images, "<person>/<file>", and persons: of the people, sorted; in Unicode's form NFC.
     attributes: int8 [N, 40], 1 yes, 0 no, -1 unknown, in the order of `attribute_names`.
     train, test: int64, ascending indices of images.
     labels: what `attributes` are: "LFWA", the `labels` of `load_faces`, or "none".
@@ -79,11 +83,14 @@ def load_faces(
 ) -> Faces:
     """Load faces `<root>/<folder>/<person>/<image>` (.jpg, .jpeg or .png) and their attributes.
 
+    Images are turned as their EXIF orientation says, 16 bits are scaled to 8, and what is transparent is white.
+
     folder: of the images; None: the first of faces, lfw, lfw-deepfunneled and lfw_funneled that is there, or else, if
         `download`, LFW's funnelled images of 250x250 pixels, brought by scikit-learn into `<root>/lfw_funneled`.
     attributes: table under root (.csv, .csv.gz), with the file (its person's folder before it or not) in column
         `image` and a column of 0/1, -1/1 or probabilities, which are yes from 0.5 on, for each of the 40 attributes.
-        An empty value, or an image that is not listed, is unknown. None: LFWA, if root has its authors'
+        An empty value, or an image that is not listed, is unknown. Names are the same in Unicode's forms NFC and NFD.
+        None: LFWA, if root has its authors'
         lfw_att_40.mat and indices_train_test.mat (of MATLAB 5, or of 7.3 with h5py), whose images, labels and split
         are taken as they are; else all is unknown.
     labels: what the labels of the table are.
@@ -101,7 +108,8 @@ def load_faces(
     _check(box, size, train_fraction)
     root = Path(root).expanduser()
     faces = _find(root, folder, download)
-    names = _listed(faces)
+    files = _listed(faces)
+    names = list(files)
     official = attributes is None and (root / LFWA).exists()
     if official:
         labels, (names, answers) = "LFWA", _lfwa(root / LFWA, faces, names)
@@ -114,7 +122,7 @@ def load_faces(
         train, test = _lfwa_split(root / LFWA_SPLIT, len(names))
     else:
         train, test = split_people(people, train_fraction, split_seed)
-    images = _cached(root / "cache", [faces / name for name in names], box, size)
+    images = _cached(root / "cache", [files[name] for name in names], box, size)
     content = (images, people.astype(np.int64), answers, train, test)
     sha = hashlib.sha256()
     for array in content:
@@ -209,19 +217,34 @@ def _download(folder: Path) -> Path:
         return Path(home, "lfw_home", "lfw_funneled").rename(folder)
 
 
-def _listed(folder: Path) -> list[str]:
-    """All "<person>/<file>" of the folder, sorted."""
-    found = (path for path in folder.glob("[!.]*/[!.]*") if path.suffix.lower() in SUFFIXES)
-    names = sorted(path.relative_to(folder).as_posix() for path in found)
-    if not names:
+def _listed(folder: Path) -> dict[str, Path]:
+    """All files of the folder by their "<person>/<file>", sorted."""
+    files: dict[str, Path] = {}
+    try:
+        people = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        paths = [path for person in people for path in person.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise DatasetError(f"{folder}: could not be searched ({error})") from error
+    for path in paths:
+        if path.suffix.lower() in SUFFIXES:
+            name = composed(path.relative_to(folder).as_posix())
+            if name in files:
+                raise DatasetError(f"{folder}: two files are called {name}, one in another Unicode form; delete one")
+            files[name] = path
+    if not files:
         raise DatasetError(f"{folder}: has no images, expected <person>/<image>.jpg (or .jpeg, .png)")
-    return names
+    return dict(sorted(files.items()))
+
+
+def composed(name: str) -> str:
+    """A name of a file in Unicode's form NFC: a file system may have a letter and its accent apart (NFD)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _lfwa(mat: Path, folder: Path, listed: list[str]) -> tuple[list[str], Answers]:
     """Names and attributes [N, 40] as LFWA's authors give them."""
     columns, label, files = _read_mat(mat, "AttrName", "label", "name")
-    names = [str(file).strip().replace("\\", "/") for file in files.ravel()]
+    names = [composed(str(file).strip().replace("\\", "/")) for file in files.ravel()]
     if label.shape != (len(names), columns.size):
         raise DatasetError(f"{mat}: label is {list(label.shape)}, expected [{len(names)}, {columns.size}]")
     if missing := sorted(set(names) - set(listed)):
@@ -277,7 +300,7 @@ def _table(path: Path, names: list[str]) -> Answers:
     rows = {name: row for row, name in enumerate(names)}
     if len(files := {name.split("/")[1]: row for name, row in rows.items()}) == len(names):
         rows |= files  # no two people have a file of the same name: the person need not be given
-    image = table["image"].astype(str).str.replace("\\", "/")
+    image = table["image"].astype(str).str.replace("\\", "/").map(composed)
     if len(strange := image[~image.isin(rows)]):
         raise DatasetError(f"{path}: no face is called {strange.iloc[0]} (of {len(strange)} such), one is {names[0]}")
     row = image.map(rows).astype(np.int64)
@@ -326,8 +349,11 @@ def split_people(people: Integers, fraction: float, seed: int) -> tuple[Integers
 
 def _cached(cache: Path, files: list[Path], box: Box, size: int) -> Bytes:
     """The images, from the cache, or decoded and kept there."""
-    states = [(*file.parts[-2:], stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
-    key = hashlib.sha256(repr((box and tuple(box), size, states)).encode()).hexdigest()[:16]
+    try:
+        states = [(*file.parts[-2:], stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    except OSError as error:
+        raise DatasetError(f"expected an image, found a file that cannot be read ({error})") from error
+    key = hashlib.sha256(repr((DECODED, box and tuple(box), size, states)).encode()).hexdigest()[:16]
     return kept(cache / f"faces-{key}.npy", lambda: _decoded(files, box, size))
 
 
@@ -347,8 +373,8 @@ def _face(file: Path, box: Box, size: int) -> Bytes:
     """One image [3, size, size]."""
     try:
         with Image.open(file) as stored:
-            image = stored.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+            image = _upright(stored)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{file}: expected an image, found a damaged or other file ({error})") from error
     if box is not None:
         across, down = image.width // 2, image.height // 2
@@ -357,3 +383,19 @@ def _face(file: Path, box: Box, size: int) -> Bytes:
             raise ValueError(f"box={tuple(box)} reaches beyond {file}, of {image.width}x{image.height} pixels")
         image = image.crop((left, top, right, bottom))
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+def _upright(stored: Image.Image) -> Image.Image:
+    """An image of any kind as RGB of 8 bits, upright. Raises ValueError for pixels whose range is not known."""
+    stored.load()
+    image = stored
+    with suppress(SyntaxError, ValueError, OSError, struct.error):  # damaged EXIF data say nothing
+        image = ImageOps.exif_transpose(stored)
+    if image.mode.startswith("I;16") or (image.mode == "I" and stored.format == "PNG"):
+        # `convert` would make white of all from 255 on
+        image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, whose range is not known; save it with 8 bits")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")

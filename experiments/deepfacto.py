@@ -254,7 +254,7 @@ def execute(config: DictConfig, job: Job) -> Run:
         probe, method = (instantiate(config[key], _convert_="all") for key in ("probe", "optimizer"))
         if not isinstance(method, DeepFacto) and not hasattr(method, "represent"):
             raise ValueError(f"optimizer: {job.info['method']} is not one of deepfacto, nmf, pca, raw")
-        columns = attributes_to_probe(faces, config.fewest)
+        columns = attributes_to_probe(faces, config.fewest, probe)
         if not isinstance(method, DeepFacto) and (config.model.rank or 1) > features.maps.shape[1]:
             raise ValueError(f"model.rank: {config.model.rank} is more than the {features.maps.shape[1]} channels")
     info, history = job.info | {"labels": faces.labels}, list[Row]()
@@ -327,17 +327,39 @@ def verified(problem: Problem, theta: Parameters, test: tuple[Features, Tensor, 
     return {"verification": torch.tensor(found), "train_loss": torch.stack(losses).to(problem.x.device)}
 
 
-def attributes_to_probe(faces: Faces, fewest: int) -> list[int]:
+def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:
     """Columns of the attributes that at least `fewest` training faces have, and as many have not, and that some test
-    faces have and some have not. Raises ValueError if there is none."""
+    faces have and some have not; those for which people cannot be held out to choose C are left out, with a warning.
+    Raises ValueError if there is none, or `fewest` is not a whole number from 1 up."""
+    if not isinstance(fewest, int) or fewest < 1:
+        raise ValueError(f"fewest: {fewest!r} is not a whole number from 1 up")
     counts = [[(faces.attributes[part] == kind).sum(0) for kind in (0, 1)] for part in (faces.train, faces.test)]
     enough = torch.stack([torch.stack(counts[0]).amin(0) >= fewest, torch.stack(counts[1]).amin(0) > 0]).all(0)
-    if not enough.any():
-        raise ValueError(
-            f"dataset.attributes: no attribute is had by {fewest} training faces, and not had by {fewest} (`fewest`); "
-            f"the labels: {faces.labels}"
+    columns, left_out = list[int](), list[str]()
+    for column in enough.nonzero().flatten().tolist():
+        kept, _ = labelled(faces, column)
+        if probe.can_choose(faces.attributes[kept, column].numpy(), faces.people[kept].numpy()):
+            columns.append(column)
+        else:
+            left_out.append(faces.attribute_names[column])
+    if left_out:
+        log.warning(
+            "not probed: %s; to choose C, training people are held out, and no third of them leaves faces with and "
+            "without the attribute on both sides",
+            ", ".join(left_out),
         )
-    return enough.nonzero().flatten().tolist()
+    if not columns:
+        raise ValueError(
+            f"dataset.attributes: no attribute is had by {fewest} training faces, and not had by {fewest} (`fewest`), "
+            f"of people of whom a third can be held out; the labels: {faces.labels}"
+        )
+    return columns
+
+
+def labelled(faces: Faces, column: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training and of the test faces of which it is known whether they have an attribute."""
+    train, test = (part[faces.attributes[part, column] >= 0] for part in (faces.train, faces.test))
+    return train, test
 
 
 def probed_attributes(
@@ -346,13 +368,12 @@ def probed_attributes(
     """A row for each attribute. What is in the file `done` is not measured again; what is measured goes there."""
     content = digest(found.scores, repr(probe))
     known = {(row["scores"], row["attribute"]): row for row in measured_before(done)}
-    x, train, test = found.scores.flatten(1).numpy(), faces.train.numpy(), faces.test.numpy()
-    people, attributes = faces.people.numpy(), faces.attributes.numpy()
+    x, people, attributes = found.scores.flatten(1).numpy(), faces.people.numpy(), faces.attributes.numpy()
     for column in columns:
         attribute, y = faces.attribute_names[column], attributes[:, column]
         row = known.get((content, attribute))
         if row is None:
-            kept, tested = train[y[train] >= 0], test[y[test] >= 0]
+            kept, tested = (part.numpy() for part in labelled(faces, column))
             positives = int((y[tested] == 1).sum())
             share = 100.0 * positives / len(tested)
             row = {

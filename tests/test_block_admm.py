@@ -542,6 +542,21 @@ def test_the_majorised_step_is_at_most_newtons_before_a_relu(mlp_problem):
         assert torch.linalg.eigvals(inverse[0] @ hessian).real.max() < 1 + 1e-12
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e7])
+def test_the_majorised_step_before_a_large_weight_in_float32_is_float64_s(mlp_problem, size):
+    """W_3 is [3, 4]: one direction of Z_2 in four is seen by β_2 alone."""
+    problem = mlp_problem()
+    problem = replace(problem, x=problem.x.float())
+    theta, beta = problem.initial((0, 1)), [torch.full((2, 1, 1), b) for b in (0.5, 2.0, 1.0)]
+    weight = theta.blocks[2][0]["weight"].mul_(size)
+    weight[1] = torch.inf
+    inverse = ZUpdate("majorised").inverse_curvature(problem.blocks, theta, beta, [])[1]
+    w = weight[0].double()
+    expected = torch.linalg.inv(2.0 * torch.eye(4).double() + w.T @ w)
+    torch.testing.assert_close(inverse[0].double(), expected, rtol=0.0, atol=1e-3)
+    assert inverse[1].isnan().all()  # of a replica that has diverged, without an error for the other
+
+
 def test_the_lipschitz_step_is_near_the_largest_safe_one(mlp_problem):
     problem = mlp_problem()
     update, theta = ZUpdate("lipschitz", last="prox"), mlp_problem().initial(SEEDS)

@@ -118,20 +118,78 @@ def test_home_is_expanded_and_dtype_is_kept(content, no_torchvision, monkeypatch
 def test_torchvision_idx_files_are_read(name, content, tmp_path):
     pytest.importorskip("torchvision")
     arrays = content(name)
-    raw = tmp_path / TORCHVISION[name] / "raw"
-    raw.mkdir(parents=True)
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        for array, kind in ((arrays[f"x_{part}"], "images-idx3"), (arrays[f"y_{part}"], "labels-idx1")):
-            header = struct.pack(f">HBB{array.ndim}i", 0, 8, array.ndim, *array.shape)
-            (raw / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    raw = write_idx(tmp_path / TORCHVISION[name] / "raw", arrays)
     found = load(name, tmp_path, download=False)
     assert torch.equal((found.x_test * 255).round().to(torch.uint8), torch.from_numpy(arrays["x_test"]))
     assert torch.equal(found.y_train, torch.from_numpy(arrays["y_train"]).long())
     assert not (tmp_path / f"{name}.npz").exists()  # only a download is kept
 
-    (raw / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")  # torn off
-    with pytest.raises(DatasetError, match=f"no {name}.npz, and torchvision's {TORCHVISION[name]} failed"):
-        load(name, tmp_path, download=False)
+    torn = raw / "t10k-images-idx3-ubyte"
+    torn.write_bytes(b"\0\0\x08\x03")
+    expected = (
+        f"{torn}: does not begin as an IDX file of unsigned bytes with 3 axes (of 1 such files); no {name}.npz, and"
+    )
+    assert refusal(name, tmp_path, download=False).startswith(expected)
+
+
+def write_idx(raw, arrays):
+    raw.mkdir(parents=True)
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        for array, kind in ((arrays[f"x_{part}"], "images-idx3"), (arrays[f"y_{part}"], "labels-idx1")):
+            header = struct.pack(f">HBB{array.ndim}i", 0, 8, array.ndim, *array.shape)
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "has 23 bytes, expected 28 by its header"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"ab"), "has 30 bytes, expected 28 by its header"),
+        (
+            lambda path: path.write_text("<html>404</html>"),
+            "does not begin as an IDX file of unsigned bytes with 1 axes",
+        ),
+        (lambda path: path.unlink(), "is not there"),
+        (lambda path: path.unlink() or path.mkdir(), "is not there"),
+    ],
+)
+def test_a_damaged_file_is_named_when_its_download_fails(damage, problem, content, fake_download, tmp_path):
+    fake_download("mnist", OSError("no network"))
+    path = write_idx(tmp_path / "MNIST" / "raw", content("mnist")) / "t10k-labels-idx1-ubyte"
+    damage(path)
+    for download, reason in ((True, "OSError: no network"), (False, "RuntimeError: Dataset not found")):
+        message = refusal("mnist", tmp_path, download=download)
+        cause = f"no mnist.npz, and torchvision's MNIST failed: {reason}"
+        assert message.startswith(f"{path}: {problem} (of 1 such files); {cause}")
+
+
+def test_whole_files_are_not_blamed_for_torchvision_s_failure(content, fake_download, tmp_path):
+    fake_download("mnist", OSError("no network"))
+    write_idx(tmp_path / "MNIST" / "raw", content("mnist"))
+    assert refusal("mnist", tmp_path).startswith("no mnist.npz, and torchvision's MNIST failed: OSError: no network")
+
+
+def test_a_damaged_batch_of_cifar10_is_named_with_its_md5(tmp_path, monkeypatch):
+    cifar10 = pytest.importorskip("torchvision.datasets").CIFAR10
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for file in ("a", "b", "c"):
+        (folder / file).write_text(file)
+    md5 = {file: hashlib.md5(file.encode()).hexdigest() for file in "abc"}
+    monkeypatch.setattr(cifar10, "train_list", [["a", md5["a"]], ["b", md5["c"]]])
+    monkeypatch.setattr(cifar10, "test_list", [["d", md5["a"]]])
+    monkeypatch.setattr(cifar10, "meta", {"filename": "c", "md5": md5["c"], "key": "label_names"})
+    expected = f"{folder / 'b'}: its MD5 is {md5['b']}, expected {md5['c']} (of 2 such files); no cifar10.npz, and"
+    assert refusal("cifar10", tmp_path, download=False).startswith(expected)
+
+
+def test_a_folder_that_cannot_be_searched_is_named(monkeypatch, tmp_path):
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    assert refusal("mnist", tmp_path).startswith(f"[Errno 13] Permission denied: '{tmp_path / 'mnist.npz'}'")
 
 
 def test_torchvision_cifar10_batches_are_read(content, monkeypatch, tmp_path):
@@ -417,6 +475,21 @@ def test_normalisations(content, no_torchvision, tmp_path):
     mean = unit.x_train.mean(dim=(0, 2, 3), keepdim=True)  # of what is left to train on, not of what is held out
     std = unit.x_train.std(dim=(0, 2, 3), correction=0, keepdim=True)
     torch.testing.assert_close(standard.x_test, (unit.x_test - mean) / std)
+
+
+def test_vectors_are_standardised_entry_by_entry(monkeypatch, no_torchvision, tmp_path):
+    rng = np.random.RandomState(0)
+    x, y = rng.randint(0, 256, (30, 5), dtype=np.uint8), np.arange(30, dtype=np.uint8) % 2
+    x[:, 2] = 7  # constant
+    arrays = {"x_train": x[:20], "y_train": y[:20], "x_test": x[20:], "y_test": y[20:]}
+    np.savez(tmp_path / "own.npz", **arrays)
+    monkeypatch.setitem(data.SOURCES, "own", data.Source(image=(5,), classes=2, sha256=data.digest(arrays)))
+    found = load("own", tmp_path, normalisation="standard", dtype=torch.float64)
+    std = x[:20].std(0)
+    std[2] = 1.0
+    for part, own in ((found.x_train, x[:20]), (found.x_test, x[20:])):
+        np.testing.assert_allclose(part, (own - x[:20].mean(0)) / std, atol=1e-12)
+    assert (found.x_train[:, 2] == 0.0).all()
 
 
 def test_digits_are_scaled_by_their_own_maximum(digits):

@@ -2,7 +2,9 @@
 
 import gzip
 import os
+import struct
 import sys
+import zlib
 from itertools import combinations
 from pathlib import Path
 
@@ -104,6 +106,32 @@ def test_the_names_may_leave_out_the_person_or_have_backslashes_and_come_in_any_
     assert (found[[1, 2, 4, 6, 7]] == -1).all()
 
 
+APART, TOGETHER = "Jose\u0301", "Jos\u00e9"  # é as a letter and an accent (NFD), and as one character (NFC)
+
+
+def test_names_are_the_same_with_letters_and_accents_apart_and_together(tmp_path):
+    write(tmp_path / "faces", [f"{APART}/{APART}_1.png", f"{TOGETHER}/{TOGETHER}_2.png", "Ann/1.png"])
+    expected = ("Ann/1.png", f"{TOGETHER}/{TOGETHER}_1.png", f"{TOGETHER}/{TOGETHER}_2.png")
+    table([f"{TOGETHER}/{TOGETHER}_1.png", f"{APART}_2.png"]).to_csv(tmp_path / "a.csv", index=False)
+    found = load_faces(tmp_path, attributes="a.csv", size=6)
+    assert found.names == expected and found.persons == ("Ann", TOGETHER) and found.people.tolist() == [0, 1, 1]
+    assert np.array_equal(found.attributes[1:], answers(2)) and (found.attributes[0] == -1).all()
+    assert np.array_equal(
+        load_faces(tmp_path, size=10, box=(-5, -5, 5, 5)).images[1].permute(1, 2, 0),
+        pixels(f"{APART}/{APART}_1.png")[:, 1:11],
+    )
+    write(tmp_path / "faces", [f"{TOGETHER}/{TOGETHER}_1.png"])
+    assert message(tmp_path).startswith(f"{tmp_path / 'faces'}: two files are called {expected[1]}, one in another")
+
+
+def test_names_that_differ_in_case_are_two_people_s(tmp_path):
+    write(tmp_path / "faces", ["Ann/1.png", "ann/1.png"])
+    if len(list((tmp_path / "faces").iterdir())) == 2:  # the file system tells them apart
+        table(["ann/1.png"]).to_csv(tmp_path / "a.csv", index=False)
+        found = load_faces(tmp_path, attributes="a.csv", size=6)
+        assert found.persons == ("Ann", "ann") and (found.attributes >= 0).any(1).tolist() == [False, True]
+
+
 def test_equal_file_names_need_the_person(tmp_path):
     names = ["Ann/1.png", "Bob/1.png"]
     write(tmp_path / "faces", names)
@@ -193,11 +221,24 @@ def test_the_split_is_the_same_in_every_version():
 def test_the_order_of_the_file_system_does_not_matter(root, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("other")
     write(other / "faces", NAMES[::-1])
-    glob = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda *args: reversed(list(glob(*args))))
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(list(iterdir(path))))
     one, two = load_faces(root, size=6), load_faces(other, size=6)
     assert one.names == two.names == tuple(NAMES) and one.sha256 == two.sha256
     assert torch.equal(one.train, two.train)
+
+
+def test_a_folder_that_may_not_be_read_is_named(root, monkeypatch):
+    iterdir = Path.iterdir
+
+    def denied(path):
+        if path.name == "Cy":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    expected = f"{root / 'faces'}: could not be searched ([Errno 13] Permission denied: '{root / 'faces' / 'Cy'}')"
+    assert message(root) == expected
 
 
 def test_one_person_cannot_be_split(tmp_path):
@@ -270,6 +311,26 @@ def test_lfwa_is_taken_as_it_is(write_mat, slash, tmp_path):
         assert np.array_equal(image.permute(1, 2, 0), pixels(name)[:, :10])
     other = load_faces(tmp_path, size=10, split_seed=1, train_fraction=0.9)
     assert torch.equal(other.train, found.train) and torch.equal(other.test, found.test)
+
+
+@pytest.mark.parametrize("write_mat", [write_v5, write_v73])
+def test_lfwa_s_names_may_be_a_row_and_have_accents(write_mat, tmp_path):
+    names = [f"{TOGETHER}\\1.png", "Ann\\Ann_0001.png"]
+    lfwa(tmp_path, write_mat, name=names, label=np.ones((2, 40)), indices_img_train=[[1.0, 2.0]], indices_img_test=[[]])
+    write(tmp_path / "lfw", [f"{APART}/1.png"])
+    if write_mat is write_v5:
+        labels = scipy.io.loadmat(tmp_path / "lfw_att_40.mat")
+        rows = {"name": labels["name"].T, "AttrName": labels["AttrName"].T, "label": labels["label"]}
+        scipy.io.savemat(tmp_path / "lfw_att_40.mat", rows)
+    else:
+        with pytest.importorskip("h5py").File(tmp_path / "lfw_att_40.mat", "r+") as file:
+            for key in ("name", "AttrName"):
+                column = file[key][()].T
+                del file[key]
+                file.create_dataset(key, data=column, dtype=column.dtype)
+    found = load_faces(tmp_path, size=6)
+    assert found.names == (f"{TOGETHER}/1.png", "Ann/Ann_0001.png") and found.train.tolist() == [0, 1]
+    assert (found.attributes == 1).all()
 
 
 def test_lfwa_with_other_images_or_another_table(tmp_path):
@@ -354,6 +415,106 @@ def test_other_kinds_of_files(tmp_path):
     assert (found.images[0] == 40).all() and found.images[1, :, 0, 0].tolist() == [10, 20, 30]
 
 
+def test_images_are_turned_as_their_exif_says_before_the_crop(tmp_path):
+    stored = pixels("a face")
+    turned = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.swapaxes(0, 1),
+        6: np.rot90(stored, -1),  # clockwise, as of a camera on its side
+        7: stored[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(stored),
+        9: stored,  # there is no such orientation
+    }
+    for orientation in turned:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"faces/{'Ann' if orientation < 5 else 'Bob'}/{orientation}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(stored).save(path, exif=exif)
+    for image, upright in zip(load_faces(tmp_path, box=(-4, -5, 3, 2), size=7).images, turned.values(), strict=True):
+        down, across = upright.shape[0] // 2, upright.shape[1] // 2
+        assert np.array_equal(image.permute(1, 2, 0), upright[down - 5 : down + 2, across - 4 : across + 3])
+
+
+def png16(path, colour, values):
+    """A PNG of 16 bits, which Pillow writes of grey alone; values: [H, W, channels]."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.array(values))
+    header = struct.pack(">2I5B", len(values[0]), len(values), 16, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    sealed = (struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(sealed))
+
+
+def palette(path, **options):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 0])
+    image.putdata([1, 0])
+    image.save(path, **options)
+
+
+def from_pixels(mode, *values):
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image.save
+
+
+KINDS = {  # how two pixels are written, and what they are: grey, or red, green and blue
+    "grey16.png": (lambda path: png16(path, 0, [[[32768], [65535]]]), [128, 255]),
+    "dark16.png": (lambda path: png16(path, 0, [[[128], [1000]]]), [0, 4]),
+    "colour16.png": (lambda path: png16(path, 2, [[[257 * 9, 0, 65535], [257 * 77] * 3]]), [[9, 0, 255], 77]),
+    "greyalpha16.png": (lambda path: png16(path, 4, [[[257 * 50, 65535], [257 * 50, 0]]]), [50, 255]),
+    "colouralpha16.png": (lambda path: png16(path, 6, [[[257, 514, 771, 65535], [0] * 4]]), [[1, 2, 3], 255]),
+    "grey.png": (from_pixels("L", 0, 201), [0, 201]),
+    "exif.png": (lambda path: from_pixels("L", 3, 4)(path, exif=b"Exif\0\0damaged"), [3, 4]),
+    "bit.png": (from_pixels("1", 0, 1), [0, 255]),
+    "alpha.png": (from_pixels("RGBA", (10, 20, 30, 255), (0, 0, 0, 0)), [[10, 20, 30], 255]),
+    "half.png": (from_pixels("RGBA", (0, 0, 0, 51), (100, 200, 50, 204)), [204, [131, 211, 91]]),
+    "greyalpha.png": (from_pixels("LA", (7, 255), (7, 0)), [7, 255]),
+    "palette.png": (palette, [[200, 100, 0], [10, 20, 30]]),
+    "transparent.png": (lambda path: palette(path, transparency=1), [255, [10, 20, 30]]),
+    "colourkey.png": (lambda path: from_pixels("L", 9, 8)(path, transparency=9), [255, 8]),
+    "cmyk.jpg": (lambda path: Image.new("CMYK", (2, 1), (0, 255, 255, 0)).save(path, quality=95), [[255, 0, 0]] * 2),
+    "ycbcr.JPEG": (lambda path: Image.new("YCbCr", (2, 1), (90, 128, 128)).save(path), [90, 90]),
+}
+
+
+def test_the_pixels_of_all_kinds_of_files(tmp_path):
+    for person in ("Ann", "Bob"):
+        (tmp_path / "faces" / person).mkdir(parents=True)
+        for name, (write_to, _) in KINDS.items():
+            write_to(tmp_path / "faces" / person / name)
+    found = load_faces(tmp_path, size=2)
+    assert len(found.names) == 2 * len(KINDS)
+    for name, image in zip(found.names, found.images, strict=True):  # of 2x1 pixels, enlarged to 2x2
+        expected = [torch.tensor(pixel).expand(3) for pixel in KINDS[name.split("/")[1]][1]]
+        far = 2 if name.endswith((".jpg", ".JPEG")) else 1 if "half" in name else 0
+        for row in image.unbind(1):
+            assert (row.T.int() - torch.stack(expected)).abs().max() <= far, name
+
+
+def test_pixels_of_an_unknown_range_are_refused(root):
+    path = root / "faces" / NAMES[4]
+    Image.new("F", (9, 9), 0.5).save(path, format="TIFF")
+    assert message(root).startswith(
+        f"{path}: expected an image, found a damaged or other file (its pixels are of Pillow's"
+    )
+
+
+def test_an_image_of_too_many_pixels_and_one_that_is_gone_are_named(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        assert message(root).startswith(f"{root / 'faces'}") and "exceeds limit of 20 pixels" in message(root)
+    path = root / "faces" / NAMES[4]
+    path.unlink()
+    path.symlink_to(root / "gone.png")
+    assert message(root).startswith("expected an image, found a file that cannot be read (") and str(path) in message(
+        root
+    )
+
+
 @pytest.mark.parametrize("raw", [b"", b"<html>404</html>", "truncated"])
 def test_a_damaged_image_is_named_and_nothing_kept(raw, root):
     path = root / "faces" / NAMES[4]
@@ -408,6 +569,13 @@ def test_the_cache_follows_the_files_and_the_crop(root, decoded):
     (root / "faces" / NAMES[0]).unlink()
     after, count = again()
     assert count == 7 and torch.equal(after[:3], before[1:4])
+
+
+def test_what_was_decoded_in_another_way_is_not_taken(root, decoded, monkeypatch):
+    load_faces(root, size=6)
+    monkeypatch.setattr(faces, "DECODED", faces.DECODED - 1)
+    load_faces(root, size=6)
+    assert len(decoded) == 16
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", "truncated"])

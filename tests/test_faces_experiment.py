@@ -26,6 +26,7 @@ from sklearn.decomposition import PCA as Components
 from torch import nn
 
 from admm.backbones import BACKBONES, Backbone
+from admm.deepfacto.probes import Probe
 from admm.faces import ATTRIBUTES, Faces
 from admm.files import WriteError
 from experiments import deepfacto
@@ -300,10 +301,25 @@ def test_each_point_of_a_grid_has_its_own_probes(faces: Faces, tmp_path: Path, m
     assert len(seen) == 2 and not np.array_equal(*seen)
 
 
-def test_labels_that_cannot_be_probed_are_named_before_the_training(faces: Faces, tmp_path: Path) -> None:
+def test_labels_that_cannot_be_probed_are_named_before_the_training(
+    faces: Faces, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ValueError, match="no attribute is had by 19 training faces, and not had by 19"):
-        attributes_to_probe(faces, 19)
-    assert attributes_to_probe(faces, 18) == [0]
+        attributes_to_probe(faces, 19, Probe())
+    assert attributes_to_probe(faces, 18, Probe()) == [0] and not caplog.messages
+    with pytest.raises(ValueError, match="fewest: 0 is not a whole number from 1 up"):
+        attributes_to_probe(faces, 0, Probe())
+    # Of the training people number 3 alone, and of the test people half.
+    faces.attributes[:, 20] = ((faces.people == 3) | (faces.people >= 18)).to(torch.int8)
+    assert attributes_to_probe(faces, 3, Probe()) == [0]
+    assert caplog.messages[0].startswith(f"not probed: {ATTRIBUTES[20]}; to choose C, training people are held out")
+    assert attributes_to_probe(faces, 3, Probe(costs=(0.1,))) == [0, 20]
+
+
+def test_an_attribute_of_one_training_person_is_left_out_of_a_run(faces: Faces, tmp_path: Path) -> None:
+    faces.attributes[:, 20] = ((faces.people == 3) | (faces.people >= 18)).to(torch.int8)
+    run = executed(tmp_path, faces, "raw", "default", "fewest=3")
+    assert set(run.table("probes")["attribute"]) == {ATTRIBUTES[0]}
 
 
 def test_nmf_and_pca_are_fitted_to_the_training_faces(faces: Faces, tmp_path: Path) -> None:

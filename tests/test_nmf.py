@@ -48,6 +48,29 @@ def test_lbfgs_projects_to_the_same_optimum(rank):
     assert_close(other(maps), plain(maps), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("solve", [nonnegative_least_squares, by_lbfgs])
+@pytest.mark.parametrize(("of_basis", "of_z"), [(1.0, 1e-6), (1e-6, 1.0), (1e6, 1e-6), (1.0, 1e8)])
+def test_projection_is_the_same_in_all_units(solve, of_basis, of_z):
+    basis, z = draw(4, 30, 7), draw(4, 30, 9, seed=1)
+    basis[1], basis[2, :, 3] = 0.0, basis[2, :, 4]
+    z[3, 0, 0] = torch.nan  # a replica that has diverged: no error, and no effect on the others
+    gram, cross = (of_basis * basis).mT @ (of_basis * basis), of_basis * of_z * basis.mT @ z
+    scores = solve(gram, cross, torch.zeros_like(cross)) * (of_basis / of_z)
+    assert not scores[1].any() and not scores[3].isfinite().all()
+    for r in (0, 2):
+        for column in range(9):
+            _, norm = nnls(basis[r].numpy(), z[r, :, column].numpy())
+            assert (z[r, :, column] - basis[r] @ scores[r, :, column]).norm().item() <= norm * (1 + 1e-6)
+
+
+def test_a_replica_that_has_diverged_does_not_take_all_steps(monkeypatch):
+    steps, vecdot = [], torch.linalg.vecdot
+    monkeypatch.setattr(torch.linalg, "vecdot", lambda *args, **named: (steps.append(1), vecdot(*args, **named))[1])
+    gram = torch.eye(3)[None]
+    assert nonnegative_least_squares(gram, torch.full((1, 3, 4), torch.nan), torch.zeros(1, 3, 4)).isnan().all()
+    assert len(steps) == nmf.CHECK_EVERY
+
+
 def test_projection_on_a_basis_of_all_sizes_in_single_precision():
     # Columns of lengths 1e-2 to 1e2, as a factorisation leaves them.
     basis = draw(1, 60, 60) * torch.logspace(-2, 2, 60)

@@ -79,6 +79,39 @@ def test_the_cost_is_the_best_for_people_that_were_held_out(score):
         assert found["cost"] / 10 == pytest.approx(grid.fit(train, y_train).best_params_["linearsvc__C"])
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_cost_is_chosen_on_the_first_split_with_both_classes_on_both_sides(seed):
+    """Two people of a hundred have the attribute: in more than half of the splits both are on one side."""
+    train, _, people, test, _ = data()
+    y, y_test = (people % 60 == 0).astype(np.int8), (np.arange(len(test)) < 3).astype(np.int8)
+    assert sorted({*people[y == 1]}) == [0, 60]
+    found = Probe(costs=(1e-4, 1e-2, 1.0), balanced=False, seed=seed)(train, y, people, test, y_test)
+    splits = GroupShuffleSplit(100, test_size=1 / 3, random_state=seed).split(train, groups=people)
+    (split, *_) = (s for s in splits if {*y[s[0]]} == {*y[s[1]]} == {0, 1})
+    machine = make_pipeline(StandardScaler(), LinearSVC(random_state=0))
+    grid = GridSearchCV(machine, {"linearsvc__C": [1e-5, 1e-3, 1e-1]}, cv=[split], scoring="balanced_accuracy")
+    assert found["cost"] / 10 == pytest.approx(grid.fit(train, y).best_params_["linearsvc__C"])
+
+
+@pytest.mark.parametrize(
+    ("positive", "people", "possible"),
+    [
+        ([1, 1, 0, 0, 0], [0, 0, 1, 2, 3], False),  # one person alone has it
+        ([0, 0, 1, 1, 1], [0, 0, 1, 2, 3], False),  # one person alone has it not
+        ([1, 0, 1, 0], [0, 0, 1, 1], True),
+        ([1, 0, 1, 0], [0, 0, 0, 0], False),  # nobody can be held out
+    ],
+)
+def test_people_cannot_be_held_out_where_a_class_is_one_person_s(positive, people, possible):
+    y, people = np.array(positive, np.int8), np.array(people)
+    assert Probe().can_choose(y, people) == possible
+    assert Probe(costs=(0.1,)).can_choose(y, people)  # there is nothing to choose
+    if not possible:
+        x = np.random.RandomState(0).randn(len(y), 2).astype(np.float32)
+        with pytest.raises(ValueError, match="probe: no third of the people has both classes"):
+            Probe()(x, y, people, x, y)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

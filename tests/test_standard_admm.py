@@ -9,7 +9,8 @@ from fully_connected import SEEDS, NoProx, assert_close, converted, depths, gaus
 from torch import Tensor
 
 from admm.blocks import split
-from admm.losses import CrossEntropy, Hinge, SquaredError
+from admm.losses import CrossEntropy, Hinge, SquaredError, one_hot
+from admm.models import initialiser, mlp
 from admm.optimizers.protocol import Problem
 from admm.optimizers.standard_admm import StandardADMM, StandardADMMState
 from scripts.literal import standard_admm as literal
@@ -237,6 +238,30 @@ def test_a_constant_input_does_not_spoil_the_float32_regression():
     admm.step(problem, state)
     weight = variables_of(problem, state)["weight"][0][0]
     assert state.theta.flat.isfinite().all() and (weight[:, 0] == 0).all() and (weight[:, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 5e-5])
+def test_float32_weights_are_the_reference_s_with_fewer_samples_than_inputs(weight_decay):
+    """Without weight decay they are the shortest of all that are right; the reference's own system is singular then."""
+    admm, random = StandardADMM(weight_decay=weight_decay), torch.Generator().manual_seed(0)
+    x = torch.rand(20, 60, generator=random)
+    y = one_hot(x[:, :3].argmax(1), 3, x)
+    problem = Problem(x, y, split(mlp(60, [8], 3), per_layer=True), SquaredError(), initialiser("pytorch"))
+    state = admm.init(problem, SEEDS)
+    target = [(z + u).double().numpy() for z, u in zip(state.z, state.u, strict=True)]
+    features = np.hstack([x.double().numpy(), np.ones((20, 1))])
+    admm.step(problem, state)
+    own = variables_of(problem, state)
+    for s in range(3):
+        below = np.sqrt(2 * weight_decay / admm.beta) * np.eye(61)
+        right = np.vstack([target[0][s], np.zeros((61, 8))])
+        expected = np.linalg.lstsq(np.vstack([features, below]), right, rcond=None)[0].T
+        found = np.column_stack([own["weight"][0][s], own["bias"][0][s]])
+        assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
+    for _ in range(15):
+        admm.step(problem, state)
+    outputs = problem.blocks.forward(state.theta, x.expand(3, -1, -1))
+    assert torch.equal(outputs.argmax(2), y.argmax(1).expand(3, -1))
 
 
 @pytest.mark.parametrize(

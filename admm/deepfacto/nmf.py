@@ -58,19 +58,29 @@ def nonnegative_least_squares(
 
 
 def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
-    """The same minimiser by SciPy's L-BFGS-B in float64, the paper's choice (§3.4), a replica's columns at once."""
+    """The same minimiser by SciPy's L-BFGS-B in float64, the paper's choice (§3.4), a replica's columns at once, in
+    units in which the objective is not small: SciPy compares its change with 1. NaN where a replica is not finite."""
 
     def solved(gram: NDArray[np.float64], cross: NDArray[np.float64], start: NDArray[np.float64]) -> Any:
+        lengths = np.sqrt(gram.diagonal())[:, None]
+        lengths[lengths == 0.0] = 1.0
+        gram, cross = gram / lengths / lengths.T, cross / lengths
+        unit = (np.abs(cross).max() or 1.0) / lengths  # of S
+        cross = cross / (unit * lengths)
+        if not np.isfinite(cross).all() or not np.isfinite(gram).all():
+            return np.full_like(start, np.nan)
+
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             product = gram @ flat.reshape(cross.shape)
             return float((flat * (0.5 * product - cross).ravel()).sum()), (product - cross).ravel()
 
-        options = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-9 * float(np.abs(cross).max())}
-        bounds = Bounds(0.0, np.inf)
-        return minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+        options = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-9}
+        begin, bounds = (start / unit).ravel(), Bounds(0.0, np.inf)
+        found = minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+        return found.reshape(cross.shape) * unit
 
     replicas = zip(*(v.double().cpu().numpy() for v in (gram, cross, start)), strict=True)
-    return torch.stack([torch.from_numpy(solved(*replica)).view(cross.shape[1:]) for replica in replicas]).to(cross)
+    return torch.stack([torch.from_numpy(solved(*replica)) for replica in replicas]).to(cross)
 
 
 def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tolerance: float) -> Tensor:
@@ -87,7 +97,7 @@ def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tol
         ahead = torch.addcmul(new, change, torch.where(uphill, 0.0, (momentum - 1.0) / grown))
         s, momentum = new, grown
         if step % CHECK_EVERY == 0:
-            ended |= ((s - kept).abs().amax(1) <= tolerance * s.amax(1))[0]  # never of NaN
+            ended |= ~((s - kept).abs().amax(1) > tolerance * s.amax(1))[0]  # NaN has ended, too
             kept = s
             if ended.sum() >= LEAVE * len(ended):
                 found[:, :, left[ended]] = s[:, :, ended]

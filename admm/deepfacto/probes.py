@@ -16,7 +16,9 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int8]
+Indices = NDArray[np.int64]
 SCORES = {"accuracy": accuracy_score, "balanced_accuracy": balanced_accuracy_score}
+SPLITS = 100  # random ones that are tried
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Probe:
     """One linear SVM an attribute (paper, §4.2), on standardised features.
 
     C times the number of features is the one of `costs` with the best `score` on a third of the training people, held
-    out; then the SVM is trained on all. In these units the best ones lie close together for few features and for many;
+    out; then the SVM is trained on all. People are drawn again, up to `SPLITS` times, until both classes are among
+    those held out and among the others. In these units the best ones lie close together for few features and for many;
     which one was taken is told with the result. `balanced` weighs the classes by their rarity.
     """
 
@@ -45,7 +48,7 @@ class Probe:
         """`accuracy`, `balanced_accuracy` and `auc` on the test features [M, d], percent, and the `cost` of C.
 
         train: features [N, d]. y_train, y_test: 0 or 1, [N] and [M]. people: [N], whose sample each is. Raises
-        ValueError where a class is missing.
+        ValueError where a class is missing, or `can_choose` is False.
         """
         cost = self.costs[0] if len(self.costs) == 1 else self._best(train, y_train, people)
         machine = self._machine(cost, train).fit(train, y_train)
@@ -54,8 +57,21 @@ class Probe:
         values["auc"] = roc_auc_score(y_test, distance)
         return {name: 100.0 * float(value) for name, value in values.items()} | {"cost": cost}
 
+    def can_choose(self, y: Labels, people: NDArray[np.int64]) -> bool:
+        """Whether there is one cost only, or people can be held out: both arguments are those of the training."""
+        return len(self.costs) == 1 or self._split(y, people) is not None
+
+    def _split(self, y: Labels, people: NDArray[np.int64]) -> tuple[Indices, Indices] | None:
+        """Indices of the samples to train on and of those held out; None if no split has both classes on both sides."""
+        if len(np.unique(people)) < 2:
+            return None
+        splits = GroupShuffleSplit(SPLITS, test_size=1 / 3, random_state=self.seed).split(y, y, people)
+        return next((split for split in splits if all(y[side].min() < y[side].max() for side in split)), None)
+
     def _best(self, x: Floats, y: Labels, people: NDArray[np.int64]) -> float:
-        ((kept, held),) = GroupShuffleSplit(1, test_size=1 / 3, random_state=self.seed).split(x, y, people)
+        if (split := self._split(y, people)) is None:
+            raise ValueError("probe: no third of the people has both classes and leaves both to the others")
+        kept, held = split
         found = [
             SCORES[self.score](y[held], self._machine(c, x).fit(x[kept], y[kept]).predict(x[held])) for c in self.costs
         ]

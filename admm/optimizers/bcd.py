@@ -52,7 +52,8 @@ class BCD:
         Σ J(V_L, Y) + γ/2 (‖V_L − U_L‖² + Σ_{l<L} ‖V_l − relu(U_l)‖²) + ρ/2 Σ_l ‖U_l − V_{l−1} W_lᵀ − b_l‖²
 
     with V_0 = X and sums over samples. V_L, hidden U_l, W_l and b_l have a proximal term α/2 ‖· − its old value‖².
-    An iteration visits every block once and never raises the objective. γ, ρ and α may have one value a replica.
+    An iteration visits every block once and never raises the objective. γ, ρ and α may have one value a replica. For
+    W_l, an α that is nothing beside ρ V_{l−1}ᵀV_{l−1} in the data's precision is made as large as its rounding.
 
     For fully connected ReLU networks and losses with a proximal operator. Starting values of `init`: `weight` (W_l
     [S, d_l, d_{l−1}]), `bias` (b_l [S, d_l]), `u` and `v` (U_l and V_l [S, N, d_l]), L tensors each. Without `u` and
@@ -80,7 +81,7 @@ class BCD:
         v[-1].copy_(u[-1])
         put("u", u, start)
         put("v", v, start)
-        x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE)
+        x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
         return BCDState(tuple(seeds), 0, theta, u, v, x_factor)
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
@@ -163,9 +164,14 @@ class BCD:
         # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for
         # two blocks of a convex quadratic this never raises it either.
         ridge = (alpha / rho).view(-1, 1)
-        factor = state.x_factor if gram is None else factorise(gram, ridge)
+        factor = state.x_factor if gram is None else factorise(gram, ridge, _epsilon(weight))
         weight += torch.cholesky_solve(cross.mT.double(), factor).mT
         bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
+
+
+def _epsilon(weight: Tensor) -> float:
+    """For `factorise`: α/ρ is to be seen beside the mean of VᵀV's eigenvalues in the precision of the sums."""
+    return torch.finfo(weight.dtype).eps / weight.shape[2]
 
 
 def _before(problem: Problem, state: BCDState, number: int, part: slice) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
+from admm.optimizers.least_squares import factorise
 from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
 from admm.schedules import BlockValue, block_values, broadcast, positive
 
@@ -153,10 +154,9 @@ class ZUpdate:
             weight = blocks[t].linear_weight(theta.blocks[t])
             assert weight is not None
             if self.name == "majorised":
-                hessian = torch.bmm(weight.mT, beta[t] * weight)
-                hessian.diagonal(dim1=1, dim2=2).add_(beta[t - 1].squeeze(2))
-                factor, _ = torch.linalg.cholesky_ex(hessian)  # no error for the NaN of a diverged replica
-                inverses.append(torch.cholesky_inverse(factor))
+                w = weight.double()  # float32 does not see β_t beside a large W
+                factor = factorise(torch.bmm(w.mT, beta[t] * w), beta[t - 1].squeeze(2))
+                inverses.append(torch.cholesky_inverse(factor).to(weight))
             else:
                 # Tends to σ² from below, after a first one of up to d_t^½ σ².
                 image = weight.mT @ (weight @ power_vectors[t - 1])

@@ -1,8 +1,10 @@
 """Exact least-squares updates that algorithms with closed-form steps share: regressions and activations.
 
 Sums over samples are taken slice by slice, so that what lies between two products stays in the processor's cache.
-Systems are factored in float64; a Gram matrix to which only a small ridge is added has to be summed in float64 too, as
-the rounding error of a float32 one would exceed the ridge.
+Systems are factored in float64. Normal equations with a small ridge have to be summed in float64 too, on both sides:
+where Gram's eigenvalue λ is small, they multiply the rounding error of a sum by 1/λ, a factorisation of the features
+themselves only by 1/√λ. Where there is no such ridge, sums in the data's own precision do, with an epsilon of that
+precision in `factorise`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from admm.minibatches import slices
 
-EPSILON = torch.finfo(torch.float64).eps
+EPSILON = 64.0 * torch.finfo(torch.float64).eps  # what sums of many products leave of its precision
 _PANEL = 256  # columns of a symmetric product at a time: of 1500, 0.58 of its entries are computed
 
 
@@ -45,7 +47,7 @@ def add_gram(gram: Tensor, a: Tensor, scratch: Scratch) -> None:
     Of a wide one no more than the lower triangle, all that a Cholesky factorisation reads, is complete.
     """
     features = a.shape[-1]
-    columns = a if a.dtype == gram.dtype else scratch.take("gram", a.shape, gram.dtype).copy_(a)
+    columns = _converted(a, gram.dtype, scratch)
     for start in range(0, features, _PANEL):
         stop = min(start + _PANEL, features)
         gram[:, start:stop, :stop].baddbmm_(columns[:, :, start:stop].mT, columns[:, :, :stop])
@@ -56,30 +58,46 @@ def add_gram(gram: Tensor, a: Tensor, scratch: Scratch) -> None:
         gram[:, features, features] += a.shape[1]
 
 
-def add_cross(cross: Tensor, a: Tensor, target: Tensor) -> None:
-    """cross += aᵀ target, [S, m, d'], of samples a [S, n, d] and target [S, n, d']; m as in `add_gram`."""
+def add_cross(cross: Tensor, a: Tensor, target: Tensor, scratch: Scratch) -> None:
+    """cross += aᵀ target, [S, m, d'], of samples a [S, n, d] and target [S, n, d'] in cross's dtype; m as in
+    `add_gram`, a in any."""
     features = a.shape[-1]
-    cross[:, :features].baddbmm_(a.mT, target)
+    cross[:, :features].baddbmm_(_converted(a, cross.dtype, scratch).mT, target)
     if cross.shape[1] > features:
         cross[:, features] += target.sum(1)
+
+
+def _converted(a: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """Features [S, n, d] in another precision; those that all replicas share are converted once."""
+    if a.dtype == dtype:
+        return a
+    own = a[:1] if a.stride(0) == 0 else a
+    return scratch.take("converted", own.shape, dtype).copy_(own).expand_as(a)
 
 
 def factorise(gram: Tensor, ridge: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Cholesky factor [S, m, m] in float64 of gram + ridge I; `ridge` is [S, 1].
 
     Where this matrix is singular to the precision `epsilon` (a column of which less than mε is not in the span of those
-    before it), epsilon · trace is added to its diagonal as well. No exception for the NaN of a diverged replica.
+    before it), epsilon · trace is added to its diagonal as well, and ten times as much until that does: a solution then
+    is near the pseudo-inverse's. To a matrix of zeros 1 is added. A diverged replica, whose matrix is not finite, has a
+    factor of NaN, and there is no exception for the others.
     """
     gram = gram.to(torch.float64, copy=True)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal += ridge.to(gram)
+    lift = epsilon * diagonal.sum(-1)
+    lift = torch.where(lift > 0, lift, 1.0)
+    finite = gram.isfinite().flatten(1).all(1)
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(gram)
     own = factor.diagonal(dim1=-2, dim2=-1).square()
-    singular = (failed > 0) | (own <= gram.shape[-1] * epsilon * diagonal).any(-1)
-    if singular.any():
-        diagonal += torch.where(singular, epsilon * diagonal.sum(-1), 0.0).unsqueeze(-1)
-        factor, _ = torch.linalg.cholesky_ex(gram)
+    singular = finite & ((failed > 0) | (own <= gram.shape[-1] * epsilon * diagonal).any(-1))
+    while singular.any():
+        diagonal += torch.where(singular, lift, 0.0).unsqueeze(-1)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        singular, lift = finite & (failed > 0), 10.0 * lift
+    factor[~finite] = math.nan
     return factor
 
 
@@ -106,14 +124,16 @@ def regress(factor: Tensor, cross: Tensor, weight: Tensor, bias: Tensor | None =
 
 
 def gain(weight: Tensor, ratio: float | Tensor) -> Tensor:
-    """K = (ratio I + W Wᵀ)⁻¹ W, [S, d', d], of W [S, d', d] and ratio > 0, a number or [S, 1, 1], for the exact update
+    """K = (ratio I + W Wᵀ)⁻¹ W = W (ratio I + WᵀW)⁻¹, [S, d', d], of W [S, d', d] and ratio > 0, a number or [S, 1, 1],
+    for the exact update
 
     argmin_A ½‖T − A Wᵀ‖² + ratio/2 ‖A − R‖² = R + (T − R Wᵀ) K,
 
-    which is (ratio R + T W)(ratio I + WᵀW)⁻¹ by the matrix inversion lemma, and cheaper where d' < d.
+    which is (ratio R + T W)(ratio I + WᵀW)⁻¹ by the matrix inversion lemma. The smaller system is solved: it is the
+    cheaper one, and not singular without the ratio.
     """
-    w = weight.double()
-    system = torch.bmm(w, w.mT)
-    system.diagonal(dim1=-2, dim2=-1).add_(ratio if isinstance(ratio, float) else ratio.squeeze(-1))
-    factor, _ = torch.linalg.cholesky_ex(system)
-    return torch.cholesky_solve(w, factor).to(weight)
+    tall = weight.shape[1] > weight.shape[2]
+    w = (weight.mT if tall else weight).double()
+    factor = factorise(torch.bmm(w, w.mT), torch.as_tensor(ratio, dtype=torch.float64).view(-1, 1))
+    solution = torch.cholesky_solve(w, factor).to(weight)
+    return solution.mT if tall else solution

@@ -64,8 +64,8 @@ class StandardADMM:
     """Algorithm 3 on Eq. 11, every step an exact minimiser; J is the sum over the samples and has a prox.
 
     The intercept is an extra column of ones in A_{l−1}, so that W_l and b_l are one ridge regression, with the penalty
-    λ‖[W_l b_l]‖² on both. `start_from="uniform"`: all variables ~ U(0, spread) (§4.1). "forward": the problem's own
-    initialisation, Z and A by a forward pass, duals 0.
+    λ‖[W_l b_l]‖² on both; without it, for λ = 0, they are the shortest of all minimisers. `start_from="uniform"`: all
+    variables ~ U(0, spread) (§4.1). "forward": the problem's own initialisation, Z and A by a forward pass, duals 0.
 
     Starting variables, for `init`: `weight` [S, d_l, d_{l−1}], `bias` [S, d_l], `z`, `u` [S, N, d_l], l = 1..L, and
     `a`, `v` [S, N, d_l], l = 1..L−1. (W and b are overwritten first.)
@@ -130,12 +130,15 @@ class StandardADMM:
     def _update_weights(self, x: Tensor, layers: list[Views], state: StandardADMMState, scratch: Scratch) -> None:
         """W_l, b_l = argmin β/2 ‖Z_l + U_l − [A_{l−1} 1][W_l b_l]ᵀ‖² + λ‖[W_l b_l]‖² for all l (Alg. 3, first loop)."""
         before, replicas = [x, *state.a], len(state.seeds)
-        cross = [x.new_zeros(replicas, a.shape[2] + 1, z.shape[2]) for a, z in zip(before, state.z, strict=True)]
+        cross = [
+            x.new_zeros(replicas, a.shape[2] + 1, z.shape[2], dtype=torch.float64)
+            for a, z in zip(before, state.z, strict=True)
+        ]
         grams = [zero_gram(replicas, a.shape[2] + 1, x) for a in state.a]
         for part in slices(x.shape[1], self.slice_size):
             for own, a, z, u in zip(cross, before, state.z, state.u, strict=True):
-                target = torch.add(z[:, part], u[:, part], out=scratch.take("target", z[:, part].shape))
-                add_cross(own, a[:, part], target)
+                target = scratch.take("regression's target", z[:, part].shape, own.dtype)
+                add_cross(own, a[:, part], torch.add(z[:, part], u[:, part], out=target), scratch)
             for gram, a in zip(grams, state.a, strict=True):
                 add_gram(gram, a[:, part], scratch)
         factors = [state.factor, *(factorise(gram, self._ridge(replicas)) for gram in grams)]

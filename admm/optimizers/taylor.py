@@ -109,7 +109,7 @@ class Taylor:
         before = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         factor, cross, scratch = state.factor, _zero_cross(before, state.z[0]), Scratch(before)
         for part in slices(before.shape[1], self.slice_size):
-            add_cross(cross, before[:, part], state.z[0][:, part])
+            add_cross(cross, before[:, part], state.z[0][:, part], scratch)
         for number, (layer, following) in enumerate(pairwise(layers)):
             regress(factor, cross, layer["weight"])  # W_l = Z_l A†_{l−1}
             factor, cross = self._update_hidden(before, layer, following, state, number, scratch)
@@ -152,7 +152,7 @@ class Taylor:
             torch.bmm(before[:, part], layer["weight"].mT, out=z)
             relu_prox_(z, activation.copy_(a), ratio, scratch.take("gap", z.shape))
             add_gram(gram, a, scratch)
-            add_cross(cross, a, next_z)
+            add_cross(cross, a, next_z, scratch)
         return factorise(gram, self._ridge(len(gram)), torch.finfo(gram.dtype).eps), cross
 
     def _update_last(self, problem: Problem, before: Tensor, layer: Views, state: TaylorState) -> None:
