@@ -261,7 +261,8 @@ class FunctionLoss:
                 f"{self.function!r} returns {shape} for {samples} samples; J of each sample is wanted, [n] or "
                 '[n, ...], as with reduction="none"'
             )
-        return found.unflatten(0, z.shape[:2])
+        values: Tensor = found.unflatten(0, z.shape[:2])
+        return values
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
