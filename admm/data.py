@@ -282,17 +282,27 @@ def kept(
     path: Path, make: Callable[[], NDArray[Any]], failed: Callable[[OSError], None] = lambda error: None
 ) -> NDArray[Any]:
     """An array from its .npy file, mapped into memory (writes are private), or, where that is absent or damaged, made
-    and kept there, whole or not at all. Where it cannot be written, `failed` is told, and the array returned all the
-    same."""
+    and kept there, whole or not at all, with its checksum behind it. Where it cannot be written, `failed` is told, and
+    the array returned all the same."""
     with suppress(OSError, EOFError, ValueError):
-        return np.asarray(np.load(path, mmap_mode="c"))
+        found = np.asarray(np.load(path, mmap_mode="c"))
+        with path.open("rb") as file:
+            file.seek(-4, os.SEEK_END)
+            if file.read() == _checksum(found):
+                return found
     array = make()
     try:
-        with whole(path, "an array to be read the next time", array.nbytes) as part:
-            np.save(part, array)
+        with whole(path, "an array to be read the next time", array.nbytes) as part, part.open("wb") as file:
+            np.save(file, array)
+            file.write(_checksum(array))
     except WriteError as error:
         failed(error)
     return array
+
+
+def _checksum(array: NDArray[Any]) -> bytes:
+    """Of its values, four bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data).to_bytes(4, "big")
 
 
 def _digits() -> Arrays:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,7 +44,7 @@ from experiments.classification import (
     run_once,
     trained,
 )
-from experiments.store import Run, mean_score
+from experiments.store import Run, mean_score, sealed, unsealed
 
 log = logging.getLogger(__name__)
 SLICE = 256  # images that a network is applied to at a time
@@ -384,16 +383,16 @@ def probed_attributes(
             }
             row |= probe(x[kept], y[kept], people[kept], x[tested], y[tested])
             with writing(done, "what was probed"), done.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(row)}\n")  # in a line of its own, also after one that was cut off
+                file.write(f"\n{sealed(row)}\n")  # in a line of its own, also after one that was cut off
         yield {"replica": found.replica, "seed": found.seed} | {key: row[key] for key in row if key != "scores"}
 
 
 def measured_before(done: Path) -> list[dict[str, Any]]:
-    """The rows of an interrupted run's file, without one that was cut off."""
+    """The rows of an interrupted run's file, without those that were cut off or changed."""
     rows = []
     for line in done.read_text(encoding="utf-8").splitlines() if done.exists() else ():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+        with suppress(ValueError):
+            rows.append(unsealed(line))
     return rows
 
 

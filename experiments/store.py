@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,6 +90,20 @@ def identity(config: dict[str, Any], sha256: str) -> str:
     """
     content = json.dumps([without_nulls(determining(config)), sha256], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def sealed(value: Any) -> str:
+    """A line of JSON after its checksum."""
+    text = json.dumps(value)
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+def unsealed(line: str) -> Any:
+    """What `sealed` made a line of. Raises ValueError for one that was cut off or changed."""
+    checksum, _, text = line.partition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
+        raise ValueError("the checksum is another")
+    return json.loads(text)
 
 
 @dataclass(frozen=True)

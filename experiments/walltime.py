@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from experiments.classification import (
 )
 from experiments.progress import RunProgress
 from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines, table
-from experiments.store import RESUME, Run, failed_writes_in_words
+from experiments.store import RESUME, Run, failed_writes_in_words, sealed, unsealed
 
 log = logging.getLogger(__name__)
 SAME = ("identity", "commit", "sources", "machine", "versions")  # of all seeds of a race
@@ -114,17 +113,19 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
     conditions = {method: {key: job.info[key] for key in SAME} for method, job in jobs.items()}
     histories: dict[str, list[list[Row]]] = {method: [] for method in jobs}
     if kept.exists():
-        begun = json.loads(kept.read_text(encoding="utf-8"))
-        if begun["conditions"] == conditions:
+        try:
+            begun = unsealed(kept.read_text(encoding="utf-8"))
+            if begun["conditions"] != conditions:
+                raise ValueError("it was begun with other settings, code or machine")
             histories = begun["histories"]
-        else:
-            log.warning("the race in %s was begun with other settings, code or machine: it starts anew", kept.parent)
+        except ValueError as error:
+            log.warning("the race in %s starts anew: %s", kept.parent, error)
     note_start(first.slot, first.info)
     for replica in range(len(histories[first.info["method"]]), len(config.seeds)):
         for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
         with whole(kept, "the seeds raced so far") as part:
-            part.write_text(json.dumps({"conditions": conditions, "histories": histories}), encoding="utf-8")
+            part.write_text(sealed({"conditions": conditions, "histories": histories}), encoding="utf-8")
     # the first, which keeps the race, is completed last
     return [complete(job, histories[method]) for method, job in reversed(jobs.items())]
 

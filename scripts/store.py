@@ -31,7 +31,19 @@ from admm.files import MIB
 from admm.training import CheckpointError, read_checkpoint
 from experiments.paths import in_full
 from experiments.report import curves, show
-from experiments.store import SUMS, Run, Slot, delete, experiments_in, identity, lock_of, slot_of, sums, without_nulls
+from experiments.store import (
+    SUMS,
+    Run,
+    Slot,
+    delete,
+    experiments_in,
+    identity,
+    lock_of,
+    slot_of,
+    sums,
+    unsealed,
+    without_nulls,
+)
 
 PARTS = ("config.yaml", "history.csv", "run.json")  # of every run
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, yaml.YAMLError, zipfile.BadZipFile, zlib.error)
@@ -212,7 +224,7 @@ def reached(partial: Path, info: dict[str, Any]) -> str:
     """How far it goes on from."""
     try:
         if (partial / "race.json").exists():
-            histories = json.loads((partial / "race.json").read_text(encoding="utf-8"))["histories"]
+            histories = unsealed((partial / "race.json").read_text(encoding="utf-8"))["histories"]
             return f"seed {len(next(iter(histories.values())))} of {len(info['seeds'])}"
         if not (partial / "checkpoint.pt").exists():
             return "the start"

@@ -23,7 +23,7 @@ from experiments.classification import build_problem, inherited
 from experiments.convergence import row
 from experiments.memory import NAMES
 from experiments.report import content, curves, paper
-from experiments.store import Run, experiments_in, finished_runs
+from experiments.store import Run, experiments_in, finished_runs, sealed
 from experiments.walltime import seconds_to
 from scripts import search as collect
 from scripts.figures import with_tables
@@ -103,9 +103,9 @@ def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     (sgd,) = tmp_path.glob("runs/*/sgd-*/run.json")
     kept = tmp_path / "runs/.partial" / json.loads(sgd.read_text())["identity"] / "race.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
+    kept.write_text(sealed({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
     output = launch(tmp_path, *RACE, "force=true")
-    assert "begun with other settings, code or machine: it starts anew" in output and "seed 0: " in output
+    assert "starts anew: it was begun with other settings, code or machine" in output and "seed 0: " in output
     assert not kept.exists()
 
 

@@ -578,14 +578,15 @@ def test_what_was_decoded_in_another_way_is_not_taken(root, decoded, monkeypatch
     assert len(decoded) == 16
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", "truncated"])
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", "truncated", "a bit"])
 def test_a_damaged_cache_is_replaced(damage, root, decoded):
     first = load_faces(root, size=6)
     (path,) = (root / "cache").iterdir()
     whole = path.read_bytes()
     del first  # it maps the file
     path.unlink()
-    path.write_bytes(whole[:-9] if damage == "truncated" else damage)
+    flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
+    path.write_bytes({"truncated": whole[:-9], "a bit": flipped}.get(damage, damage))
     load_faces(root, size=6)
     assert len(decoded) == 16 and path.read_bytes() == whole
 
@@ -593,7 +594,7 @@ def test_a_damaged_cache_is_replaced(damage, root, decoded):
 @pytest.mark.parametrize("broken", ["save", "replace", "mkdir"])
 def test_a_cache_that_cannot_be_written_is_skipped(broken, root, decoded, monkeypatch):
     def full(path, *_, **__):
-        Path(path).write_bytes(b"half") if broken == "save" else None
+        path.write(b"half") if broken == "save" else None
         raise OSError("No space left on device")
 
     if broken == "mkdir":

@@ -35,7 +35,7 @@ from experiments.deepfacto import Features, Represented, Verification, attribute
 from experiments.faces import chosen_factors, report
 from experiments.faces import heat_maps as draw_heat_maps
 from experiments.report import further_tables
-from experiments.store import Run, Slot, finished_runs, identity
+from experiments.store import Run, Slot, finished_runs, identity, sealed, unsealed
 from scripts.store import problems
 from scripts.tables import experiment as experiment_section
 from scripts.tables import rows_of
@@ -231,6 +231,14 @@ def test_probes_that_were_measured_are_not_measured_again(
     run = executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5")
     assert len(calls) == 3  # seed 0; seed 1, which was interrupted; seed 1
     assert list(run.table("probes")["seed"]) == [0, 1]
+
+
+def test_what_was_sealed_and_changed_is_not_read() -> None:
+    line = sealed({"auc": 87.5})
+    assert unsealed(line) == {"auc": 87.5}
+    for changed in (line.replace("87", "97"), line[:-3], line[1:], "", "{}"):
+        with pytest.raises(ValueError, match="the checksum is another"):
+            unsealed(changed)
 
 
 def test_a_full_disk_leaves_the_probes_that_were_measured(
