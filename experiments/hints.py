@@ -1,4 +1,5 @@
-"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, that a callback failed."""
+"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, that a callback failed,
+and in a sweep that it ends, which of its jobs have failed."""
 
 from __future__ import annotations
 
@@ -13,15 +14,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from admm.files import WriteError, writing
+from admm.files import ADVICE, WriteError, writing
+from experiments import failures
 
 CONF = Path(__file__).parents[1] / "conf"
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
-    """For an error in writing what to do; else a line for each override `a.b=c` whose key `a.b` does not exist."""
-    if isinstance(error, OSError) and not isinstance(error, HydraException):  # as a missing file of conf/ is
-        return [_write_hint(error)]
+    """Of a sweep that has begun its failed jobs; for an error in writing what to do; else a line for each override
+    `a.b=c` whose key `a.b` does not exist."""
+    failed = [line for config in failures.begun for line in failures.listed(config)]
+    if isinstance(error, OSError) and error.errno in ADVICE:
+        return [*failed, _write_hint(error)]
+    if failed:
+        return failed
     overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
     groups = [o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o]
     GlobalHydra.instance().clear()

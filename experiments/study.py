@@ -20,6 +20,7 @@ from experiments.store import failed_writes_in_words, identity, launched_runs
 
 if TYPE_CHECKING:
     from optuna.study import Study as OptunaStudy
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
@@ -27,8 +28,9 @@ held: list[FileLock] = []  # of studies, until the process ends; no part of the 
 
 
 class Study(Callback):
-    """Before a launch of hydra/sweeper=study: what former ones have done counts towards `n_trials`, and the trials of
-    those that have died are the first that are made, from their runs' checkpoints.
+    """Before a launch of hydra/sweeper=study: trials of former ones that have a value count towards `n_trials`, those
+    of launches that have died are the first that are made, from their runs' checkpoints, and those that have failed are
+    not made again. A sampler's seed moves with the number of trials, so that it draws new ones.
 
     A study is of one command: its name ends with the hash of the configuration and of the space, so that no other
     command goes on with its trials. A second launch waits until the first one has ended.
@@ -65,6 +67,8 @@ class Study(Callback):
         study.set_user_attr("launches", self.launches)
         with read_write(config):
             sweeper.n_trials = max(0, sweeper.n_trials - len(study.get_trials(states=(TrialState.COMPLETE,))))
+            if isinstance(sweeper.sampler.get("seed"), int):
+                sweeper.sampler.seed += len(study.trials)
 
     @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -98,16 +102,18 @@ def wait_for(lock: FileLock, name: str) -> None:
 
 
 def take_up(study: OptunaStudy) -> None:
-    """Enqueue the trials that have begun and have no value, but once those of the same parameters; for the holder of
-    the study's lock. They are told to have failed first: a kill in here neither doubles nor loses one."""
+    """Enqueue the trials that a kill has cut short, but once those of the same parameters; for the holder of the
+    study's lock. Each is told to have failed when it is in the queue: a kill in here neither doubles nor loses one."""
     from optuna.trial import TrialState
 
+    def parameters(trial: FrozenTrial) -> dict[str, Any]:
+        return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+    known = [parameters(trial) for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING))]
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-    trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING))
-    known = [trial.system_attrs.get("fixed_params", {}) | trial.params for trial in trials]
-    for trial in study.get_trials(states=(TrialState.FAIL,)):
+        own = parameters(trial)
         # one that was killed among its suggestions has some of the parameters only
-        if not any(trial.params.items() <= parameters.items() for parameters in known):
-            study.enqueue_trial(trial.params)
-            known.append(trial.params)
+        if not any(own.items() <= other.items() for other in known):
+            study.enqueue_trial(own)
+            known.append(own)
+        study.tell(trial.number, state=TrialState.FAIL)
