@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from admm.files import WriteError, is_of_writing, writing
+from admm.files import ADVICE, WriteError, writing
 from experiments import failures
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -24,7 +24,7 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     """Of a sweep that has begun its failed jobs; for an error in writing what to do; else a line for each override
     `a.b=c` whose key `a.b` does not exist."""
     failed = [line for config in failures.begun for line in failures.listed(config)]
-    if isinstance(error, WriteError) or (error is not None and is_of_writing(error, Path())):
+    if isinstance(error, OSError) and (isinstance(error, WriteError) or error.errno in ADVICE):
         return [*failed, _write_hint(error)]
     if failed:
         return failed
@@ -49,9 +49,9 @@ def failures_end_the_program() -> Iterator[None]:
         raise SystemExit(f"error: {type(error).__name__}: {error}") from error
 
 
-def _write_hint(error: BaseException) -> str:
+def _write_hint(error: OSError) -> str:
     try:
-        with writing(Path(getattr(error, "filename", None) or "."), "the launch's own folder or a file in it"):
+        with writing(Path(error.filename or "."), "the launch's own folder or a file in it"):
             raise error
     except WriteError as told:
         return f"error: {told}."
