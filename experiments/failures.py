@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ class JobError(Exception):
     """A job has failed; the message says why. Unlike the error that it stands for, any process can unpickle it."""
 
 
+@contextmanager
+def failures_end_the_program() -> Iterator[None]:
+    """For a callback's methods: ends the program, with exit code 1, for an Exception, of which Hydra would but warn."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(f"error: {in_words(error)}") from error
+
+
 class Failures(Callback):
     """A job that fails ends a program that has no other one. In a sweep it leaves a note in its folder, and the end of
     the launch lists these notes, after its report, with exit code 1.
@@ -60,6 +72,7 @@ class Failures(Callback):
         if "BasicSweeper" in config.hydra.sweeper._target_:
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
+    @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         begun.clear()
         if lines := listed(config):
@@ -70,14 +83,14 @@ def in_words(error: BaseException) -> str:
     """The message alone where it says all, else after the error's type."""
     if isinstance(error, WriteError):
         return f"{error}.\n{RESUME}"
-    return str(error) if isinstance(error, TOLD) else traceback.format_exception_only(error)[-1].strip()
+    return str(error) if isinstance(error, TOLD) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def failed(folder: Path, error: Exception, verbose: Any) -> None:
     """Log the failure of a sweep's job, and leave a note in the job's folder. Raises OSError."""
     hidden = isinstance(error, TOLD) and not verbose
     log.error("%s failed: %s", folder, in_words(error), exc_info=None if hidden else error)
-    (folder / FAILED).write_text(in_words(error))
+    (folder / FAILED).write_text(in_words(error), encoding="utf-8")
 
 
 def listed(config: DictConfig) -> list[str]:
@@ -87,12 +100,13 @@ def listed(config: DictConfig) -> list[str]:
     common = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
     jobs: dict[str, list[str]] = {}
     for path in sorted(launch.rglob(FAILED)):
-        overrides = OmegaConf.load(path.parent / ".hydra" / "overrides.yaml")
-        own = [str(override) for override in overrides if override not in common]
-        jobs.setdefault(path.read_text(), []).append(f"    {path.parent}: {' '.join(own)}".rstrip(" :"))
+        known = path.parent / ".hydra/overrides.yaml"
+        own = [str(o) for o in OmegaConf.load(known) if o not in common] if known.exists() else []
+        place = f"    {path.parent}: {' '.join(own)}" if own else f"    {path.parent}"
+        jobs.setdefault(path.read_text(encoding="utf-8"), []).append(place)
     if not jobs:
         return []
     number = sum(map(len, jobs.values()))
     lines = [line for cause, places in jobs.items() for line in (f"error: {cause}", *places)]
-    failed = f"{number} job{'s' if number > 1 else ''} failed, whose logs are in these folders"
-    return [*lines, f"{failed}; the same command makes what is missing."]
+    total = f"{number} job{'s' if number > 1 else ''} failed, whose logs are in these folders"
+    return [*lines, f"{total}; the same command makes what is missing."]

@@ -1,12 +1,10 @@
-"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, that a callback failed,
-and in a sweep that it ends, which of its jobs have failed."""
+"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, and which jobs of a sweep
+had failed before an error ended it."""
 
 from __future__ import annotations
 
 import difflib
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -37,16 +35,6 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     except HydraException:
         return []
     return [line for o in overrides if o not in groups if (line := _hint(config, o.split("=")[0]))]
-
-
-@contextmanager
-def failures_end_the_program() -> Iterator[None]:
-    """For a callback's methods: ends the program, with exit code 1, for an Exception, of which Hydra would but warn."""
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        raise SystemExit(f"error: {type(error).__name__}: {error}") from error
 
 
 def _write_hint(error: OSError) -> str:

@@ -28,8 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from admm.files import whole
-from experiments.failures import failed
-from experiments.hints import failures_end_the_program
+from experiments.failures import failed, failures_end_the_program
 from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 
 log = logging.getLogger(__name__)

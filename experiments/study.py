@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from experiments.hints import failures_end_the_program
+from experiments.failures import failures_end_the_program
 from experiments.searches import is_of_a_search, rankings, write
 from experiments.store import failed_writes_in_words, identity, launched_runs
 
