@@ -48,21 +48,23 @@ def writing(path: Path, what: str, needed: int | None = None) -> Iterator[None]:
         place = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
         takes = f"it takes {needed / MIB:.1f} MiB, " if needed is not None else ""
         room = f"{takes}{shutil.disk_usage(place).free / MIB:.1f} MiB are free there"
+        advice = ADVICE.get(error.errno or 0, "See to it")
         raise WriteError(
-            f"{path}: {what} could not be written: {error} ({room}). {ADVICE[error.errno or 0]}, then do the same "
-            "again: what was written before is as it was"
+            f"{path}: {what} could not be written: {error} ({room}). {advice}, then do the same again: "
+            "what was written before is as it was"
         ) from raised
 
 
 def is_of_writing(error: BaseException, path: Path) -> bool:
     """Whether it is an OSError of the write of `path`: neither of a connection, nor of a file elsewhere, whose reading
     has failed."""
-    if not isinstance(error, OSError) or error.errno not in ADVICE:
+    if not isinstance(error, OSError):
         return False
     if not isinstance(error.filename, str | os.PathLike):
-        return True
+        return error.errno in ADVICE
     own, named = path.absolute(), Path(error.filename).absolute()
-    return named in own.parents or own.parent in named.parents or not named.is_file()
+    is_near = named in own.parents or own.parent in named.parents
+    return is_near or (error.errno in ADVICE and not named.is_file())
 
 
 @contextmanager
