@@ -58,6 +58,8 @@ def writing(path: Path, what: str, needed: int | None = None) -> Iterator[None]:
 def is_of_writing(error: BaseException, path: Path) -> bool:
     """Whether it is an OSError of the write of `path`: neither of a connection, nor of a file elsewhere, whose reading
     has failed."""
+    if isinstance(error, shutil.Error):  # of a folder that was copied
+        return True
     if not isinstance(error, OSError):
         return False
     if not isinstance(error.filename, str | os.PathLike):

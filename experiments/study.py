@@ -43,6 +43,12 @@ class Study(Callback):
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         sweeper = config.hydra.sweeper
+        if (
+            "optuna" in sweeper._target_
+            and not config.dataset.get("holdout")
+            and "dataset.holdout" not in space(config)
+        ):
+            raise SystemExit("error: dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
         if config.hydra.runtime.choices["hydra/sweeper"] != "study":
             return
         import optuna
@@ -84,11 +90,16 @@ def searched(config: DictConfig) -> str:
     """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, and the
     space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    space: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
-    space |= {o.get_key_element(): o.get_value_string() for o in overrides if o.is_sweep_override()}
-    content = [identity(OmegaConf.to_container(task, resolve=True), ""), space, str(config.hydra.sweeper.direction)]  # type: ignore[arg-type]
+    searched_by = space(config), str(config.hydra.sweeper.direction)
+    content = [identity(OmegaConf.to_container(task, resolve=True), ""), *searched_by]  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def space(config: DictConfig) -> dict[str, Any]:
+    """By key what search=… and the command line vary, as it is written there."""
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    params: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
+    return params | {o.get_key_element(): o.get_value_string() for o in overrides if o.is_sweep_override()}
 
 
 def wait_for(lock: FileLock, name: str) -> None:
