@@ -21,6 +21,9 @@ ADVICE = {
     errno.EROFS: DENIED,
     errno.EEXIST: "Move away what is in its place",
     errno.ENOTDIR: "Move away what is in its place",
+    errno.EISDIR: "Move away what is in its place",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EIO: "Look after that disk",
 }
 
 
@@ -30,14 +33,17 @@ class WriteError(OSError):
 
 @contextmanager
 def writing(path: Path, what: str, needed: int | None = None) -> Iterator[None]:
-    """Raises WriteError for an OSError in here, where `what`, of `needed` bytes if that is known, goes to `path`."""
+    """Raises WriteError for a failed write in here, where `what`, of `needed` bytes if that is known, goes to `path`.
+
+    Other errors stay what they are, also those of connections and of files that are read.
+    """
     try:
         yield
     except Exception as raised:
         error: BaseException | None = raised
-        while error is not None and not isinstance(error, OSError):
+        while error is not None and not is_of_writing(error, path):
             error = error.__context__  # PyTorch and Matplotlib stumble over an OSError and raise another error
-        if error is None or isinstance(raised, WriteError):
+        if not isinstance(error, OSError) or isinstance(raised, WriteError):
             raise
         place = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
         takes = f"it takes {needed / MIB:.1f} MiB, " if needed is not None else ""
@@ -47,6 +53,20 @@ def writing(path: Path, what: str, needed: int | None = None) -> Iterator[None]:
             f"{path}: {what} could not be written: {error} ({room}). {advice}, then do the same again: "
             "what was written before is as it was"
         ) from raised
+
+
+def is_of_writing(error: BaseException, path: Path) -> bool:
+    """Whether it is an OSError of the write of `path`: neither of a connection, nor of a file elsewhere, whose reading
+    has failed."""
+    if isinstance(error, shutil.Error):  # of a folder that was copied
+        return True
+    if not isinstance(error, OSError):
+        return False
+    if not isinstance(error.filename, str | os.PathLike):
+        return error.errno in ADVICE
+    own, named = path.absolute(), Path(error.filename).absolute()
+    is_near = named in own.parents or own.parent in named.parents
+    return is_near or (error.errno in ADVICE and not named.is_file())
 
 
 @contextmanager

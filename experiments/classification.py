@@ -21,23 +21,21 @@ from hydra.utils import instantiate
 from joblib import cpu_count, effective_n_jobs
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from admm.backbones import BackboneError
 from admm.blocks import Execution
-from admm.data import Dataset, DatasetError, load
+from admm.data import Dataset, load
 from admm.files import whole
 from admm.losses import one_hot
 from admm.optimizers import Problem
-from admm.training import CheckpointError, History, Row, train
-from experiments.loggers import Logger
+from admm.training import History, Row, train
+from experiments.failures import TOLD, BadInput, in_words
+from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
 from experiments.provenance import changed, changed_since, provenance
 from experiments.store import (
     LEFT,
     NEUTRAL,
-    RESUME,
     Run,
     Slot,
-    failed_writes_in_words,
     identity,
     mean_score,
     runs_of_row,
@@ -48,9 +46,9 @@ CONF = Path(__file__).parents[1] / "conf"
 TASK = "experiments.classification.run"
 ROW_NAMES = ("experiment", "optimizer", "setting")  # overrides that choose a row of an experiment
 load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
-BAD_INPUT = (DatasetError, BackboneError, ValueError, ImportError, InstantiationException)
 PRECISIONS = ("fp32", "tf32", "bf16")
 THREADS = torch.get_num_threads()  # of a job that does not say how many
+NO_LOGGER = NoLogger()
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OTHER_CODE = ("keep", "rerun", "refuse")
 LISTED = 6  # sources that a message names
@@ -86,27 +84,26 @@ def run_once(
     A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
     its other jobs, and comes back to it at the end (`experiments.report.Report`).
 
-    Bad input ends the program with a message that names the key or file; `hydra.verbose=true` shows where.
+    Raises BadInput, or another error whose message is for the user (`experiments.failures`).
     """
     with bad_input_in_words():
         job = find_job(config, HydraConfig.get().runtime.choices["optimizer"], load)
     left = Path(HydraConfig.get().runtime.output_dir) / LEFT
     of_a_grid = HydraConfig.get().mode == RunMode.MULTIRUN and "BasicSweeper" in HydraConfig.get().sweeper._target_
-    with failed_writes_in_words(RESUME):
-        with job.slot.lock(wait=left.exists() or not of_a_grid) as held:
-            if not held:
-                log.info("%s is being made by another process: left to it", job.slot.name)
-                left.touch()
-                return []
-            finished = job.slot.finished()
-            if finished is not None and not job.again:
-                log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
-            else:
-                finished = make(config, job)
-        runs = [*job.joined, finished]
-        report_to_launch(runs)
-        if not job.info["overrides"]:
-            job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
+    with job.slot.lock(wait=left.exists() or not of_a_grid) as held:
+        if not held:
+            log.info("%s is being made by another process: left to it", job.slot.name)
+            left.touch()
+            return []
+        finished = job.slot.finished()
+        if finished is not None and not job.again:
+            log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
+        else:
+            finished = make(config, job)
+    runs = [*job.joined, finished]
+    report_to_launch(runs)
+    if not job.info["overrides"]:
+        job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
     return runs
 
 
@@ -275,8 +272,15 @@ def execute(config: DictConfig, job: Job) -> Run:
     """Train, from the last checkpoint if there is one, and put the result into the store."""
     with bad_input_in_words():
         problem = build_problem(config, job.dataset)
-    _, history = trained(config, job, problem, (job.dataset.x_test, job.dataset.y_test))
-    return job.slot.complete(job.config, history.rows, job.info | ended(history))
+    with logger_of(config) as logger:  # closed when the result is in its place
+        _, history = trained(config, job, problem, (job.dataset.x_test, job.dataset.y_test), logger=logger)
+        return job.slot.complete(job.config, history.rows, job.info | ended(history))
+
+
+def logger_of(config: DictConfig) -> Guarded:
+    """The configuration's. Raises BadInput."""
+    with bad_input_in_words():
+        return Guarded(instantiate(config.logger))
 
 
 def trained(
@@ -285,24 +289,23 @@ def trained(
     problem: Problem,
     test: Any,
     shown: str = "test_accuracy",
-    logger: Logger | None = None,
+    logger: Logger = NO_LOGGER,
     names: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[Any, History]:
     """The optimizer's state at the end and the history, from the last checkpoint if there is one.
 
-    shown: the quantity that the progress shows, in percent. logger: None for the configuration's. names: of the
-    replicas, None for their seeds. test, options: as `admm.training.train` takes them.
+    shown: the quantity that the progress shows, in percent. logger: is opened, and left open. names: of the replicas,
+    None for their seeds. test, options: as `admm.training.train` takes them. Raises BadInput, and what `train` does.
     """
     slot, info, seeds = job.slot, job.info, job.info["seeds"]
     names = names or [f"seed {seed}" for seed in seeds]
     with bad_input_in_words(), one_sample_in_words():
         optimizer = instantiate(config.optimizer, _convert_="all")
-        logger = logger or instantiate(config.logger)
         if not hasattr(optimizer, "init"):
             raise ValueError(f"optimizer: {info['method']} trains nothing; it is for experiment=lfw_proxy")
         state = optimizer.init(problem, seeds)
-        logger.open(info, job.config)
+    logger.open(info, job.config)
     note_start(slot, info)
     reported: set[int] = set()
 
@@ -317,25 +320,20 @@ def trained(
             mean = sum(row[shown] for row in last) / len(last)
             progress.update(int(last[0]["iteration"]), mean, history.seconds)
 
-    try:
-        shows = RunProgress(slot.name, config.iterations, config.progress, shown.replace("_", " "))
-        with one_sample_in_words(), shows as progress:
-            history = train(
-                problem,
-                optimizer,
-                state,
-                config.iterations,
-                test,
-                config.evaluate_every,
-                slot.checkpoint,
-                config.checkpoint_seconds,
-                observe,
-                **options,
-            )
-    except CheckpointError as error:
-        raise SystemExit(f"error: {error}") from None
-    finally:
-        logger.close()
+    shows = RunProgress(slot.name, config.iterations, config.progress, shown.replace("_", " "))
+    with one_sample_in_words(), shows as progress:
+        history = train(
+            problem,
+            optimizer,
+            state,
+            config.iterations,
+            test,
+            config.evaluate_every,
+            slot.checkpoint,
+            config.checkpoint_seconds,
+            observe,
+            **options,
+        )
     return state, history
 
 
@@ -509,22 +507,25 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def one_sample_in_words() -> Iterator[None]:
-    """Ends the program with a message that names the keys where PyTorch cannot normalise a batch of one pixel."""
+    """Raises BadInput that names the keys where PyTorch cannot normalise a batch of one pixel."""
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise SystemExit(f"error: optimizer.batch_size, or slice_size, leaves one sample alone. {error}") from None
+        raise BadInput(f"optimizer.batch_size, or slice_size, leaves one sample alone. {error}") from error
 
 
 @contextmanager
 def bad_input_in_words() -> Iterator[None]:
-    """Ends the program with the message of an error that bad input raises, unless `hydra.verbose` asks for more."""
+    """Raises BadInput for an error that bad input raises, and for any of a class or function of the configuration."""
     try:
         yield
-    except BAD_INPUT as error:
-        if HydraConfig.get().verbose:
-            raise
-        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        raise SystemExit(f"error: {cause}") from None
+    except (ValueError, ImportError) as error:
+        raise BadInput(str(error) or repr(error)) from error
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, (ValueError, ImportError, *TOLD)) and str(cause):
+            raise BadInput(str(cause)) from error
+        place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
+        raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error

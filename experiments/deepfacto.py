@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -35,15 +35,19 @@ from admm.optimizers import Problem
 from admm.optimizers.protocol import at_least_one
 from admm.training import Row
 from experiments.classification import (
+    NO_LOGGER,
     Job,
     bad_input_in_words,
     ended,
     execution,
     find_device,
+    logger_of,
     note_start,
     run_once,
     trained,
 )
+from experiments.failures import BadInput
+from experiments.loggers import Logger
 from experiments.store import Run, mean_score, sealed, unsealed
 
 log = logging.getLogger(__name__)
@@ -59,9 +63,7 @@ def run(config: DictConfig) -> float | None:
     if config.optimizer._target_.endswith(".Raw"):
         config.setting, config.model.rank = "default", None  # it has no rank: one run for all of them
     elif not (isinstance(config.model.rank, int) and config.model.rank > 0):
-        raise SystemExit(
-            f"error: model.rank: {config.model.rank!r} is not a whole number from 1 up; setting=rank32 or so"
-        )
+        raise BadInput(f"model.rank: {config.model.rank!r} is not a whole number from 1 up; setting=rank32 or so")
     return mean_score(run_once(config, execute, partial(load, config.backbone)), config.seeds)
 
 
@@ -257,32 +259,36 @@ def execute(config: DictConfig, job: Job) -> Run:
         if not isinstance(method, DeepFacto) and (config.model.rank or 1) > features.maps.shape[1]:
             raise ValueError(f"model.rank: {config.model.rank} is more than the {features.maps.shape[1]} channels")
     info, history = job.info | {"labels": faces.labels}, list[Row]()
-    if isinstance(method, DeepFacto):
-        represented, rows, how = jointly(config, job, features, task)
-        history, info = rows, info | how
-    else:
-        note_start(job.slot, job.info)
-        represented = method.represent(features, task, job.info["seeds"])
-    probed, shown = list[dict[str, Any]](), dict[str, NDArray[Any]]()
-    info["scores_verification"] = []  # percent of pairs, by the scores themselves as embeddings
-    for found in represented:
-        history += [found.row] if found.row else []
-        info["scores_verification"].append(task.accuracy(found.scores[task.images].flatten(1)))
-        probed += probed_attributes(found, faces, probe, columns, job.slot.partial / "probes.jsonl")
+    with ExitStack() as logged:
         if isinstance(method, DeepFacto):
-            shown = shown or heat_maps(found, faces)
-    return job.slot.complete(job.config, history, info, {"probes": pd.DataFrame(probed, columns=PROBED)}, shown)
+            logger = logged.enter_context(logger_of(config))
+            represented, rows, how = jointly(config, job, features, task, logger)
+            history, info = rows, info | how
+        else:
+            note_start(job.slot, job.info)
+            represented = method.represent(features, task, job.info["seeds"])
+        probed, shown = list[dict[str, Any]](), dict[str, NDArray[Any]]()
+        info["scores_verification"] = []  # percent of pairs, by the scores themselves as embeddings
+        for found in represented:
+            history += [found.row] if found.row else []
+            info["scores_verification"].append(task.accuracy(found.scores[task.images].flatten(1)))
+            probed += probed_attributes(found, faces, probe, columns, job.slot.partial / "probes.jsonl")
+            if isinstance(method, DeepFacto):
+                shown = shown or heat_maps(found, faces)
+        return job.slot.complete(job.config, history, info, {"probes": pd.DataFrame(probed, columns=PROBED)}, shown)
 
 
 def jointly(
-    config: DictConfig, job: Job, features: Features, task: Verification
+    config: DictConfig, job: Job, features: Features, task: Verification, logger: Logger = NO_LOGGER
 ) -> tuple[Iterator[Represented], list[Row], dict[str, Any]]:
     """The paper's: backbone, factorisation and embedding trained together, from the frozen features on. Returns what
     represents the faces, the rows of the history, and how it ended."""
     with bad_input_in_words():
         problem = build_problem(config, features)
     test = (features, features.frozen[task.images], task)
-    state, history = trained(config, job, problem, test, "verification", measure=verified, keep_last=True)
+    state, history = trained(
+        config, job, problem, test, "verification", logger=logger, measure=verified, keep_last=True
+    )
     blocks, theta, seeds = problem.blocks, state.theta, state.seeds  # all else of the state is not kept meanwhile
 
     def represented() -> Iterator[Represented]:

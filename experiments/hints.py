@@ -1,11 +1,10 @@
-"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, that a callback failed."""
+"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, and which jobs of a sweep
+had failed before an error ended it."""
 
 from __future__ import annotations
 
 import difflib
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -13,15 +12,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from admm.files import WriteError, writing
+from admm.files import ADVICE, WriteError, writing
+from experiments import failures
 
 CONF = Path(__file__).parents[1] / "conf"
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
-    """For an error in writing what to do; else a line for each override `a.b=c` whose key `a.b` does not exist."""
-    if isinstance(error, OSError) and not isinstance(error, HydraException):  # as a missing file of conf/ is
-        return [_write_hint(error)]
+    """Of a sweep that has begun its failed jobs; for an error in writing what to do; else a line for each override
+    `a.b=c` whose key `a.b` does not exist."""
+    failed = [line for config in failures.begun for line in failures.listed(config)]
+    if isinstance(error, OSError) and (isinstance(error, WriteError) or error.errno in ADVICE):
+        return [*failed, _write_hint(error)]
+    if failed:
+        return failed
     overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
     groups = [o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o]
     GlobalHydra.instance().clear()
@@ -31,16 +35,6 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     except HydraException:
         return []
     return [line for o in overrides if o not in groups if (line := _hint(config, o.split("=")[0]))]
-
-
-@contextmanager
-def failures_end_the_program() -> Iterator[None]:
-    """For a callback's methods: ends the program, with exit code 1, for an Exception, of which Hydra would but warn."""
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        raise SystemExit(f"error: {type(error).__name__}: {error}") from error
 
 
 def _write_hint(error: OSError) -> str:

@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from admm.files import whole
-from experiments.hints import failures_end_the_program
+from experiments.failures import failed, failures_end_the_program
 from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 
 log = logging.getLogger(__name__)
@@ -408,16 +408,12 @@ class Report(Callback):
     @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         launch = Path(config.hydra.sweep.dir)
-        failed = []
         for job in sorted(note.parent for note in launch.rglob(LEFT)):
             try:
                 self._come_back_to(job)
-            except Exception:  # as of a launcher's jobs, one that fails does not keep the others from being made
-                log.exception("%s failed", job)
-                failed.append(str(job))
+            except Exception as error:
+                failed(job, error, config.hydra.verbose)
         self._report(config, launch)
-        if failed:
-            raise SystemExit(f"error: the sweep lacks {', '.join(failed)}, which failed with what is printed above")
 
     def _come_back_to(self, job: Path) -> None:
         """Wait for the run of a job whose folder in the launch this is, or make it if its process has died."""

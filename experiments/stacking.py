@@ -21,9 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from admm.data import load
 from admm.optimizers.protocol import Optimizer, Problem, save, size
 from admm.training import History, Row
-from experiments.classification import BAD_INPUT, TASK, Job, build_problem, ended, find_device, find_job, trained
-from experiments.loggers import Logger
-from experiments.store import RESUME, Slot, failed_writes_in_words
+from experiments.classification import TASK, Job, build_problem, ended, find_device, find_job, logger_of, trained
+from experiments.failures import TOLD, in_words
+from experiments.loggers import Guarded, Logger
+from experiments.store import Slot
 
 log = logging.getLogger(__name__)
 SOME = 1000  # samples of which a cell's variables are made, to know how many bytes those of all take
@@ -77,7 +78,7 @@ def check_limits(replicas: Any, memory: Any) -> None:
 
 
 def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
-    """None if the job is no run of a classifier, is forced, or has bad input, which its own run is to say; and of a
+    """None if the job is no run of a classifier, is forced, or fails already here, as its own run will say; and of a
     network whose replicas are evaluated one after the other, so that a stack would take their memory and no less time.
     """
     HydraConfig.instance().set_config(config)
@@ -89,7 +90,7 @@ def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
         config = OmegaConf.create(job.config)
         problem, optimizer = build_problem(config, job.dataset), instantiate(config.optimizer, _convert_="all")
         variables = bytes_of_variables(problem, optimizer, config.seeds)
-    except BAD_INPUT:
+    except Exception:
         return None
     if any(block.is_autograd for block in problem.blocks):
         return None
@@ -186,10 +187,22 @@ def paying_on_a_processor(samples: int) -> int:
 
 def train_stack(cells: Sequence[Cell], wait: bool = False) -> bool:
     """Train the cells that have not been, from the stack's checkpoint if there is one. Returns whether all of them are
-    finished: others may be at some of them, or at the stack, unless their end is waited for."""
+    finished: others may be at some of them, or at the stack, unless their end is waited for.
+
+    A stack that fails leaves its cells to their own runs, of which those fail that have to.
+    """
     first, slots = cells[0].job.slot, {cell.job.slot.identity: cell.job.slot for cell in cells}
     slot = replace(first, name=f"{first.name}-stack", identity=hashlib.sha256("".join(slots).encode()).hexdigest()[:12])
-    with failed_writes_in_words(RESUME), ExitStack() as held:
+    try:
+        return _train_stack(cells, slot, slots, wait)
+    except Exception as error:
+        where = None if isinstance(error, TOLD) else error
+        log.warning("%s failed, its cells are run one by one: %s", slot.name, in_words(error), exc_info=where)
+        return True
+
+
+def _train_stack(cells: Sequence[Cell], slot: Slot, slots: dict[str, Slot], wait: bool) -> bool:
+    with ExitStack() as held:
         if not held.enter_context(slot.lock(wait)):
             return False
         # in one order in all processes, so that no two wait for each other
@@ -219,7 +232,6 @@ def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
     }
     log.info("%s: %d cells, %d replicas, as one stack", slot.name, len(stack), len(config.seeds))
     job, data = Job(first.dataset, slot, info, first.config), first.dataset
-    logger = CellLoggers(shares, [instantiate(config.logger) for _ in stack])
     problem = build_problem(config, data)
     names = [
         f"seed {seed} of {cell.job.slot.identity} ({' '.join(cell.job.info['overrides'])})"
@@ -227,12 +239,13 @@ def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
         for seed in cell.job.info["seeds"]
     ]
     test = data.x_test, data.y_test
-    _, history = trained(config, job, problem, test, logger=logger, names=names, keep_last=True)
-    for share in shares:
-        if share.cell in todo:
-            own = share.of(history)
-            cell = share.cell.job
-            cell.slot.complete(cell.config, own.rows, cell.info | ended(own) | {"stack": len(config.seeds)})
+    with Guarded(CellLoggers(shares, [logger_of(config) for _ in stack])) as logger:  # closed after all is in its place
+        _, history = trained(config, job, problem, test, logger=logger, names=names, keep_last=True)
+        for share in shares:
+            if share.cell in todo:
+                own = share.of(history)
+                cell = share.cell.job
+                cell.slot.complete(cell.config, own.rows, cell.info | ended(own) | {"stack": len(config.seeds)})
 
 
 def stacked_config(stack: Sequence[Cell]) -> dict[str, Any]:
@@ -290,6 +303,6 @@ class CellLoggers:
         for share, logger in zip(self.shares, self.loggers, strict=True):
             logger.log(share.rows(rows))
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         for logger in self.loggers:
-            logger.close()
+            logger.close(exit_code)

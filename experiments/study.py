@@ -14,12 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from experiments.hints import failures_end_the_program
+from experiments.failures import failures_end_the_program
 from experiments.searches import as_in_a_grid, is_of_a_search, rankings, write
 from experiments.store import failed_writes_in_words, identity, launched_runs
 
 if TYPE_CHECKING:
     from optuna.study import Study as OptunaStudy
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
@@ -27,8 +28,9 @@ held: list[FileLock] = []  # of studies, until the process ends; no part of the 
 
 
 class Study(Callback):
-    """Before a launch of hydra/sweeper=study: what former ones have done counts towards `n_trials`, and the trials of
-    those that have died are the first that are made, from their runs' checkpoints.
+    """Before a launch of hydra/sweeper=study: trials of former ones that have a value count towards `n_trials`, those
+    of launches that have died are the first that are made, from their runs' checkpoints, and those that have failed are
+    not made again. A sampler's seed moves with the number of trials, so that it draws new ones.
 
     A study is of one command: its name ends with the hash of the configuration and of the space, so that no other
     command goes on with its trials. A second launch waits until the first one has ended.
@@ -41,6 +43,12 @@ class Study(Callback):
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         sweeper = config.hydra.sweeper
+        if (
+            "optuna" in sweeper._target_
+            and not config.dataset.get("holdout")
+            and "dataset.holdout" not in space(config)
+        ):
+            raise SystemExit("error: dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
         if config.hydra.runtime.choices["hydra/sweeper"] != "study":
             return
         import optuna
@@ -66,6 +74,8 @@ class Study(Callback):
         study.set_user_attr("launches", self.launches)
         with read_write(config):
             sweeper.n_trials = max(0, sweeper.n_trials - len(study.get_trials(states=(TrialState.COMPLETE,))))
+            if isinstance(sweeper.sampler.get("seed"), int):
+                sweeper.sampler.seed += len(study.trials)
 
     @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -81,11 +91,16 @@ def searched(config: DictConfig) -> str:
     """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, and the
     space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    space: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
-    space |= {o.get_key_element(): o.get_value_string() for o in overrides if o.is_sweep_override()}
-    content = [identity(OmegaConf.to_container(task, resolve=True), ""), space, str(config.hydra.sweeper.direction)]  # type: ignore[arg-type]
+    searched_by = space(config), str(config.hydra.sweeper.direction)
+    content = [identity(OmegaConf.to_container(task, resolve=True), ""), *searched_by]  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def space(config: DictConfig) -> dict[str, Any]:
+    """By key what search=… and the command line vary, as it is written there."""
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    params: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
+    return params | {o.get_key_element(): o.get_value_string() for o in overrides if o.is_sweep_override()}
 
 
 def wait_for(lock: FileLock, name: str) -> None:
@@ -99,16 +114,18 @@ def wait_for(lock: FileLock, name: str) -> None:
 
 
 def take_up(study: OptunaStudy) -> None:
-    """Enqueue the trials that have begun and have no value, but once those of the same parameters; for the holder of
-    the study's lock. They are told to have failed first: a kill in here neither doubles nor loses one."""
+    """Enqueue the trials that a kill has cut short, but once those of the same parameters; for the holder of the
+    study's lock. Each is told to have failed when it is in the queue: a kill in here neither doubles nor loses one."""
     from optuna.trial import TrialState
 
+    def parameters(trial: FrozenTrial) -> dict[str, Any]:
+        return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+    known = [parameters(trial) for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING))]
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-    trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING))
-    known = [trial.system_attrs.get("fixed_params", {}) | trial.params for trial in trials]
-    for trial in study.get_trials(states=(TrialState.FAIL,)):
+        own = parameters(trial)
         # one that was killed among its suggestions has some of the parameters only
-        if not any(trial.params.items() <= parameters.items() for parameters in known):
-            study.enqueue_trial(trial.params)
-            known.append(trial.params)
+        if not any(own.items() <= other.items() for other in known):
+            study.enqueue_trial(own)
+            known.append(own)
+        study.tell(trial.number, state=TrialState.FAIL)

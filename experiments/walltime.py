@@ -30,7 +30,7 @@ from experiments.classification import (
 )
 from experiments.progress import RunProgress
 from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines, table
-from experiments.store import RESUME, Run, failed_writes_in_words, sealed, unsealed
+from experiments.store import Run, sealed, unsealed
 
 log = logging.getLogger(__name__)
 SAME = ("identity", "commit", "sources", "machine", "versions")  # of all seeds of a race
@@ -75,7 +75,7 @@ def run(config: DictConfig) -> None:
         check_race(config)
         jobs = {method: find_job(method_config(method), method) for method in config.optimizers}
     slots = sorted((job.slot for job in jobs.values()), key=lambda slot: slot.identity)
-    with failed_writes_in_words(RESUME), ExitStack() as locks:
+    with ExitStack() as locks:
         for slot in slots:  # in one order, so that two races do not wait for each other
             locks.enter_context(slot.lock())
         runs = [run for job in jobs.values() if (run := job.slot.finished())]

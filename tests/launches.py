@@ -32,7 +32,17 @@ def places(folder: Path) -> list[str]:
 
 
 def multirun(*overrides: str) -> None:
-    """`python run.py -m` with these overrides, without the start of a process; warnings of callbacks are errors."""
+    """`python run.py -m` with these overrides, without the start of a process."""
+    _launch("multirun", overrides)
+
+
+def single(*overrides: str) -> None:
+    """`python run.py hydra.mode=RUN` with these overrides, without the start of a process."""
+    _launch("run", ("hydra.mode=RUN", *overrides))
+
+
+def _launch(mode: str, overrides: Sequence[str]) -> None:
+    """Warnings of callbacks are errors."""
     handlers = logging.root.handlers[:]
     GlobalHydra.instance().clear()
     version.setbase("1.3")
@@ -40,7 +50,7 @@ def multirun(*overrides: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Callback")
-            hydra.multirun("config", lambda config: get_method(config.task)(config), list(overrides))
+            getattr(hydra, mode)("config", lambda config: get_method(config.task)(config), list(overrides))
     finally:  # as at the end of a process
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers

@@ -34,6 +34,7 @@ from experiments.classification import Job
 from experiments.deepfacto import Features, Represented, Verification, attributes_to_probe, execute, heat_maps, load
 from experiments.faces import chosen_factors, report
 from experiments.faces import heat_maps as draw_heat_maps
+from experiments.failures import BadInput
 from experiments.report import further_tables
 from experiments.store import Run, Slot, finished_runs, identity, sealed, unsealed
 from scripts.store import problems
@@ -192,7 +193,7 @@ def test_runs_of_one_rank_with_values_of_their_own_are_told_apart(faces: Faces, 
 
 
 def test_impossible_ranks_and_rounds_are_named(faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"model.rank: None is not a whole number from 1 up; setting=rank32 or so"):
+    with pytest.raises(BadInput, match=r"model.rank: None is not a whole number from 1 up; setting=rank32 or so"):
         deepfacto.run(config(tmp_path, "optimizer=pca"))
     monkeypatch.setattr(deepfacto, "bad_input_in_words", nullcontext)
     with pytest.raises(ValueError, match=r"model.rank: 32 is more than the 6 channels"):

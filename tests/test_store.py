@@ -27,7 +27,7 @@ from stores import info, put
 
 from admm.data import load
 from admm.files import WriteError, whole
-from admm.training import read_checkpoint
+from admm.training import CheckpointError, read_checkpoint
 from experiments import walltime
 from experiments.classification import Job, execute
 from experiments.provenance import commit
@@ -466,7 +466,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: bytes | None) ->
     leave_interrupted(tmp_path)
     path = job(tmp_path).slot.checkpoint
     path.write_bytes(path.read_bytes()[:-500] if damaged is None else damaged)
-    with pytest.raises(SystemExit, match=r"checkpoint.pt: is damaged .*; delete the file to start anew"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: is damaged .*; delete the file to start anew"):
         made(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
@@ -10,12 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
@@ -24,19 +25,25 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from joblib import cpu_count
-from launches import Launch, multirun, places
+from launches import Launch, multirun, places, single
 from omegaconf import DictConfig
 from stores import info, put
 from test_protocol import CASES
 
 from admm.data import load
+from admm.files import WriteError, whole, writing
 from admm.optimizers import Problem
 from admm.optimizers.protocol import save, size
 from admm.training import History
-from experiments import classification, stacking
+from experiments import classification, failures, stacking
+from experiments.classification import bad_input_in_words
+from experiments.failures import BadInput
+from experiments.hints import hints
+from experiments.loggers import Guarded, WandbLogger
 from experiments.searches import rankings, write
 from experiments.stacking import Cell, Share, blanked, check_limits, cut, hyperparameters, joined, paying_on_a_processor
 from experiments.store import LEFT, Run, Slot, launched_runs, mean_score, slot_of
@@ -59,12 +66,14 @@ def launch(folder: Path, *arguments: str) -> str:
     return printed.getvalue()
 
 
-def launch_processes(folder: Path, *arguments: str) -> None:
-    """By a launcher that has processes of its own, which only the end of an interpreter ends."""
+def launch_processes(folder: Path, *arguments: str) -> str:
+    """By a launcher that has processes of its own, which only the end of an interpreter ends. Some of the sweep's cells
+    fail; what is printed of them."""
     command = [sys.executable, str(ROOT / "run.py"), *sweep(folder, *arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning: Callback" not in done.stderr, done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Warning: Callback" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
 
 
 def stored(folder: Path) -> dict[str, Run]:
@@ -114,17 +123,13 @@ def test_what_cannot_be_stacked_is_run_alone(tmp_path: Path) -> None:
     assert "as one stack" not in launch(tmp_path / "conv", *network, "hydra/launcher=stacked")
 
 
-def test_a_wrong_cell_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
-    arguments = ["optimizer=sgd", "optimizer.step_size=0.1,0.2", "optimizer.batch_size=64,0", "hydra/launcher=stacked"]
-    with pytest.raises(SystemExit, match=r"error: optimizer\.batch_size: 0"):
-        launch(tmp_path, *arguments)
-    assert len(stored(tmp_path)) == 2
-
-
 def test_a_cell_with_a_wrong_number_is_left_to_its_own_run(tmp_path: Path) -> None:
     arguments = ["optimizer=sgd", "optimizer.step_size=-0.1,0.1,0.2", "hydra/launcher=stacked", "iterations=1"]
-    with pytest.raises(SystemExit, match=r"error: optimizer.step_size: -0\.1"):
+    with pytest.raises(
+        SystemExit, match=r"^error: optimizer.step_size: -0\.1 .*\n.*/0: optimizer.step_size=-0.1\n1 job"
+    ):
         launch(tmp_path, *arguments)
+    assert len(pd.read_csv(next(tmp_path.glob("outputs/logs/*/*/*.csv")))) == 2
     assert [run.info["stack"] for run in stored(tmp_path).values()] == [4, 4]
 
 
@@ -367,15 +372,17 @@ def test_a_sweep_that_lacks_a_cell_fails(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Slot, "lock", lock)
     monkeypatch.setattr(classification, "execute", execute)
-    with pytest.raises(SystemExit, match=r"^error: the sweep lacks \S+/0, which failed"):
+    with pytest.raises(
+        SystemExit, match=r"^error: RuntimeError: out of memory\n\s+\S+/0: optimizer.step_size=0.1\n1 job "
+    ):
         launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,0.2", "iterations=1")
     assert len(stored(tmp_path)) == 1 and list(tmp_path.glob("outputs/logs/*/*/digits_shallow.png"))
 
 
 def test_parallel_processes_divide_the_processor(tmp_path: Path, basic: dict[str, Run]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    arguments = [*STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    launch_processes(tmp_path, *arguments, "threads=null")
+    arguments = [*STACKABLE, "optimizer.batch_size=5000,64,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert "\n4 jobs failed" in launch_processes(tmp_path, *arguments, "threads=null")
     same(stored(tmp_path), basic, rtol=1e-5, atol=1e-4)
     share = max(1, cpu_count() // 2)
     machines = {run.info["machine"] for run in stored(tmp_path).values()}
@@ -386,7 +393,10 @@ def test_parallel_processes_divide_the_processor(tmp_path: Path, basic: dict[str
 def test_cells_are_jobs_of_a_cluster(tmp_path: Path, launcher: str) -> None:
     """Those of Slurm by the launcher's own executor without a cluster."""
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
-    launch_processes(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,0.2", f"hydra/launcher={launcher}")
+    printed = launch_processes(
+        tmp_path, "optimizer=sgd", "optimizer.step_size=-1,0.1,0.2", f"hydra/launcher={launcher}"
+    )
+    assert re.search(r"error: optimizer.step_size: -1 is not .*\n.*/0: optimizer.step_size=-1\n1 job failed", printed)
     launch(tmp_path / "basic", "optimizer=sgd", "optimizer.step_size=0.1,0.2")
     same(stored(tmp_path), stored(tmp_path / "basic"), rtol=1e-5, atol=1e-4)
     assert len(list(tmp_path.glob("outputs/logs/*/*/digits_shallow.csv"))) == 1
@@ -398,6 +408,228 @@ def test_slurm_s_jobs_are_queued_again() -> None:
         launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher") and launcher.max_num_timeout > 0
     assert 0 < launcher.signal_delay_s < 60 * launcher.timeout_min and launcher.gpus_per_node is None
+
+
+# --- Cells that fail
+
+NEAR = ["optimizer=sgd", "iterations=1", "seeds=[0]"]
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """As a model that does not hold what it promises."""
+    real = classification.build_problem
+
+    def build_problem(config: DictConfig, dataset: Any) -> Problem:
+        if config.optimizer.batch_size == batch_size:
+            raise AssertionError("of the model")
+        return real(config, dataset)
+
+    monkeypatch.setattr(classification, "build_problem", build_problem)
+
+
+def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command makes those alone that are missing."""
+    failing_at(monkeypatch, 64)
+    sizes = ["optimizer.batch_size=5000,64,32,0,128", "dataset.holdout=300"]
+    with pytest.raises(SystemExit) as end:
+        launch(tmp_path, *NEAR, *sizes)
+    (picture,) = tmp_path.glob("outputs/logs/*/*/digits_shallow.png")
+    folder = picture.parent
+    assert end.value.code == "\n".join(
+        (
+            "error: optimizer.batch_size: 5000 is not between 1 and the 1137 training samples",
+            f"    {folder}/0: optimizer.batch_size=5000",
+            "error: AssertionError: of the model",
+            f"    {folder}/1: optimizer.batch_size=64",
+            "error: optimizer.batch_size: 0 is not between 1 and the 1137 training samples",
+            f"    {folder}/3: optimizer.batch_size=0",
+            "3 jobs failed, whose logs are in these folders; the same command makes what is missing.",
+        )
+    )
+    assert len(pd.read_csv(picture.with_suffix(".csv"))) == 2
+    ranking = pd.read_csv(folder / "searches/digits_shallow_sgd.csv")
+    assert sorted(ranking["optimizer.batch_size"]) == [32, 128]
+    logs = [(folder / str(job) / "run.log").read_text() for job in (0, 1)]
+    assert ["Traceback" in log for log in logs] == [False, True]
+    monkeypatch.undo()
+    with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit, match="\n2 jobs failed"):
+        multirun(*GRID, *places(tmp_path), *NEAR, *sizes)
+    assert printed.getvalue().count("is there already") == 2 and len(stored(tmp_path)) == 3
+
+
+def test_a_stack_that_fails_leaves_its_cells_to_their_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is too large does; of the cells, one fails alone, too."""
+    real = classification.train
+
+    def train(problem: Problem, optimizer: Any, state: Any, *rest: Any, **options: Any) -> History:
+        if len(state.seeds) > 1 or optimizer.step_size == 0.1:
+            raise torch.OutOfMemoryError("of the device")
+        return real(problem, optimizer, state, *rest, **options)
+
+    monkeypatch.setattr(classification, "train", train)
+    with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit, match=r"error: .*OutOfMemoryError: of the"):
+        multirun(*GRID, *places(tmp_path), *NEAR, "optimizer.step_size=0.1,0.2,0.3", "hydra/launcher=stacked")
+    assert "sgd-tuned-stack failed, its cells are run one by one: " in printed.getvalue()
+    assert sorted(run.info["overrides"][-1] for run in stored(tmp_path).values()) == [
+        f"optimizer.step_size=0.{n}" for n in (2, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["optimizer.batch_size=5000"],
+            "error: optimizer.batch_size: 5000 is not between 1 and the 1437 training samples",
+        ),
+        (["optimizer.batch_size=64"], "error: AssertionError: of the model"),
+    ],
+    ids=["bad input", "an exception"],
+)
+def test_a_job_of_its_own_ends_the_program(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    failing_at(monkeypatch, 64)
+    with pytest.raises(SystemExit) as end:
+        single(*GRID, *places(tmp_path), *NEAR, *arguments)
+    assert end.value.code == message
+    assert ("Traceback" in capsys.readouterr().err) == ("AssertionError" in message)
+
+
+def broken(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AssertionError("no"),
+         "Error in call to target 'test_sweeps.broken': AssertionError: no; hydra.verbose=true shows where"),
+        (FileNotFoundError(2, "No such file or directory", "weights.pt"),
+         "Error in call to target 'test_sweeps.broken': FileNotFoundError: [Errno 2] No such file or directory: "
+         "'weights.pt'; hydra.verbose=true shows where"),
+        (ValueError("width: 0 is not a width"), "width: 0 is not a width"),
+        (AssertionError(),
+         "Error in call to target 'test_sweeps.broken': AssertionError; hydra.verbose=true shows where"),
+    ],
+)  # fmt: skip
+def test_an_error_of_an_own_model_is_told_with_its_type(error: Exception, message: str) -> None:
+    with pytest.raises(BadInput) as told, bad_input_in_words():
+        instantiate({"_target_": "test_sweeps.broken", "error": error})
+    assert str(told.value) == message
+
+
+# --- Loggers
+
+
+class Recorder:
+    """A tracker, which may be down."""
+
+    all: ClassVar[list[Recorder]] = []
+    down: ClassVar[tuple[str, ...]] = ()  # where the first one fails
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.got = Path(folder), list[Any]()
+        self.all.append(self)
+
+    def _get(self, name: str, what: Any) -> None:
+        self.got.append(what)
+        if self is self.all[0] and name in self.down:
+            raise ConnectionError(f"{name}: the tracker is down")
+
+    def open(self, info: dict[str, Any], config: dict[str, Any]) -> None:
+        self._get("open", info["seeds"])
+
+    def log(self, rows: list[dict[str, float]]) -> None:
+        self._get("log", [row["iteration"] for row in rows])
+
+    def close(self, exit_code: int) -> None:
+        self._get("close", (exit_code, len(stored(self.folder))))
+
+
+@pytest.mark.parametrize(
+    ("down", "got"),
+    [
+        (("open",), [[0], (0, 1)]),
+        (("log", "close"), [[0], [0], (0, 1)]),
+        (("close",), [[0], [0], [1], (0, 1)]),
+    ],
+)
+def test_a_logger_that_fails_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, down: tuple[str, ...], got: list[Any]
+) -> None:
+    """It gets nothing more, but is closed, after the result is in its place."""
+    monkeypatch.setattr(Recorder, "all", [])
+    monkeypatch.setattr(Recorder, "down", down)
+    printed = launch(tmp_path, *NEAR, "logger._target_=test_sweeps.Recorder", f"+logger.folder={tmp_path}")
+    for name in down:
+        words = f"Recorder.{name} failed, the run goes on without it: ConnectionError: {name}: the tracker is down"
+        assert printed.count(words) == 1
+    (recorder,) = Recorder.all
+    assert recorder.got == got and len(stored(tmp_path)) == 1
+
+
+def test_a_cell_s_logger_that_fails_is_its_own_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "all", [])
+    monkeypatch.setattr(Recorder, "down", ("log",))
+    tracked = ["logger._target_=test_sweeps.Recorder", f"+logger.folder={tmp_path}", "hydra/launcher=stacked"]
+    assert "2 cells, 2 replicas, as one stack" in launch(tmp_path, *NEAR, "optimizer.step_size=0.1,0.2", *tracked)
+    first, second = Recorder.all
+    assert first.got == [[0], [0], (0, 2)] and second.got == [[0], [0], [1], (0, 2)]
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (RuntimeError, 1), (KeyboardInterrupt, 130)])
+def test_a_logger_is_told_how_its_run_ended(tmp_path: Path, error: type[BaseException] | None, code: int) -> None:
+    recorder = Recorder(str(tmp_path))
+    with suppress(BaseException), Guarded(recorder) as logger:
+        logger.open({"seeds": [0]}, {})
+        if error:
+            raise error
+    assert recorder.got == [[0], (code, 0)]
+
+
+def test_weights_and_biases_has_one_run_a_seed_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in that keeps an offline run's rows in a folder as the package does."""
+
+    def init(id: str, dir: str, **_: Any) -> Any:
+        folder = Path(dir, "wandb", f"offline-run-20010101_00000{len(made)}-{id}")
+        folder.mkdir(parents=True)
+        made.append(id)
+        return SimpleNamespace(
+            log=lambda row, step: folder.joinpath("rows").open("a").write(f"{step} "),
+            finish=lambda code: folder.joinpath("code").write_text(str(code)),
+        )
+
+    made = list[str]()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    described = {"seeds": [3, 4], "identity": "abc", "experiment": "e", "method": "m", "setting": "s"}
+    killed, resumed = (WandbLogger("p", "offline", str(tmp_path)) for _ in range(2))
+    rows = [{"iteration": i, "replica": r} for i in range(3) for r in range(2)]
+    killed.open(described, {})
+    killed.log(rows[:2])
+    resumed.open(described, {})
+    resumed.log(rows)
+    resumed.close(0)
+    assert made == ["abc-3", "abc-4", "abc-3", "abc-4"]
+    folders = sorted(tmp_path.glob("wandb/*"))
+    assert [folder.name[-5:] for folder in folders] == ["abc-3", "abc-4"]
+    assert all((folder / "rows").read_text() == "0 1 2 " for folder in folders)
+    assert all((folder / "code").read_text() == "0" for folder in folders)
+
+
+def test_a_logger_without_its_package_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match=r"^error: logger=wandb needs Weights & Biases: pip install wandb\n"):
+        launch(tmp_path, *NEAR, "logger=wandb")
+    assert stored(tmp_path) == {}
 
 
 # --- Searches
@@ -439,6 +671,34 @@ def studies(folder: Path) -> list[Any]:
 
     files = sorted(folder.glob("outputs/searches/*.db"))
     return [optuna.load_study(study_name=file.stem, storage=f"sqlite:///{file}") for file in files]
+
+
+def test_a_search_goes_on_with_new_trials_after_some_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampler with a seed makes none twice, and what has failed is not tried again."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    space = [*SEARCH, "hydra.sweeper.sampler.seed=1", "iterations=1", "seeds=[0]"]
+    real, calls = classification.execute, []
+
+    def execute(config: DictConfig, job: Any) -> Run:
+        calls.append(config.optimizer.step_size)
+        if len(calls) < 3:
+            raise RuntimeError("out of memory")
+        return real(config, job)
+
+    monkeypatch.setattr(classification, "execute", execute)
+    monkeypatch.setattr(failures, "begun", [])
+    with pytest.raises((ValueError, KeyError)):  # of Optuna's sweeper, which looks for the best trial
+        launch(tmp_path, *space, "hydra.sweeper.n_trials=1")
+    first, _, last = hints([], None)
+    assert first == "error: RuntimeError: out of memory" and last.startswith("1 job failed")
+    with pytest.raises(SystemExit, match=r"^error: RuntimeError: out of memory\n.*\n1 job failed"):
+        launch(tmp_path, *space, "hydra.sweeper.n_trials=2")
+    launch(tmp_path, *space, "hydra.sweeper.n_trials=3")
+    (study,) = studies(tmp_path)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert len({trial.params["optimizer.step_size"] for trial in study.trials}) == len(calls) == 5
 
 
 def test_another_command_begins_another_study(tmp_path: Path) -> None:
@@ -485,15 +745,15 @@ def test_a_second_launch_of_a_study_waits_for_the_first(tmp_path: Path) -> None:
     held.pop().release()
 
 
-def test_trials_without_a_value_are_made_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often a launch is killed while it takes the study up."""
+def test_trials_that_a_kill_has_cut_short_are_made_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a launch is killed while it takes the study up; one that has failed is not."""
     optuna = pytest.importorskip("optuna")
     study = optuna.create_study(direction="maximize")
     space = {"a": optuna.distributions.UniformDistribution(0, 1), "b": optuna.distributions.UniformDistribution(0, 1)}
     study.tell(study.ask(space), 1.0)
     dead = [study.ask(space) for _ in range(3)]
-    study.ask({"a": space["a"]})  # killed before it had the other
-    study.tell(dead[2], state=optuna.trial.TrialState.FAIL)
+    part = study.ask({"a": space["a"]})  # killed before it had the other
+    study.tell(study.ask(space), state=optuna.trial.TrialState.FAIL)
     real = study.enqueue_trial
     for kills in (0, 1, 2):  # after so many have been enqueued
         left = iter(range(kills))
@@ -508,9 +768,11 @@ def test_trials_without_a_value_are_made_once_more(monkeypatch: pytest.MonkeyPat
             take_up(study)
     take_up(study)
     take_up(study)
+    study.ask()  # the first one is killed again, before its suggestions
+    take_up(study)
     made = [study.ask(space) for _ in range(4)]
-    assert [trial.params for trial in made[:3]] == [trial.params for trial in dead]
-    assert made[3].params["a"] == study.trials[4].params["a"]
+    assert [trial.params for trial in (made[3], *made[:2])] == [trial.params for trial in dead]
+    assert made[2].params["a"] == part.params["a"]
     for trial in made:
         study.tell(trial, 1.0)
     take_up(study)
@@ -624,6 +886,44 @@ def test_the_stacked_sweep_of_the_readme_has_as_many_cells_as_it_says() -> None:
 
 
 # --- Faults
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "weights.pt"),
+        PermissionError(errno.EACCES, "Permission denied", __file__),  # a file that is there and not readable
+        TimeoutError("timed out"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_that_is_not_of_writing_is_told_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    with pytest.raises(type(error)) as told, whole(tmp_path / "table.csv", "the table"):
+        raise error
+    assert told.value is error
+    monkeypatch.setattr(failures, "begun", [])
+    if error.errno != errno.EACCES:  # Hydra reads no file but those of conf/
+        assert hints([], error) == []
+
+
+@pytest.mark.parametrize("name", ["", "a/table.csv", "a", None])
+def test_an_error_of_writing_names_the_file(tmp_path: Path, name: str | None) -> None:
+    """Of the file, its folder, one on the way to it, or of an open file; and where another error stands for it."""
+    (tmp_path / "a").touch()
+    path = tmp_path / "a/table.csv"
+    error = OSError(errno.EACCES, "Permission denied", *([] if name is None else [str(tmp_path / name)]))
+    for raised in (error, RuntimeError("the writer failed")):
+        raised.__context__ = None if raised is error else error
+        with (
+            pytest.raises(
+                WriteError, match=r"a/table.csv: the table could not be written: .*Make that folder writable"
+            ),
+            writing(path, "the table"),
+        ):
+            raise raised
 
 
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> None:

@@ -1,0 +1,112 @@
+"""Jobs that fail: the others go on, and the end of the launch lists what failed, with the causes."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from admm.backbones import BackboneError
+from admm.data import DatasetError
+from admm.files import WriteError
+from admm.training import CheckpointError
+from experiments.store import RESUME
+
+log = logging.getLogger(__name__)
+FAILED = "failed.txt"  # a note in Hydra's folder of a job: why it failed
+begun: list[DictConfig] = []  # the configuration of a sweep that has begun and not ended
+
+
+class BadInput(Exception):
+    """What was asked for cannot be done. The message names the key or file, what was found and what would be right."""
+
+
+TOLD = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)  # their messages are all that is to be said
+
+
+class JobError(Exception):
+    """A job has failed; the message says why. Unlike the error that it stands for, any process can unpickle it."""
+
+
+@contextmanager
+def failures_end_the_program() -> Iterator[None]:
+    """For a callback's methods: ends the program, with exit code 1, for an Exception, of which Hydra would but warn."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(f"error: {in_words(error)}") from error
+
+
+class Failures(Callback):
+    """A job that fails ends a program that has no other one. In a sweep it leaves a note in its folder, and the end of
+    the launch lists these notes, after its report, with exit code 1.
+
+    Hydra's own sweeper, which an error would end, gets None for the job's value; others count their failed jobs.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        begun[:] = [config]
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        folder = Path(config.hydra.runtime.output_dir)
+        (folder / FAILED).unlink(missing_ok=True)
+        if job_return.status != JobStatus.FAILED:
+            return
+        error = job_return._return_value  # the property would raise it
+        if config.hydra.mode == RunMode.RUN:
+            if config.hydra.verbose or not isinstance(error, TOLD):
+                traceback.print_exception(error)
+            raise SystemExit(f"error: {in_words(error)}")
+        failed(folder, error, config.hydra.verbose)
+        job_return.return_value = JobError(in_words(error))
+        if "BasicSweeper" in config.hydra.sweeper._target_:
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
+    @failures_end_the_program()
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        begun.clear()
+        if lines := listed(config):
+            raise SystemExit("\n".join(lines))
+
+
+def in_words(error: BaseException) -> str:
+    """The message alone where it says all, else after the error's type."""
+    if isinstance(error, WriteError):
+        return f"{error}.\n{RESUME}"
+    return str(error) if isinstance(error, TOLD) else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def failed(folder: Path, error: Exception, verbose: Any) -> None:
+    """Log the failure of a sweep's job, and leave a note in the job's folder. Raises OSError."""
+    hidden = isinstance(error, TOLD) and not verbose
+    log.error("%s failed: %s", folder, in_words(error), exc_info=None if hidden else error)
+    (folder / FAILED).write_text(in_words(error), encoding="utf-8")
+
+
+def listed(config: DictConfig) -> list[str]:
+    """The causes of a launch's failed jobs, each with the jobs and what they have of their own."""
+    launch = Path(config.hydra.sweep.dir)
+    parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    common = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
+    jobs: dict[str, list[str]] = {}
+    for path in sorted(launch.rglob(FAILED)):
+        known = path.parent / ".hydra/overrides.yaml"
+        own = [str(o) for o in OmegaConf.load(known) if o not in common] if known.exists() else []
+        place = f"    {path.parent}: {' '.join(own)}" if own else f"    {path.parent}"
+        jobs.setdefault(path.read_text(encoding="utf-8"), []).append(place)
+    if not jobs:
+        return []
+    number = sum(map(len, jobs.values()))
+    lines = [line for cause, places in jobs.items() for line in (f"error: {cause}", *places)]
+    total = f"{number} job{'s' if number > 1 else ''} failed, whose logs are in these folders"
+    return [*lines, f"{total}; the same command makes what is missing."]
