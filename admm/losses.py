@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from admm.numbers import Options, is_number
+
 
 class Loss(Protocol):
     def value(self, z: Tensor, y: Tensor) -> Tensor:
@@ -32,17 +34,18 @@ def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
 
 def check_positive(key: str, value: object) -> None:
     """Raises ValueError that names the key of a loss."""
-    if not isinstance(value, int | float) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise ValueError(f"loss.{key}: {value!r} is not a positive number")
 
 
 @dataclass(frozen=True)
-class SquaredError:
+class SquaredError(Options):
     """J = scale/2 ‖z − y‖². PyTorch's `MSELoss`, a mean over the C outputs too, is `scale = 2/C`."""
 
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("scale", self.scale)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ class SquaredError:
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Options):
     """J = scale · −Σ_c y_c log softmax(z)_c, with `y` one-hot or any distribution over the classes."""
 
     scale: float = 1.0
@@ -65,6 +68,7 @@ class CrossEntropy:
     tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty (1 + max |v|)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("scale", "max_steps", "tolerance"):
             check_positive(key, getattr(self, key))
 
@@ -100,7 +104,7 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
-class Hinge:
+class Hinge(Options):
     """J = scale · Σ_c max(1 − z_c, 0) where y_c = 1 and max(z_c, 0) where y_c = 0; `y` has no other values.
 
     The binary hinge of Taylor et al. 2016 ("Training neural networks without gradients", §6), one versus all. At a kink
@@ -110,6 +114,7 @@ class Hinge:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("scale", self.scale)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size
+from admm.numbers import Options
 from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
 from admm.optimizers.rules import Rule
 from admm.schedules import Value, schedule
@@ -27,7 +28,7 @@ class BackpropState:
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(Options):
     """Mini-batch training on the mean loss of a mini-batch, by an update rule; an iteration is an epoch."""
 
     iterations: int  # the schedules' horizon

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, generator, minibatches, own_indices, own_rows, put_own_rows, rows, slices
+from admm.numbers import Options, is_number
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
-from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
+from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, same_samples, spectral_norms
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 from admm.variables import PLACES, Place, allocate
@@ -40,7 +41,7 @@ class BlockADMMState:
 
 
 @dataclass(frozen=True)
-class AdaptivePenalty:
+class AdaptivePenalty(Options):
     """Eq. 6, ρ = 1/β: β grows by 1/c whenever the constraint residual exceeds η_k = `bound` · `shrink`^k.
 
     The residual is ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
@@ -52,11 +53,12 @@ class AdaptivePenalty:
     largest: float = math.inf  # β stays at or below this
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.c < 1.0:
+        super().__post_init__()
+        if not is_number(self.c) or not 0.0 < self.c < 1.0:
             raise ValueError(f"optimizer.penalty.c: {self.c} is not between 0 and 1 (Eq. 6)")
         in_range("penalty.bound", self.bound)
         in_range("penalty.shrink", self.shrink)
-        if not self.largest > 0.0:
+        if self.largest != math.inf and (not is_number(self.largest) or self.largest <= 0.0):
             raise ValueError(f"optimizer.penalty.largest: {self.largest} is not positive")
 
     def eta(self, iteration: int) -> float:
@@ -70,7 +72,7 @@ class AdaptivePenalty:
 
 
 @dataclass(frozen=True)
-class BlockADMM:
+class BlockADMM(Options):
     """Stochastic Block-ADMM, the paper's Algorithm 1, and what it leaves open as options.
 
     `sweep="batch"` is Algorithm 1: `primal_rounds` times the Z of all samples (`z_update`, in reverse order)
@@ -136,6 +138,7 @@ class BlockADMM:
         )
 
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
+        same_samples(problem, state.z[0])
         sweep = _Sweep(self, problem, state)
         residual = sweep.minibatches() if self.sweep == "minibatch" else sweep.batch()
         state.iteration += 1
@@ -211,7 +214,7 @@ class BlockADMM:
             at_least_one(name, getattr(self, name))
         in_range("dual_init", self.dual_init)
         in_range("primal_growth", self.primal_growth or 0.0)
-        if not self.theta_passes > 0.0:
+        if not is_number(self.theta_passes) or self.theta_passes <= 0.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
@@ -245,8 +248,6 @@ class _Sweep:
     def __init__(self, options: BlockADMM, problem: Problem, state: BlockADMMState) -> None:
         self.options, self.problem, self.state = options, problem, state
         self.theta, self.blocks = state.theta, len(state.z)
-        # To multiply Z_t, which may be visited elsewhere than where it is kept.
-        self.beta = [b.view(-1, *[1] * (z.ndim - 1)) for b, z in zip(state.beta, state.z, strict=True)]
         self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
         self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
         self.rounds = options.rounds(state.iteration)
@@ -319,7 +320,7 @@ class _Sweep:
 
     def _evaluate_curvature(self) -> None:
         self.inverse_curvature = self.options.z_update.inverse_curvature(
-            self.problem.blocks, self.theta, [b.view(-1, 1, 1) for b in self.state.beta], self.state.power_vectors
+            self.problem.blocks, self.theta, self.state.beta, self.state.power_vectors
         )
 
     def _view(self, part: slice, moments: bool = True) -> _Visit:
@@ -370,7 +371,8 @@ class _Sweep:
 
     def _force(self, visit: _Visit, t: int, pulled: bool | None = None) -> Tensor:
         """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2); `pulled` as in `Chain`."""
-        return visit.chain.residual(t, pulled).add_(visit.u[t - 1]).mul_(self.beta[t - 1])
+        force = visit.chain.residual(t, pulled).add_(visit.u[t - 1])
+        return force.mul_(broadcast(self.state.beta[t - 1], force))
 
     def _update_z(self, visit: _Visit, primal: int) -> None:
         self.options.z_update.apply(
@@ -379,7 +381,7 @@ class _Sweep:
             self.problem.loss,
             visit.y,
             visit.u[-1],
-            self.beta,
+            self.state.beta,
             self.z_steps,
             self.inverse_curvature,
             visit.z_moments,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
+from admm.numbers import Options
 from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
 from admm.schedules import BlockValue, block_values, broadcast, positive
 
@@ -91,7 +92,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class ZUpdate:
+class ZUpdate(Options):
     """How the coupling variables follow their gradients. With step size ζ, the step subtracted from Z_t is
 
     - `gradient`: ζ ∇ (Algorithm 1);
@@ -143,18 +144,20 @@ class ZUpdate:
         return [w.new_ones(len(w), w.shape[2], 1) for t, w in enumerate(weights, start=1) if t > 1 and w is not None]
 
     def inverse_curvature(
-        self, blocks: Blocks, theta: Parameters, beta: Sequence[Tensor], power_vectors: list[Tensor]
+        self, blocks: Blocks, theta: Parameters, beta: Tensor, power_vectors: list[Tensor]
     ) -> list[Tensor]:
-        """For t = 1..T−1 what multiplies the gradient of Z_t: [S, 1, 1], or [S, d_t, d_t] from the right."""
+        """For t = 1..T−1 what multiplies the gradient of Z_t: [S, 1, 1], or [S, d_t, d_t] from the right; of penalties
+        `beta` [T, S]."""
         if self.name in ("gradient", "adam"):
             return []
         inverses = []
         for t in range(1, len(blocks)):
             weight = blocks[t].linear_weight(theta.blocks[t])
             assert weight is not None
+            own, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)
             if self.name == "majorised":
-                hessian = torch.bmm(weight.mT, beta[t] * weight)
-                hessian.diagonal(dim1=1, dim2=2).add_(beta[t - 1].squeeze(2))
+                hessian = torch.bmm(weight.mT, above * weight)
+                hessian.diagonal(dim1=1, dim2=2).add_(own.squeeze(2))
                 factor, _ = torch.linalg.cholesky_ex(hessian)  # no error for the NaN of a diverged replica
                 inverses.append(torch.cholesky_inverse(factor))
             else:
@@ -162,7 +165,7 @@ class ZUpdate:
                 image = weight.mT @ (weight @ power_vectors[t - 1])
                 square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
                 torch.where(square > 0, image / square, power_vectors[t - 1], out=power_vectors[t - 1])
-                inverses.append(1.0 / (beta[t - 1] + 1.1 * beta[t] * square))
+                inverses.append(1.0 / (own + 1.1 * above * square))
         return inverses
 
     @property
@@ -181,7 +184,7 @@ class ZUpdate:
         loss: Loss,
         y: Tensor,
         dual: Tensor | float,
-        beta: Sequence[float | Tensor],
+        beta: Tensor,
         steps: Sequence[float | Tensor],
         inverse_curvature: list[Tensor],
         moments: list[list[Tensor]],
@@ -189,7 +192,7 @@ class ZUpdate:
     ) -> None:
         """`steps` rounds, each from Z_T to Z_1 (Algorithm 1, lines 5-9; Algorithm 2).
 
-        y: targets. dual: U_T. beta, steps: β_1..β_T and ζ_1..ζ_T. count: Adam's steps that these moments have seen.
+        y: targets. dual: U_T. beta: penalties [T, S]. steps: ζ_1..ζ_T. count: Adam's steps that the moments have seen.
         """
         blocks = len(chain.blocks)
 
@@ -201,7 +204,8 @@ class ZUpdate:
         for _ in range(self.steps):
             count += 1
             if self.last == "prox":
-                chain.move(blocks, loss.prox(chain.output(blocks) - dual, y, beta[-1]))
+                anchor = chain.output(blocks) - dual
+                chain.move(blocks, loss.prox(anchor, y, broadcast(beta[-1], anchor)))
             else:
                 move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
             for t in range(blocks - 1, 0, -1):

@@ -12,6 +12,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.losses import CrossEntropy, Loss, SquaredError
 from admm.minibatches import slices
+from admm.numbers import Options
 from admm.optimizers.fully_connected import (
     Start,
     draw,
@@ -23,7 +24,7 @@ from admm.optimizers.fully_connected import (
     relu_prox_,
     squared_norm,
 )
-from admm.optimizers.protocol import Problem, at_least_one
+from admm.optimizers.protocol import Problem, at_least_one, same_samples
 from admm.schedules import Number, positive, replica_values
 
 BACKWARD, FORWARD = 0, 1  # the two sweeps of an iteration
@@ -61,7 +62,7 @@ class DLADMMState:
 
 
 @dataclass(frozen=True)
-class DLADMM:
+class DLADMM(Options):
     """dlADMM: a backward sweep, in the order Z_l, b_l, W_l, A_{l−1}, a forward one, W_l, b_l, Z_l, A_l, and the dual.
 
     min J(Z_L, Y) + Σ_l φ_l + ρ/2 Σ_{l<L} ‖A_l − relu(Z_l)‖², φ_l = ρ/2 ‖Z_l − A_{l−1} W_lᵀ − b_l + u_l/ρ‖², u_l = 0 for
@@ -149,6 +150,7 @@ class DLADMM:
 
     def step(self, problem: Problem, state: DLADMMState) -> DLADMMState:
         """Algorithm 1: one iteration, and the schedule of ρ, θ and τ."""
+        same_samples(problem, state.z[0])
         sweep, last = _Sweep(self, problem, state), len(state.z)
         for layer in range(last, 0, -1):
             sweep.update_z(layer)

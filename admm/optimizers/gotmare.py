@@ -12,6 +12,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.losses import Loss
 from admm.minibatches import check_batch_size
+from admm.numbers import Options
 from admm.optimizers.coupling import Chain
 from admm.optimizers.fully_connected import Start, known, put
 from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
@@ -30,7 +31,7 @@ class GotmareState:
 
 
 @dataclass(frozen=True)
-class Gotmare:
+class Gotmare(Options):
     """BlockProp on mini-batches: with gluing variables z_1..z_{T−1}, z_0 = x, and J summed over the mini-batch,
 
         J(block_T(z_{T−1}), y) + Σ_{t<T} ρ/2 ‖z_t − block_t(z_{t−1})‖²

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size
+from admm.numbers import Options
 from admm.optimizers.coupling import Chain, ZUpdate, penalties
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
 from admm.optimizers.rules import Adam, Rule
@@ -32,7 +33,7 @@ class OnlineBlockADMMState:
 
 
 @dataclass(frozen=True)
-class OnlineBlockADMM:
+class OnlineBlockADMM(Options):
     """Algorithm 2. For each mini-batch: Z by a forward pass, `z_update` in reverse order, one step of Θ, and the
     dual. An iteration is an epoch, or a part of one.
 
@@ -82,7 +83,7 @@ class OnlineBlockADMM:
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         blocks, replicas = problem.blocks, len(state.seeds)
         theta_step, z_steps = self._schedules(len(blocks), replicas)
-        beta = [b.view(-1, 1, 1) for b in penalties(self.beta, len(blocks), replicas, problem.x)]
+        beta = penalties(self.beta, len(blocks), replicas, problem.x)
         gradient = blocks.parameters(torch.empty_like(state.theta.flat))
         inverse_curvature: list[Tensor] = []
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
@@ -141,14 +142,14 @@ class OnlineBlockADMM:
                 "optimizer.z_update.name=adam or gradient"
             )
 
-    def _force(self, state: OnlineBlockADMMState, chain: Chain, beta: list[Tensor], t: int) -> Tensor:
+    def _force(self, state: OnlineBlockADMMState, chain: Chain, beta: Tensor, t: int) -> Tensor:
         """Derivative of β/2 (‖r‖₂ + u_t)² by r = z_t − block_t(z_{t−1}): β (1 + u_t/‖r‖) r, and 0 at r = 0."""
         residual = chain.residual(t)
         if self.dual != "none":
             norm = _norm(residual)
             weight = torch.where(norm > 0, 1.0 + state.u[t - 1].unsqueeze(1) / norm, 0.0)
             residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
-        return residual.mul_(broadcast(beta[t - 1].flatten(), residual))
+        return residual.mul_(broadcast(beta[t - 1], residual))
 
     def _update_dual(self, state: OnlineBlockADMMState, chain: Chain) -> None:
         """u_t ← u_t + ‖z_t − block_t(z_{t−1})‖₂ with the new Θ (Algorithm 2)."""
