@@ -27,6 +27,18 @@ def penalties(beta: BlockValue, blocks: int, replicas: int, like: Tensor) -> Ten
     return torch.stack([positive("beta", value, replicas) for value in block_values("beta", beta, blocks)]).to(like)
 
 
+def probe(samples: int, batch_size: int, replicas: int, device: torch.device) -> Tensor:
+    """Indices [S, B] of a mini-batch at even distances among N samples, the same for all replicas."""
+    return (torch.arange(batch_size, device=device) * samples // batch_size).expand(replicas, -1)
+
+
+def label_leak(loss: Loss, y: Tensor, forward: Tensor, moved: Tensor) -> dict[str, Tensor]:
+    """`loss_forward` and `loss_moved` [S], the mean J of the last block's outputs [S, n, ...] after a forward pass and
+    at a Z_{T−1} that has been moved by J's gradient and so tells something of the label."""
+    outputs = {"loss_forward": forward, "loss_moved": moved}
+    return {name: loss.value(z, y).flatten(1).mean(1) for name, z in outputs.items()}
+
+
 class Chain:
     """block_t(Z_{t−1}) for t = 1..T, each evaluated when asked for and kept until its input or Θ changes."""
 
