@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from admm.numbers import is_whole
+from admm.numbers import is_whole, plain
 
 
 def generator(seed: int, stream: str, counter: int = 0) -> torch.Generator:
@@ -37,6 +37,7 @@ def minibatches(
     Raises ValueError unless 1 <= batch_size <= samples.
     """
     check_batch_size(batch_size, samples, parts)
+    batch_size, parts = plain(batch_size), plain(parts)
     epoch, part = divmod(iteration, parts or 1)
     orders = {}
     for seed in dict.fromkeys(seeds):

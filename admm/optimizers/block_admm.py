@@ -82,11 +82,10 @@ class BlockADMM(Options):
     Batch normalisation takes the statistics of the samples that are evaluated together: of a mini-batch, and in Z's and
     U's batch sweeps of `slice_size` samples.
 
-    The defaults are those that trained every network tried, of 2 to 10 blocks with and without convolutions and batch
-    normalisation, as Adam does: Z from a forward pass at each visit, one small gradient step, no duals, which is
-    `OnlineBlockADMM` with variables that are kept. §4.1 has sweep="batch", primal_rounds=3, z_update=ZUpdate("adam"),
-    dual_step=1, dual_init=1e-4 and refresh=0; what keeps Z from a forward pass, or adds up its lag in duals, needs steps
-    chosen for the network. The gradient of block t carries ζ^(T−t+1), hence the small ε of Adam for Θ.
+    The defaults start Z from a forward pass at each visit, without duals, which makes the steps of Θ those of
+    `OnlineBlockADMM`, whose defaults they share: with Z that lag behind a forward pass, or duals that add the lag up,
+    no value tried trained networks of 3 to 10 blocks alike. §4.1 has beta=1, sweep="batch", primal_rounds=3,
+    z_update=ZUpdate("adam"), dual_step=1, dual_init=1e-4 and refresh=0.
 
     J enters as the sum over samples; the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². The step sizes,
     `dual_step` and `refresh` may have schedules, and one value a replica; `z_step` and `beta` one a block.
@@ -94,8 +93,8 @@ class BlockADMM(Options):
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: BlockValue = 0.05  # ζ
-    beta: BlockValue = 1.0  # no schedule
+    z_step: BlockValue = 0.01  # ζ
+    beta: BlockValue = 5.0  # no schedule
     sweep: Literal["batch", "minibatch"] = "minibatch"
     batch_size: int = 64
     epoch_parts: int | None = None  # sweep=minibatch: an iteration is an epoch, or one of so many parts of it

@@ -6,7 +6,8 @@ Blocks are numbered t = 1..T as in the paper; Python lists of them start at 0, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,27 @@ def label_leak(loss: Loss, y: Tensor, forward: Tensor, moved: Tensor) -> dict[st
     at a Z_{T−1} that has been moved by J's gradient and so tells something of the label."""
     outputs = {"loss_forward": forward, "loss_moved": moved}
     return {name: loss.value(z, y).flatten(1).mean(1) for name, z in outputs.items()}
+
+
+def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
+    """Warns where the newest rows of a history are the first in which the label shows in the coupling variables.
+
+    That is from the middle of the optimizer's iterations on, where in some replica `loss_forward`, of which evaluation
+    is, exceeds `loss_moved`, on which the last block is trained, by a sixth of `loss_forward` before the first
+    iteration: by less, networks still reach the accuracy that they have without a leak.
+    """
+    start = {row["replica"]: row["loss_forward"] for row in rows if row["iteration"] == 0 and "loss_forward" in row}
+    middle = getattr(optimizer, "iterations", 0) / 2
+    late = (row for row in rows if row["iteration"] >= max(middle, 1))
+    leaking = (row for row in late if row["loss_forward"] - row["loss_moved"] > start[row["replica"]] / 6 > 0)
+    first = next(leaking, None) if start else None
+    if first is not None and first["iteration"] == rows[-1]["iteration"]:
+        warnings.warn(
+            f"optimizer.z_step: the label shows in the coupling variables: after iteration {first['iteration']:g} the "
+            f"loss is {first['loss_moved']:.3g} where these have moved, on which the last block is trained, and "
+            f"{first['loss_forward']:.3g} after a forward pass, as in evaluation; lower z_step (ζ)",
+            stacklevel=3,
+        )
 
 
 class Chain:

@@ -42,15 +42,14 @@ class Gotmare(Options):
     network, cut into any blocks, and any loss with a gradient; one block is back-propagation.
 
     After a cut weights and running statistics are those for gluing variables that have moved, while evaluation feeds
-    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The default is
-    the ζ that trained every network tried, of 2 to 10 blocks with and without convolutions and batch normalisation, as
-    Adam does; networks of many blocks learn faster with 0.2, which others do not bear.
+    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
+    are chosen as those of `OnlineBlockADMM`, with ρ for β.
     """
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: BlockValue = 0.05  # ζ
-    rho: Number = 1.0
+    z_step: BlockValue = 0.01  # ζ
+    rho: Number = 5.0
     batch_size: int = 64
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
     z_rounds: int = 1
