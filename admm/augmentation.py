@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from admm.numbers import Options, is_whole
+
 
 class Augmentation(Protocol):
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
@@ -19,7 +21,7 @@ class Augmentation(Protocol):
 
 
 @dataclass(frozen=True)
-class CropAndFlip:
+class CropAndFlip(Options):
     """Images padded with zeros and cropped to their former size at a random place, half of them mirrored (He et al.
     2016, §4.2). Zero is the mean where the normalisation is `standard`."""
 
@@ -27,7 +29,8 @@ class CropAndFlip:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.padding) is not int or self.padding < 0:  # True is an int too
+        super().__post_init__()
+        if not is_whole(self.padding):
             raise ValueError(f"augmentation.padding: {self.padding!r} is not a whole number of pixels from 0 up")
         if not isinstance(self.flip, bool):
             raise ValueError(f"augmentation.flip: {self.flip!r} is not true or false")

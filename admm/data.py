@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from admm.files import WriteError, whole
+from admm.numbers import is_whole
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 NORMALISATIONS = ("unit", "standard", "symmetric")
@@ -133,7 +134,7 @@ def load(
     arrays = _digits() if name == "digits" else _find(name, Path(root).expanduser(), download)
     x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
     if first is not None:
-        if not isinstance(first, int) or not 0 < first <= len(y_train):
+        if not is_whole(first, 1) or first > len(y_train):
             raise ValueError(
                 f"first must be a whole number of samples from 1 to {len(y_train)}, or null, not {first!r}"
             )
@@ -339,7 +340,7 @@ def _stratified(y: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.bool_
     Shuffled, sorted by class, then taken at even distances. RandomState's stream is frozen by NumPy's policy,
     so a seed means the same samples in every version.
     """
-    if not isinstance(count, int) or not 0 <= count < len(y):
+    if not is_whole(count) or count >= len(y):
         raise ValueError(f"holdout must be a whole number of samples from 0 to {len(y) - 1}, not {count!r}")
     order = np.random.RandomState(seed).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from admm.data import DatasetError, kept
+from admm.numbers import is_whole
 
 ATTRIBUTES = tuple(  # in CelebA's order
     """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
@@ -180,7 +181,7 @@ def _different(start: Integers, count: Integers, number: int, rng: np.random.Ran
 def _check(box: Box, size: int, train_fraction: float) -> None:
     if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
         raise ValueError(f"box must be (left, top, right, bottom) in pixels from the image's centre, not {box!r}")
-    if not isinstance(size, int) or size < 1:
+    if not is_whole(size, 1):
         raise ValueError(f"size must be a whole number of pixels from 1 on, not {size!r}")
     if not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction must be between 0 and 1, not {train_fraction!r}")

@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from admm.numbers import Options, is_number
+
 
 class Loss(Protocol):
     def value(self, z: Tensor, y: Tensor) -> Tensor:
@@ -70,17 +72,18 @@ def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
 
 def check_positive(key: str, value: object) -> None:
     """Raises ValueError that names the key of a loss."""
-    if not isinstance(value, int | float) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise ValueError(f"loss.{key}: {value!r} is not a positive number")
 
 
 @dataclass(frozen=True)
-class SquaredError:
+class SquaredError(Options):
     """J = scale/2 ‖z − y‖². PyTorch's `MSELoss`, a mean over the C outputs too, is `scale = 2/C`."""
 
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("scale", self.scale)
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class SquaredError:
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Options):
     """J = scale · −Σ_c y_c log softmax(z)_c, with `y` one-hot or any distribution over the classes."""
 
     scale: float = 1.0
@@ -107,6 +110,7 @@ class CrossEntropy:
     tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty (1 + max |v|)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("scale", "max_steps", "tolerance"):
             check_positive(key, getattr(self, key))
 
@@ -159,7 +163,7 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy:
+class BinaryCrossEntropy(Options):
     """J = scale · Σ_c log(1 + exp(z_c)) − y_c z_c, each output a logit of its own: for several labels per sample, or
     one output that says yes or no. `y` is between 0 and 1. PyTorch's `BCEWithLogitsLoss`, a mean over the C outputs
     too, is `scale = 1/C`."""
@@ -170,6 +174,7 @@ class BinaryCrossEntropy:
     tolerance: float = 1e-6  # of its gradient, relative to scale + penalty (1 + |v|)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("scale", "max_steps", "tolerance"):
             check_positive(key, getattr(self, key))
 
@@ -205,7 +210,7 @@ class BinaryCrossEntropy:
 
 
 @dataclass(frozen=True)
-class Hinge:
+class Hinge(Options):
     """J = scale · Σ_c max(1 − z_c, 0) where y_c = 1 and max(z_c, 0) where y_c = 0; `y` has no other values.
 
     The binary hinge of Taylor et al. 2016 ("Training neural networks without gradients", §6), one versus all. At a kink
@@ -216,6 +221,7 @@ class Hinge:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("scale", self.scale)
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:

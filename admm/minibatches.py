@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from admm.numbers import is_whole, plain
+
 
 def generator(seed: int, stream: str, counter: int = 0) -> torch.Generator:
     """Random numbers that depend on (seed, stream, counter) alone, so that no generator state is carried along:
@@ -35,6 +37,7 @@ def minibatches(
     Raises ValueError unless 1 <= batch_size <= samples.
     """
     check_batch_size(batch_size, samples, parts)
+    batch_size, parts = plain(batch_size), plain(parts)
     epoch, part = divmod(iteration, parts or 1)
     orders = {}
     for seed in dict.fromkeys(seeds):
@@ -48,10 +51,10 @@ def minibatches(
 
 def check_batch_size(batch_size: int, samples: int, parts: int | None = None) -> None:
     """Raises ValueError unless 1 <= batch_size <= samples, with a mini-batch at least for each of an epoch's parts."""
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= samples:
+    if not is_whole(batch_size, 1) or batch_size > samples:
         raise ValueError(f"optimizer.batch_size: {batch_size!r} is not between 1 and the {samples} training samples")
     batches = math.ceil(samples / batch_size)
-    if parts is not None and (not isinstance(parts, int) or not 1 <= parts <= batches):
+    if parts is not None and (not is_whole(parts, 1) or parts > batches):
         raise ValueError(f"optimizer.epoch_parts: {parts!r} is not null or between 1 and an epoch's {batches} batches")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Number = float | Sequence[float]  # a scalar, or one value a replica, [S]
+from admm.numbers import is_number, plain
+
+Number = float | Sequence[float]  # a scalar, or one value a replica, [S]; NumPy's and tensors, too
 Value = Number | Mapping[str, Any]  # or {start: Number, end: Number}
 BlockValue = Value  # or {blocks: [Value, …]}, one a block
 
@@ -54,6 +57,7 @@ def refresh_schedule(value: Value, replicas: int) -> Schedule:
 
 def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     """T values: `value` for every block, or its own for each from `{blocks: [one a block]}`."""
+    value = plain(value)
     if not isinstance(value, Mapping) or "blocks" not in value:
         return [value] * blocks
     if set(value) != {"blocks"} or not isinstance(value["blocks"], Sequence) or len(value["blocks"]) != blocks:
@@ -68,6 +72,7 @@ def block_schedules(name: str, value: BlockValue, blocks: int, replicas: int) ->
 
 def per_replica(name: str, value: Number, replicas: int) -> float | Tensor:
     """A float, or a tensor [S] from a sequence of S numbers. Raises ValueError for another length."""
+    value = plain(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != replicas:
             raise ValueError(f"optimizer.{name}: {len(value)} values for {replicas} replicas (seeds)")
@@ -89,7 +94,7 @@ def positive(name: str, value: Number, replicas: int) -> Tensor:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, int | float) and value >= 0:
+    if is_number(value) and value >= 0:
         return float(value)
     raise ValueError(f"optimizer.{name}: {value!r} is not a number from 0 up or [one a replica]")
 
@@ -99,3 +104,20 @@ def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:
     if isinstance(value, float):
         return value
     return value.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def warn_beyond_horizon(optimizer: object, iterations: int) -> None:
+    """Warns where training for `iterations` goes on after the optimizer's own, at which its schedules have ended."""
+    options = getattr(optimizer, "__dict__", {})
+    horizon = options.get("iterations", iterations)
+    scheduled = [name for name, value in options.items() if _is_scheduled(value)]
+    if iterations > horizon and scheduled:
+        warnings.warn(
+            f"optimizer.iterations: {horizon}, but training goes on to iteration {iterations}; from {horizon} on "
+            f"{', '.join(scheduled)} stay at the end of their schedules. Give both the same number",
+            stacklevel=3,
+        )
+
+
+def _is_scheduled(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("end" in value or any(map(_is_scheduled, value.get("blocks", ()))))

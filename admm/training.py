@@ -19,7 +19,9 @@ from torch import Tensor
 from admm.blocks import Blocks, Parameters
 from admm.files import sweep, whole
 from admm.losses import SquaredError
+from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, restore, save, size
+from admm.schedules import warn_beyond_horizon
 
 Row = dict[str, float]  # one evaluation of one replica
 # Samples evaluated at a time, so few that a processor's caches hold what is made of them: images, whose replicas take
@@ -151,8 +153,11 @@ def train(
 
     def evaluated() -> list[Row]:
         values = measure(problem, optimizer.parameters(state), test) | optimizer.diagnostics(problem, state)
-        return _record(optimizer.parameters(state), state, values, history)
+        rows = _record(optimizer.parameters(state), state, values, history)
+        warn_of_label_leak(optimizer, history.rows)
+        return rows
 
+    warn_beyond_horizon(optimizer, iterations)
     if path is not None:
         sweep(path)
         save(state)  # raises at once where it could not be

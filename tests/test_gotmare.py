@@ -167,7 +167,7 @@ def test_it_learns(mlp_problem):
     state = trained(options, problem, SEEDS, 40)
     outputs = problem.blocks.forward(state.theta, problem.x.expand(3, *problem.x.shape))
     assert ((outputs.argmax(2) == problem.y.argmax(1)).double().mean(1) > 0.9).all()
-    assert set(options.diagnostics(problem, state)) == {"sigma_1", "sigma_2", "sigma_3"}
+    assert set(options.diagnostics(problem, state)) == {"sigma_1", "sigma_2", "sigma_3", "loss_forward", "loss_moved"}
 
 
 def test_it_goes_on_from_given_parameters(mlp_problem):

@@ -225,7 +225,7 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
         options = replace(BASE, dual=dual)
         state = options.step(problem, options.init(problem, SEEDS))
         values = options.diagnostics(problem, state)
-        assert set(values) == names | {"sigma_1", "sigma_2", "sigma_3"}
+        assert set(values) == names | {"sigma_1", "sigma_2", "sigma_3", "loss_forward", "loss_moved"}
         assert all(torch.equal(values[name], state.u[int(name[-1]) - 1]) for name in names)
 
 

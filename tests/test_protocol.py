@@ -34,11 +34,22 @@ from admm.optimizers.protocol import restore, save, spectral_norms
 
 SEEDS = (5, 0, 11)
 ADAM = {"update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
+BATCH: dict[str, Any] = {
+    **ADAM,
+    "beta": 1.0,
+    "sweep": "batch",
+    "primal_rounds": 3,
+    "dual_step": 1.0,
+    "dual_init": 1e-4,
+    "refresh": 0.0,
+}
 MINIBATCH: dict[str, Any] = {
     **ADAM,
+    "beta": 1.0,
     "sweep": "minibatch",
     "primal_rounds": 2,
     "dual_step": 0.3,
+    "dual_init": 1e-4,
     "refresh": 0.6,
 }
 PROX = ZUpdate("adam", last="prox")
@@ -64,16 +75,16 @@ CASES = {
         Backprop(8, Adam(), 0.01, 4), {"step_size": (0.05, 0.02, 0.1)}, "conv_problem", CrossEntropy()
     ),
     "block-admm as in the paper": Case(
-        BlockADMM(8, z_step=0.02, z_update=PROX, dual_init=1e-2, slice_size=10, **ADAM), MORE | BETA
+        BlockADMM(8, z_step=0.02, z_update=PROX, slice_size=10, **{**BATCH, "dual_init": 1e-2}), MORE | BETA
     ),
     "block-admm, gradient": Case(
-        BlockADMM(8, 0.05, z_step=0.1, batch_size=7, z_update=ZUpdate("gradient", 2, "step"), update=SGD(0.9)),
+        BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient", 2), **{**BATCH, "theta_step": 0.05, "update": SGD(0.9)}),
         MORE | BETA,
     ),
     "block-admm, majorised": Case(
-        BlockADMM(8, z_update=ZUpdate("majorised", last="prox"), penalty=PENALTY, **ADAM), MORE | BETA
+        BlockADMM(8, z_update=ZUpdate("majorised", last="prox"), penalty=PENALTY, **BATCH), MORE | BETA
     ),
-    "block-admm, lipschitz": Case(BlockADMM(8, z_update=ZUpdate("lipschitz", 2, "step"), z_step=0.5, **ADAM), MORE),
+    "block-admm, lipschitz": Case(BlockADMM(8, z_update=ZUpdate("lipschitz", 2, "step"), z_step=0.5, **BATCH), MORE),
     "block-admm, mini-batches": Case(
         BlockADMM(8, z_update=ZUpdate("majorised", 3, last="prox"), curvature_every=2, penalty=PENALTY, **MINIBATCH),
         MORE | BETA,
@@ -86,7 +97,13 @@ CASES = {
         BlockADMM(8, z_update=ZUpdate("majorised", 3, last="prox"), **MINIBATCH), MORE | BETA, loss=CrossEntropy()
     ),
     "block-admm, images": Case(
-        BlockADMM(8, z_step=0.02, penalty=PENALTY, refresh=0.1, **{**ADAM, "batch_size": 4}),
+        BlockADMM(
+            8,
+            z_step=0.02,
+            z_update=ZUpdate("adam"),
+            penalty=PENALTY,
+            **{**BATCH, "batch_size": 4, "refresh": 0.1},
+        ),
         MORE | {"beta": {"blocks": [(1.0, 0.5, 2.0), 0.5]}},
         "conv_problem",
     ),
@@ -152,7 +169,7 @@ CASES = {
         1e-6,
     ),
     "block-admm, resnet": Case(
-        BlockADMM(8, z_step=0.02, slice_size=5, **{**ADAM, "batch_size": 4}),
+        BlockADMM(8, z_step=0.02, z_update=ZUpdate("adam"), slice_size=5, **{**BATCH, "batch_size": 4}),
         MORE,
         "resnet_problem",
         CrossEntropy(),
@@ -496,3 +513,29 @@ def test_a_loss_without_a_value_per_sample_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         mlp_problem(loss)
+
+
+KEEPING = ["block-admm, mini-batches", "block-admm as in the paper", "standard admm", "taylor", "dladmm", "bcd"]
+
+
+@pytest.mark.parametrize("case", KEEPING, indirect=True)
+def test_variables_of_other_samples_are_refused(case, problem):
+    state = case.optimizer.init(problem, SEEDS)
+    before = [t.clone() for t in tensors(save(state))]
+    with pytest.raises(ValueError, match="problem: 20 samples, but the state has variables of 24"):
+        case.optimizer.step(replace(problem, x=problem.x[:20], y=problem.y[:20]), state)
+    assert all(map(torch.equal, before, tensors(save(state))))
+
+
+@pytest.mark.parametrize("optimizer", [BlockADMM, OnlineBlockADMM])
+def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
+    """As many samples in a mini-batch as replicas, two axes of outputs a sample, and Z_T by the exact step."""
+    x = torch.randn(9, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    problem = Problem(x, x[:, :, :2].sign(), split(network, after=["1"]), SquaredError(), initialiser("pytorch"))
+    for name in ("gradient", "lipschitz", "majorised"):
+        options = optimizer(4, 0.01, 0.3, (1.0, 0.4, 3.0), batch_size=3, z_update=ZUpdate(name, last="prox"))
+        together = trained(options, problem, (5, 5, 5), 2)
+        for s, beta in enumerate(options.beta):
+            assert_replicas_equal(together, s, trained(replace(options, beta=beta), problem, (5,), 2), 1e-10)
+        assert not torch.allclose(together.theta.flat[0], together.theta.flat[2])

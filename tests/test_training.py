@@ -23,7 +23,18 @@ from admm.training import CheckpointError, History, Row, accuracy, evaluate, rea
 OPTIMIZERS = {
     "sgd": Backprop(6, SGD(momentum=0.9), 0.05, batch_size=16),
     "adam": Backprop(6, Adam(), {"start": 0.01, "end": 0.0}, batch_size=16),
-    "batch": BlockADMM(6, 0.01, z_step=0.05, batch_size=16, dual_init=1e-3, slice_size=20),
+    "batch": BlockADMM(
+        6,
+        0.01,
+        sweep="batch",
+        batch_size=16,
+        primal_rounds=3,
+        z_update=ZUpdate("adam"),
+        dual_step=1.0,
+        dual_init=1e-3,
+        refresh=0.0,
+        slice_size=20,
+    ),
     "gauss_seidel": BlockADMM(
         6,
         0.01,
@@ -32,8 +43,9 @@ OPTIMIZERS = {
         primal_rounds=1,
         refresh=0.9,
         z_update=ZUpdate("lipschitz", 2, last="prox"),
+        dual_step=1.0,
     ),
-    "online": OnlineBlockADMM(6, 0.01, batch_size=16),
+    "online": OnlineBlockADMM(6, 0.01, batch_size=16, dual="paper"),
 }
 SEEDS = (3, 4, 5)
 

@@ -14,7 +14,19 @@ from admm.optimizers import SGD, AdaptivePenalty, BlockADMM, ZUpdate
 from admm.variables import PLACES, allocate
 
 SEEDS = (3, 1)
-BASE = BlockADMM(3, 0.01, 0.1, batch_size=5, update=SGD(), z_update=ZUpdate("adam", last="step"), slice_size=4)
+BASE = BlockADMM(
+    3,
+    0.01,
+    0.1,
+    batch_size=5,
+    primal_rounds=3,
+    update=SGD(),
+    z_update=ZUpdate("adam", last="step"),
+    dual_step=1.0,
+    dual_init=1e-4,
+    refresh=0.0,
+    slice_size=4,
+)
 
 
 @pytest.mark.parametrize("sweep", ["batch", "minibatch"])

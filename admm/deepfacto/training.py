@@ -11,8 +11,9 @@ from torch import Tensor
 from admm.blocks import Blocks, LinearLayer, Parameters
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, nonnegative_least_squares, sweep, warm_start
 from admm.minibatches import check_batch_size, minibatches, own_indices, own_rows, put_own_rows, rows, slices
+from admm.numbers import Options
 from admm.optimizers.coupling import Chain, penalties
-from admm.optimizers.protocol import Problem, at_least_one, in_range, largest_singular_value
+from admm.optimizers.protocol import Problem, at_least_one, in_range, largest_singular_value, same_samples, whole_seeds
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 
@@ -35,7 +36,7 @@ class DeepFactoState:
 
 
 @dataclass(frozen=True)
-class DeepFacto:
+class DeepFacto(Options):
     """Minimises Eq. 9: Block-ADMM's augmented Lagrangian, with γ/2 ‖Z − M S + V‖² for each block of one `NMF` layer.
 
     `init` lets a forward pass make the variables, each factorisation by `warm_rounds` rounds, the paper's warm start
@@ -68,6 +69,7 @@ class DeepFacto:
 
         Raises ValueError as `factorisations` does, and for options out of range.
         """
+        seeds = whole_seeds(seeds)
         schedules = self._schedules(len(problem.blocks), len(seeds))
         self._check(problem)
         problem.refuse_augmentation("DeepFacto")
@@ -83,7 +85,7 @@ class DeepFacto:
                 z.append(torch.cat([block.forward(views, part, training=True) for part in parts], 1))
         residuals = [before if t in factors else z[t - 1] for t, before in enumerate([x, *z[:-1]], start=1)]
         return DeepFactoState(
-            seeds=tuple(seeds),
+            seeds=seeds,
             iteration=0,
             theta=theta,
             moments=[self.update.init(flat) for flat in by_block(problem.blocks, theta)],
@@ -92,6 +94,7 @@ class DeepFacto:
         )
 
     def step(self, problem: Problem, state: DeepFactoState) -> DeepFactoState:
+        same_samples(problem, state.z[0])
         epoch = _Epoch(self, problem, state)
         batches = minibatches(
             len(problem.x),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size
-from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
+from admm.numbers import Options
+from admm.optimizers.protocol import Problem, at_least_one, spectral_norms, whole_seeds
 from admm.optimizers.rules import Rule
 from admm.schedules import Value, schedule
 
@@ -27,7 +28,7 @@ class BackpropState:
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(Options):
     """Mini-batch training on the mean loss of a mini-batch, by an update rule; an iteration is an epoch."""
 
     iterations: int  # the schedules' horizon
@@ -37,11 +38,12 @@ class Backprop:
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
+        seeds = whole_seeds(seeds)
         at_least_one("iterations", self.iterations)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
-        return BackpropState(tuple(seeds), 0, theta, self.update.init(theta.flat))
+        return BackpropState(seeds, 0, theta, self.update.init(theta.flat))
 
     def step(self, problem: Problem, state: BackpropState) -> BackpropState:
         blocks, theta = problem.blocks, state.theta

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from admm.blocks import Parameters, Views
 from admm.minibatches import slices
+from admm.numbers import Options
 from admm.optimizers.fully_connected import (
     Start,
     forward,
@@ -23,7 +24,7 @@ from admm.optimizers.fully_connected import (
     square_residuals,
 )
 from admm.optimizers.least_squares import Scratch, add_gram, factorise, gain, input_factor, zero_gram
-from admm.optimizers.protocol import Problem, check_prox, spectral_norms
+from admm.optimizers.protocol import Problem, check_prox, same_samples, spectral_norms, whole_seeds
 from admm.schedules import Number, positive
 
 _SLICE = 2000  # samples that are visited at a time: their temporaries stay in the processor's cache
@@ -46,7 +47,7 @@ class BCDState:
 
 
 @dataclass(frozen=True)
-class BCD:
+class BCD(Options):
     """Minimises over W, b, U and V, block by block from the last layer to the first and each block exactly,
 
         Σ J(V_L, Y) + γ/2 (‖V_L − U_L‖² + Σ_{l<L} ‖V_l − relu(U_l)‖²) + ρ/2 Σ_l ‖U_l − V_{l−1} W_lᵀ − b_l‖²
@@ -66,6 +67,7 @@ class BCD:
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> BCDState:
         """Raises ValueError for another network, a loss without a prox, or a value that is not positive."""
+        seeds = whole_seeds(seeds)
         known(start, ("weight", "bias", "u", "v"))
         check_prox(problem.loss, "bcd")
         replicas = len(seeds)
@@ -82,7 +84,7 @@ class BCD:
         put("u", u, start)
         put("v", v, start)
         x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
-        return BCDState(tuple(seeds), 0, theta, u, v, x_factor)
+        return BCDState(seeds, 0, theta, u, v, x_factor)
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
         """The blocks V_L, U_L, (W_L, b_L), then V_l, U_l, (W_l, b_l) for l = L−1..1, in the authors' order.
@@ -92,6 +94,7 @@ class BCD:
         V_{l−1}. That is 2 for l = 1 and 4.5 for the others. b_l needs none. Each passes over the samples once, in
         slices, so that nothing but the state has N rows.
         """
+        same_samples(problem, state.u[0])
         layers = linear_layers(problem, state.theta, "bcd")
         for number in range(len(layers), 0, -1):
             self._update_layer(problem, state, layers, number)

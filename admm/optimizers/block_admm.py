@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, generator, minibatches, own_indices, own_rows, put_own_rows, rows, slices
-from admm.optimizers.coupling import Chain, ZUpdate, penalties
-from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms
+from admm.numbers import Options, is_number
+from admm.optimizers.coupling import Chain, ZUpdate, label_leak, penalties, probe
+from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, same_samples, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 from admm.variables import PLACES, Place, allocate
@@ -40,7 +41,7 @@ class BlockADMMState:
 
 
 @dataclass(frozen=True)
-class AdaptivePenalty:
+class AdaptivePenalty(Options):
     """Eq. 6, ρ = 1/β: β grows by 1/c whenever the constraint residual exceeds η_k = `bound` · `shrink`^k.
 
     The residual is ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
@@ -52,11 +53,12 @@ class AdaptivePenalty:
     largest: float = math.inf  # β stays at or below this
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.c < 1.0:
+        super().__post_init__()
+        if not is_number(self.c) or not 0.0 < self.c < 1.0:
             raise ValueError(f"optimizer.penalty.c: {self.c} is not between 0 and 1 (Eq. 6)")
         in_range("penalty.bound", self.bound)
         in_range("penalty.shrink", self.shrink)
-        if not self.largest > 0.0:
+        if self.largest != math.inf and (not is_number(self.largest) or self.largest <= 0.0):
             raise ValueError(f"optimizer.penalty.largest: {self.largest} is not positive")
 
     def eta(self, iteration: int) -> float:
@@ -70,7 +72,7 @@ class AdaptivePenalty:
 
 
 @dataclass(frozen=True)
-class BlockADMM:
+class BlockADMM(Options):
     """Stochastic Block-ADMM, the paper's Algorithm 1, and what it leaves open as options.
 
     `sweep="batch"` is Algorithm 1: `primal_rounds` times the Z of all samples (`z_update`, in reverse order)
@@ -80,25 +82,30 @@ class BlockADMM:
     Batch normalisation takes the statistics of the samples that are evaluated together: of a mini-batch, and in Z's and
     U's batch sweeps of `slice_size` samples.
 
+    The defaults start Z from a forward pass at each visit, without duals, which makes the steps of Θ those of
+    `OnlineBlockADMM`, whose defaults they share: with Z that lag behind a forward pass, or duals that add the lag up,
+    no value tried trained networks of 3 to 10 blocks alike. §4.1 has beta=1, sweep="batch", primal_rounds=3,
+    z_update=ZUpdate("adam"), dual_step=1, dual_init=1e-4 and refresh=0.
+
     J enters as the sum over samples; the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². The step sizes,
     `dual_step` and `refresh` may have schedules, and one value a replica; `z_step` and `beta` one a block.
     """
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: BlockValue = 1e-2  # ζ
-    beta: BlockValue = 1.0  # no schedule
-    sweep: Literal["batch", "minibatch"] = "batch"
+    z_step: BlockValue = 0.01  # ζ
+    beta: BlockValue = 5.0  # no schedule
+    sweep: Literal["batch", "minibatch"] = "minibatch"
     batch_size: int = 64
     epoch_parts: int | None = None  # sweep=minibatch: an iteration is an epoch, or one of so many parts of it
-    primal_rounds: int = 3
+    primal_rounds: int = 1
     primal_growth: float | None = None  # rounds more with each iteration: 0.1 for one every tenth (after Proposition 1)
     theta_passes: float = 1.0  # an iteration and primal round; below 1 for a part of the mini-batches
-    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("adam"))
-    update: Rule = field(default_factory=Adam)
-    dual_step: Value = 1.0
-    dual_init: float = 1e-4  # U ~ uniform(0, dual_init)
-    refresh: Value = 0.0  # each visit first moves Z_t this part of the way to the forward pass
+    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
+    update: Rule = field(default_factory=lambda: Adam(epsilon=1e-16))
+    dual_step: Value = 0.0
+    dual_init: float = 0.0  # U ~ uniform(0, dual_init)
+    refresh: Value = 1.0  # each visit first moves Z_t this part of the way to the forward pass
     curvature_every: int = 1  # visits of a mini-batch between two evaluations of the curvature
     penalty: AdaptivePenalty | None = None
     slice_size: int = 2000  # samples that a batch sweep holds in the processor's cache at a time
@@ -106,6 +113,7 @@ class BlockADMM:
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
         """Z by a forward pass, U uniform, Θ by the problem's initialisation (Algorithm 1, §4.1)."""
+        seeds = whole_seeds(seeds)
         self._check(problem)
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
@@ -124,7 +132,7 @@ class BlockADMM:
                 whole[:, part] = values
         self._draw_duals(u, seeds)
         return BlockADMMState(
-            seeds=tuple(seeds),
+            seeds=seeds,
             iteration=0,
             theta=theta,
             moments=self.update.init(theta.flat),
@@ -136,6 +144,7 @@ class BlockADMM:
         )
 
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
+        same_samples(problem, state.z[0])
         sweep = _Sweep(self, problem, state)
         residual = sweep.minibatches() if self.sweep == "minibatch" else sweep.batch()
         state.iteration += 1
@@ -159,7 +168,8 @@ class BlockADMM:
         the ‖h‖ of `AdaptivePenalty` at the end of the iteration (with sweep=minibatch that one has the residuals of the
         visits), and `bound`, its η_k; and `kkt`, the norm of the gradient of the Lagrangian
         J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which gradients by Z count as the root of the mean square over
-        samples, and by Θ as the mean over samples."""
+        samples, and by Θ as the mean over samples. Of more than one block also `loss_forward` and `loss_moved`, see
+        `label_leak`, of `batch_size` samples that are visited once more with the last iteration's ζ."""
         blocks, theta, samples = len(state.z), state.theta, len(problem.x)
         statistics = theta.buffers.clone()
         gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
@@ -179,7 +189,8 @@ class BlockADMM:
                     pulled = chain.pull_back(t + 1, multiplier[t])
                     by_z -= pulled if pulled is not None else 0.0
                 else:
-                    by_z += problem.loss.gradient(chain.z[-1], problem.y[part])
+                    y = problem.y[part]
+                    by_z += problem.loss.gradient(chain.z[-1], y.expand(len(state.seeds), *y.shape))
                 z_square += by_z.square().flatten(1).sum(1)
             theta_gradient += gradient.flat
         theta.buffers.copy_(statistics)
@@ -195,7 +206,14 @@ class BlockADMM:
             values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
         if self.primal_growth is not None:
             values["primal_rounds"] = torch.full_like(state.beta[0], self.rounds(max(state.iteration - 1, 0)))
-        return values | spectral_norms(problem, theta)
+        return values | self._label_leak(problem, state) | spectral_norms(problem, theta)
+
+    def _label_leak(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
+        if len(state.z) == 1:
+            return {}
+        sweep = _Sweep(self, problem, replace(state, power_vectors=[v.clone() for v in state.power_vectors]))
+        sweep._begin(-1.0 if state.iteration else 0.0)
+        return sweep.label_leak(probe(len(problem.x), self.batch_size, len(state.seeds), problem.x.device))
 
     def _schedules(self, blocks: int, replicas: int) -> tuple[dict[str, Schedule], list[Schedule]]:
         """Of Θ's step, the dual step and the refresh, by name; and of ζ_1..ζ_T."""
@@ -211,7 +229,7 @@ class BlockADMM:
             at_least_one(name, getattr(self, name))
         in_range("dual_init", self.dual_init)
         in_range("primal_growth", self.primal_growth or 0.0)
-        if not self.theta_passes > 0.0:
+        if not is_number(self.theta_passes) or self.theta_passes <= 0.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
@@ -245,8 +263,6 @@ class _Sweep:
     def __init__(self, options: BlockADMM, problem: Problem, state: BlockADMMState) -> None:
         self.options, self.problem, self.state = options, problem, state
         self.theta, self.blocks = state.theta, len(state.z)
-        # To multiply Z_t, which may be visited elsewhere than where it is kept.
-        self.beta = [b.view(-1, *[1] * (z.ndim - 1)) for b, z in zip(state.beta, state.z, strict=True)]
         self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
         self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
         self.rounds = options.rounds(state.iteration)
@@ -271,7 +287,7 @@ class _Sweep:
                 for batch in minibatches(samples, options.batch_size, seeds, epoch, self.problem.x.device)
             ]
             for batch in batches[: math.ceil(options.theta_passes / passes * len(batches))]:
-                self._update_theta(self._gather(batch))
+                self._update_theta(self._gather(batch, moments=False))
         return self._norm([self._update_dual_of(part) for part in parts], samples)
 
     def _update_z_of(self, part: slice, primal: int) -> None:
@@ -300,6 +316,15 @@ class _Sweep:
             squares.append(self._update_minibatch(batch))
         return self._norm(squares, sum(batch.shape[1] for batch in batches))
 
+    def label_leak(self, batch: Tensor) -> dict[str, Tensor]:
+        """What a visit of the samples [S, B] would do, on copies."""
+        self._evaluate_curvature()
+        visit = self._gather(batch)
+        forward = Chain(self.problem.blocks, self.theta, visit.chain.x).z[-1]
+        self._refresh(visit)
+        self._update_z(visit, 0)
+        return label_leak(self.problem.loss, visit.y, forward, visit.chain.output(self.blocks))
+
     def _update_minibatch(self, batch: Tensor) -> Tensor:
         visit = self._gather(batch)
         self._refresh(visit)
@@ -319,7 +344,7 @@ class _Sweep:
 
     def _evaluate_curvature(self) -> None:
         self.inverse_curvature = self.options.z_update.inverse_curvature(
-            self.problem.blocks, self.theta, [b.view(-1, 1, 1) for b in self.state.beta], self.state.power_vectors
+            self.problem.blocks, self.theta, self.state.beta, self.state.power_vectors
         )
 
     def _view(self, part: slice, moments: bool = True) -> _Visit:
@@ -328,7 +353,8 @@ class _Sweep:
         seen = [state.z, state.u, *(state.z_moments if moments else [])]
         z, u, *z_moments = ([v[:, part].to(x.device, non_blocking=True) for v in variables] for variables in seen)
         chain = Chain(self.problem.blocks, self.theta, x.expand(len(state.seeds), *x.shape), z)
-        return _Visit(chain, self.problem.y[part], u, z_moments)
+        y = self.problem.y[part]
+        return _Visit(chain, y.expand(len(state.seeds), *y.shape), u, z_moments)
 
     @staticmethod
     def _put_back(part: slice, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -337,13 +363,13 @@ class _Sweep:
             if whole[:, part].data_ptr() != values.data_ptr():
                 whole[:, part] = values
 
-    def _gather(self, batch: Tensor) -> _Visit:
-        """Copies of the samples [S, B] of a mini-batch."""
+    def _gather(self, batch: Tensor, moments: bool = True) -> _Visit:
+        """Copies of the samples [S, B] of a mini-batch, with or without the moments of Z."""
         state, own = self.state, own_indices(batch, len(self.problem.x))
-        gathered = [state.z, state.u, *(state.z_moments if self.options.sweep == "minibatch" else [])]
-        z, u, *moments = ([own_rows(v, own) for v in variables] for variables in gathered)
+        gathered = [state.z, state.u, *(state.z_moments if moments else [])]
+        z, u, *z_moments = ([own_rows(v, own) for v in variables] for variables in gathered)
         chain = Chain(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
-        return _Visit(chain, rows(self.problem.y, batch), u, moments)
+        return _Visit(chain, rows(self.problem.y, batch), u, z_moments)
 
     def _scatter(self, batch: Tensor, visit: _Visit) -> None:
         own = own_indices(batch, len(self.problem.x))
@@ -370,7 +396,8 @@ class _Sweep:
 
     def _force(self, visit: _Visit, t: int, pulled: bool | None = None) -> Tensor:
         """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2); `pulled` as in `Chain`."""
-        return visit.chain.residual(t, pulled).add_(visit.u[t - 1]).mul_(self.beta[t - 1])
+        force = visit.chain.residual(t, pulled).add_(visit.u[t - 1])
+        return force.mul_(broadcast(self.state.beta[t - 1], force))
 
     def _update_z(self, visit: _Visit, primal: int) -> None:
         self.options.z_update.apply(
@@ -379,7 +406,7 @@ class _Sweep:
             self.problem.loss,
             visit.y,
             visit.u[-1],
-            self.beta,
+            self.state.beta,
             self.z_steps,
             self.inverse_curvature,
             visit.z_moments,
@@ -390,7 +417,7 @@ class _Sweep:
         """One step of Θ on the mean over the mini-batch of Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖²."""
         chain = visit.chain
         for t in range(1, self.blocks + 1):
-            cotangent = self._force(visit, t, pulled=True).mul_(-1.0 / visit.y.shape[-2])
+            cotangent = self._force(visit, t, pulled=True).mul_(-1.0 / visit.y.shape[1])
             chain.pull_back(t, cotangent, into=self.gradient)
         self.options.update.apply(self.theta.flat, self.gradient.flat, self.state.moments, self.theta_step)
         chain.theta_changed()

@@ -6,7 +6,8 @@ Blocks are numbered t = 1..T as in the paper; Python lists of them start at 0, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
+from admm.numbers import Options
 from admm.optimizers.least_squares import factorise
 from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
 from admm.schedules import BlockValue, block_values, broadcast, positive
@@ -25,6 +27,39 @@ Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t
 def penalties(beta: BlockValue, blocks: int, replicas: int, like: Tensor) -> Tensor:
     """β [T, S] of a hyperparameter, in the dtype of `like`. Raises ValueError unless all are positive."""
     return torch.stack([positive("beta", value, replicas) for value in block_values("beta", beta, blocks)]).to(like)
+
+
+def probe(samples: int, batch_size: int, replicas: int, device: torch.device) -> Tensor:
+    """Indices [S, B] of a mini-batch at even distances among N samples, the same for all replicas."""
+    return (torch.arange(batch_size, device=device) * samples // batch_size).expand(replicas, -1)
+
+
+def label_leak(loss: Loss, y: Tensor, forward: Tensor, moved: Tensor) -> dict[str, Tensor]:
+    """`loss_forward` and `loss_moved` [S], the mean J of the last block's outputs [S, n, ...] after a forward pass and
+    at a Z_{T−1} that has been moved by J's gradient and so tells something of the label."""
+    outputs = {"loss_forward": forward, "loss_moved": moved}
+    return {name: loss.value(z, y).flatten(1).mean(1) for name, z in outputs.items()}
+
+
+def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
+    """Warns where the newest rows of a history are the first in which the label shows in the coupling variables.
+
+    That is from the middle of the optimizer's iterations on, where in some replica `loss_forward`, of which evaluation
+    is, exceeds `loss_moved`, on which the last block is trained, by a sixth of `loss_forward` before the first
+    iteration: by less, networks still reach the accuracy that they have without a leak.
+    """
+    start = {row["replica"]: row["loss_forward"] for row in rows if row["iteration"] == 0 and "loss_forward" in row}
+    middle = getattr(optimizer, "iterations", 0) / 2
+    late = (row for row in rows if row["iteration"] >= max(middle, 1))
+    leaking = (row for row in late if row["loss_forward"] - row["loss_moved"] > start[row["replica"]] / 6 > 0)
+    first = next(leaking, None) if start else None
+    if first is not None and first["iteration"] == rows[-1]["iteration"]:
+        warnings.warn(
+            f"optimizer.z_step: the label shows in the coupling variables: after iteration {first['iteration']:g} the "
+            f"loss is {first['loss_moved']:.3g} where these have moved, on which the last block is trained, and "
+            f"{first['loss_forward']:.3g} after a forward pass, as in evaluation; lower z_step (ζ)",
+            stacklevel=3,
+        )
 
 
 class Chain:
@@ -92,7 +127,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class ZUpdate:
+class ZUpdate(Options):
     """How the coupling variables follow their gradients. With step size ζ, the step subtracted from Z_t is
 
     - `gradient`: ζ ∇ (Algorithm 1);
@@ -144,25 +179,27 @@ class ZUpdate:
         return [w.new_ones(len(w), w.shape[2], 1) for t, w in enumerate(weights, start=1) if t > 1 and w is not None]
 
     def inverse_curvature(
-        self, blocks: Blocks, theta: Parameters, beta: Sequence[Tensor], power_vectors: list[Tensor]
+        self, blocks: Blocks, theta: Parameters, beta: Tensor, power_vectors: list[Tensor]
     ) -> list[Tensor]:
-        """For t = 1..T−1 what multiplies the gradient of Z_t: [S, 1, 1], or [S, d_t, d_t] from the right."""
+        """For t = 1..T−1 what multiplies the gradient of Z_t: [S, 1, 1], or [S, d_t, d_t] from the right; of penalties
+        `beta` [T, S]."""
         if self.name in ("gradient", "adam"):
             return []
         inverses = []
         for t in range(1, len(blocks)):
             weight = blocks[t].linear_weight(theta.blocks[t])
             assert weight is not None
+            own, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)
             if self.name == "majorised":
                 w = weight.double()  # float32 does not see β_t beside a large W
-                factor = factorise(torch.bmm(w.mT, beta[t] * w), beta[t - 1].squeeze(2))
+                factor = factorise(torch.bmm(w.mT, above * w), own.squeeze(2))
                 inverses.append(torch.cholesky_inverse(factor).to(weight))
             else:
                 # Tends to σ² from below, after a first one of up to d_t^½ σ².
                 image = weight.mT @ (weight @ power_vectors[t - 1])
                 square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
                 torch.where(square > 0, image / square, power_vectors[t - 1], out=power_vectors[t - 1])
-                inverses.append(1.0 / (beta[t - 1] + 1.1 * beta[t] * square))
+                inverses.append(1.0 / (own + 1.1 * above * square))
         return inverses
 
     @property
@@ -181,7 +218,7 @@ class ZUpdate:
         loss: Loss,
         y: Tensor,
         dual: Tensor | float,
-        beta: Sequence[float | Tensor],
+        beta: Tensor,
         steps: Sequence[float | Tensor],
         inverse_curvature: list[Tensor],
         moments: list[list[Tensor]],
@@ -189,7 +226,7 @@ class ZUpdate:
     ) -> None:
         """`steps` rounds, each from Z_T to Z_1 (Algorithm 1, lines 5-9; Algorithm 2).
 
-        y: targets. dual: U_T. beta, steps: β_1..β_T and ζ_1..ζ_T. count: Adam's steps that these moments have seen.
+        y: targets. dual: U_T. beta: penalties [T, S]. steps: ζ_1..ζ_T. count: Adam's steps that the moments have seen.
         """
         blocks = len(chain.blocks)
 
@@ -201,7 +238,8 @@ class ZUpdate:
         for _ in range(self.steps):
             count += 1
             if self.last == "prox":
-                chain.move(blocks, loss.prox(chain.output(blocks) - dual, y, beta[-1]))
+                anchor = chain.output(blocks) - dual
+                chain.move(blocks, loss.prox(anchor, y, broadcast(beta[-1], anchor)))
             else:
                 move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
             for t in range(blocks - 1, 0, -1):

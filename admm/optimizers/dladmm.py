@@ -12,6 +12,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.losses import CrossEntropy, Loss, SquaredError
 from admm.minibatches import slices
+from admm.numbers import Options
 from admm.optimizers.fully_connected import (
     Start,
     draw,
@@ -23,7 +24,7 @@ from admm.optimizers.fully_connected import (
     relu_prox_,
     squared_norm,
 )
-from admm.optimizers.protocol import Problem, at_least_one
+from admm.optimizers.protocol import Problem, at_least_one, same_samples, whole_seeds
 from admm.schedules import Number, positive, replica_values
 
 BACKWARD, FORWARD = 0, 1  # the two sweeps of an iteration
@@ -61,7 +62,7 @@ class DLADMMState:
 
 
 @dataclass(frozen=True)
-class DLADMM:
+class DLADMM(Options):
     """dlADMM: a backward sweep, in the order Z_l, b_l, W_l, A_{l−1}, a forward one, W_l, b_l, Z_l, A_l, and the dual.
 
     min J(Z_L, Y) + Σ_l φ_l + ρ/2 Σ_{l<L} ‖A_l − relu(Z_l)‖², φ_l = ρ/2 ‖Z_l − A_{l−1} W_lᵀ − b_l + u_l/ρ‖², u_l = 0 for
@@ -104,6 +105,7 @@ class DLADMM:
         Raises ValueError for another network than Linear, ReLU, …, Linear with biases, for a loss whose FISTA step is
         not known or would diverge, and for hyperparameters that are not positive.
         """
+        seeds = whole_seeds(seeds)
         known(start, ("weight", "bias", "z", "a", "u"))
         self._check(problem.loss, len(seeds))
         theta = problem.initial(seeds)
@@ -125,7 +127,7 @@ class DLADMM:
 
         rho, theta_start, tau_start = (self._number(name, z[0]) for name in ("rho", "theta", "tau"))
         state = DLADMMState(
-            seeds=tuple(seeds),
+            seeds=seeds,
             iteration=0,
             theta=theta,
             z=z,
@@ -149,6 +151,7 @@ class DLADMM:
 
     def step(self, problem: Problem, state: DLADMMState) -> DLADMMState:
         """Algorithm 1: one iteration, and the schedule of ρ, θ and τ."""
+        same_samples(problem, state.z[0])
         sweep, last = _Sweep(self, problem, state), len(state.z)
         for layer in range(last, 0, -1):
             sweep.update_z(layer)
@@ -340,7 +343,8 @@ class _Sweep:
             z = self.state.z[0][:, part] + self.state.error[0][:, part]
             for views in self.layers[1:]:
                 z = pre_activation(views, z.relu_())
-            total += self.problem.loss.value(z, self.problem.y[part]).sum(1)
+            y = self.problem.y[part]
+            total += self.problem.loss.value(z, y.expand(len(z), *y.shape)).sum(1)
         return total.div_(len(self.problem.x))
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
@@ -386,7 +390,8 @@ def _value_and_gradient(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     if isinstance(loss, CrossEntropy):  # both need the same exponentials
         log_p = torch.log_softmax(z, 1)
         return (log_p * y).sum((1, 2), dtype=torch.float64).mul_(-loss.scale), log_p.exp_().sub_(y).mul_(loss.scale)
-    return loss.value(z.mT, y.mT).sum(1, dtype=torch.float64), loss.gradient(z.mT, y.mT).mT
+    outputs, targets = z.mT, y.mT.expand(len(z), *y.mT.shape)
+    return loss.value(outputs, targets).sum(1, dtype=torch.float64), loss.gradient(outputs, targets).mT
 
 
 def _doubled(start: Tensor, least: Tensor) -> Tensor:

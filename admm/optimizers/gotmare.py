@@ -11,10 +11,11 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.losses import Loss
-from admm.minibatches import check_batch_size
-from admm.optimizers.coupling import Chain
+from admm.minibatches import check_batch_size, rows
+from admm.numbers import Options
+from admm.optimizers.coupling import Chain, label_leak, probe
 from admm.optimizers.fully_connected import Start, known, put
-from admm.optimizers.protocol import Problem, at_least_one, spectral_norms
+from admm.optimizers.protocol import Problem, at_least_one, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, Rule
 from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, positive, schedule
 
@@ -30,7 +31,7 @@ class GotmareState:
 
 
 @dataclass(frozen=True)
-class Gotmare:
+class Gotmare(Options):
     """BlockProp on mini-batches: with gluing variables z_1..z_{T−1}, z_0 = x, and J summed over the mini-batch,
 
         J(block_T(z_{T−1}), y) + Σ_{t<T} ρ/2 ‖z_t − block_t(z_{t−1})‖²
@@ -41,13 +42,14 @@ class Gotmare:
     network, cut into any blocks, and any loss with a gradient; one block is back-propagation.
 
     After a cut weights and running statistics are those for gluing variables that have moved, while evaluation feeds
-    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy.
+    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
+    are chosen as those of `OnlineBlockADMM`, with ρ for β.
     """
 
     iterations: int  # the schedules' horizon
     theta_step: Value  # η
-    z_step: BlockValue = 0.5  # ζ
-    rho: Number = 1.0
+    z_step: BlockValue = 0.01  # ζ
+    rho: Number = 5.0
     batch_size: int = 64
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
     z_rounds: int = 1
@@ -59,6 +61,7 @@ class Gotmare:
 
         Raises ValueError that names a hyperparameter, or for a starting variable of another name or shape.
         """
+        seeds = whole_seeds(seeds)
         known(start, ("theta",))
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)
@@ -67,7 +70,7 @@ class Gotmare:
         self._penalty(problem.x, len(seeds))
         theta = problem.initial(seeds)
         put("theta", [theta.flat], start)
-        return GotmareState(tuple(seeds), 0, theta, self.update.init(theta.flat))
+        return GotmareState(seeds, 0, theta, self.update.init(theta.flat))
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
         blocks, replicas = problem.blocks, len(state.seeds)
@@ -89,8 +92,20 @@ class Gotmare:
         return state.theta
 
     def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
-        """The spectral norms `sigma_t`."""
-        return spectral_norms(problem, state.theta)
+        """The spectral norms `sigma_t`; of more than one block `loss_forward` and `loss_moved`, see `label_leak`, of
+        `batch_size` training samples with the last iteration's ζ."""
+        return self._label_leak(problem, state) | spectral_norms(problem, state.theta)
+
+    def _label_leak(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
+        last, replicas = len(problem.blocks), len(state.seeds)
+        if last == 1:
+            return {}
+        batch = probe(len(problem.x), self.batch_size, replicas, problem.x.device)
+        chain, y = Chain(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
+        forward, (_, z_steps) = chain.output(last), self._schedules(last, replicas)
+        terms = _Terms(problem.loss, chain, y, self._penalty(problem.x, replicas))
+        self._update_z(terms, [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps])
+        return label_leak(problem.loss, y, forward, chain.output(last))
 
     def _update_z(self, terms: _Terms, steps: Sequence[float | Tensor]) -> None:
         """Rounds from z_{T−1} to z_1, each with the newest neighbours; moments are a mini-batch's own."""

@@ -18,6 +18,7 @@ from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
 from admm.minibatches import generator, minibatches, rows
+from admm.numbers import is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -271,15 +272,24 @@ def one_of(key: str, value: object, valid: Sequence[str]) -> None:
 
 def at_least_one(key: str, value: int) -> None:
     """Raises ValueError that names the key."""
-    if not isinstance(value, int) or value < 1:
+    if not is_whole(value, 1):
         raise ValueError(f"optimizer.{key}: {value!r} is not a whole number from 1 up")
 
 
 def in_range(key: str, value: object, below: float = math.inf) -> None:
     """Raises ValueError that names the key, unless 0 <= value < below."""
-    if not isinstance(value, int | float) or not 0.0 <= value < below:
+    if not is_number(value) or not 0.0 <= value < below:
         bound = "" if below == math.inf else f" and below {below}"
         raise ValueError(f"optimizer.{key}: {value!r} is not a number from 0 up{bound}")
+
+
+def same_samples(problem: Problem, variables: Tensor) -> None:
+    """Raises ValueError unless variables [S, N, ...] of a state are of as many samples as the problem has."""
+    if variables.shape[1] != len(problem.x):
+        raise ValueError(
+            f"problem: {len(problem.x)} samples, but the state has variables of {variables.shape[1]}; a step takes the "
+            "problem that the state was made for"
+        )
 
 
 def check_prox(loss: Loss, algorithm: str) -> None:
@@ -287,7 +297,7 @@ def check_prox(loss: Loss, algorithm: str) -> None:
     if not callable(getattr(loss, "prox", None)):
         raise ValueError(
             f"loss: {type(loss).__name__} has no prox; {algorithm} supports losses with one: "
-            "squared_error, cross_entropy, hinge"
+            "squared_error, cross_entropy, binary_cross_entropy, hinge"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from admm.numbers import Options
 from admm.optimizers.protocol import in_range
 from admm.schedules import broadcast
 
@@ -23,7 +24,7 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Options):
     """Adam (Kingma & Ba 2014, Algorithm 1) by PyTorch's fused kernel; weight decay is decoupled (AdamW)."""
 
     beta1: float = 0.9
@@ -32,6 +33,7 @@ class Adam:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf), ("weight_decay", math.inf)):
             in_range(f"update.{name}", getattr(self, name), below)
 
@@ -66,13 +68,14 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Options):
     """θ ← θ − step · (gradient + weight_decay θ), with heavy-ball momentum, as PyTorch's."""
 
     momentum: float = 0.0
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range("update.momentum", self.momentum, 1.0)
         in_range("update.weight_decay", self.weight_decay)
 

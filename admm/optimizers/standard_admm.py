@@ -11,6 +11,7 @@ from torch import Tensor
 
 from admm.blocks import Parameters, Views
 from admm.minibatches import slices
+from admm.numbers import Options
 from admm.optimizers.fully_connected import (
     Start,
     draw,
@@ -34,7 +35,15 @@ from admm.optimizers.least_squares import (
     regress,
     zero_gram,
 )
-from admm.optimizers.protocol import Problem, at_least_one, check_prox, one_of, spectral_norms
+from admm.optimizers.protocol import (
+    Problem,
+    at_least_one,
+    check_prox,
+    one_of,
+    same_samples,
+    spectral_norms,
+    whole_seeds,
+)
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "standard_admm"
@@ -60,7 +69,7 @@ class StandardADMMState:
 
 
 @dataclass(frozen=True)
-class StandardADMM:
+class StandardADMM(Options):
     """Algorithm 3 on Eq. 11, every step an exact minimiser; J is the sum over the samples and has a prox.
 
     The intercept is an extra column of ones in A_{l−1}, so that W_l and b_l are one ridge regression, with the penalty
@@ -80,6 +89,7 @@ class StandardADMM:
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> StandardADMMState:
         """Raises ValueError for other networks, a layer without bias, a loss without prox, or a wrong value."""
+        seeds = whole_seeds(seeds)
         theta = problem.initial(seeds)
         layers = linear_layers(problem, theta, _NAME)
         self._check(problem, len(seeds))
@@ -98,9 +108,10 @@ class StandardADMM:
         for name, tensors in variables.items():
             put(name, tensors, start)
         factor = input_factor(x, self._ridge(replicas), self.slice_size, intercept=True)
-        return StandardADMMState(tuple(seeds), 0, theta, z, a, u, v, factor)
+        return StandardADMMState(seeds, 0, theta, z, a, u, v, factor)
 
     def step(self, problem: Problem, state: StandardADMMState) -> StandardADMMState:
+        same_samples(problem, state.z[0])
         layers = linear_layers(problem, state.theta, _NAME)
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         scratch = Scratch(x)

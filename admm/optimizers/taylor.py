@@ -12,6 +12,7 @@ from torch import Tensor
 
 from admm.blocks import Parameters, Views
 from admm.minibatches import slices
+from admm.numbers import Options, is_whole
 from admm.optimizers.fully_connected import (
     Start,
     draw,
@@ -33,7 +34,15 @@ from admm.optimizers.least_squares import (
     regress,
     zero_gram,
 )
-from admm.optimizers.protocol import Problem, at_least_one, check_prox, one_of, spectral_norms
+from admm.optimizers.protocol import (
+    Problem,
+    at_least_one,
+    check_prox,
+    one_of,
+    same_samples,
+    spectral_norms,
+    whole_seeds,
+)
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "taylor"
@@ -58,7 +67,7 @@ class TaylorState:
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Options):
     """Algorithm 1 of Taylor et al. 2016 ("Training neural networks without gradients: a scalable ADMM approach") on
 
     J(Z_L, Y) + ⟨Z_L, Λ⟩ + β‖Z_L − A_{L−1}W_Lᵀ‖² + Σ_{l<L} [γ‖A_l − h(Z_l)‖² + β‖Z_l − A_{l−1}W_lᵀ‖²],
@@ -84,6 +93,7 @@ class Taylor:
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> TaylorState:
         """Raises ValueError for other networks, a loss without prox, or a wrong value."""
+        seeds = whole_seeds(seeds)
         theta = problem.initial(seeds)
         layers = linear_layers(problem, theta, _NAME, biases=False)
         self._check(problem, len(seeds))
@@ -102,9 +112,10 @@ class Taylor:
         for name, tensors in {"weight": w, "z": z, "a": a, "multiplier": [multiplier]}.items():
             put(name, tensors, start)
         factor = input_factor(x, self._ridge(replicas), self.slice_size, epsilon=torch.finfo(x.dtype).eps)
-        return TaylorState(tuple(seeds), 0, theta, z, a, multiplier, factor)
+        return TaylorState(seeds, 0, theta, z, a, multiplier, factor)
 
     def step(self, problem: Problem, state: TaylorState) -> TaylorState:
+        same_samples(problem, state.z[0])
         layers = linear_layers(problem, state.theta, _NAME, biases=False)
         before = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         factor, cross, scratch = state.factor, _zero_cross(before, state.z[0]), Scratch(before)
@@ -178,7 +189,7 @@ class Taylor:
     def _check(self, problem: Problem, replicas: int) -> None:
         one_of("start_from", self.start_from, ("gaussian", "uniform"))
         at_least_one("slice_size", self.slice_size)
-        if not isinstance(self.warm_start, int) or self.warm_start < 0:
+        if not is_whole(self.warm_start):
             raise ValueError(f"optimizer.warm_start: {self.warm_start!r} is not a whole number from 0 up")
         for name in ("beta", "gamma"):
             positive(name, getattr(self, name), replicas)
