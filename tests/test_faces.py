@@ -1,5 +1,6 @@
 """Faces: where they are found, what is refused, how they are labelled, split, cropped, cached and paired."""
 
+import errno
 import gzip
 import os
 import struct
@@ -595,7 +596,7 @@ def test_a_damaged_cache_is_replaced(damage, root, decoded):
 def test_a_cache_that_cannot_be_written_is_skipped(broken, root, decoded, monkeypatch):
     def full(path, *_, **__):
         path.write(b"half") if broken == "save" else None
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     if broken == "mkdir":
         (root / "cache").write_text("in the way")  # as on a read-only disk, which root may write to
@@ -607,8 +608,8 @@ def test_a_cache_that_cannot_be_written_is_skipped(broken, root, decoded, monkey
 
 
 def test_an_interrupted_write_leaves_nothing(root, decoded, monkeypatch):
-    def interrupted(path, _):
-        Path(path).write_bytes(b"half")
+    def interrupted(file, _):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
