@@ -335,9 +335,7 @@ def verified(problem: Problem, theta: Parameters, test: tuple[Features, Tensor, 
 def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:
     """Columns of the attributes that at least `fewest` training faces have, and as many have not, and that some test
     faces have and some have not; those for which people cannot be held out to choose C are left out, with a warning.
-    Raises ValueError if there is none, or `fewest` is not a whole number from 1 up."""
-    if not isinstance(fewest, int) or fewest < 1:
-        raise ValueError(f"fewest: {fewest!r} is not a whole number from 1 up")
+    Raises ValueError if there is none."""
     counts = [[(faces.attributes[part] == kind).sum(0) for kind in (0, 1)] for part in (faces.train, faces.test)]
     enough = torch.stack([torch.stack(counts[0]).amin(0) >= fewest, torch.stack(counts[1]).amin(0) > 0]).all(0)
     columns, left_out = list[int](), list[str]()

@@ -43,7 +43,8 @@ def failures_end_the_program() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, TOLD):
+            traceback.print_exc()
         raise SystemExit(f"error: {in_words(error)}") from error
 
 

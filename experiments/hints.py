@@ -14,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from admm.files import ADVICE, WriteError, writing
 from experiments import failures
-
-CONF = Path(__file__).parents[1] / "conf"
+from experiments.rows import CONF
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:

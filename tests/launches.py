@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_method
 
 from experiments import study
-from experiments.classification import CONF
+from experiments.rows import CONF
 
 RUN = CONF.parent / "run.py"
 SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again

@@ -25,8 +25,8 @@ from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 from admm.training import train
-from experiments.classification import check_groups
 from experiments.report import curves, report
+from experiments.rows import check_groups
 from experiments.store import Run, Slot, experiments_in, finished_runs
 from scripts.tables import falls_short, papers_numbers
 
