@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# In PyTorch's errors where there is none: for a processor, for a GPU (Triton's package, and what it needs itself).
+# Of PyTorch's errors without a compiler: for a processor, and for a GPU (no Triton, and no compiler for Triton).
 NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler")
 Views = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *shape]
 

@@ -16,12 +16,12 @@ FEW = 4  # samples, enough to be normalised in training
 
 
 def outputs_of(blocks: Blocks, x: Tensor) -> torch.Size:
-    """The shape of the network's outputs per sample, [N, ...] being that of x. The first time for samples of this kind,
-    the blocks are compared with the network, in evaluation and in training mode, from the network's own parameters.
+    """The shape of the network's outputs per sample of x [N, ...]. The first time for samples of a shape, type and
+    device, the blocks are compared with the network, in evaluation and in training mode, with its own parameters.
 
-    Raises ValueError, by its name, for a layer that cannot be evaluated, or not twice with the same result: it draws
-    random numbers, overwrites its input or returns no tensor; for the first block whose outputs are not the network's;
-    and for parameters that x is not precise enough for.
+    Raises ValueError that names a layer which cannot be evaluated, or not twice with the same result, as it draws
+    random numbers, overwrites its input or returns no tensor; the first block whose outputs are not the network's; or a
+    parameter that x is not precise enough for.
     """
     kind = (x.shape[1:], x.dtype, x.device)
     if kind not in blocks.compared:

@@ -50,9 +50,9 @@ class History:
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
-    """What a plain forward pass is worth, each quantity [S], of the training samples (`train_…`) and, unless `test` is
-    None, of inputs [M, ...] and targets or class indices (`test_…`): `loss`, the mean of J with its scale over the
-    samples; and where the targets are
+    """Scores of a plain forward pass, [S] each: of the training samples (`train_…`) and, unless `test` is None, of
+    inputs [M, ...] and targets or class indices (`test_…`). They are `loss`, the mean of J with its scale over the
+    samples, and where the targets are
 
     - one class per sample, or per position of it: `accuracy`, percent whose largest output is the class;
     - several labels per sample (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, percent of the labels that are told
@@ -73,7 +73,7 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
 
 
 def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """As `evaluate` has them, of these samples."""
+    """The scores of these samples, [S] each, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
     for part, targets in _parts(x, y, len(theta.flat)):
         z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
@@ -86,7 +86,7 @@ def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[s
 
 
 def _of_samples(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """For each sample of z [S, n, ...] and y [S, n, ...] its loss and what says how good it is, [S, n] each."""
+    """The scores of each sample of outputs z and targets y [S, n, ...], [S, n] each."""
     loss = {"loss": problem.loss.value(z, y).reshape(*z.shape[:2], -1).sum(2)}
     if problem.has_classes:
         return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}

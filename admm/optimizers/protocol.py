@@ -77,7 +77,7 @@ class Problem:
         if not x.is_floating_point():
             raise ValueError(
                 f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(); a "
-                "module that needs whole numbers, such as an embedding, can be wrapped in one that says x.long()"
+                "module that needs whole numbers, such as an embedding, can be wrapped in one that calls x.long()"
             )
         if x.ndim < 1 or not len(x):
             raise ValueError(f"x: inputs {list(x.shape)} have no samples [N, ...]")
