@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -259,9 +259,8 @@ def execute(config: DictConfig, job: Job) -> Run:
         if not isinstance(method, DeepFacto) and (config.model.rank or 1) > features.maps.shape[1]:
             raise ValueError(f"model.rank: {config.model.rank} is more than the {features.maps.shape[1]} channels")
     info, history = job.info | {"labels": faces.labels}, list[Row]()
-    with ExitStack() as logged:
+    with logger_of(config) as logger:  # of the joint training, which alone opens it
         if isinstance(method, DeepFacto):
-            logger = logged.enter_context(logger_of(config))
             represented, rows, how = jointly(config, job, features, task, logger)
             history, info = rows, info | how
         else:
