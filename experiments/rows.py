@@ -93,8 +93,8 @@ def own_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def in_conf(file: Path) -> str:
-    """`conf/…`, as messages name it."""
-    return file.relative_to(CONF.parent).as_posix()
+    """The name of a file of conf/<group>/<option>/, for messages."""
+    return f"conf/{file.parents[1].name}/{file.parent.name}/{file.name}"
 
 
 def check_place() -> None:

@@ -265,8 +265,8 @@ def test_help_lists_groups_and_examples() -> None:
 
 
 def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> None:
-    settings = tmp_path / "faithful" / "x_sgd.yaml"
-    settings.parent.mkdir()
+    settings = tmp_path / "settings/faithful/x_sgd.yaml"
+    settings.parent.mkdir(parents=True)
     settings.write_text("init: {name: normal, std: 0.1}\nloss: {scale: 0.3}\n")
     check_groups(["loss=cross_entropy", "init.std=2"], settings)
     with pytest.raises(ValueError, match=r"init=uniform: conf/settings/faithful/x_sgd.yaml sets init.name, init.std"):
