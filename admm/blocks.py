@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# In PyTorch's errors where there is none: for a processor, for a GPU (Triton's package, and what it needs itself).
+# Of PyTorch's errors without a compiler: for a processor, and for a GPU (no Triton, and no compiler for Triton).
 NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler")
 Views = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *shape]
 
@@ -369,7 +369,7 @@ class Blocks(Sequence[Block]):
         for an option of `execution` without effect. What a module of one's own does in its `forward` is seen when a
         `Problem` is made (`admm.comparison`).
         """
-        self.network, self.names, modules = network, names, _modules(network)
+        self.network, self.names, modules = network, names, modules_by_name(network)
         self.compared: dict[Any, torch.Size] = {}  # see `admm.comparison.outputs_of`
         for name in chain.from_iterable(names):
             _check_layer(name, modules[name])
@@ -448,7 +448,7 @@ class Blocks(Sequence[Block]):
 
     def _groups(self, network: nn.Module) -> list[list[nn.Module]]:
         """The modules of a network of this architecture, by block and layer."""
-        modules = _modules(network)
+        modules = modules_by_name(network)
         return [_grouped([modules[name] for name in names]) for names in self.names]
 
 
@@ -458,7 +458,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     yield from (("buffers", name, b) for name, b in module.named_buffers() if b.is_floating_point())
 
 
-def _modules(network: nn.Module) -> dict[str, nn.Module]:
+def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:
     """All modules by name; one that occurs twice has two names."""
     return dict(network.named_modules(remove_duplicate=False))
 
@@ -502,7 +502,7 @@ def split(
     `execution` says how the blocks are evaluated.
     """
     names = leaves(network)
-    parameters = [p for name in names for p in _modules(network)[name].parameters()]
+    parameters = [p for name in names for p in modules_by_name(network)[name].parameters()]
     if len({id(p) for p in parameters}) < len(parameters):
         raise ValueError("split: layers that share parameters are not supported yet")
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
@@ -534,7 +534,7 @@ def _named_boundaries(names: list[str], after: Sequence[str]) -> list[int]:
 
 
 def _even_boundaries(network: nn.Module, names: list[str], n_blocks: int | None, activation: str) -> list[int]:
-    modules = _modules(network)
+    modules = modules_by_name(network)
     trainable = [i for i, name in enumerate(names) if next(modules[name].parameters(), None) is not None]
     n_blocks = len(trainable) if n_blocks is None else n_blocks
     if not 1 <= n_blocks <= len(trainable):

@@ -5,23 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import Blocks, known_layer
+from admm.blocks import Blocks, known_layer, modules_by_name
 
 FEW = 4  # samples, enough to be normalised in training
 
 
 def outputs_of(blocks: Blocks, x: Tensor) -> torch.Size:
-    """The shape of the network's outputs per sample, [N, ...] being that of x. The first time for samples of this kind,
-    the blocks are compared with the network, in evaluation and in training mode, from the network's own parameters.
+    """The shape of the network's outputs per sample of x [N, ...]. The first time for samples of a shape, type and
+    device, the blocks are compared with the network, in evaluation and in training mode, with its own parameters.
 
-    Raises ValueError, by its name, for a layer that cannot be evaluated, or not twice with the same result: it draws
-    random numbers, overwrites its input or returns no tensor; for the first block whose outputs are not the network's;
-    and for parameters that x is not precise enough for.
+    Raises ValueError that names a layer which cannot be evaluated, or not twice with the same result, as it draws
+    random numbers, overwrites its input or returns no tensor; the first block whose outputs are not the network's; or a
+    parameter that x is not precise enough for.
     """
     kind = (x.shape[1:], x.dtype, x.device)
     if kind not in blocks.compared:
@@ -47,43 +47,47 @@ def _check_types(network: nn.Module, x: Tensor) -> None:
 def _compared(blocks: Blocks, x: Tensor, training: bool) -> Tensor:
     """The network's outputs, if the blocks' are the same."""
     mode = "training" if training else "evaluation"
-    layers = list(_layer_by_layer(blocks, _copied(blocks, x, training), x))
+    layers = dict(_layer_by_layer(blocks, _copied(blocks, x, training), x))
     network = _copied(blocks, x, training)
     whole: Tensor = network(x)
-    if not _same(whole, layers[-1]):
+    if not _same(whole, layers[blocks.names[-1][-1]]):
         raise ValueError(
             f"network: in {mode} mode its outputs are not those of its layers one after the other; a layer draws "
             "random numbers, or a hook of all modules changes them"
         )
     if not training and not _same(whole, network(x)):
         raise ValueError("network: its outputs change from one evaluation to the next; a layer keeps something")
-    # by functions that are not compiled, which would be for this number of samples
-    eager = Blocks(blocks.network, blocks.names, replace(blocks.execution, compile=False, precision="fp32"))
-    flat, buffers = (eager.flatten(eager.network, kind)[None].to(x) for kind in ("parameters", "buffers"))
-    theta, before = eager.parameters(flat, buffers), x
-    for t, end in enumerate(accumulate(map(len, blocks.names)), start=1):
-        found = eager[t - 1].forward(theta.blocks[t - 1], before[None], training)[0]
-        if not _same(layers[end - 1], found):
+    for t, (names, found) in enumerate(zip(blocks.names, _block_by_block(blocks, layers, x, training), strict=True), 1):
+        if not _same(layers[names[-1]], found):
             raise ValueError(
-                f"network: in {mode} mode block {t}, {list(blocks.names[t - 1])}, has other outputs than these layers "
-                "of the network; a hook or a subclass changes what they do"
+                f"network: in {mode} mode block {t}, {list(names)}, has other outputs than these layers of the "
+                "network; a hook or a subclass changes what they do"
             )
-        before = layers[end - 1]
     return whole
 
 
+def _block_by_block(blocks: Blocks, layers: dict[str, Tensor], x: Tensor, training: bool) -> Iterator[Tensor]:
+    """The outputs of each block, from what the network's layers before it make of x; by functions that are not
+    compiled, which would be for this number of samples."""
+    eager = Blocks(blocks.network, blocks.names, replace(blocks.execution, compile=False, precision="fp32"))
+    flat, buffers = (eager.flatten(eager.network, kind)[None].to(x) for kind in ("parameters", "buffers"))
+    for block, views, names in zip(eager, eager.parameters(flat, buffers).blocks, blocks.names, strict=True):
+        yield block.forward(views, x[None], training)[0]
+        x = layers[names[-1]]
+
+
 def _copied(blocks: Blocks, x: Tensor, training: bool) -> nn.Module:
-    """A copy of the network with what a former call has not changed."""
+    """A copy of the network, as no call has changed it, in the type and on the device of x. Raises ValueError."""
     try:
         return copy.deepcopy(blocks.network).to(x).train(training)
     except RuntimeError as error:
         raise ValueError(f"network: cannot be copied, as each seed needs it: {error}") from None
 
 
-def _layer_by_layer(blocks: Blocks, network: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The outputs of the network's layers, one after the other."""
-    modules = dict(network.named_modules(remove_duplicate=False))
-    for name in (name for of_block in blocks.names for name in of_block):
+def _layer_by_layer(blocks: Blocks, network: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The names of the network's layers, one after the other, and their outputs."""
+    modules = modules_by_name(network)
+    for name in chain.from_iterable(blocks.names):
         module = modules[name]
         layer, given, state = f"layer {name!r} ({type(module).__name__})", x.clone(), _random_state(x.device)
         version = given._version
@@ -102,7 +106,7 @@ def _layer_by_layer(blocks: Blocks, network: nn.Module, x: Tensor) -> Iterator[T
         if output.shape[:1] != x.shape[:1]:
             raise ValueError(f"{layer} makes outputs {list(output.shape)} of {len(x)} samples, which come first")
         x = output
-        yield x
+        yield name, x
 
 
 def _random_state(device: torch.device) -> Tensor:

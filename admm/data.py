@@ -117,7 +117,7 @@ def load(
         download, if `download`, which is then kept as `<root>/<name>.npz`.
     normalisation: "unit", pixels in [0, 1]; "symmetric", in [-1, 1]; "standard", mean 0 and standard
         deviation 1 in each channel of x_train, of vectors in each entry (that is, after the hold-out, so that
-        held-out samples tell nothing); what is constant there is shifted alone.
+        held-out samples tell nothing); where they are constant, they are shifted only.
     first: use only the first so many training samples, as some authors do; None: all of them.
     holdout: number of these training samples held out, stratified by class. If not 0, they are x_test and y_test,
         and the test set is not returned: what is tuned on them never sees it.
@@ -302,7 +302,7 @@ def kept(
 
 
 def _checksum(array: NDArray[Any]) -> bytes:
-    """Of its values, four bytes."""
+    """Four bytes, of the array's values."""
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data).to_bytes(4, "big")
 
 

@@ -37,7 +37,7 @@ ATTRIBUTES = tuple(  # in CelebA's order
 FOLDERS = ("faces", "lfw", "lfw-deepfunneled", "lfw_funneled")  # the last is where a download goes
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LFWA, LFWA_SPLIT = "lfw_att_40.mat", "indices_train_test.mat"
-DECODED = 2  # changes with what is made of a file, so that what was kept before is not taken
+DECODED = 2  # to be raised when another image is made of a file: what the cache has is then made anew
 
 Integers = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -90,10 +90,9 @@ def load_faces(
         `download`, LFW's funnelled images of 250x250 pixels, brought by scikit-learn into `<root>/lfw_funneled`.
     attributes: table under root (.csv, .csv.gz), with the file (its person's folder before it or not) in column
         `image` and a column of 0/1, -1/1 or probabilities, which are yes from 0.5 on, for each of the 40 attributes.
-        An empty value, or an image that is not listed, is unknown. Names are the same in Unicode's forms NFC and NFD.
-        None: LFWA, if root has its authors'
-        lfw_att_40.mat and indices_train_test.mat (of MATLAB 5, or of 7.3 with h5py), whose images, labels and split
-        are taken as they are; else all is unknown.
+        An empty value, or an image that is not listed, is unknown. A name is the same in Unicode's forms NFC and NFD.
+        None: LFWA, if root has its authors' lfw_att_40.mat and indices_train_test.mat (of MATLAB 5, or of 7.3 with
+        h5py), whose images, labels and split are taken as they are; else all is unknown.
     labels: what the labels of the table are.
     box: left, top, right, bottom of the crop, in pixels from the stored image's centre, the first two negative: the
         same for LFW's images of 250x250 and what has been cut from their middle. None: all of it.

@@ -56,8 +56,7 @@ def writing(path: Path, what: str, needed: int | None = None) -> Iterator[None]:
 
 
 def is_of_writing(error: BaseException, path: Path) -> bool:
-    """Whether it is an OSError of the write of `path`: neither of a connection, nor of a file elsewhere, whose reading
-    has failed."""
+    """Whether an error comes from writing `path`, and not from a connection or from reading a file elsewhere."""
     if isinstance(error, shutil.Error):  # of a folder that was copied
         return True
     if not isinstance(error, OSError):

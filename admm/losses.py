@@ -1,4 +1,4 @@
-"""Losses J(Y, Z_T): value, gradient and proximal operator, one row a sample.
+"""Losses J(Y, Z_T): value, gradient and proximal operator, one row per sample.
 
 Shapes: outputs `z` and one-hot targets `y` are [..., C]. All of it is per sample; whether an algorithm sums or
 averages over samples is the algorithm's own definition.
@@ -19,7 +19,7 @@ from admm.numbers import Options, is_number
 
 class Loss(Protocol):
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """J of each sample, [...]; of outputs with further axes, of each of a sample's positions, whose sum it is."""
+        """J of each sample, [...]; of outputs with further axes, J of each position, whose sum is the sample's."""
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         """∇_z J of each sample, [..., C]."""
@@ -29,8 +29,9 @@ class Loss(Protocol):
         samples has none, and is for optimizers that need none."""
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-        """What `value` takes as y, in the dtype of `like`, of what a caller has: [N, ...] for outputs of that shape per
-        sample. Raises ValueError for what the loss is not defined for. A loss without it takes y as it is given."""
+        """The targets [N, ...] that `value` takes, in the dtype of `like`, from a caller's y; `outputs` is the shape of
+        the network's outputs per sample. Raises ValueError for targets that the loss is not defined for. A loss
+        without this method takes y as it is given."""
 
 
 def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
     """Targets [N, *outputs] in the dtype of `like`: these themselves, [N] for one output per sample, or class indices
     [N] or [N, 1] (with further axes of the outputs: [N, *outputs[:-1]]), which become one-hot over the last axis.
 
-    Raises ValueError for another shape, a class that there is not, or values that are not finite.
+    Raises ValueError for another shape, a class that has no output, or values that are not finite.
     """
     samples, *positions = len(y), *outputs[:-1]
     shape = (samples, *outputs)

@@ -98,8 +98,8 @@ def initialiser(name: str, bias: float | None = 0.0, **options: float) -> Callab
     "weight" in their name and two or more axes, but for those of embeddings, which keep PyTorch's default; a
     parametrised weight is drawn as a whole. Raises ValueError for another name or option.
 
-    The function raises ValueError, by its name, for a parameter that the network's constructor has drawn and nothing
-    draws anew, so that all seeds would share it; `as_constructed` draws any.
+    The function raises ValueError that names a parameter which only the network's constructor draws, so that all seeds
+    would share it; `as_constructed` draws any.
     """
     if name not in _INITIALISATIONS:
         raise ValueError(f"init.name: {name!r} is not one of {', '.join(_INITIALISATIONS)}")
@@ -133,8 +133,8 @@ def _is_drawn_and_same(parameter: Tensor, before: Tensor) -> bool:
 
 
 def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Module], None]) -> None:
-    """Raises ValueError for one of these parameters that `draw` does not set: others are drawn the same, such as by the
-    seed that the network was constructed with."""
+    """Raises ValueError if `draw` leaves one of these parameters as it was. Those that it sets happen to be the same,
+    such as by the seed that the network was constructed with."""
     twin = copy.deepcopy(network)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         shifted = {path: twin.get_parameter(path).add_(1.0).clone() for path in same}

@@ -35,8 +35,8 @@ def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
 
 
 class Options:
-    """A frozen dataclass of hyperparameters, which keeps Python's numbers and lists for what it is given as NumPy's
-    and as tensors."""
+    """Base of the frozen dataclasses of hyperparameters: what they are given as NumPy's numbers or arrays, or as
+    tensors, they keep as Python's numbers and lists."""
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):

@@ -1,4 +1,4 @@
-"""Hyperparameters: a number, one number a replica, or either with a cosine schedule over the run."""
+"""Hyperparameters: a number, one number per replica, or either with a cosine schedule over the run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from admm.numbers import is_number, plain
 
-Number = float | Sequence[float]  # a scalar, or one value a replica, [S]; NumPy's and tensors, too
+Number = float | Sequence[float]  # a scalar, or one value per replica, [S]; NumPy's and tensors, too
 Value = Number | Mapping[str, Any]  # or {start: Number, end: Number}
-BlockValue = Value  # or {blocks: [Value, …]}, one a block
+BlockValue = Value  # or {blocks: [Value, …]}, one per block
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def refresh_schedule(value: Value, replicas: int) -> Schedule:
 
 
 def block_values(name: str, value: Any, blocks: int) -> list[Any]:
-    """T values: `value` for every block, or its own for each from `{blocks: [one a block]}`."""
+    """T values: `value` for every block, or its own for each from `{blocks: [one per block]}`."""
     value = plain(value)
     if not isinstance(value, Mapping) or "blocks" not in value:
         return [value] * blocks
     if set(value) != {"blocks"} or not isinstance(value["blocks"], Sequence) or len(value["blocks"]) != blocks:
-        raise ValueError(f"optimizer.{name}: {dict(value)} is not {{blocks: [{blocks} values, one a block]}}")
+        raise ValueError(f"optimizer.{name}: {dict(value)} is not {{blocks: [{blocks} values, one per block]}}")
     return list(value["blocks"])
 
 
@@ -96,7 +96,7 @@ def positive(name: str, value: Number, replicas: int) -> Tensor:
 def _number(name: str, value: object) -> float:
     if is_number(value) and value >= 0:
         return float(value)
-    raise ValueError(f"optimizer.{name}: {value!r} is not a number from 0 up or [one a replica]")
+    raise ValueError(f"optimizer.{name}: {value!r} is not a number from 0 up or [one per replica]")
 
 
 def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -107,7 +107,7 @@ def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def warn_beyond_horizon(optimizer: object, iterations: int) -> None:
-    """Warns where training for `iterations` goes on after the optimizer's own, at which its schedules have ended."""
+    """Warns if training goes on for more iterations than the optimizer's own, at which its schedules end."""
     options = getattr(optimizer, "__dict__", {})
     horizon = options.get("iterations", iterations)
     scheduled = [name for name, value in options.items() if _is_scheduled(value)]

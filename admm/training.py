@@ -50,9 +50,9 @@ class History:
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
-    """What a plain forward pass is worth, each quantity [S], of the training samples (`train_…`) and, unless `test` is
-    None, of inputs [M, ...] and targets or class indices (`test_…`): `loss`, the mean of J with its scale over the
-    samples; and where the targets are
+    """Scores of a plain forward pass, [S] each: of the training samples (`train_…`) and, unless `test` is None, of
+    inputs [M, ...] and targets or class indices (`test_…`). They are `loss`, the mean of J with its scale over the
+    samples, and where the targets are
 
     - one class per sample, or per position of it: `accuracy`, percent whose largest output is the class;
     - several labels per sample (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, percent of the labels that are told
@@ -73,7 +73,7 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
 
 
 def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """As `evaluate` has them, of these samples."""
+    """The scores of these samples, [S] each, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
     for part, targets in _parts(x, y, len(theta.flat)):
         z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
@@ -86,7 +86,7 @@ def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[s
 
 
 def _of_samples(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """For each sample of z [S, n, ...] and y [S, n, ...] its loss and what says how good it is, [S, n] each."""
+    """The scores of each sample of outputs z and targets y [S, n, ...], [S, n] each."""
     loss = {"loss": problem.loss.value(z, y).reshape(*z.shape[:2], -1).sum(2)}
     if problem.has_classes:
         return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}
@@ -226,19 +226,17 @@ def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: H
 
 def fingerprint(problem: Problem, optimizer: Optimizer[Any]) -> dict[str, str]:
     """What determines the numbers of a run besides its seeds, as text by name: the optimizer and its hyperparameters,
-    the network, the cuts, the loss, the augmentation and the data. Of the initialisation, which the state makes up for,
-    and of what a network's own modules compute, nothing is known."""
-    is_plain = is_dataclass(optimizer)
-    values = {f.name: getattr(optimizer, f.name) for f in fields(optimizer)} if is_plain else vars(optimizer)  # type: ignore[arg-type]
-    made_by = {"optimizer": type(optimizer).__name__}
-    made_by |= {f"optimizer.{name}": _told(value) for name, value in values.items()}
-    made_by |= {"network": _told(problem.blocks.network), "blocks": _told(problem.blocks.names)}
-    made_by |= {"loss": _told(problem.loss), "augmentation": _told(problem.augmentation)}
-    return made_by | {"x": _told(problem.x), "y": _told(problem.y)}
+    the network, the cuts, the loss, the augmentation and the data. The initialisation is left out, as the state holds
+    what it made, and what a network's own modules compute is not seen."""
+    names = [f.name for f in fields(optimizer)] if is_dataclass(optimizer) else vars(optimizer)
+    known = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
+    known |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
+    known |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")}
+    return {"optimizer": type(optimizer).__name__} | {name: _told(value) for name, value in known.items()}
 
 
 def _told(value: Any) -> str:
-    """In words, without addresses in memory; of a tensor its shape, its type and a hash of its numbers."""
+    """A value as text without addresses in memory; of a tensor its type, its shape and a hash of its numbers."""
     if isinstance(value, Tensor):
         every = max(1, math.ceil(value.numel() / HASHED))
         numbers = value.detach().reshape(-1)[::every].cpu().contiguous().view(torch.uint8).numpy()
@@ -270,7 +268,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _load(path: Path, made_by: dict[str, str], state: Any, history: History) -> None:
     saved = read_checkpoint(path)
     try:
-        # Those of former versions say but the optimizer's class, or nothing.
+        # Checkpoints of former versions say the optimizer's class alone, or nothing.
         former = saved.get("made_by") or {"optimizer": saved.get("optimizer", made_by["optimizer"])}
         for name, was in former.items():
             if (now := made_by.get(name, "nothing")) != was:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -259,9 +259,8 @@ def execute(config: DictConfig, job: Job) -> Run:
         if not isinstance(method, DeepFacto) and (config.model.rank or 1) > features.maps.shape[1]:
             raise ValueError(f"model.rank: {config.model.rank} is more than the {features.maps.shape[1]} channels")
     info, history = job.info | {"labels": faces.labels}, list[Row]()
-    with ExitStack() as logged:
+    with logger_of(config) as logger:  # of the joint training, which alone opens it
         if isinstance(method, DeepFacto):
-            logger = logged.enter_context(logger_of(config))
             represented, rows, how = jointly(config, job, features, task, logger)
             history, info = rows, info | how
         else:
@@ -335,9 +334,7 @@ def verified(problem: Problem, theta: Parameters, test: tuple[Features, Tensor, 
 def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:
     """Columns of the attributes that at least `fewest` training faces have, and as many have not, and that some test
     faces have and some have not; those for which people cannot be held out to choose C are left out, with a warning.
-    Raises ValueError if there is none, or `fewest` is not a whole number from 1 up."""
-    if not isinstance(fewest, int) or fewest < 1:
-        raise ValueError(f"fewest: {fewest!r} is not a whole number from 1 up")
+    Raises ValueError if there is none."""
     counts = [[(faces.attributes[part] == kind).sum(0) for kind in (0, 1)] for part in (faces.train, faces.test)]
     enough = torch.stack([torch.stack(counts[0]).amin(0) >= fewest, torch.stack(counts[1]).amin(0) > 0]).all(0)
     columns, left_out = list[int](), list[str]()

@@ -43,15 +43,16 @@ def failures_end_the_program() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, TOLD):
+            traceback.print_exc()
         raise SystemExit(f"error: {in_words(error)}") from error
 
 
 class Failures(Callback):
-    """A job that fails ends a program that has no other one. In a sweep it leaves a note in its folder, and the end of
-    the launch lists these notes, after its report, with exit code 1.
+    """A job that fails on its own ends the program. In a sweep it leaves a note in its folder; the launch lists these
+    notes at its end, after the report, and has exit code 1.
 
-    Hydra's own sweeper, which an error would end, gets None for the job's value; others count their failed jobs.
+    Hydra's own sweeper, which an error would end, gets None for the job's value; other sweepers count failed jobs.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -80,7 +81,7 @@ class Failures(Callback):
 
 
 def in_words(error: BaseException) -> str:
-    """The message alone where it says all, else after the error's type."""
+    """An error's message: alone where it says all, else after the error's type."""
     if isinstance(error, WriteError):
         return f"{error}.\n{RESUME}"
     return str(error) if isinstance(error, TOLD) else f"{type(error).__name__}: {error}".rstrip(": ")

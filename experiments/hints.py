@@ -14,13 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from admm.files import ADVICE, WriteError, writing
 from experiments import failures
-
-CONF = Path(__file__).parents[1] / "conf"
+from experiments.rows import CONF
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
-    """Of a sweep that has begun its failed jobs; for an error in writing what to do; else a line for each override
-    `a.b=c` whose key `a.b` does not exist."""
+    """Lines for the user: which jobs have failed, of a sweep that has not ended; what to do about an error in writing;
+    if there is neither, each override `a.b=c` whose key `a.b` does not exist."""
     failed = [line for config in failures.begun for line in failures.listed(config)]
     if isinstance(error, OSError) and (isinstance(error, WriteError) or error.errno in ADVICE):
         return [*failed, _write_hint(error)]

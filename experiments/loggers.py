@@ -74,7 +74,7 @@ class Guarded:
 
 @dataclass
 class WandbLogger:
-    """Weights & Biases: one run a replica, grouped by experiment and optimizer. `mode` offline needs no account.
+    """Weights & Biases: one run per replica, grouped by experiment and optimizer. `mode` offline needs no account.
 
     A run is called by its identity and seed, and all of its rows are sent when it is resumed: they take the place of
     those that the interrupted run has left. Raises ImportError without the package.

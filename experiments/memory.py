@@ -20,8 +20,8 @@ from admm.files import MIB
 from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import Chain
 from admm.optimizers.protocol import save, size
+from experiments.checks import DTYPES
 from experiments.classification import (
-    DTYPES,
     Job,
     bad_input_in_words,
     build_problem,

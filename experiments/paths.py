@@ -17,12 +17,12 @@ IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
 
 
 def in_full(text: str) -> Path:
-    """Of an argument of a script."""
+    """The path that an argument of a script means."""
     return Path(text).expanduser()
 
 
 def expand(node: DictConfig | ListConfig) -> None:
-    """Replace `~` in all values that begin with it, and with it alone or `~/…`; those of environment variables too."""
+    """Replace the `~` of all values that are `~` or begin with `~/`, those of environment variables too."""
     raw: Any = OmegaConf.to_container(node, resolve=False)
     for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
         if isinstance(value, dict | list):

@@ -93,13 +93,13 @@ def named_modules(config: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, dict):
             yield from named_modules(value)
         elif key in ("_target_", "task"):
-            with suppress(Exception):  # what is wrong with it, its use says
+            with suppress(Exception):  # a wrong name is told where it is used
                 yield str(get_object(value).__module__)
 
 
 @cache
 def is_own(module: str) -> bool:
-    """Whether a module is the library's or a user's own, no other library's, which its version tells."""
+    """Whether a module is this library's or a user's own. Another library is known by its version."""
     package = module.partition(".")[0]
     if package == "admm":
         return True  # installed or not
@@ -134,8 +134,8 @@ def read(module: str) -> tuple[str, list[str]]:
 
 
 def imports(module: ModuleType, text: str) -> Iterator[str]:
-    """The modules that a module's source imports, where a name of another one is defined rather than where it is
-    imported from, so that a package does not bring in all of its modules."""
+    """The modules that a module's source imports. For an imported name it is the module that defines it, so that a
+    package does not bring in all of its modules."""
     package = module.__name__ if hasattr(module, "__path__") else module.__name__.rpartition(".")[0]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -147,7 +147,7 @@ def imports(module: ModuleType, text: str) -> Iterator[str]:
 
 
 def defined_in(module: str, name: str) -> str:
-    """The module that has the definition of what another one calls by a name."""
+    """The module that defines what `module` calls by a name."""
     with suppress(ImportError):
         import_module(f"{module}.{name}")  # a module of a package
     value = getattr(import_module(module), name, None)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, read_write
 
 from admm.files import whole
+from experiments.failures import BadInput
 from experiments.report import in_figure
 from experiments.store import Run, scores
 
@@ -39,7 +40,10 @@ def as_in_a_grid(config: DictConfig) -> None:
 
 
 def without_end(override: str) -> str:
-    """An override whose value is a range(…), up to the last of its values, in rising order; another one as it is."""
+    """An override whose value is a range(…), up to the last of its values, in rising order; another one as it is.
+
+    Raises BadInput for a range without values.
+    """
     space = OverridesParser.create().parse_override(override).value()
     if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
         return override
@@ -47,7 +51,7 @@ def without_end(override: str) -> str:
     last = first + (len(list(space.range())) - 1) * step
     low, high = (first, last) if step > 0 else (last, first)
     if low > high:
-        raise SystemExit(f"error: {override}: a range without a value, as its end is not part of it")
+        raise BadInput(f"{override}: a range without a value, as its end is not part of it")
     return f"{override.partition('=')[0]}=range({low},{high},{abs(step)})"
 
 

@@ -127,13 +127,13 @@ def template(job: Job) -> str:
 
 
 def hyperparameters(optimizer: dict[str, Any]) -> list[str]:
-    """Those of an optimizer's configuration that may be one number a replica (`admm.schedules`)."""
+    """Those of an optimizer's configuration that may be one number per replica (`admm.schedules`)."""
     hints = get_type_hints(get_class(optimizer["_target_"]))
     return [name for name in optimizer if Sequence[float] in get_args(hints.get(name))]
 
 
 def blanked(value: Any, seeds: int) -> Any:
-    """A blank for a number, or for one a replica; inside of a schedule and of {blocks: […]} too."""
+    """A blank for a number, or for one per replica; inside of a schedule and of {blocks: […]} too."""
     match value:
         case {"blocks": list(parts)}:
             return {"blocks": [blanked(part, seeds) for part in parts]}
@@ -145,7 +145,7 @@ def blanked(value: Any, seeds: int) -> Any:
 
 
 def joined(values: Sequence[Any], seeds: int) -> Any:
-    """A hyperparameter of all cells, of so many seeds each: their number, or one a replica."""
+    """A hyperparameter of all cells, of so many seeds each: their number, or one per replica."""
     match values[0]:
         case {"blocks": _}:
             return {"blocks": [joined(parts, seeds) for parts in zip(*(v["blocks"] for v in values), strict=True)]}

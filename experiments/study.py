@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from experiments.failures import failures_end_the_program
+from experiments.checks import check_search
+from experiments.failures import BadInput, failures_end_the_program
 from experiments.searches import as_in_a_grid, is_of_a_search, rankings, write
 from experiments.store import failed_writes_in_words, identity, launched_runs
 
@@ -43,12 +44,7 @@ class Study(Callback):
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         sweeper = config.hydra.sweeper
-        if (
-            "optuna" in sweeper._target_
-            and not config.dataset.get("holdout")
-            and "dataset.holdout" not in space(config)
-        ):
-            raise SystemExit("error: dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
+        check_search(sweeper, space(config).get("dataset.holdout", config.dataset.get("holdout")))
         if config.hydra.runtime.choices["hydra/sweeper"] != "study":
             return
         import optuna
@@ -58,7 +54,7 @@ class Study(Callback):
         with read_write(config):
             sweeper.study_name = f"{sweeper.study_name}_{searched(config)}"
         if not sweeper.storage.startswith(SQLITE):
-            raise SystemExit(f"error: hydra.sweeper.storage: {sweeper.storage} is not {SQLITE}<file>")
+            raise BadInput(f"hydra.sweeper.storage: {sweeper.storage} is not {SQLITE}<file>")
         file = Path(sweeper.storage.removeprefix(SQLITE))
         for folder in (file.parent, Path(config.hydra.sweep.dir)):
             folder.mkdir(parents=True, exist_ok=True)

@@ -37,10 +37,11 @@ from admm.deepfacto.nmf import factorise
 from admm.files import MIB, whole
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
-from experiments.classification import CONF, build_problem
+from experiments.classification import build_problem
 from experiments.memory import variables
 from experiments.paths import in_full
 from experiments.provenance import machine
+from experiments.rows import CONF
 from experiments.stacking import paying_on_a_processor
 from experiments.store import failed_writes_in_words
 

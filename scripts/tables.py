@@ -17,9 +17,9 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from admm.files import whole
-from experiments.classification import CONF, inherited
 from experiments.paths import in_full
 from experiments.report import content, curves, further_tables, markdown, paper, place
+from experiments.rows import CONF, inherited
 from experiments.searches import read
 from experiments.store import Run, experiments_in, failed_writes_in_words, finished_runs
 

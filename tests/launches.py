@@ -1,5 +1,6 @@
 """Launches of the suite: in this process, and as a process of its own, which can be cut short."""
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -8,18 +9,20 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_method
+from omegaconf import DictConfig
 
 from experiments import study
-from experiments.classification import CONF
+from experiments.rows import CONF
 
 RUN = CONF.parent / "run.py"
 SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again
@@ -47,6 +50,8 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     hydra = Hydra.create_main_hydra2("run", create_config_search_path(str(CONF)))
+    loader: Any = hydra.config_loader
+    loader.load_sweep_config = once_per_job(loader.load_sweep_config)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Callback")
@@ -56,6 +61,18 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
         logging.root.handlers = handlers
         while study.held:
             study.held.pop().release()
+
+
+def once_per_job(load: Callable[[DictConfig, list[str]], DictConfig]) -> Callable[[DictConfig, list[str]], DictConfig]:
+    """Hydra composes the configuration of each job to check it, and again to run it; here the second is a copy."""
+    composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def load_once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        if (key := tuple(sweep_overrides)) not in composed:
+            composed[key] = load(master_config, sweep_overrides)
+        return copy.deepcopy(composed[key])
+
+    return load_once
 
 
 def _main(command: Sequence[str], folder: Path, printed: str) -> None:

@@ -26,21 +26,15 @@ from omegaconf import DictConfig, OmegaConf
 from stores import info, put
 
 from admm.optimizers import AdaptivePenalty
-from experiments import classification, provenance
-from experiments.classification import (
-    LARGEST_SEED,
-    check,
-    check_names,
-    check_place,
-    note_start,
-    seeds_of_row,
-    setting_of_row,
-    stands,
-)
+from experiments import classification, provenance, rows
+from experiments.checks import LARGEST_SEED, check
+from experiments.classification import note_start, stands
+from experiments.failures import BadInput
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
 from experiments.provenance import changed_since, sources
 from experiments.report import curves, figure, markdown
+from experiments.rows import check_names, check_place, seeds_of_row, setting_of_row
 from experiments.searches import rankings, read, without_end, write
 from experiments.store import Run, Slot, finished_runs
 from scripts.tables import search
@@ -109,7 +103,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the configuration, to which a test may add."""
     folder = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", folder)
-    for module in (classification, launches):
+    for module in (rows, launches):
         monkeypatch.setattr(module, "CONF", folder)
     return folder
 
@@ -166,7 +160,7 @@ def test_a_run_does_not_supersede_one_whose_name_and_setting_are_divided_otherwi
 def test_a_copy_of_the_suite_without_its_configuration_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(classification, "CONF", tmp_path / "conf")
+    monkeypatch.setattr(rows, "CONF", tmp_path / "conf")
     with pytest.raises(ValueError, match=rf"{tmp_path}/conf: there is no such folder, .*; do pip install -e \. there"):
         check_place()
 
@@ -207,12 +201,8 @@ INITIALISER, PENALTY = {"_target_": "admm.models.initialiser"}, {"_target_": "ad
         ("init", INITIALISER | {"std": -1}, "init.std: -1 is not a number from 0 up"),
         ("init", INITIALISER | {"bias": "some"}, "init.bias: 'some' is not a number, or null"),
         ("split.per_layer", "maybe", "split.per_layer: 'maybe' is not true or false"),
-        ("optimizer.theta_passes", "some", "optimizer.theta_passes: 'some' is not a number from 0 up"),
-        (
-            "optimizer.penalty",
-            PENALTY | {"largest": ".inf"},
-            "optimizer.penalty.largest: '.inf' is not a number from 0",
-        ),
+        ("fewest", 0, "fewest: 0 is not a whole number from 1 up"),
+        ("optimizer.penalty", PENALTY | {"largest": ".inf"}, "optimizer.penalty.largest: '.inf' is a word here"),
         (
             "optimizer.beta",
             "-.inf",
@@ -272,7 +262,7 @@ def test_a_study_s_ranges_end_as_a_grid_s(tmp_path: Path) -> None:
         "optimizer.batch_size": (5, 5),
         "optimizer.epoch_parts": (1, 3),
     }
-    with pytest.raises(SystemExit, match=r"error: k=range\(5,5\): a range without a value"):
+    with pytest.raises(BadInput, match=r"^k=range\(5,5\): a range without a value"):
         without_end("k=range(5,5)")
 
 

@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 
 from admm.data import load
 from admm.training import train
-from experiments.classification import build_problem, inherited
+from experiments.classification import build_problem
 from experiments.convergence import row
 from experiments.memory import NAMES
 from experiments.report import content, curves, paper
+from experiments.rows import inherited
 from experiments.store import Run, experiments_in, finished_runs, sealed
 from experiments.walltime import seconds_to
 from scripts import search as collect

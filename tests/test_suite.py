@@ -25,8 +25,8 @@ from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 from admm.training import train
-from experiments.classification import check_groups
 from experiments.report import curves, report
+from experiments.rows import check_groups
 from experiments.store import Run, Slot, experiments_in, finished_runs
 from scripts.tables import falls_short, papers_numbers
 
@@ -151,7 +151,7 @@ def test_a_row_has_the_newest_run_of_each_seed_and_of_no_other_configuration(tmp
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    arguments = ["optimizer=block_admm", "iterations=12", "checkpoint_seconds=0"]
+    arguments = ["optimizer=block_admm", "iterations=6", "checkpoint_seconds=0"]
     (tmp_path / "whole").mkdir()
     assert launch(tmp_path / "whole", *arguments).returncode == 0
     (tmp_path / "killed").mkdir()
@@ -265,8 +265,8 @@ def test_help_lists_groups_and_examples() -> None:
 
 
 def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> None:
-    settings = tmp_path / "faithful" / "x_sgd.yaml"
-    settings.parent.mkdir()
+    settings = tmp_path / "settings/faithful/x_sgd.yaml"
+    settings.parent.mkdir(parents=True)
     settings.write_text("init: {name: normal, std: 0.1}\nloss: {scale: 0.3}\n")
     check_groups(["loss=cross_entropy", "init.std=2"], settings)
     with pytest.raises(ValueError, match=r"init=uniform: conf/settings/faithful/x_sgd.yaml sets init.name, init.std"):

@@ -58,8 +58,9 @@ def nonnegative_least_squares(
 
 
 def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
-    """The same minimiser by SciPy's L-BFGS-B in float64, the paper's choice (§3.4), a replica's columns at once, in
-    units in which the objective is not small: SciPy compares its change with 1. NaN where a replica is not finite."""
+    """The same minimiser by SciPy's L-BFGS-B in float64, the paper's choice (§3.4), a replica's columns at once. The
+    units are such that the objective is not small, as SciPy compares its change with 1. NaN for a replica that is not
+    finite."""
 
     def solved(gram: NDArray[np.float64], cross: NDArray[np.float64], start: NDArray[np.float64]) -> Any:
         lengths = np.sqrt(gram.diagonal())[:, None]

@@ -58,7 +58,7 @@ class Probe:
         return {name: 100.0 * float(value) for name, value in values.items()} | {"cost": cost}
 
     def can_choose(self, y: Labels, people: NDArray[np.int64]) -> bool:
-        """Whether there is one cost only, or people can be held out: both arguments are those of the training."""
+        """Whether there is one cost only, or people can be held out; y and people [N] are of the training samples."""
         return len(self.costs) == 1 or self._split(y, people) is not None
 
     def _split(self, y: Labels, people: NDArray[np.int64]) -> tuple[Indices, Indices] | None:

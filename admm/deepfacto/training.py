@@ -259,7 +259,7 @@ class _Visit:
     gradient steps of other Z_t and of Θ lower it where they are small enough."""
 
     def __init__(self, epoch: _Epoch, chain: Chain, y: Tensor, u: list[Tensor]) -> None:
-        """u: none, or one a block."""
+        """u: none, or one per block."""
         self.epoch, self.chain, self.y, self.u = epoch, chain, y, u
 
     def before(self, t: int) -> Tensor:

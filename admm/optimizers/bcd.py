@@ -53,8 +53,8 @@ class BCD(Options):
         Σ J(V_L, Y) + γ/2 (‖V_L − U_L‖² + Σ_{l<L} ‖V_l − relu(U_l)‖²) + ρ/2 Σ_l ‖U_l − V_{l−1} W_lᵀ − b_l‖²
 
     with V_0 = X and sums over samples. V_L, hidden U_l, W_l and b_l have a proximal term α/2 ‖· − its old value‖².
-    An iteration visits every block once and never raises the objective. γ, ρ and α may have one value a replica. For
-    W_l, an α that is nothing beside ρ V_{l−1}ᵀV_{l−1} in the data's precision is made as large as its rounding.
+    An iteration visits every block once and never raises the objective. γ, ρ and α may have one value per replica. For
+    W_l, an α below the rounding error of ρ V_{l−1}ᵀV_{l−1} in the data's precision is raised to it.
 
     For fully connected ReLU networks and losses with a proximal operator. Starting values of `init`: `weight` (W_l
     [S, d_l, d_{l−1}]), `bias` (b_l [S, d_l]), `u` and `v` (U_l and V_l [S, N, d_l]), L tensors each. Without `u` and

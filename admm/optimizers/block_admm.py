@@ -88,7 +88,7 @@ class BlockADMM(Options):
     z_update=ZUpdate("adam"), dual_step=1, dual_init=1e-4 and refresh=0.
 
     J enters as the sum over samples; the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². The step sizes,
-    `dual_step` and `refresh` may have schedules, and one value a replica; `z_step` and `beta` one a block.
+    `dual_step` and `refresh` may have schedules, and one value per replica; `z_step` and `beta` one per block.
     """
 
     iterations: int  # the schedules' horizon
@@ -232,7 +232,9 @@ class BlockADMM(Options):
         if not is_number(self.theta_passes) or self.theta_passes <= 0.0:
             raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
-            raise ValueError(f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one Θ step a visit")
+            raise ValueError(
+                f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one step of Θ per visit"
+            )
         if self.sweep == "batch" and self.epoch_parts is not None:
             raise ValueError(f"optimizer.epoch_parts: {self.epoch_parts}, but sweep=batch moves all samples at a time")
         if self.primal_growth is not None and self.epoch_parts is not None:

@@ -44,9 +44,10 @@ def label_leak(loss: Loss, y: Tensor, forward: Tensor, moved: Tensor) -> dict[st
 def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
     """Warns where the newest rows of a history are the first in which the label shows in the coupling variables.
 
-    That is from the middle of the optimizer's iterations on, where in some replica `loss_forward`, of which evaluation
-    is, exceeds `loss_moved`, on which the last block is trained, by a sixth of `loss_forward` before the first
-    iteration: by less, networks still reach the accuracy that they have without a leak.
+    It shows where, from the middle of the optimizer's iterations on, some replica's `loss_forward`, the loss in
+    evaluation, exceeds `loss_moved`, the loss that the last block is trained on, by more than a sixth of its
+    `loss_forward` before the first iteration. With less, networks still reach the accuracy that they have without a
+    leak.
     """
     start = {row["replica"]: row["loss_forward"] for row in rows if row["iteration"] == 0 and "loss_forward" in row}
     middle = getattr(optimizer, "iterations", 0) / 2

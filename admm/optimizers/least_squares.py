@@ -59,8 +59,8 @@ def add_gram(gram: Tensor, a: Tensor, scratch: Scratch) -> None:
 
 
 def add_cross(cross: Tensor, a: Tensor, target: Tensor, scratch: Scratch) -> None:
-    """cross += aᵀ target, [S, m, d'], of samples a [S, n, d] and target [S, n, d'] in cross's dtype; m as in
-    `add_gram`, a in any."""
+    """cross += aᵀ target, [S, m, d'], of samples a [S, n, d] in any dtype and target [S, n, d'] in cross's; m as in
+    `add_gram`."""
     features = a.shape[-1]
     cross[:, :features].baddbmm_(_converted(a, cross.dtype, scratch).mT, target)
     if cross.shape[1] > features:

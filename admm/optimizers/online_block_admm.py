@@ -50,12 +50,12 @@ class OnlineBlockADMM(Options):
 
     After a cut weights and running statistics are those for coupling variables that have moved, while evaluation feeds
     these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The default
-    ζ = 0.01 lets little of the label in, β = 5 then hands βζ = 0.05 of it on from block to block: of the values tried
-    on held-out data those with which 2 to 6 blocks come within a few percent of Adam, with batch normalisation and ten
-    times the loss too. Ten blocks learn slower, and from PyTorch's initialisation not in 20 epochs; there βζ = 0.2 is
-    better, with which batch normalisation becomes unsteady.
-    Block t's gradient carries (βζ)^(T−t+1), hence the small ε of Adam for Θ. The paper has beta=1,
-    z_update=ZUpdate("adam") and dual="paper" (§4.1).
+    ζ = 0.01 lets little of the label in, and β = 5 passes βζ = 0.05 of the signal on from block to block. Of the values
+    tried, on held-out data, these are the ones with which 2 to 6 blocks come within a few percent of Adam, with batch
+    normalisation or ten times the loss too. Ten blocks learn more slowly, and from PyTorch's initialisation not within
+    20 epochs; βζ = 0.2 is better for them, but makes batch normalisation unsteady. Block t's gradient carries
+    (βζ)^(T−t+1), hence the small ε of Adam for Θ. The paper has beta=1, z_update=ZUpdate("adam") and dual="paper"
+    (§4.1).
     """
 
     iterations: int  # the schedules' horizon

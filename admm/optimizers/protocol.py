@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
 from admm.minibatches import generator, minibatches, rows
-from admm.numbers import is_number, is_whole
+from admm.numbers import is_number, is_whole, plain
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Problem:
         if not x.is_floating_point():
             raise ValueError(
                 f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(); a "
-                "module that needs whole numbers, such as an embedding, can be wrapped in one that says x.long()"
+                "module that needs whole numbers, such as an embedding, can be wrapped in one that calls x.long()"
             )
         if x.ndim < 1 or not len(x):
             raise ValueError(f"x: inputs {list(x.shape)} have no samples [N, ...]")
@@ -178,9 +177,9 @@ def as_tensor(name: str, given: Any, device: torch.device | None = None) -> Tens
 
 def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     """The seeds as integers of Python's. Raises ValueError for other ones than whole numbers from 0 up to 2⁶⁴ − 1."""
-    given = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
+    given = plain(seeds)
     is_sequence = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
-    if not is_sequence or not all(isinstance(s, Integral) and 0 <= s < 2**64 for s in given):
+    if not is_sequence or not all(isinstance(s, int) and 0 <= s < 2**64 for s in given):
         raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]")
     return tuple(map(int, given))
 
@@ -192,7 +191,7 @@ def save(state: Any) -> dict[str, Any]:
 
     Raises TypeError for what `restore` could not bring back.
     """
-    return {field.name: _plain(getattr(state, field.name), field.name) for field in fields(state)}
+    return {field.name: _storable(getattr(state, field.name), field.name) for field in fields(state)}
 
 
 def size(saved: Any) -> int:
@@ -215,7 +214,7 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
         setattr(state, field.name, _restored(value, saved[field.name], field.name))
 
 
-def _plain(value: Any, name: str) -> Any:
+def _storable(value: Any, name: str) -> Any:
     match value:
         case Parameters():
             return [value.flat, value.buffers] if value.buffers.numel() else value.flat
@@ -224,9 +223,9 @@ def _plain(value: Any, name: str) -> Any:
         case np.generic():
             return value.item()
         case list() | tuple():
-            return [_plain(item, name) for item in value]
+            return [_storable(item, name) for item in value]
         case dict():
-            return {key: _plain(item, name) for key, item in value.items()}
+            return {key: _storable(item, name) for key, item in value.items()}
     if is_dataclass(value):
         return save(value)
     raise TypeError(
@@ -238,7 +237,7 @@ def _plain(value: Any, name: str) -> Any:
 def _restored(value: Any, saved: Any, name: str) -> Any:
     """`value` with what was saved of it: tensors are overwritten in place."""
     if isinstance(value, Parameters):
-        _restored(_plain(value, name), saved, name)
+        _restored(_storable(value, name), saved, name)
         return value
     if isinstance(value, Tensor):
         found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__

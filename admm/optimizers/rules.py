@@ -20,7 +20,7 @@ class Rule(Protocol):
         """Moments for parameters [S, P]."""
 
     def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        """One update in place; `step` is a float or one value a replica, [S]."""
+        """One update in place; `step` is a float or one value per replica, [S]."""
 
 
 @dataclass(frozen=True)

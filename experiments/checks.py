@@ -1,0 +1,102 @@
+"""Which values a configuration may have; each error names the key, what was found and what would be right."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from admm.numbers import is_number, is_whole
+from experiments.failures import BadInput
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+OTHER_CODE = ("keep", "rerun", "refuse")
+Kind = tuple[str, Callable[[Any], bool]]  # what is right, in words, and whether a value is
+
+
+def whole_number(least: int, most: float = math.inf) -> Kind:
+    bound = "up" if most == math.inf else f"to {most}"
+    return f"a whole number from {least} {bound}", lambda value: is_whole(value, least) and value <= most
+
+
+def among(valid: Collection[str]) -> Kind:
+    return f"one of {', '.join(valid)}", valid.__contains__
+
+
+def or_null(kind: Kind) -> Kind:
+    words, is_right = kind
+    return f"{words}, or null", lambda value: value is None or is_right(value)
+
+
+NUMBER: Kind = "a number", is_number
+FROM_0: Kind = "a number from 0 up", lambda value: value == math.inf or (is_number(value) and value >= 0)
+YES_OR_NO: Kind = "true or false", lambda value: type(value) is bool
+FOLDER: Kind = "a folder", lambda value: type(value) is str and value != ""
+LARGEST_SEED = 2**64 - 1  # that PyTorch takes
+KINDS: dict[str, Kind] = {  # of values that no other check names by these keys
+    "iterations": whole_number(1),
+    "evaluate_every": whole_number(1),
+    "threads": or_null(whole_number(1, 1024)),  # far more end the process without a word
+    "checkpoint_seconds": FROM_0,
+    **dict.fromkeys(("compile", "channels_last", "recompute", "progress", "force"), YES_OR_NO),
+    **dict.fromkeys(("results", "outputs", "dataset.root"), FOLDER),
+    "other_code": among(OTHER_CODE),
+    "precision": among(PRECISIONS),
+    "dtype": among(DTYPES),
+    "dataset.first": or_null(whole_number(1)),
+    "dataset.holdout": whole_number(0),
+    "dataset.download": YES_OR_NO,
+    **dict.fromkeys(("dataset.holdout_seed", "dataset.split_seed"), whole_number(0, 2**32 - 1)),  # that NumPy takes
+    **dict.fromkeys(("init.mean", "init.a", "init.b"), NUMBER),
+    "init.std": FROM_0,
+    "init.bias": or_null(NUMBER),
+    "split.n_blocks": whole_number(1),
+    "split.per_layer": YES_OR_NO,
+    "fewest": whole_number(1),
+    "verification.number": whole_number(1),
+    "verification.seed": whole_number(0, 2**32 - 1),
+    "model.embedding": whole_number(1),
+    "probe.balanced": YES_OR_NO,
+}
+
+
+def check(config: DictConfig) -> None:
+    """Raises ValueError that names the key of a value that no run can have."""
+    for key, (right, is_right) in KINDS.items():
+        place, _, name = key.rpartition(".")
+        group: Any = OmegaConf.select(config, place) if place else config
+        if not isinstance(group, DictConfig) or name not in group:
+            continue
+        is_own = group.get("_target_", "admm.").startswith("admm.")  # another class may mean something else by the name
+        if is_own and not is_right(value := OmegaConf.select(group, name)):
+            raise ValueError(f"{key}: {value!r} is not {right}")
+    check_words(OmegaConf.to_container(config, resolve=True))
+    seeds, (_, is_seed) = config.seeds, whole_number(0, LARGEST_SEED)
+    if not isinstance(seeds, ListConfig) or not seeds or not all(map(is_seed, seeds)):
+        raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers from 0 to {LARGEST_SEED}, such as [0, 1, 2]")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: {seeds!r} holds a seed twice")
+    if config.precision == "bf16" and config.dtype != "float32":
+        raise ValueError(f"precision: bf16 needs dtype=float32, not {config.dtype}")
+    if missing := {"name", "holdout"} - set(config.dataset):
+        raise ValueError(f"dataset: its file in conf/dataset has no {' and no '.join(sorted(missing))}; see mnist.yaml")
+
+
+def check_search(sweeper: DictConfig, holdout: Any) -> None:
+    """Raises BadInput for a search of Optuna's that would choose by the test set."""
+    if "optuna" in sweeper._target_ and not holdout:
+        raise BadInput("dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
+
+
+def check_words(node: Any, key: str = "") -> None:
+    """Raises ValueError for infinity as the command line or YAML does not write it, and so takes for a word."""
+    parts: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in parts:
+        check_words(value, f"{key}.{name}".lstrip("."))
+    if isinstance(node, str) and re.fullmatch(r"[-+]?\.?(inf|nan)", node, re.IGNORECASE) and key != "note":
+        raise ValueError(f"{key}: {node!r} is a word here; infinity is inf on the command line, .inf in YAML")
