@@ -3,16 +3,16 @@
 import sys
 
 import hydra
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from experiments.failures import run_task
 from experiments.progress import show_what_can_be_shown
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float | None:
     """Returns what a search maximises."""
-    return get_method(config.task)(config)  # type: ignore[no-any-return]
+    return run_task(config)
 
 
 if __name__ == "__main__":

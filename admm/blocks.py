@@ -225,16 +225,21 @@ def _stack(replicas: list[Tensor]) -> Tensor:
     return replicas[0].unsqueeze(0) if len(replicas) == 1 else torch.stack(replicas)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module does more than its `forward`."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(module, f"_{kind}") for kind in kinds)
+
+
+def _has_global_hooks() -> bool:
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)
 
 
 def known_layer(module: nn.Module) -> Layer | None:
     """A layer without autograd for a module without hooks that is no subclass, which may have a `forward` or parameters
     of its own; None for any other."""
-    if _has_hooks(module):
+    if has_hooks(module):
         return None
     if type(module) is nn.Linear:
         return LinearLayer()
@@ -267,6 +272,8 @@ def _draws(module: nn.Module) -> bool:
 def _check_layer(name: str, module: nn.Module) -> None:
     """Raises ValueError for what cannot be trained, copied, or evaluated anew with the same result."""
     layer = f"layer {name!r} ({type(module).__name__})"
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+        raise ValueError(f"{layer} is lazy; evaluate the network once, on a sample, before it is cut")
     if any("forward" in vars(m) for m in module.modules()):
         raise ValueError(f"{layer} has a `forward` of its own, which its copies would share; make it a subclass")
     if not all(p.requires_grad for p in module.parameters()):
@@ -278,7 +285,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
         raise ValueError(f"{layer} has parameters with gradient hooks, which would not be called; remove them")
     if known_layer(module) is not None:
         return
-    if any(getattr(m, "inplace", False) for m in module.modules()):
+    if getattr(module, "inplace", False):
         raise ValueError(f"{layer} overwrites its input; use inplace=False")
     if any(map(_draws, module.modules())):
         raise ValueError(f"{layer} draws anew in each evaluation, which is not supported")
@@ -447,9 +454,15 @@ class Blocks(Sequence[Block]):
         return network
 
     def _groups(self, network: nn.Module) -> list[list[nn.Module]]:
-        """The modules of a network of this architecture, by block and layer."""
+        """The modules of a network of this architecture, by block and layer. Raises ValueError where hooks have made
+        others of its layers since."""
         modules = modules_by_name(network)
-        return [_grouped([modules[name] for name in names]) for names in self.names]
+        groups = [_grouped([modules[name] for name in names]) for names in self.names]
+        if hasattr(self, "_blocks") and [len(group) for group in groups] != [
+            len(block.layers) for block in self._blocks
+        ]:
+            raise ValueError("network: a hook was registered or removed since it was cut into blocks; cut it again")
+        return groups
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
@@ -466,7 +479,7 @@ def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:
 def _is_chain(module: nn.Module) -> bool:
     """Whether a module calls its children one after the other, and does nothing else."""
     is_sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return is_sequential and not _has_hooks(module) and "forward" not in vars(module)
+    return is_sequential and not has_hooks(module) and "forward" not in vars(module)
 
 
 def leaves(network: nn.Module) -> list[str]:
@@ -502,9 +515,12 @@ def split(
     `execution` says how the blocks are evaluated.
     """
     names = leaves(network)
-    parameters = [p for name in names for p in modules_by_name(network)[name].parameters()]
-    if len({id(p) for p in parameters}) < len(parameters):
-        raise ValueError("split: layers that share parameters are not supported yet")
+    if _has_global_hooks():
+        raise ValueError("split: hooks of all modules would be called for the blocks' own, too; remove them")
+    modules = modules_by_name(network)
+    shared = [tensor for name in names for _, _, tensor in _tensors(modules[name])]
+    if len({id(tensor) for tensor in shared}) < len(shared):
+        raise ValueError("split: layers that share parameters or running statistics are not supported yet")
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=true, n_blocks=T")
     if activation not in (None, "end", "start"):

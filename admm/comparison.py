@@ -55,8 +55,14 @@ def _compared(blocks: Blocks, x: Tensor, training: bool) -> Tensor:
             f"network: in {mode} mode its outputs are not those of its layers one after the other; a layer draws "
             "random numbers, or a hook of all modules changes them"
         )
-    if not training and not _same(whole, network(x)):
-        raise ValueError("network: its outputs change from one evaluation to the next; a layer keeps something")
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point():  # each replica has its own, which is kept
+            buffer.copy_(blocks.network.get_buffer(name))
+    if not _same(whole, network(x)):
+        raise ValueError(
+            f"network: in {mode} mode its outputs change from one call to the next; a layer counts its calls, or draws "
+            "random numbers"
+        )
     for t, (names, found) in enumerate(zip(blocks.names, _block_by_block(blocks, layers, x, training), strict=True), 1):
         if not _same(layers[names[-1]], found):
             raise ValueError(

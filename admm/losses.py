@@ -262,7 +262,7 @@ class FunctionLoss:
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         found, samples = self.function(z.flatten(0, 1), y.flatten(0, 1)), z.shape[0] * z.shape[1]
-        if not isinstance(found, Tensor) or found.shape[:1] != (samples,):
+        if not isinstance(found, Tensor) or found.shape[:1] != (samples,) or found.numel() > z.numel():
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
                 f"{self.function!r} returns {shape} for {samples} samples; J of each sample is wanted, [n] or "

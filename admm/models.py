@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 
 def mlp(input_shape: int | Sequence[int], hidden: Sequence[int], classes: int) -> nn.Sequential:
@@ -143,8 +143,8 @@ def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Mod
         # Of a parametrised weight, what it is made of may stay as it was, such as a factor that is the identity.
         if torch.equal(twin.get_parameter(path), value) and ".parametrizations." not in f".{path}":
             raise ValueError(
-                f"init: parameter {path!r} is drawn by the network's constructor alone, so that all seeds would share "
-                "it; give its module a method reset_parameters, or take admm.models.as_constructed"
+                f"init: parameter {path!r} is set by the network's constructor alone, and if it is drawn there, all "
+                "seeds would share it; give its module a method reset_parameters, or take admm.models.as_constructed"
             )
 
 
@@ -191,6 +191,10 @@ def _draw_parametrised(module: nn.Module, fill: Callable[..., Any], options: dic
         with torch.no_grad():
             for name in names:
                 setattr(module, name, parameters[name].detach())
+                for part in module.get_submodule(f"parametrizations.{name}").children():
+                    if isinstance(part, parametrizations._SpectralNorm):  # whose vectors its constructor draws
+                        fresh = type(part)(parameters[name].detach(), part.n_power_iterations, part.dim, part.eps)
+                        part.load_state_dict(fresh.state_dict())
     except (RuntimeError, NotImplementedError) as error:  # there is no inverse
         raise ValueError(
             f"init: the parametrised {name!r} of a {kind.__name__} cannot be drawn ({error}); take "

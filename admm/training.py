@@ -9,8 +9,9 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from admm.blocks import Blocks, Parameters
 from admm.files import sweep, whole
 from admm.losses import SquaredError
+from admm.numbers import is_number, is_whole
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, restore, save, size
 from admm.schedules import warn_beyond_horizon
@@ -27,7 +29,6 @@ Row = dict[str, float]  # one evaluation of one replica
 # Samples evaluated at a time, so few that a processor's caches hold what is made of them: images, whose replicas take
 # turns; vectors, at most, and of all replicas.
 IMAGES, VECTORS, OF_ALL = 128, 2000, 8000
-HASHED = 2**22  # numbers of a tensor, evenly spaced, of which its fingerprint is made
 
 
 class CheckpointError(ValueError):
@@ -55,8 +56,8 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
     samples, and where the targets are
 
     - one class per sample, or per position of it: `accuracy`, percent whose largest output is the class;
-    - several labels per sample (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, percent of the labels that are told
-      right, and `exact_match`, percent of the samples of which all are; of one label, `accuracy`;
+    - several labels per sample, 0 or 1 (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, percent of the labels that
+      are told right, and `exact_match`, percent of the samples of which all are; of one label, `accuracy`;
     - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / the targets' variance;
     - those of another loss: nothing more.
 
@@ -64,9 +65,11 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
     """
     found = {f"train_{name}": value for name, value in _scores(problem, theta, problem.x, problem.y).items()}
     if test is not None:
+        if not isinstance(test, tuple | list) or len(test) != 2:
+            raise ValueError(f"test: a {type(test).__name__} is no pair of inputs and targets")
         try:
             x, y = problem.samples(*test)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"test: {error}") from None
         found |= {f"test_{name}": value for name, value in _scores(problem, theta, x, y).items()}
     return found
@@ -81,7 +84,8 @@ def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[s
             totals[name] = totals.get(name, 0.0) + values.sum(1)
     means = {name: total / len(x) for name, total in totals.items()}
     if "mse" in means:
-        means["r2"] = 1.0 - means["mse"] / y.flatten(1).var(0, correction=0).mean()
+        variance = y.flatten(1).var(0, correction=0).mean()
+        means["r2"] = torch.where(variance > 0, 1.0 - means["mse"] / variance, torch.nan)
     return means
 
 
@@ -90,8 +94,8 @@ def _of_samples(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
     loss = {"loss": problem.loss.value(z, y).reshape(*z.shape[:2], -1).sum(2)}
     if problem.has_classes:
         return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}
-    if (threshold := getattr(problem.loss, "threshold", None)) is not None:
-        right = ((z > threshold) == (y > 0.5)).to(z)
+    if problem.threshold is not None:
+        right = ((z > problem.threshold) == (y > 0.5)).to(z)
         if math.prod(right.shape[2:]) == 1:
             return loss | {"accuracy": 100.0 * _mean(right)}
         every = right.flatten(2).amin(2)
@@ -147,8 +151,11 @@ def train(
     TypeError for one that returns no state, or a state that cannot be saved; and WriteError if the file cannot be
     written.
     """
-    if iterations < 1 or evaluate_every < 1:
-        raise ValueError(f"iterations ({iterations}) and evaluate_every ({evaluate_every}) must be at least 1")
+    for name, value in (("iterations", iterations), ("evaluate_every", evaluate_every)):
+        if not is_whole(value, 1):
+            raise ValueError(f"{name}: {value!r} is not a whole number from 1 up")
+    if not is_number(checkpoint_seconds):
+        raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
 
     def evaluated() -> list[Row]:
@@ -161,9 +168,11 @@ def train(
     if path is not None:
         sweep(path)
         save(state)  # raises at once where it could not be
-        made_by = fingerprint(problem, optimizer)
+        made_by = fingerprint(problem, optimizer, state, test=test, measure=measure, evaluate_every=evaluate_every)
     if path is not None and path.exists():
         _load(path, made_by, state, history)
+        if state.iteration > iterations:
+            raise CheckpointError(f"{path}: is after iteration {state.iteration}, of {iterations} that are asked for")
         observe(history.rows, history)
     else:
         observe(evaluated(), history)
@@ -224,23 +233,43 @@ def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: H
     return rows
 
 
-def fingerprint(problem: Problem, optimizer: Optimizer[Any]) -> dict[str, str]:
+def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: Any, **others: Any) -> dict[str, str]:
     """What determines the numbers of a run besides its seeds, as text by name: the optimizer and its hyperparameters,
-    the network, the cuts, the loss, the augmentation and the data. The initialisation is left out, as the state holds
-    what it made, and what a network's own modules compute is not seen."""
-    names = [f.name for f in fields(optimizer)] if is_dataclass(optimizer) else vars(optimizer)
+    the network, the cuts, the loss, the augmentation, the data, and `others`; of the initialisation the mean and the
+    mean size of the parameters, to three digits. What a network's own modules compute is not seen."""
+    names: list[str] = [field.name for field in fields(optimizer)] if is_dataclass(optimizer) else []
     known = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
     known |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
-    known |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")}
-    return {"optimizer": type(optimizer).__name__} | {name: _told(value) for name, value in known.items()}
+    known |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")} | others
+    flat = optimizer.parameters(state).flat.double()
+    start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
+    told = {name: _told(value) for name, value in known.items()}
+    return {"optimizer": type(optimizer).__name__} | told | {"seeds": _told(state.seeds), "initialisation": start}
 
 
 def _told(value: Any) -> str:
-    """A value as text without addresses in memory; of a tensor its type, its shape and a hash of its numbers."""
-    if isinstance(value, Tensor):
-        every = max(1, math.ceil(value.numel() / HASHED))
-        numbers = value.detach().reshape(-1)[::every].cpu().contiguous().view(torch.uint8).numpy()
-        return f"{value.dtype} {list(value.shape)} {hashlib.sha256(numbers.data).hexdigest()[:12]}"
+    """A value as text without addresses in memory; of a tensor its type, its shape and a hash of its numbers, of a
+    function a hash of its code and what it refers to."""
+    match value:
+        case Tensor():
+            numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return f"{value.dtype} {list(value.shape)} {hashlib.sha256(numbers.data).hexdigest()[:12]}"
+        case int() | float() if not isinstance(value, bool):
+            return str(float(value))
+        case list() | tuple():
+            return f"({', '.join(map(_told, value))})"
+        case dict():
+            return f"{{{', '.join(f'{key}: {_told(item)}' for key, item in value.items())}}}"
+        case partial():
+            return f"partial({_told((value.func, value.args, value.keywords))})"
+        case FunctionType():
+            code = value.__code__.co_code + repr(value.__code__.co_names).encode()
+            referred = [cell.cell_contents for cell in value.__closure__ or ()], value.__defaults__
+            constants = [c for c in value.__code__.co_consts if not isinstance(c, CodeType)]
+            return f"{value.__qualname__} {hashlib.sha256(code).hexdigest()[:12]} {_told((constants, referred))}"
+    if is_dataclass(value) and not isinstance(value, type):
+        told = (f"{f.name}={_told(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__name__}({', '.join(told)})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
@@ -258,9 +287,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, OSError, EOFError, UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged file raises
         raise CheckpointError(f"{path}: is damaged ({error}); delete the file to start anew") from None
-    if not isinstance(content, dict) or not {"state", "history"} <= content.keys():
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("state", "history")):
         raise CheckpointError(f"{path}: is no checkpoint of `admm.training.train`; give another path")
     return content
 

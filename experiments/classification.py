@@ -159,7 +159,8 @@ def stands(run: Run, origin: dict[str, Any], other_code: str) -> bool:
     if is_hashed and other_code == "refuse":
         raise ValueError(f"other_code=refuse: {told}")
     is_kept = not (is_hashed and other_code == "rerun")
-    log.warning("%s; %s", told, "kept, force=true makes it again" if is_kept else "it is made again")
+    level = logging.WARNING if is_hashed else logging.INFO  # the oldest can be told by git alone, and are always kept
+    log.log(level, "%s; %s", told, "kept, force=true makes it again" if is_kept else "it is made again")
     return is_kept
 
 
@@ -196,9 +197,16 @@ def execute(config: DictConfig, job: Job) -> Run:
 
 
 def logger_of(config: DictConfig) -> Guarded:
-    """The configuration's. Raises BadInput."""
+    """The configuration's; one that cannot be made, such as for want of a connection, is a warning. Raises BadInput for
+    a wrong key or a missing package."""
     with bad_input_in_words():
-        return Guarded(instantiate(config.logger))
+        try:
+            return Guarded(instantiate(config.logger))
+        except InstantiationException as error:
+            if error.__cause__ is None or isinstance(error.__cause__, ImportError | TypeError | ValueError):
+                raise
+            log.warning("%s failed, the run goes on without it: %r", config.logger._target_, error.__cause__)
+            return Guarded(NO_LOGGER)
 
 
 def trained(

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from admm.backbones import BackboneError
@@ -35,6 +36,14 @@ TOLD = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)  # t
 
 class JobError(Exception):
     """A job has failed; the message says why. Unlike the error that it stands for, any process can unpickle it."""
+
+
+def run_task(config: DictConfig) -> float | None:
+    """What a configuration's task returns. Raises JobError where it, or what it calls, would end the program."""
+    try:
+        return get_method(config.task)(config)  # type: ignore[no-any-return]
+    except SystemExit as end:
+        raise JobError(f"it ended the program by SystemExit({end.code!r})") from end
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class Guarded:
     def _call(self, method: Callable[..., None], *arguments: Any) -> None:
         try:
             method(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.has_failed = True
             name = f"{type(self.logger).__name__}.{method.__name__}"
             log.warning("%s failed, the run goes on without it: %s: %s", name, type(error).__name__, error)

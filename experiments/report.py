@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from admm.files import whole
-from experiments.failures import failed, failures_end_the_program
+from experiments.failures import failed, failures_end_the_program, run_task
 from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 
 log = logging.getLogger(__name__)
@@ -422,7 +422,7 @@ class Report(Callback):
             own.merge_with(OmegaConf.load(folder / "hydra.yaml"))
         HydraConfig.instance().set_config(own)
         config: Any = OmegaConf.load(folder / "config.yaml")
-        get_method(config.task)(config)
+        run_task(config)
 
     def _report(self, config: DictConfig, launch: Path) -> None:
         by_experiment: dict[str, list[Run]] = {}

@@ -18,10 +18,10 @@ from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_method
 from omegaconf import DictConfig
 
 from experiments import study
+from experiments.failures import run_task
 from experiments.rows import CONF
 
 RUN = CONF.parent / "run.py"
@@ -55,7 +55,7 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Callback")
-            getattr(hydra, mode)("config", lambda config: get_method(config.task)(config), list(overrides))
+            getattr(hydra, mode)("config", run_task, list(overrides))
     finally:  # as at the end of a process
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers

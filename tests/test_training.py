@@ -190,7 +190,7 @@ def test_a_file_that_is_no_checkpoint_is_told(problem: Problem, content: Any, tm
 
 @pytest.mark.parametrize(("iterations", "evaluate_every"), [(0, 1), (1, 0)])
 def test_nothing_to_do_is_an_error(problem: Problem, iterations: int, evaluate_every: int) -> None:
-    with pytest.raises(ValueError, match=f"iterations .{iterations}. and evaluate_every .{evaluate_every}."):
+    with pytest.raises(ValueError, match=r"(iterations|evaluate_every): 0 is not a whole number from 1 up"):
         run(problem, OPTIMIZERS["sgd"], (0,), iterations, test_of(problem), evaluate_every)
 
 
@@ -314,7 +314,7 @@ def test_without_a_test_set_nothing_of_it_is_measured(problem: Problem) -> None:
     [
         (lambda x: (x[:4], torch.tensor([0, 1, 2, 3])), "test: y: class indices go from 0 to 3"),
         (lambda x: (x[:4], torch.tensor([0, 1])), "test: problem: 4 inputs x, but 2 targets y"),
-        (lambda x: (x[:4, :3], torch.tensor([0, 1, 2, 0])), r"test: x: samples of shape \[3\], where training has"),
+        (lambda x: (x[:4, :3], torch.tensor([0, 1, 2, 0])), r"test: x: samples \[3\] on cpu, where training has"),
         (lambda x: (x[:4].long(), torch.tensor([0, 1, 2, 0])), "test: x: inputs of torch.int64 are not supported"),
     ],
 )
@@ -341,7 +341,7 @@ def test_a_path_may_be_text(problem: Problem, tmp_path: Path, monkeypatch: pytes
         ({"cut": {"n_blocks": 2}}, "blocks was "),
         ({"loss": SquaredError(2.0)}, r"loss was SquaredError\(scale=1.0\), is SquaredError\(scale=2.0\)"),
         ({"shift": 1e-3}, r"x was torch.float32 \[50, 6\] \w+, is torch.float32 \[50, 6\] "),
-        ({"seeds": (1,)}, r"seeds is \[0\], expected \[1\]"),
+        ({"seeds": (1,)}, r"seeds was \(0.0\), is \(1.0\)"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, generator, minibatches, own_indices, own_rows, put_own_rows, rows, slices
 from admm.numbers import Options, is_number
-from admm.optimizers.coupling import Chain, ZUpdate, label_leak, penalties, probe
+from admm.optimizers.coupling import Chain, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, same_samples, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
@@ -118,7 +118,10 @@ class BlockADMM(Options):
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
         self.z_update.check(problem, theta)
-        self._schedules(len(problem.blocks), len(seeds))
+        _, z_steps = self._schedules(len(problem.blocks), len(seeds))
+        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
+        if self.z_update.name == "gradient":
+            warn_of_lost_signal(z_steps[:-1], beta[:-1].unbind(), problem.x.dtype)
         z: list[Tensor] = []
         for part in slices(len(problem.x), self.slice_size):
             x = problem.x[part].expand(len(seeds), *problem.x[part].shape)
@@ -139,7 +142,7 @@ class BlockADMM(Options):
             z=z,
             u=u,
             z_moments=[list(of_block) for of_block in zip(*moments, strict=True)] or [[] for _ in z],
-            beta=penalties(self.beta, len(z), len(seeds), like=problem.x),
+            beta=beta,
             power_vectors=self.z_update.power_vectors(problem.blocks, theta),
         )
 

@@ -19,7 +19,7 @@ from admm.losses import Loss
 from admm.numbers import Options
 from admm.optimizers.least_squares import factorise
 from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
-from admm.schedules import BlockValue, block_values, broadcast, positive
+from admm.schedules import BlockValue, Schedule, block_values, broadcast, positive
 
 Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t, in a new tensor
 
@@ -60,6 +60,18 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
             f"loss is {first['loss_moved']:.3g} where these have moved, on which the last block is trained, and "
             f"{first['loss_forward']:.3g} after a forward pass, as in evaluation; lower z_step (ζ)",
             stacklevel=3,
+        )
+
+
+def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Warns where gradient steps ζ_t of the coupling variables between the blocks, under penalties β_t [S], hand less
+    of the loss on to block 1 than rounding leaves: from block to block it is the part β_t ζ_t."""
+    signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
+    if 0.0 < signal < torch.finfo(dtype).eps:
+        warnings.warn(
+            f"optimizer.z_step: block 1 gets the part {signal:.0e} of the loss's gradient, as each block hands on "
+            "z_step times beta (or rho) of it, and will hardly learn; raise z_step or beta, or cut fewer blocks",
+            stacklevel=4,
         )
 
 

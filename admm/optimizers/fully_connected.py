@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import Parameters, Views, leaves
+from admm.blocks import Parameters, Views, has_hooks, leaves
 from admm.minibatches import generator, slices
 from admm.optimizers.protocol import Problem
 
@@ -31,6 +31,8 @@ def linear_layers(problem: Problem, theta: Parameters, algorithm: str, biases: b
     network = problem.blocks.network
     modules = dict(network.named_modules(remove_duplicate=False))
     kinds = [type(modules[name]) for name in leaves(network)]
+    if hooked := [name for name in leaves(network) if has_hooks(modules[name])]:
+        raise ValueError(f"optimizer: {algorithm} would not call the hooks of layer {hooked[0]!r}; remove them")
     body = kinds[1:] if kinds[0] is nn.Flatten else kinds
     if len(body) % 2 == 0 or body != [nn.Linear, nn.ReLU] * (len(body) // 2) + [nn.Linear]:
         raise ValueError(

@@ -13,7 +13,7 @@ from admm.blocks import Parameters
 from admm.losses import Loss
 from admm.minibatches import check_batch_size, rows
 from admm.numbers import Options
-from admm.optimizers.coupling import Chain, label_leak, probe
+from admm.optimizers.coupling import Chain, label_leak, probe, warn_of_lost_signal
 from admm.optimizers.fully_connected import Start, known, put
 from admm.optimizers.protocol import Problem, at_least_one, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, Rule
@@ -66,8 +66,10 @@ class Gotmare(Options):
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)
         at_least_one("z_rounds", self.z_rounds)
-        self._schedules(len(problem.blocks), len(seeds))
-        self._penalty(problem.x, len(seeds))
+        _, z_steps = self._schedules(len(problem.blocks), len(seeds))
+        rho = self._penalty(problem.x, len(seeds))
+        if isinstance(self.z_update, SGD):
+            warn_of_lost_signal(z_steps, [rho] * len(z_steps), problem.x.dtype)
         theta = problem.initial(seeds)
         put("theta", [theta.flat], start)
         return GotmareState(seeds, 0, theta, self.update.init(theta.flat))

@@ -13,7 +13,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, rows
 from admm.numbers import Options
-from admm.optimizers.coupling import Chain, Force, ZUpdate, label_leak, penalties, probe
+from admm.optimizers.coupling import Chain, Force, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
 from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
@@ -76,8 +76,10 @@ class OnlineBlockADMM(Options):
         self._check(problem)
         theta = problem.initial(seeds)
         self.z_update.check(problem, theta)
-        self._schedules(len(problem.blocks), len(seeds))
-        penalties(self.beta, len(problem.blocks), len(seeds), problem.x)
+        _, z_steps = self._schedules(len(problem.blocks), len(seeds))
+        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
+        if self.z_update.name == "gradient":
+            warn_of_lost_signal(z_steps[:-1], beta[:-1].unbind(), problem.x.dtype)
         return OnlineBlockADMMState(
             seeds=seeds,
             iteration=0,

@@ -50,10 +50,18 @@ class Problem:
     def samples(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
         """Other inputs [M, ...] and targets, such as a test set, in the form of these. Raises ValueError as for
         these."""
-        x = self._inputs(x)
-        if x.shape[1:] != self.x.shape[1:]:
-            raise ValueError(f"x: samples of shape {list(x.shape[1:])}, where training has {list(self.x.shape[1:])}")
-        return x, self.targets(x, y)
+        x = self._inputs(x).to(self.x.dtype)
+        if x.shape[1:] != self.x.shape[1:] or x.device != self.x.device:
+            raise ValueError(
+                f"x: samples {list(x.shape[1:])} on {x.device}, where training has {list(self.x.shape[1:])} on "
+                f"{self.x.device}"
+            )
+        targets = self.targets(x, y)
+        if self.has_classes and not isinstance(self.loss, CrossEntropy) and not is_one_hot(targets):
+            raise ValueError("y: these targets are not one class per sample, as those of training are")
+        if not self.has_classes and is_one_hot(targets) and targets.shape != as_tensor("y", y).shape:
+            raise ValueError("y: these targets are class indices, and those of training are not classes")
+        return x, targets
 
     def targets(self, x: Tensor, given: Any) -> Tensor:
         """Targets of inputs x [M, ...], as `loss.targets` makes them of what a caller has. Raises ValueError."""
@@ -72,8 +80,14 @@ class Problem:
         """Whether the targets say one class per sample, or per position of it, so that accuracy means something."""
         return isinstance(self.loss, CrossEntropy) or is_one_hot(self.y)
 
+    @cached_property
+    def threshold(self) -> float | None:
+        """Of targets that each say yes or no: the loss's threshold, outputs above which say yes."""
+        threshold: float | None = getattr(self.loss, "threshold", None)
+        return None if threshold is None or not bool(((self.y == 0) | (self.y == 1)).all()) else threshold
+
     def _inputs(self, given: Any) -> Tensor:
-        x = as_tensor("x", given)
+        x = as_tensor("x", given).detach()
         if not x.is_floating_point():
             raise ValueError(
                 f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(); a "
@@ -81,6 +95,8 @@ class Problem:
             )
         if x.ndim < 1 or not len(x):
             raise ValueError(f"x: inputs {list(x.shape)} have no samples [N, ...]")
+        if not math.isfinite(x.sum(dtype=torch.float64)):
+            raise ValueError("x: inputs must be finite numbers, found NaN or infinity")
         if self.blocks.execution.precision == "bf16" and x.dtype != torch.float32:
             raise ValueError(f"precision: bf16 is for inputs x of float32, not {x.dtype}")
         return x
@@ -168,7 +184,7 @@ def as_tensor(name: str, given: Any, device: torch.device | None = None) -> Tens
         return given
     try:
         return torch.as_tensor(given, device=device)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of whatever type it is
         raise ValueError(
             f"{name}: a {type(given).__name__} is no tensor, nor an array or a list of numbers ({error}); of several "
             "inputs, or of a data loader's batches, make one tensor"
@@ -218,10 +234,14 @@ def _storable(value: Any, name: str) -> Any:
     match value:
         case Parameters():
             return [value.flat, value.buffers] if value.buffers.numel() else value.flat
-        case Tensor() | bool() | int() | float() | str() | None:
-            return value
+        case Tensor():
+            return value.detach()
         case np.generic():
             return value.item()
+        case bool() | None:
+            return value
+        case int() | float() | str():  # also of classes derived from these, which PyTorch would not load
+            return next(kind(value) for kind in (int, float, str) if isinstance(value, kind))
         case list() | tuple():
             return [_storable(item, name) for item in value]
         case dict():
@@ -235,7 +255,7 @@ def _storable(value: Any, name: str) -> Any:
 
 
 def _restored(value: Any, saved: Any, name: str) -> Any:
-    """`value` with what was saved of it: tensors are overwritten in place."""
+    """`value` with what was saved of it: tensors are overwritten in place; what was empty is what was saved."""
     if isinstance(value, Parameters):
         _restored(_storable(value, name), saved, name)
         return value
@@ -245,12 +265,16 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
             raise ValueError(f"checkpoint: {name} has shape {found}, expected {list(value.shape)}")
         if saved.dtype != value.dtype:
             raise ValueError(f"checkpoint: {name} is of {saved.dtype}, expected {value.dtype}")
-        return value.copy_(saved)
+        value.data.copy_(saved)
+        return value
+    if value is None or value == [] or value == {}:
+        return saved
     if isinstance(value, list | tuple):
         if not isinstance(saved, list | tuple) or len(value) != len(saved):
             entries = len(saved) if isinstance(saved, list | tuple) else "no"
             raise ValueError(f"checkpoint: {name} has {entries} entries, expected {len(value)}")
-        return type(value)(_restored(*pair, name) for pair in zip(value, saved, strict=True))
+        items = [_restored(*pair, name) for pair in zip(value, saved, strict=True)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         if not isinstance(saved, dict) or value.keys() != saved.keys():
             raise ValueError(f"checkpoint: {name} has the keys {list(saved)}, expected {list(value)}")
@@ -313,6 +337,7 @@ def largest_singular_value(weight: Tensor) -> Tensor:
 
     Of the weight over its largest entry, whose products cannot overflow.
     """
+    weight = weight if weight.dtype == torch.float64 else weight.float()  # of halves there are no eigenvalues
     largest = weight.abs().amax((1, 2))
     scale = torch.where(largest.isfinite() & (largest > 0), largest, torch.inf)  # then the quotient is 0
     short = (weight if weight.shape[1] <= weight.shape[2] else weight.mT).nan_to_num() / scale.view(-1, 1, 1)
