@@ -146,8 +146,8 @@ def train(
     file goes on from it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at
     a resume with all former ones.
 
-    Raises CheckpointError if the file is damaged, or of another optimizer, hyperparameter, network, loss, data or
-    seeds; ValueError for samples or targets that do not fit, and for a step that does not count its iteration;
+    Raises CheckpointError if the file is damaged, after more iterations, or of another run (see `fingerprint`);
+    ValueError for samples or targets that do not fit, and for a step that does not count its iteration;
     TypeError for one that returns no state, or a state that cannot be saved; and WriteError if the file cannot be
     written.
     """
@@ -170,9 +170,7 @@ def train(
         save(state)  # raises at once where it could not be
         made_by = fingerprint(problem, optimizer, state, test=test, measure=measure, evaluate_every=evaluate_every)
     if path is not None and path.exists():
-        _load(path, made_by, state, history)
-        if state.iteration > iterations:
-            raise CheckpointError(f"{path}: is after iteration {state.iteration}, of {iterations} that are asked for")
+        _load(path, made_by, state, history, iterations)
         observe(history.rows, history)
     else:
         observe(evaluated(), history)
@@ -294,7 +292,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load(path: Path, made_by: dict[str, str], state: Any, history: History) -> None:
+def _load(path: Path, made_by: dict[str, str], state: Any, history: History, iterations: int) -> None:
     saved = read_checkpoint(path)
     try:
         # Checkpoints of former versions say the optimizer's class alone, or nothing.
@@ -302,6 +300,8 @@ def _load(path: Path, made_by: dict[str, str], state: Any, history: History) -> 
         for name, was in former.items():
             if (now := made_by.get(name, "nothing")) != was:
                 raise ValueError(f"it is of another run: {_difference(name, was, now)}")
+        if (done := saved["state"].get("iteration", 0)) > iterations:
+            raise ValueError(f"it is after iteration {done}, of {iterations} that are asked for")
         restore(state, saved["state"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; delete the file to start anew, or give another path") from None

@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +34,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
+from hydra.utils import get_object
 
 from admm.files import WriteError, sync, writing
 
@@ -77,16 +80,27 @@ def determining(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_nulls(node: Any) -> Any:
-    """A configuration without the keys that are null."""
+    """A configuration without the keys that are null, but for those of an object that without them would be another."""
     if isinstance(node, dict):
-        return {key: without_nulls(value) for key, value in node.items() if value is not None}
+        defaults = defaults_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
+        kept = {key for key, value in node.items() if value is not None or defaults.get(key) is not None}
+        return {key: without_nulls(value) for key, value in node.items() if key in kept}
     return node
+
+
+@cache
+def defaults_of(target: str) -> dict[str, Any]:
+    """By name the defaults of what `_target_` calls; nothing where it cannot be found, which its use says."""
+    with suppress(Exception):
+        return {name: parameter.default for name, parameter in signature(get_object(target)).parameters.items()}
+    return {}
 
 
 def identity(config: dict[str, Any], sha256: str) -> str:
     """Twelve hexadecimal digits of the hash of the determining configuration and of the data's content.
 
-    Keys that are null do not count, so that a new option that is null where it is not used leaves finished runs valid.
+    Keys that are null, where that is the default, do not count, so that a new option that is null where it is not used
+    leaves finished runs valid.
     """
     content = json.dumps([without_nulls(determining(config)), sha256], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -84,6 +84,9 @@ FOLLOWED: dict[str, Callable[[], nn.Sequential]] = {
     "such a subclass inside": lambda: nn.Sequential(
         nn.Sequential(nn.Linear(4, 4), Residual(nn.Linear(4, 4))), nn.Linear(4, 2)
     ),
+    "in place, on what is its own": lambda: nn.Sequential(
+        Residual(nn.Linear(4, 4), nn.ReLU(inplace=True)), nn.Linear(4, 2)
+    ),
     "a subclass without one": lambda: nn.Sequential(Plain(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)),
 } | {
     f"{kind} on {name}": lambda kind=kind, make=make: nn.Sequential(
@@ -129,6 +132,11 @@ def with_accumulation_hook() -> nn.Sequential:
 def old_weight_norm() -> nn.Sequential:
     with pytest.warns(FutureWarning):
         return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 2)))
+
+
+def shared_statistics() -> nn.Sequential:
+    norm = nn.BatchNorm1d(4, affine=False)
+    return nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm, nn.Linear(4, 2))
 
 
 class Counting(nn.Module):
@@ -194,6 +202,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 2), Counting()),
         r"network: in evaluation mode its outputs change from one call to the next",
     ),
+    "a count of training steps": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Warming()),
+        r"network: in training mode its outputs change from one call to the next; a layer counts its calls",
+    ),
+    "a generator of its own": (
+        lambda: nn.Sequential(nn.Linear(4, 2), OwnGenerator()),
+        r"network: in training mode its outputs change from one call to the next",
+    ),
+    "a lazy layer": (
+        lambda: nn.Sequential(nn.LazyLinear(2)),
+        r"layer '0' \(LazyLinear\) is lazy; evaluate the network",
+    ),
+    "statistics of two layers": (shared_statistics, r"layers that share parameters or running statistics"),
     "an input that is overwritten": (
         lambda: nn.Sequential(nn.Linear(4, 4), Of(lambda x: x.mul_(2.0)), nn.Linear(4, 2)),
         r"layer '1' \(Of\) overwrites its input",
@@ -203,6 +224,27 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"layer '1' \(Of\) overwrites its input",
     ),
 }
+
+
+class Warming(nn.Module):
+    """With a count of its steps of training, on which its output depends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        return x * (self.steps / 20).clamp(max=1.0)
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn(1, generator=self.random) if self.training else x
 
 
 class StochasticInTraining(nn.Module):
@@ -223,6 +265,14 @@ def test_the_first_block_that_differs_is_named(monkeypatch):
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"network: in evaluation mode block 2, \['1', '2'\], has other outputs"):
         problem(network, per_layer=True)
+
+
+def test_a_hook_of_later_is_told():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    task = problem(network)
+    hooked("register_forward_hook", network[1])
+    with pytest.raises(ValueError, match="network: a hook was registered or removed since it was cut into blocks"):
+        task.initial([0])
 
 
 def test_hooks_of_all_modules_are_seen():

@@ -113,3 +113,15 @@ def test_a_leak_of_labels_is_told_once_and_for_a_large_step_alone(name):
 def test_an_optimizer_without_coupling_variables_has_no_leak(recwarn):
     warn_of_label_leak(Backprop(1, Adam(), 0.1), [{"iteration": 0, "replica": 0}, {"iteration": 1, "replica": 0}])
     assert not recwarn
+
+
+@pytest.mark.parametrize(("blocks", "is_lost"), [(6, False), (9, True)])
+@pytest.mark.parametrize("optimizer", [OnlineBlockADMM(2, 1e-3), BlockADMM(2, 1e-3), Gotmare(2, 1e-3)], ids=str)
+def test_a_signal_that_does_not_reach_the_first_block_is_told(optimizer: Any, blocks: int, is_lost: bool) -> None:
+    x = torch.rand(70, 4)
+    cut = split(mlp(4, [3] * (blocks - 1), 2), per_layer=True)
+    problem = Problem(x, torch.arange(70) % 2, cut, SquaredError(), initialiser("pytorch"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.init(problem, [0])
+    assert [str(warning.message).partition(":")[0] for warning in told] == ["optimizer.z_step"] * is_lost

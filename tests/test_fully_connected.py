@@ -5,6 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from admm.blocks import split
+from admm.losses import SquaredError
+from admm.models import initialiser, mlp
+from admm.optimizers import BCD, DLADMM, Problem, StandardADMM, Taylor
 from admm.optimizers.fully_connected import draw, relu_prox_
 from scripts.literal import bcd as literal
 
@@ -58,3 +62,14 @@ def test_draws_have_the_spread_of_their_replica_and_follow_from_seed_and_name(di
         assert all(torch.equal(a[0], b[s]) for a, b in zip(alone, both, strict=True))
     assert not torch.equal(both[0][0], both[1][0])
     assert not torch.equal(both[0][0], drawn("bias", (3,), (1.0,))[0][0])
+
+
+@pytest.mark.parametrize("optimizer", [StandardADMM(), Taylor(), DLADMM(), BCD()], ids=lambda made: type(made).__name__)
+def test_a_hook_that_would_not_be_called_is_named(optimizer):
+    network = mlp(4, [3], 2)
+    network.fc1.linear.register_forward_hook(lambda module, inputs, output: output / 2)
+    problem = Problem(
+        torch.randn(6, 4), torch.arange(6) % 2, split(network, per_layer=True), SquaredError(), initialiser("pytorch")
+    )
+    with pytest.raises(ValueError, match=r"optimizer: \w+ would not call the hooks of layer 'fc1.linear'; remove them"):
+        optimizer.init(problem, [0])

@@ -282,6 +282,12 @@ def test_a_function_of_all_samples_is_refused():
         FunctionLoss(nn.functional.cross_entropy).value(z, labels)
 
 
+def test_a_function_that_compares_each_sample_with_all_targets_is_refused():
+    z, y = torch.zeros(2, 3, 1), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"returns \[6, 6\] for 6 samples"):
+        FunctionLoss(lambda z, y: (z - y) ** 2).value(z, y)
+
+
 LIKE = torch.zeros(0, dtype=torch.float64)
 CLASSES = torch.tensor([2, 0, 1])
 

@@ -107,7 +107,7 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize("name", ["pytorch", "kaiming_normal", "normal"])
 def test_what_a_constructor_alone_draws_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=r"init: parameter '1.position' is drawn by the network's constructor alone"):
+    with pytest.raises(ValueError, match=r"init: parameter '1.position' is set by the network's constructor alone"):
         initialiser(name)(nn.Sequential(nn.Linear(4, 4), Positions()))
 
 
@@ -178,6 +178,16 @@ def test_weight_norm_s_weight_is_drawn_as_a_plain_one():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(100, 50))
     initialiser("kaiming_uniform")(layer)
     assert 0.9 * (6 / 100) ** 0.5 < layer.weight.abs().max() <= (6 / 100) ** 0.5 + 1e-6
+
+
+def test_spectral_norm_s_vectors_are_each_seed_s_own():
+    blocks = []
+    for seed in (0, 1):  # that the program has drawn by before
+        torch.manual_seed(seed)
+        blocks.append(split(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))), after=[]))
+    first, second = (b.initial([5, 6], initialiser("pytorch"), like=torch.zeros(0)) for b in blocks)
+    assert torch.equal(first.buffers, second.buffers) and torch.equal(first.flat, second.flat)
+    assert not (first.buffers[0] == first.buffers[1]).any()
 
 
 def test_embeddings_keep_pytorch_s_default():

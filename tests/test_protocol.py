@@ -475,6 +475,7 @@ class Mean:
         (lambda x: x.long(), "x: inputs of torch.int64 are not supported"),
         (lambda x: x.to(torch.complex128), "x: inputs of torch.complex128 are not supported"),
         (lambda x: x[:0], r"x: inputs \[0, 6\] have no samples"),
+        (lambda x: torch.where(x > 1, torch.nan, x), "x: inputs must be finite numbers, found NaN or infinity"),
         (lambda x: (x, x), "x: a tuple is no tensor, nor an array or a list of numbers"),
         (lambda x: TensorDataset(x), "x: a TensorDataset is no tensor, nor an array"),
     ],

@@ -92,6 +92,14 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 # --- Identity, places
 
 
+def test_a_null_counts_where_the_default_is_another() -> None:
+    init = {"_target_": "admm.models.initialiser", "name": "kaiming_normal"}
+    with_and_without = [identity({"init": init | more}, "") for more in ({}, {"bias": None}, {"bias": 0.0})]
+    assert len(set(with_and_without)) == 3
+    optimizer = {"_target_": "admm.optimizers.BlockADMM", "iterations": 3}
+    assert identity({"optimizer": optimizer}, "") == identity({"optimizer": optimizer | {"penalty": None}}, "")
+
+
 def test_identity_is_of_what_determines_the_numbers() -> None:
     config = {"dataset": {"name": "a", "root": "x"}, "optimizer": {"eta": 1.0}, "device": "cpu", "force": False}
     same = {"optimizer": {"eta": 1.0}, "dataset": {"root": "y", "name": "a"}, "device": "cuda", "force": True}

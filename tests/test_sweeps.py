@@ -422,13 +422,13 @@ def test_slurm_s_jobs_are_queued_again() -> None:
 NEAR = ["optimizer=sgd", "iterations=1", "seeds=[0]"]
 
 
-def failing_at(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
-    """As a model that does not hold what it promises."""
+def failing_at(monkeypatch: pytest.MonkeyPatch, errors: dict[int, BaseException]) -> None:
+    """By the size of mini-batches, as a model that does not hold what it promises, or that ends the program."""
     real = classification.build_problem
 
     def build_problem(config: DictConfig, dataset: Any) -> Problem:
-        if config.optimizer.batch_size == batch_size:
-            raise AssertionError("of the model")
+        if config.optimizer.batch_size in errors:
+            raise errors[config.optimizer.batch_size]
         return real(config, dataset)
 
     monkeypatch.setattr(classification, "build_problem", build_problem)
@@ -438,8 +438,8 @@ def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same command makes those alone that are missing."""
-    failing_at(monkeypatch, 64)
-    sizes = ["optimizer.batch_size=5000,64,32,0,128", "dataset.holdout=300"]
+    failing_at(monkeypatch, {64: AssertionError("of the model"), 16: SystemExit("of a library")})
+    sizes = ["optimizer.batch_size=5000,64,32,16,128", "dataset.holdout=300"]
     with pytest.raises(SystemExit) as end:
         launch(tmp_path, *NEAR, *sizes)
     (picture,) = tmp_path.glob("outputs/logs/*/*/digits_shallow.png")
@@ -450,8 +450,8 @@ def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
             f"    {folder}/0: optimizer.batch_size=5000",
             "error: AssertionError: of the model",
             f"    {folder}/1: optimizer.batch_size=64",
-            "error: optimizer.batch_size: 0 is not between 1 and the 1137 training samples",
-            f"    {folder}/3: optimizer.batch_size=0",
+            "error: JobError: it ended the program by SystemExit('of a library')",
+            f"    {folder}/3: optimizer.batch_size=16",
             "3 jobs failed, whose logs are in these folders; the same command makes what is missing.",
         )
     )
@@ -461,9 +461,9 @@ def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
     logs = [(folder / str(job) / "run.log").read_text() for job in (0, 1)]
     assert ["Traceback" in log for log in logs] == [False, True]
     monkeypatch.undo()
-    with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit, match="\n2 jobs failed"):
+    with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit, match="\n1 job failed"):
         multirun(*GRID, *places(tmp_path), *NEAR, *sizes)
-    assert printed.getvalue().count("is there already") == 2 and len(stored(tmp_path)) == 3
+    assert printed.getvalue().count("is there already") == 2 and len(stored(tmp_path)) == 4
 
 
 def test_a_stack_that_fails_leaves_its_cells_to_their_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +502,7 @@ def test_a_job_of_its_own_ends_the_program(
     arguments: list[str],
     message: str,
 ) -> None:
-    failing_at(monkeypatch, 64)
+    failing_at(monkeypatch, {64: AssertionError("of the model")})
     with pytest.raises(SystemExit) as end:
         single(*GRID, *places(tmp_path), *NEAR, *arguments)
     assert end.value.code == message
@@ -580,6 +580,16 @@ def test_a_logger_that_fails_costs_no_result(
         assert printed.count(words) == 1
     (recorder,) = Recorder.all
     assert recorder.got == got and len(stored(tmp_path)) == 1
+
+
+def unreachable(**_: Any) -> None:
+    raise ConnectionError("no route")
+
+
+def test_a_logger_that_cannot_be_made_costs_no_result(tmp_path: Path) -> None:
+    printed = launch(tmp_path, *NEAR, "logger._target_=test_sweeps.unreachable")
+    assert "test_sweeps.unreachable failed, the run goes on without it: ConnectionError('no route')" in printed
+    assert len(stored(tmp_path)) == 1
 
 
 def test_a_cell_s_logger_that_fails_is_its_own_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import r2_score
@@ -271,6 +273,35 @@ def test_of_several_labels_their_accuracy_and_the_exact_matches_are_measured(los
     assert "test_accuracy" not in found
 
 
+def test_of_binary_targets_between_0_and_1_the_loss_alone_is_measured() -> None:
+    found, _ = measured(task(BinaryCrossEntropy(), torch.full((300, 2), 0.3), 4, outputs=2))
+    assert set(found) == {"train_loss", "test_loss"}
+
+
+def test_r2_of_equal_targets_is_none() -> None:
+    found, _ = measured(task(SquaredError(), torch.ones(300, 2), 4, outputs=2))
+    assert math.isnan(found["test_r2"]) and found["test_mse"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("train_on", "test_on", "message"),
+    [
+        (lambda y: 2.0 * one_hot(y, 3, torch.zeros(0)) - 1.0, lambda y: y, "test: y: these targets are class indices"),
+        (lambda y: y, lambda y: torch.rand(len(y), 3), "test: y: these targets are not one class per sample"),
+    ],
+)  # fmt: skip
+def test_test_targets_of_another_kind_are_refused(train_on: Any, test_on: Any, message: str) -> None:
+    problem = task(SquaredError(), lambda x: train_on(classes(x)), 4, outputs=3)
+    with pytest.raises(ValueError, match=message):
+        measured(problem, test_on(classes(problem.x)))
+
+
+def test_a_test_set_takes_the_type_of_the_training_set(problem: Problem) -> None:
+    theta, labels = problem.initial([0]), problem.y.argmax(1)
+    pairs = [(problem.x, labels), (problem.x.double().numpy(), labels.numpy())]
+    assert evaluate(problem, theta, pairs[0]) == evaluate(problem, theta, pairs[1])
+
+
 def test_of_one_label_its_accuracy_is_measured() -> None:
     problem = task(BinaryCrossEntropy(), lambda x: x[:, 0] > 0, 4, outputs=1)
     found, z = measured(problem)
@@ -315,6 +346,7 @@ def test_without_a_test_set_nothing_of_it_is_measured(problem: Problem) -> None:
         (lambda x: (x[:4], torch.tensor([0, 1, 2, 3])), "test: y: class indices go from 0 to 3"),
         (lambda x: (x[:4], torch.tensor([0, 1])), "test: problem: 4 inputs x, but 2 targets y"),
         (lambda x: (x[:4, :3], torch.tensor([0, 1, 2, 0])), r"test: x: samples \[3\] on cpu, where training has"),
+        (lambda x: x, "test: a Tensor is no pair of inputs and targets"),
         (lambda x: (x[:4].long(), torch.tensor([0, 1, 2, 0])), "test: x: inputs of torch.int64 are not supported"),
     ],
 )
@@ -341,6 +373,9 @@ def test_a_path_may_be_text(problem: Problem, tmp_path: Path, monkeypatch: pytes
         ({"cut": {"n_blocks": 2}}, "blocks was "),
         ({"loss": SquaredError(2.0)}, r"loss was SquaredError\(scale=1.0\), is SquaredError\(scale=2.0\)"),
         ({"shift": 1e-3}, r"x was torch.float32 \[50, 6\] \w+, is torch.float32 \[50, 6\] "),
+        ({"initialise": initialiser("normal", std=0.3)}, "initialisation was "),
+        ({"test": True}, r"test was None, is \(torch.float32"),
+        ({"iterations": 1}, "it is after iteration 3, of 1 that are asked for"),
         ({"seeds": (1,)}, r"seeds was \(0.0\), is \(1.0\)"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
@@ -355,9 +390,12 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
     if "network" in other:
         network.fc1.relu = other["network"]()  # type: ignore[union-attr]
     blocks = split(network, **other.get("cut", {"per_layer": True}))
-    changed = replace(problem, blocks=blocks, loss=other.get("loss", problem.loss), x=problem.x + other.get("shift", 0))
+    named = {name: other[name] for name in ("loss", "initialise") if name in other}
+    changed = replace(problem, blocks=blocks, x=problem.x + other.get("shift", 0), **named)
+    test = test_of(problem) if "test" in other else None
     with pytest.raises(CheckpointError, match=rf"c\.pt: .*{message}.*; delete the file to start anew, or give another"):
-        run(changed, other.get("optimizer", OPTIMIZERS["sgd"]), other.get("seeds", (0,)), 3, None, 1, checkpoint, 0.0)
+        optimizer, iterations = other.get("optimizer", OPTIMIZERS["sgd"]), other.get("iterations", 3)
+        run(changed, optimizer, other.get("seeds", (0,)), iterations, test, 1, checkpoint, 0.0)
     assert checkpoint.read_bytes() == before
 
 
@@ -369,6 +407,23 @@ def test_a_checkpoint_of_the_same_run_in_another_process_is_taken(problem: Probl
     _, first = run(plain[0], OPTIMIZERS["sgd"], (0,), 3, None, 1, checkpoint, 0.0)
     _, second = run(plain[1], OPTIMIZERS["sgd"], (0,), 3, None, 1, checkpoint, 0.0)
     assert [row["train_loss"] for row in second.rows] == [row["train_loss"] for row in first.rows]
+
+
+def weighted(weight: float) -> Any:
+    return lambda z, y: weight * (z - y).square()
+
+
+def test_a_checkpoint_of_another_function_is_refused(problem: Problem, tmp_path: Path) -> None:
+    """Of the same code, with another number."""
+    checkpoint = tmp_path / "c.pt"
+    run(replace(problem, loss=weighted(1.0)), OPTIMIZERS["sgd"], (0,), 2, None, 1, checkpoint, 0.0)
+    with pytest.raises(CheckpointError, match=r"c.pt: it is of another run: loss was FunctionLoss.*1.0.*5.0"):
+        run(replace(problem, loss=weighted(5.0)), OPTIMIZERS["sgd"], (0,), 2, None, 1, checkpoint, 0.0)
+
+
+def test_a_whole_number_is_the_same_hyperparameter_as_its_decimal(problem: Problem, tmp_path: Path) -> None:
+    for size in (1, 1.0):
+        run(problem, Backprop(6, SGD(), size, batch_size=16), (0,), 2, None, 1, tmp_path / "c.pt", 0.0)
 
 
 def test_every_bit_of_a_checkpoint_s_numbers_counts(problem: Problem, tmp_path: Path) -> None:
@@ -395,14 +450,15 @@ class Own(Backprop):
 
     def step(self, problem: Problem, state: Any) -> Any:
         stepped = super().step(problem, replace(state))
-        return replace(stepped, best=min(state.best, 1.0 / stepped.iteration), notes=f"after {stepped.iteration}")
+        best, notes = np.float64(min(state.best, 1.0 / stepped.iteration)), [f"after {stepped.iteration}"]
+        return replace(stepped, best=best, notes=notes)
 
 
 @dataclass
 class OwnState(BackpropState):
     best: float
     names: dict[str, Any]
-    notes: str | None
+    notes: Any
 
 
 def test_a_step_may_return_another_state_which_is_saved_and_resumed(problem: Problem, tmp_path: Path) -> None:
@@ -410,10 +466,10 @@ def test_a_step_may_return_another_state_which_is_saved_and_resumed(problem: Pro
     expected, _ = run(problem, Backprop(4, SGD(momentum=0.9), 0.05, batch_size=16), (0,), 4)
     run(problem, optimizer, (0,), 2, None, 1, checkpoint, 0.0, keep_last=True)
     saved = read_checkpoint(checkpoint)["state"]
-    assert (saved["best"], saved["notes"], saved["names"]) == (0.5, "after 2", {"a": [1, "b"]})
+    assert (saved["best"], saved["notes"], saved["names"]) == (0.5, ["after 2"], {"a": [1, "b"]})
     state, _ = run(problem, optimizer, (0,), 4, None, 1, checkpoint, 0.0)
     assert torch.equal(state.theta.flat, expected.theta.flat)
-    assert (state.best, state.notes, state.names, state.iteration) == (0.25, "after 4", {"a": (1, "b")}, 4)
+    assert (state.best, state.notes, state.names, state.iteration) == (0.25, ["after 4"], {"a": (1, "b")}, 4)
 
 
 @pytest.mark.parametrize(
