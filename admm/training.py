@@ -154,7 +154,7 @@ def train(
     for name, value in (("iterations", iterations), ("evaluate_every", evaluate_every)):
         if not is_whole(value, 1):
             raise ValueError(f"{name}: {value!r} is not a whole number from 1 up")
-    if not is_number(checkpoint_seconds):
+    if not is_number(checkpoint_seconds) and checkpoint_seconds != math.inf:
         raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
 
