@@ -540,3 +540,19 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
         for s, beta in enumerate(options.beta):
             assert_replicas_equal(together, s, trained(replace(options, beta=beta), problem, (5,), 2), 1e-10)
         assert not torch.allclose(together.theta.flat[0], together.theta.flat[2])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (Backprop(1, "adam", 0.1), r"optimizer.update: 'adam' is no object such as admm.optimizers.Adam\(\)"),
+        (BlockADMM(1, 0.1, update=Adam), "optimizer.update: <class .*Adam'> is no object"),
+        (Gotmare(1, 0.1, z_update="sgd"), "optimizer.z_update: 'sgd' is no object such as admm.optimizers.SGD"),
+        (OnlineBlockADMM(1, 0.1, z_update="gradient"), "optimizer.z_update: 'gradient' is no object such as .*ZUpdate"),
+        (BlockADMM(1, 0.1, z_update=SGD()), "optimizer.z_update: SGD.* is no object such as .*ZUpdate"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_is_none_is_named(mlp_problem: Callable[..., Problem], optimizer: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(optimizer, batch_size=6).init(mlp_problem(), [0])

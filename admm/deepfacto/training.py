@@ -13,7 +13,15 @@ from admm.deepfacto.nmf import NMF, feature_maps, matrix, nonnegative_least_squa
 from admm.minibatches import check_batch_size, minibatches, own_indices, own_rows, put_own_rows, rows, slices
 from admm.numbers import Options
 from admm.optimizers.coupling import Chain, penalties
-from admm.optimizers.protocol import Problem, at_least_one, in_range, largest_singular_value, same_samples, whole_seeds
+from admm.optimizers.protocol import (
+    Problem,
+    at_least_one,
+    has_method,
+    in_range,
+    largest_singular_value,
+    same_samples,
+    whole_seeds,
+)
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 
@@ -136,6 +144,7 @@ class DeepFacto(Options):
         return relative | {"lagrangian": value / len(problem.x)}
 
     def _check(self, problem: Problem) -> None:
+        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
         check_batch_size(self.batch_size, len(problem.x))
         for name in (
             "iterations",

@@ -12,7 +12,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size
 from admm.numbers import Options
-from admm.optimizers.protocol import Problem, at_least_one, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Problem, at_least_one, has_method, spectral_norms, whole_seeds
 from admm.optimizers.rules import Rule
 from admm.schedules import Value, schedule
 
@@ -39,6 +39,7 @@ class Backprop(Options):
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
         seeds = whole_seeds(seeds)
+        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
         at_least_one("iterations", self.iterations)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         theta = problem.initial(seeds)

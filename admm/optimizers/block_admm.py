@@ -14,7 +14,16 @@ from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, generator, minibatches, own_indices, own_rows, put_own_rows, rows, slices
 from admm.numbers import Options, is_number
 from admm.optimizers.coupling import Chain, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
-from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, same_samples, spectral_norms, whole_seeds
+from admm.optimizers.protocol import (
+    Problem,
+    at_least_one,
+    has_method,
+    in_range,
+    one_of,
+    same_samples,
+    spectral_norms,
+    whole_seeds,
+)
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 from admm.variables import PLACES, Place, allocate
@@ -225,6 +234,8 @@ class BlockADMM(Options):
         return named, block_schedules("z_step", self.z_step, blocks, replicas)
 
     def _check(self, problem: Problem) -> None:
+        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
+        has_method("z_update", self.z_update, "inverse_curvature", 'admm.optimizers.ZUpdate("gradient")')
         one_of("sweep", self.sweep, ("batch", "minibatch"))
         one_of("variables", self.variables, PLACES)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)

@@ -15,7 +15,7 @@ from admm.minibatches import check_batch_size, rows
 from admm.numbers import Options
 from admm.optimizers.coupling import Chain, label_leak, probe, warn_of_lost_signal
 from admm.optimizers.fully_connected import Start, known, put
-from admm.optimizers.protocol import Problem, at_least_one, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Problem, at_least_one, has_method, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, Rule
 from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, positive, schedule
 
@@ -66,6 +66,8 @@ class Gotmare(Options):
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)
         at_least_one("z_rounds", self.z_rounds)
+        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
+        has_method("z_update", self.z_update, "apply", "admm.optimizers.SGD()")
         _, z_steps = self._schedules(len(problem.blocks), len(seeds))
         rho = self._penalty(problem.x, len(seeds))
         if isinstance(self.z_update, SGD):

@@ -14,7 +14,7 @@ from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, rows
 from admm.numbers import Options
 from admm.optimizers.coupling import Chain, Force, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
-from admm.optimizers.protocol import Problem, at_least_one, in_range, one_of, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Problem, at_least_one, has_method, in_range, one_of, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Rule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 
@@ -160,6 +160,8 @@ class OnlineBlockADMM(Options):
         )
 
     def _check(self, problem: Problem) -> None:
+        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
+        has_method("z_update", self.z_update, "inverse_curvature", 'admm.optimizers.ZUpdate("gradient")')
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)

@@ -306,6 +306,12 @@ def in_range(key: str, value: object, below: float = math.inf) -> None:
         raise ValueError(f"optimizer.{key}: {value!r} is not a number from 0 up{bound}")
 
 
+def has_method(key: str, value: object, method: str, such_as: str) -> None:
+    """Raises ValueError that names the key, unless `value` is an object with this method."""
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise ValueError(f"optimizer.{key}: {value!r} is no object such as {such_as}")
+
+
 def same_samples(problem: Problem, variables: Tensor) -> None:
     """Raises ValueError unless variables [S, N, ...] of a state are of as many samples as the problem has."""
     if variables.shape[1] != len(problem.x):
