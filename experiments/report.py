@@ -438,4 +438,4 @@ class Report(Callback):
             runs, figures, tables = finished_runs(root, experiment), root / "figures", root / "tables"
         with failed_writes_in_words("The runs are in the store; the same command draws them."):
             show(report(experiment, runs, figures, tables), title(experiment, runs))
-        Console().print(f"figures: {figures}, table: {tables / experiment}.csv", soft_wrap=True)
+        Console().print(f"figures: {figures}, table: {tables / experiment}.csv", soft_wrap=True, markup=False)
