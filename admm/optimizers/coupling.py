@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -49,12 +50,20 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
     `loss_forward` before the first iteration. With less, networks still reach the accuracy that they have without a
     leak.
     """
-    start = {row["replica"]: row["loss_forward"] for row in rows if row["iteration"] == 0 and "loss_forward" in row}
-    middle = getattr(optimizer, "iterations", 0) / 2
-    late = (row for row in rows if row["iteration"] >= max(middle, 1))
-    leaking = (row for row in late if row["loss_forward"] - row["loss_moved"] > start[row["replica"]] / 6 > 0)
-    first = next(leaking, None) if start else None
-    if first is not None and first["iteration"] == rows[-1]["iteration"]:
+    if not rows or "loss_moved" not in rows[-1]:
+        return
+    start = {row["replica"]: row["loss_forward"] for row in takewhile(lambda row: row["iteration"] == 0, rows)}
+    newest, middle = rows[-1]["iteration"], getattr(optimizer, "iterations", 0) / 2
+
+    def leaks(row: Mapping[str, float]) -> bool:
+        is_late = row["iteration"] >= max(middle, 1)
+        return is_late and row["loss_forward"] - row["loss_moved"] > start[row["replica"]] / 6 > 0
+
+    # The others are looked through only where one of the newest leaks.
+    if any(map(leaks, takewhile(lambda row: row["iteration"] == newest, reversed(rows)))):
+        first = next(filter(leaks, rows))
+        if first["iteration"] < newest:
+            return
         warnings.warn(
             f"optimizer.z_step: the label shows in the coupling variables: after iteration {first['iteration']:g} the "
             f"loss is {first['loss_moved']:.3g} where these have moved, on which the last block is trained, and "

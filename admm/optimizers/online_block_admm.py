@@ -92,6 +92,7 @@ class OnlineBlockADMM(Options):
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         blocks, replicas = problem.blocks, len(state.seeds)
         theta_step, z_steps = self._schedules(len(blocks), replicas)
+        beta = penalties(self.beta, len(blocks), replicas, problem.x)
         gradient = blocks.parameters(torch.empty_like(state.theta.flat))
         inverse_curvature: list[Tensor] = []
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
@@ -100,9 +101,10 @@ class OnlineBlockADMM(Options):
         for number, (part, x, y) in enumerate(batches):
             progress = (state.iteration + part) / self.iterations
             if number % self.curvature_every == 0:
-                inverse_curvature = self._inverse_curvature(problem, state, state.power_vectors)
+                inverse_curvature = self.z_update.inverse_curvature(blocks, state.theta, beta, state.power_vectors)
             chain = Chain(blocks, state.theta, x)
-            force = self._update_z(problem, state, chain, y, [at(progress) for at in z_steps], inverse_curvature)
+            steps = [at(progress) for at in z_steps]
+            force = self._update_z(problem, state, chain, y, beta, steps, inverse_curvature)
             for t in range(len(blocks), 0, -1):  # block T's activations are still there
                 chain.pull_back(t, force(t).mul_(-1.0 / x.shape[1]), into=gradient)
             self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
@@ -128,15 +130,11 @@ class OnlineBlockADMM(Options):
         chain, y = Chain(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
         forward, (_, z_steps) = chain.z[-1], self._schedules(len(problem.blocks), len(state.seeds))
         steps = [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps]
-        curvature = self._inverse_curvature(problem, state, [v.clone() for v in state.power_vectors])
-        self._update_z(problem, state, chain, y, steps, curvature)
-        return label_leak(problem.loss, y, forward, chain.output(len(problem.blocks)))
-
-    def _inverse_curvature(
-        self, problem: Problem, state: OnlineBlockADMMState, power_vectors: list[Tensor]
-    ) -> list[Tensor]:
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
-        return self.z_update.inverse_curvature(problem.blocks, state.theta, beta, power_vectors)
+        vectors = [v.clone() for v in state.power_vectors]
+        curvature = self.z_update.inverse_curvature(problem.blocks, state.theta, beta, vectors)
+        self._update_z(problem, state, chain, y, beta, steps, curvature)
+        return label_leak(problem.loss, y, forward, chain.output(len(problem.blocks)))
 
     def _update_z(
         self,
@@ -144,11 +142,12 @@ class OnlineBlockADMM(Options):
         state: OnlineBlockADMMState,
         chain: Chain,
         y: Tensor,
+        beta: Tensor,
         steps: Sequence[float | Tensor],
         inverse_curvature: list[Tensor],
     ) -> Force:
-        """Moves the Z of a mini-batch by steps ζ_1..ζ_T. Returns the coupling terms' derivatives, see `_force`."""
-        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
+        """Moves the Z of a mini-batch by steps ζ_1..ζ_T under penalties `beta` [T, S]. Returns the coupling terms'
+        derivatives, see `_force`."""
         force, moments = partial(self._force, state, chain, beta), self.z_update.moments(chain.z)
         self.z_update.apply(chain, force, problem.loss, y, 0.0, beta, steps, inverse_curvature, moments, 0)
         return force
