@@ -254,7 +254,7 @@ class Slot:
 
         rows: of history.csv. tables: of other CSV files, by name. arrays: of arrays.npz. Raises WriteError.
         """
-        info = {"finished": datetime.now(UTC).isoformat(timespec="seconds")} | info
+        info = {"finished": datetime.now(UTC).isoformat(timespec="microseconds")} | info
         with writing(self.folder, "the finished run"):
             self.partial.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.partial) as folder:
