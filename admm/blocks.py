@@ -20,84 +20,84 @@ from torch.func import functional_call
 
 # Of PyTorch's errors without a compiler: for a processor, and for a GPU (no Triton, and no compiler for Triton).
 NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler")
-Views = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *shape]
+ParamDict = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *shape]
 
 
 class Layer(Protocol):
-    """A layer of S stacked replicas: its output, and the pull-back of a cotangent through it."""
+    """A layer of S stacked replicas: its output, and its vector-Jacobian products (VJP)."""
 
-    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
-        """Output for x [S, n, ...]; `overwrite` says that x may be overwritten. `training` says what it says in
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+        """Output for x [S, n, ...]; `inplace` says that x may be overwritten. `training` says what it says in
         PyTorch: batch normalisation takes the samples' own statistics, not the running ones."""
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
-        """As `forward`, together with what `pull_back` will need."""
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
+        """As `forward`, together with what `vjp` will need."""
 
-    def pull_back(
-        self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
+    def vjp(
+        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
     ) -> Tensor | None:
-        """Vector-Jacobian products: the parameters' is written to `into`, the input's is returned. With `into`, running
-        statistics that `record` has updated in training are written to `theta`."""
+        """Vector-Jacobian products: the parameters' is written to `grad_params`, the input's is returned. With
+        `grad_params`, running statistics that `linearize` has updated in training are written to `theta`."""
 
 
 @dataclass(frozen=True)
 class LinearLayer:
     """`x Wᵀ + b` over the last axis, as one batched product over the replicas."""
 
-    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
         weight, bias, rows = theta["weight"], theta.get("bias"), x.flatten(1, -2)
         output = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
         return output.view(*x.shape[:-1], -1)
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
-        return self.forward(theta, x, overwrite, training), x
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
+        return self.forward(theta, x, inplace, training), x
 
-    def pull_back(
-        self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
+    def vjp(
+        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
     ) -> Tensor | None:
-        rows = cotangent.flatten(1, -2)
-        if into is not None:
-            weight, inputs = into["weight"], saved.flatten(1, -2)
+        rows = grad_output.flatten(1, -2)
+        if grad_params is not None:
+            weight, inputs = grad_params["weight"], saved.flatten(1, -2)
             if weight.is_contiguous() or weight.device.type != "cpu":
                 torch.bmm(rows.mT, inputs, out=weight)
             else:  # where each replica would be a product of its own, which is slower than this copy
                 weight.copy_(torch.bmm(rows.mT, inputs))
-            if "bias" in into:
-                torch.sum(rows, 1, out=into["bias"])
-        return torch.bmm(rows, theta["weight"]).view(saved.shape) if to_input else None
+            if "bias" in grad_params:
+                torch.sum(rows, 1, out=grad_params["bias"])
+        return torch.bmm(rows, theta["weight"]).view(saved.shape) if needs_input_grad else None
 
 
 @dataclass(frozen=True)
 class ReLULayer:
     """`max(x, 0)`; the derivative at 0 is 0, as PyTorch's."""
 
-    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
-        return x.relu_() if overwrite else x.relu()
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+        return x.relu_() if inplace else x.relu()
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
-        output = self.forward(theta, x, overwrite, training)
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
+        output = self.forward(theta, x, inplace, training)
         return output, output
 
-    def pull_back(
-        self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
+    def vjp(
+        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
     ) -> Tensor | None:
-        return torch.ops.aten.threshold_backward(cotangent, saved, 0) if to_input else None
+        return torch.ops.aten.threshold_backward(grad_output, saved, 0) if needs_input_grad else None
 
 
 @dataclass(frozen=True)
 class FlattenLayer:
     """Joins all axes of a sample into one."""
 
-    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
         return x.flatten(2)
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
         return x.flatten(2), x.shape
 
-    def pull_back(
-        self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
+    def vjp(
+        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
     ) -> Tensor | None:
-        return cotangent.reshape(saved) if to_input else None
+        return grad_output.reshape(saved) if needs_input_grad else None
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,15 @@ class ModuleLayer:
         self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile else self._evaluate
         self._settings = _compiler_settings if execution.compile else nullcontext
         self._trained = {name for name, _ in module.named_parameters()}
-        self._others: dict[torch.device, Views] = {}
+        self._others: dict[torch.device, ParamDict] = {}
         self._needs_contiguous = any(map(_is_strided_pointwise, module.modules()))
 
-    def forward(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
         self.module.train(training)
         with torch.no_grad(), self._settings():
             return _stack([self._call(self._replica(theta, s, x.device), v) for s, v in enumerate(x)])
 
-    def record(self, theta: Views, x: Tensor, overwrite: bool, training: bool) -> tuple[Tensor, Any]:
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
         self.module.train(training)
         saved = []
         for s in range(len(x)):
@@ -154,29 +154,29 @@ class ModuleLayer:
                 saved.append((views, leaf, self._call(views, leaf)))
         return _stack([output.detach() for _, _, output in saved]), saved
 
-    def pull_back(
-        self, theta: Views, saved: Any, cotangent: Tensor, into: Views | None, to_input: bool
+    def vjp(
+        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
     ) -> Tensor | None:
         to_x = []
         for s, (views, x, output) in enumerate(saved):
-            wanted = [views[name] for name in into or ()] + ([x] if to_input else [])
+            wanted = [views[name] for name in grad_params or ()] + ([x] if needs_input_grad else [])
             gradients: list[Tensor] = []
             if wanted:
                 with self._settings():
                     pulled = torch.autograd.grad(
-                        output, wanted, cotangent[s], retain_graph=True, materialize_grads=True
+                        output, wanted, grad_output[s], retain_graph=True, materialize_grads=True
                     )
                 gradients = list(pulled)
-            if to_input:
+            if needs_input_grad:
                 to_x.append(gradients.pop())
-            if into is not None:
-                for name, gradient in zip(into, gradients, strict=True):
-                    into[name][s].copy_(gradient)
+            if grad_params is not None:
+                for name, gradient in zip(grad_params, gradients, strict=True):
+                    grad_params[name][s].copy_(gradient)
                 for name in theta.keys() - self._trained:
                     theta[name][s].copy_(views[name])
-        return _stack(to_x) if to_input else None
+        return _stack(to_x) if needs_input_grad else None
 
-    def _replica(self, theta: Views, s: int, device: torch.device) -> Views:
+    def _replica(self, theta: ParamDict, s: int, device: torch.device) -> ParamDict:
         """The parameters of one replica, detached; copies of its buffers, which modules change in place; and the other
         buffers, such as counters, which are no replica's own."""
         views = {name: v[s].detach() if name in self._trained else v[s].clone() for name, v in theta.items()}
@@ -185,7 +185,7 @@ class ModuleLayer:
             self._others[device] = {name: buffer.to(device, copy=True) for name, buffer in others}
         return views | self._others[device]
 
-    def _evaluate(self, views: Views, x: Tensor) -> Tensor:
+    def _evaluate(self, views: ParamDict, x: Tensor) -> Tensor:
         """The output of one replica for x [n, ...]; changes its buffers in `views` in training."""
         if x.ndim == 4:
             channels_last = self.execution.channels_last and not (self._needs_contiguous and x.is_cpu)
@@ -299,43 +299,43 @@ class Block:
 
     layers: tuple[Layer, ...]
 
-    def forward(self, theta: Sequence[Views], z: Tensor, training: bool) -> Tensor:
+    def forward(self, theta: Sequence[ParamDict], z: Tensor, training: bool) -> Tensor:
         """block_Θ(z), [S, n, d] -> [S, n, d']; `z` is left as it is. `training` is as in `Layer`."""
         for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
             z = layer.forward(views, z, self._is_temporary(position), training)
         return z
 
-    def record(self, theta: Sequence[Views], z: Tensor, training: bool) -> tuple[Tensor, list[Any]]:
-        """block_Θ(z) and the record that `pull_back` needs."""
+    def linearize(self, theta: Sequence[ParamDict], z: Tensor, training: bool) -> tuple[Tensor, list[Any]]:
+        """block_Θ(z) and the record that `vjp` needs."""
         record = []
         for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z, saved = layer.record(views, z, self._is_temporary(position), training)
+            z, saved = layer.linearize(views, z, self._is_temporary(position), training)
             record.append(saved)
         return z, record
 
-    def pull_back(
+    def vjp(
         self,
-        theta: Sequence[Views],
+        theta: Sequence[ParamDict],
         record: Sequence[Any],
-        cotangent: Tensor,
-        into: Sequence[Views] | None = None,
-        to_input: bool = True,
+        grad_output: Tensor,
+        grad_params: Sequence[ParamDict] | None = None,
+        needs_input_grad: bool = True,
     ) -> Tensor | None:
-        """Transposed Jacobian times `cotangent` [S, n, d']: with respect to the parameters, summed over the
-        samples and written to `into`, and, where `to_input`, with respect to the input, returned [S, n, d]. With
-        `into`, running statistics move as the record has it."""
+        """Transposed Jacobian times `grad_output` [S, n, d']: with respect to the parameters, summed over the
+        samples and written to `grad_params`, and, where `needs_input_grad`, with respect to the input, returned
+        [S, n, d]. With `grad_params`, running statistics move as the record has it."""
         first = min((i for i, views in enumerate(theta) if views), default=len(self.layers))
-        gradient: Tensor | None = cotangent
+        gradient: Tensor | None = grad_output
         for position in reversed(range(len(self.layers))):
-            if not to_input and (into is None or position < first):
+            if not needs_input_grad and (grad_params is None or position < first):
                 return None
             assert gradient is not None
-            gradient = self.layers[position].pull_back(
+            gradient = self.layers[position].vjp(
                 theta[position],
                 record[position],
                 gradient,
-                None if into is None else into[position],
-                to_input or position > first,
+                None if grad_params is None else grad_params[position],
+                needs_input_grad or position > first,
             )
         return gradient
 
@@ -344,7 +344,7 @@ class Block:
         """Whether a record holds an autograd graph, and with it all activations."""
         return any(isinstance(layer, ModuleLayer) for layer in self.layers)
 
-    def linear_weight(self, theta: Sequence[Views]) -> Tensor | None:
+    def linear_weight(self, theta: Sequence[ParamDict]) -> Tensor | None:
         """W [S, d', d] where the block is one linear layer, with or without ReLUs around it; else None."""
         linear = [views for layer, views in zip(self.layers, theta, strict=True) if isinstance(layer, LinearLayer)]
         plain = all(isinstance(layer, LinearLayer | ReLULayer | FlattenLayer) for layer in self.layers)
@@ -362,7 +362,7 @@ class Parameters:
 
     flat: Tensor  # [S, P]
     buffers: Tensor  # [S, B]
-    blocks: list[list[Views]]
+    blocks: list[list[ParamDict]]
 
 
 class Blocks(Sequence[Block]):
@@ -398,7 +398,7 @@ class Blocks(Sequence[Block]):
         flats = {"parameters": flat} | ({} if buffers is None else {"buffers": buffers})
         offsets = dict.fromkeys(flats, 0)
 
-        def views(module: nn.Module) -> Views:
+        def views(module: nn.Module) -> ParamDict:
             found = {}
             for kind, name, tensor in _tensors(module):
                 if kind in flats:

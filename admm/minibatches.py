@@ -13,7 +13,7 @@ from torch import Tensor
 from admm.numbers import is_whole, plain
 
 
-def generator(seed: int, stream: str, counter: int = 0) -> torch.Generator:
+def stateless_rng(seed: int, stream: str, counter: int = 0) -> torch.Generator:
     """Random numbers that depend on (seed, stream, counter) alone, so that no generator state is carried along:
     a replica draws the same in any stack, and after a resume."""
     entropy = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), counter))
@@ -41,7 +41,7 @@ def minibatches(
     epoch, part = divmod(iteration, parts or 1)
     orders = {}
     for seed in dict.fromkeys(seeds):
-        random = generator(seed, "minibatches", epoch)
+        random = stateless_rng(seed, "minibatches", epoch)
         order = torch.randperm(samples, generator=random)
         orders[seed] = order if groups is None else _in_runs(order, groups.cpu(), together, random)
     batches = torch.stack([orders[seed] for seed in seeds]).to(device).split(batch_size, dim=1)
@@ -69,21 +69,21 @@ def slices(samples: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, samples))
 
 
-def own_rows(variables: Tensor, own: Tensor) -> Tensor:
-    """Of each replica's own variables [S, N, ...] its samples, given by `own_indices` [S, B]: [S, B, ...] on the device
-    of these."""
+def gather_per_replica(variables: Tensor, own: Tensor) -> Tensor:
+    """Of each replica's own variables [S, N, ...] its samples, given by `flat_indices` [S, B]: [S, B, ...] on the
+    device of these."""
     found = variables.flatten(0, 1).index_select(0, own.flatten().to(variables.device))
     return found.view(*own.shape, *variables.shape[2:]).to(own.device)
 
 
-def put_own_rows(variables: Tensor, own: Tensor, values: Tensor) -> None:
-    """Overwrites what `own_rows` returns, in place, by `values` [S, B, ...]."""
+def scatter_per_replica(variables: Tensor, own: Tensor, values: Tensor) -> None:
+    """Overwrites what `gather_per_replica` returns, in place, by `values` [S, B, ...]."""
     variables.view(-1, *variables.shape[2:]).index_copy_(
         0, own.flatten().to(variables.device), values.flatten(0, 1).to(variables.device)
     )
 
 
-def own_indices(batch: Tensor, samples: int) -> Tensor:
+def flat_indices(batch: Tensor, samples: int) -> Tensor:
     """Where a mini-batch [S, B] of N samples is among the rows of variables [S·N, ...], [S, B]."""
     return batch + torch.arange(0, len(batch) * samples, samples, device=batch.device)[:, None]
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from admm.files import MIB
 from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
-from admm.optimizers.coupling import Chain
+from admm.optimizers.coupling import BlockOutputs
 from admm.optimizers.protocol import save, size
 from experiments.checks import DTYPES
 from experiments.classification import (
@@ -65,7 +65,7 @@ def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]
     state = optimizer.init(problem, (seed,))
     sizes = {name: size(variable) for name, variable in save(state).items() if name in NAMES}
     if isinstance(optimizer, OnlineBlockADMM):
-        chain = Chain(problem.blocks, state.theta, problem.x[None, : optimizer.batch_size])
+        chain = BlockOutputs(problem.blocks, state.theta, problem.x[None, : optimizer.batch_size])
         sizes |= {"z": size(chain.z), "z_moments": size(optimizer.z_update.moments(chain.z))}
     return sizes
 

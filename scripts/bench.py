@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import flop_registry
 
 from admm.data import Dataset
-from admm.deepfacto.nmf import factorise
+from admm.deepfacto.nmf import nmf_steps
 from admm.files import MIB, whole
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
@@ -229,7 +229,7 @@ def nmf() -> list[Row]:
 
     def ours() -> None:
         m, s = (torch.from_numpy(factor.copy())[None] for factor in (basis, scores))
-        factorise(torch.from_numpy(z)[None], m, s, NMF_ROUNDS)
+        nmf_steps(torch.from_numpy(z)[None], m, s, NMF_ROUNDS)
         found.append(_objective(z, m[0].numpy(), s[0].numpy()))
 
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):

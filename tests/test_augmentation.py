@@ -7,7 +7,7 @@ import torch
 
 from admm.augmentation import CropAndFlip
 from admm.losses import CrossEntropy
-from admm.minibatches import generator
+from admm.minibatches import stateless_rng
 from admm.optimizers import BCD, SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM
 
 SEEDS = (3, 1, 7)
@@ -55,7 +55,7 @@ def test_samples_keep_their_targets_and_are_changed_as_drawn(resnet_problem):
     problem = replace(resnet_problem(), augmentation=change)
     plain = list(resnet_problem().minibatches(4, SEEDS, 5, None))
     for s, seed in enumerate(SEEDS):
-        of_all = change.apply(problem.x, change.draw(len(problem.x), generator(seed, "augmentation", 5)))
+        of_all = change.apply(problem.x, change.draw(len(problem.x), stateless_rng(seed, "augmentation", 5)))
         for (_, x, y), (_, original, target) in zip(problem.minibatches(4, SEEDS, 5, None), plain, strict=True):
             number = [int((problem.x == image).flatten(1).all(1).nonzero()) for image in original[s]]
             assert torch.equal(x[s], of_all[number]) and torch.equal(y, target)

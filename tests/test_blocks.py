@@ -88,7 +88,7 @@ def test_forward_of_a_stack_is_each_replica_s_module(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
     output = blocks.forward(theta, x)
-    recorded, _ = blocks[0].record(theta.blocks[0], x, training=True)
+    recorded, _ = blocks[0].linearize(theta.blocks[0], x, training=True)
     for s in range(len(SEEDS)):
         network = blocks.export(theta, s)
         torch.testing.assert_close(output[s], network(x[s]), rtol=1e-12, atol=1e-12)
@@ -99,30 +99,30 @@ def test_forward_of_a_stack_is_each_replica_s_module(make, shape):
 def test_pull_back_is_autograd_s(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
-    output, record = blocks[0].record(theta.blocks[0], x, training=True)
-    cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
-    into = blocks.parameters(torch.full_like(theta.flat, torch.nan))
-    by_x = blocks[0].pull_back(theta.blocks[0], record, cotangent, into.blocks[0])
+    output, record = blocks[0].linearize(theta.blocks[0], x, training=True)
+    grad_output = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
+    grad_params = blocks.parameters(torch.full_like(theta.flat, torch.nan))
+    by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, grad_params.blocks[0])
     for s in range(len(SEEDS)):
         network, leaf = blocks.export(theta, s).train(), x[s].clone().requires_grad_()
-        (network(leaf.clone()) * cotangent[s]).sum().backward()
+        (network(leaf.clone()) * grad_output[s]).sum().backward()
         torch.testing.assert_close(by_x[s], leaf.grad, rtol=1e-12, atol=1e-12)
         gradients = [p.grad.flatten() for p in network.parameters()]
         if gradients:
-            torch.testing.assert_close(into.flat[s], torch.cat(gradients), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(grad_params.flat[s], torch.cat(gradients), rtol=1e-12, atol=1e-12)
 
 
 @each_network
 def test_pull_back_gives_each_part_alone_and_may_be_repeated(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
-    output, record = blocks[0].record(theta.blocks[0], x, training=True)
-    cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
+    output, record = blocks[0].linearize(theta.blocks[0], x, training=True)
+    grad_output = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
     both, alone = (blocks.parameters(torch.full_like(theta.flat, torch.nan)) for _ in range(2))
-    by_x = blocks[0].pull_back(theta.blocks[0], record, cotangent, both.blocks[0])
-    assert blocks[0].pull_back(theta.blocks[0], record, cotangent, alone.blocks[0], to_input=False) is None
+    by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, both.blocks[0])
+    assert blocks[0].vjp(theta.blocks[0], record, grad_output, alone.blocks[0], needs_input_grad=False) is None
     assert torch.equal(both.flat, alone.flat)
-    assert torch.equal(blocks[0].pull_back(theta.blocks[0], record, cotangent), by_x)
+    assert torch.equal(blocks[0].vjp(theta.blocks[0], record, grad_output), by_x)
 
 
 @each_network
@@ -131,13 +131,13 @@ def test_forward_record_and_pull_back_leave_their_arguments_alone(make, shape):
     theta, x_before = stack(blocks), x.clone()
     theta_before = theta.flat.clone()
     blocks[0].forward(theta.blocks[0], x, training=True)
-    output, record = blocks[0].record(theta.blocks[0], x, training=True)
-    cotangent, output_before = torch.ones_like(output), output.clone()
-    blocks[0].pull_back(theta.blocks[0], record, cotangent, blocks.parameters(theta.flat.clone()).blocks[0])
+    output, record = blocks[0].linearize(theta.blocks[0], x, training=True)
+    grad_output, output_before = torch.ones_like(output), output.clone()
+    blocks[0].vjp(theta.blocks[0], record, grad_output, blocks.parameters(theta.flat.clone()).blocks[0])
     assert torch.equal(x, x_before)
     assert torch.equal(theta.flat, theta_before)
     assert torch.equal(output, output_before)
-    assert torch.equal(cotangent, torch.ones_like(output))
+    assert torch.equal(grad_output, torch.ones_like(output))
 
 
 def test_running_statistics_move_with_the_parameters_gradient_alone():
@@ -147,11 +147,11 @@ def test_running_statistics_move_with_the_parameters_gradient_alone():
     assert theta.buffers.shape == (3, 4) and gradient.buffers.shape == (3, 0)
     blocks[0].forward(theta.blocks[0], x, training=True)
     for training in (False, True):
-        output, record = blocks[0].record(theta.blocks[0], x, training)
-        blocks[0].pull_back(theta.blocks[0], record, output)
+        output, record = blocks[0].linearize(theta.blocks[0], x, training)
+        blocks[0].vjp(theta.blocks[0], record, output)
         assert torch.equal(theta.buffers, before)
         for _ in range(2):  # twice from the same record is once
-            blocks[0].pull_back(theta.blocks[0], record, output, gradient.blocks[0])
+            blocks[0].vjp(theta.blocks[0], record, output, gradient.blocks[0])
     for s in range(len(SEEDS)):
         network = blocks.export(theta, s)
         network[1].reset_running_stats()
@@ -168,9 +168,9 @@ def test_an_average_over_all_steps_is_refused_by_name():
 def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
     blocks = split(nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(16, 3)), after="0")
     theta, x = stack(blocks), inputs(1, 4, 4)
-    output, record = blocks[0].record(theta.blocks[0], x, training=True)
-    blocks[0].pull_back(
-        theta.blocks[0], record, output, blocks.parameters(theta.flat.clone()).blocks[0], to_input=False
+    output, record = blocks[0].linearize(theta.blocks[0], x, training=True)
+    blocks[0].vjp(
+        theta.blocks[0], record, output, blocks.parameters(theta.flat.clone()).blocks[0], needs_input_grad=False
     )
     torch.testing.assert_close(theta.buffers[:, 0], 0.1 * x.flatten(1).mean(1))
 
@@ -210,15 +210,15 @@ def test_an_in_place_relu_does_not_overwrite_the_input():
     before, theta = x.clone(), stack(blocks)
     blocks[0].forward(theta.blocks[0], x, training=True)
     assert torch.equal(x, before)
-    blocks[0].record(theta.blocks[0], x, training=True)
+    blocks[0].linearize(theta.blocks[0], x, training=True)
     assert torch.equal(x, before)
 
 
 def test_the_derivative_of_relu_at_zero_is_zero():
     blocks = whole(nn.Sequential(nn.ReLU()))
     x = torch.zeros(1, 1, 3, dtype=torch.float64)
-    _, record = blocks[0].record([{}], x, training=True)
-    assert torch.equal(blocks[0].pull_back([{}], record, torch.ones_like(x)), x)
+    _, record = blocks[0].linearize([{}], x, training=True)
+    assert torch.equal(blocks[0].vjp([{}], record, torch.ones_like(x)), x)
 
 
 @pytest.mark.parametrize("cut", [{"after": ["fc1"]}, {"per_layer": True}, {"n_blocks": 2, "activation": "start"}])

@@ -18,7 +18,7 @@ from admm.deepfacto.triplet import TripletLoss
 from admm.losses import FunctionLoss, SquaredError
 from admm.models import initialiser
 from admm.optimizers import SGD, Adam
-from admm.optimizers.coupling import Chain
+from admm.optimizers.coupling import BlockOutputs
 from admm.optimizers.protocol import Problem, restore, save
 
 SEEDS = (3, 1)
@@ -47,7 +47,7 @@ def visit_of(options, task, state, part=slice(0, 20)):
     epoch = _Epoch(options, task, state)
     x, y = (data[part].expand(len(state.seeds), *data[part].shape) for data in (task.x, task.y))
     z, u = ([v[:, part].clone() for v in variables] for variables in (state.z, state.u))
-    return epoch, _Visit(epoch, Chain(task.blocks, state.theta, x, z), y, u)
+    return epoch, _Visit(epoch, BlockOutputs(task.blocks, state.theta, x, z), y, u)
 
 
 def trained(options, task, seeds=SEEDS, epochs=2):

@@ -99,8 +99,8 @@ def test_a_compiled_block_has_the_same_output_and_gradient():
     pulled = []
     for compile in (False, True):
         blocks = split(nn.Sequential(nn.Tanh()), after=[], execution=Execution(compile=compile))
-        output, record = blocks[0].record([{}], x, training=True)
-        pulled.append((output, blocks[0].pull_back([{}], record, torch.ones_like(output))))
+        output, record = blocks[0].linearize([{}], x, training=True)
+        pulled.append((output, blocks[0].vjp([{}], record, torch.ones_like(output))))
     torch.testing.assert_close(pulled[1], pulled[0], rtol=1e-12, atol=1e-12)
 
 

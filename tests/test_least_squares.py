@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from admm.optimizers.least_squares import Scratch, add_cross, add_gram, factorise, gain, regress, zero_gram
+from admm.optimizers.least_squares import Scratch, add_cross, add_gram, cholesky_with_ridge, gain, regress, zero_gram
 
 
 def solve(x: Tensor, target: Tensor, ridge: float) -> Tensor:
@@ -17,7 +17,7 @@ def solve(x: Tensor, target: Tensor, ridge: float) -> Tensor:
         add_gram(gram, x[:, part], scratch)
         add_cross(cross, x[:, part], target[:, part].double(), scratch)
     weight, bias = x.new_empty(len(x), target.shape[2], x.shape[2]), x.new_empty(len(x), target.shape[2])
-    regress(factorise(gram, torch.full((len(x), 1), ridge, dtype=torch.float64)), cross, weight, bias)
+    regress(cholesky_with_ridge(gram, torch.full((len(x), 1), ridge, dtype=torch.float64)), cross, weight, bias)
     return torch.cat([weight, bias.unsqueeze(2)], 2)
 
 
@@ -55,8 +55,8 @@ def test_singular_replicas_and_those_that_are_not_finite_leave_the_others_as_the
     gram[2, 3, 3] = gram[3, 0, 0] = torch.nan
     gram[3], gram[4] = torch.inf, torch.diag(torch.tensor([1.0] * 8 + [-1e-9]))
     ridge = torch.zeros(5, 1)
-    factor = factorise(gram, ridge)
-    assert torch.equal(factor[:1], factorise(gram[:1], ridge[:1]))
+    factor = cholesky_with_ridge(gram, ridge)
+    assert torch.equal(factor[:1], cholesky_with_ridge(gram[:1], ridge[:1]))
     torch.testing.assert_close(factor[0] @ factor[0].T, gram[0])
     assert torch.equal(factor[1], torch.eye(9).double())  # of nothing but zeros: what it is multiplied with is 0
     assert factor[2:4].isnan().all()

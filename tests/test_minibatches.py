@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from admm.minibatches import generator, minibatches, rows
+from admm.minibatches import minibatches, rows, stateless_rng
 
 CPU = torch.device("cpu")
 
@@ -67,9 +67,9 @@ def test_a_wrong_batch_size_is_refused_by_name(batch_size):
 
 def test_a_generator_s_numbers_depend_on_seed_stream_and_counter():
     keys = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
-    draws = [tuple(torch.rand(4, generator=generator(*key)).tolist()) for key in keys]
+    draws = [tuple(torch.rand(4, generator=stateless_rng(*key)).tolist()) for key in keys]
     assert len(set(draws)) == 4
-    assert draws[0] == tuple(torch.rand(4, generator=generator(0, "a")).tolist())
+    assert draws[0] == tuple(torch.rand(4, generator=stateless_rng(0, "a")).tolist())
 
 
 def test_rows_picks_each_replica_s_samples():

@@ -10,7 +10,15 @@ from sklearn.decomposition import NMF as Reference
 from torch.testing import assert_close
 
 from admm.deepfacto import nmf
-from admm.deepfacto.nmf import NMF, by_lbfgs, factorise, feature_maps, matrix, nonnegative_least_squares, sweep
+from admm.deepfacto.nmf import (
+    NMF,
+    by_lbfgs,
+    feature_maps,
+    matrix,
+    nmf_steps,
+    nonnegative_least_squares,
+    sweep,
+)
 
 
 def draw(*shape, seed=0, power=0.5):
@@ -126,7 +134,7 @@ def test_factorisation_follows_scikit_learn(monkeypatch, rank, columns):
         model = Reference(rank, init="custom", solver="cd", max_iter=15, tol=0)
         w = model.fit_transform(z[r].T.numpy(), W=scores[r].T.numpy().copy(), H=basis[r].T.numpy().copy())
         expected.append(model.components_.T @ w.T)
-    factorise(z, basis, scores, 15)
+    nmf_steps(z, basis, scores, 15)
     assert_close(basis @ scores, torch.tensor(np.stack(expected)))
 
 
@@ -141,7 +149,7 @@ def test_no_sweep_raises_the_objective_and_a_zero_column_is_left_alone():
         after = objective(z, basis, scores)
         assert (after <= before).all() and min(basis.min(), scores.min()) >= 0.0
         before = after
-        factorise(z, basis, scores, 1)
+        nmf_steps(z, basis, scores, 1)
 
 
 @pytest.mark.parametrize("places", [(), (4,), (3, 2)])

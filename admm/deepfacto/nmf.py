@@ -142,7 +142,7 @@ def _sweep_rows(gram: Tensor, inverse: Tensor, descent: Tensor, s: Tensor) -> Te
     return change
 
 
-def factorise(z: Tensor, basis: Tensor, scores: Tensor, rounds: int) -> None:
+def nmf_steps(z: Tensor, basis: Tensor, scores: Tensor, rounds: int) -> None:
     """Makes ½‖Z − M S‖² smaller for z [R, C, m] ≥ 0, by `rounds` sweeps of S and of M in turn, in place.
 
     basis: M [R, C, r]. scores: S [R, r, m]. No sweep raises the objective; they are those of scikit-learn's `NMF` with
@@ -156,11 +156,11 @@ def factorise(z: Tensor, basis: Tensor, scores: Tensor, rounds: int) -> None:
 
 
 def warm_start(z: Tensor, basis: Tensor, rounds: int) -> Tensor:
-    """S [R, r, m] for z [R, C, m] ≥ 0 by `rounds` of `factorise`; M [R, C, r], in place, from its random entries."""
+    """S [R, r, m] for z [R, C, m] ≥ 0 by `rounds` of `nmf_steps`; M [R, C, r], in place, from its random entries."""
     size = (z.mean((1, 2), keepdim=True).clamp(min=0.0) / basis.shape[2]).sqrt()  # then M S is of the size of Z
     scores = size.expand(-1, basis.shape[2], z.shape[2]).clone()
     basis.mul_(size)
-    factorise(z, basis, scores, rounds)
+    nmf_steps(z, basis, scores, rounds)
     return scores
 
 

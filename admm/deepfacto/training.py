@@ -10,9 +10,17 @@ from torch import Tensor
 
 from admm.blocks import Blocks, LinearLayer, Parameters
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, nonnegative_least_squares, sweep, warm_start
-from admm.minibatches import check_batch_size, minibatches, own_indices, own_rows, put_own_rows, rows, slices
+from admm.minibatches import (
+    check_batch_size,
+    flat_indices,
+    gather_per_replica,
+    minibatches,
+    rows,
+    scatter_per_replica,
+    slices,
+)
 from admm.numbers import Options
-from admm.optimizers.coupling import Chain, penalties
+from admm.optimizers.coupling import BlockOutputs, penalties
 from admm.optimizers.protocol import (
     Problem,
     at_least_one,
@@ -22,7 +30,7 @@ from admm.optimizers.protocol import (
     same_samples,
     whole_seeds,
 )
-from admm.optimizers.rules import Adam, Rule
+from admm.optimizers.rules import Adam, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 
 
@@ -67,7 +75,7 @@ class DeepFacto(Options):
     basis_sweeps: int = 2
     warm_rounds: int = 100
     frozen: int = 0
-    update: Rule = field(default_factory=Adam)
+    update: UpdateRule = field(default_factory=Adam)
     dual_step: Value = 0.0
     refresh: Value = 1.0  # each visit first moves Z_t and S this part of the way to the forward pass
     slice_size: int = 2000  # samples that are evaluated at a time outside of mini-batches
@@ -133,7 +141,7 @@ class DeepFacto(Options):
         for part in slices(len(problem.x), self.slice_size):
             x, y = (data[part].expand(len(state.seeds), *data[part].shape) for data in (problem.x, problem.y))
             z, u = ([v[:, part] for v in variables] for variables in (state.z, state.u))
-            visit = _Visit(epoch, Chain(problem.blocks, state.theta, x, z), y, u)
+            visit = _Visit(epoch, BlockOutputs(problem.blocks, state.theta, x, z), y, u)
             residuals = visit.residuals()
             value += visit.lagrangian(residuals)
             for t, residual in enumerate(residuals, start=1):
@@ -233,9 +241,11 @@ class _Epoch:
     def visit(self, batch: Tensor, progress: float) -> None:
         """All updates but that of M for the samples [R, B] of a mini-batch."""
         state, problem = self.state, self.problem
-        own = own_indices(batch, len(problem.x))
-        z, u = ([own_rows(v, own) for v in variables] for variables in (state.z, state.u))
-        visit = _Visit(self, Chain(problem.blocks, state.theta, rows(problem.x, batch), z), rows(problem.y, batch), u)
+        own = flat_indices(batch, len(problem.x))
+        z, u = ([gather_per_replica(v, own) for v in variables] for variables in (state.z, state.u))
+        visit = _Visit(
+            self, BlockOutputs(problem.blocks, state.theta, rows(problem.x, batch), z), rows(problem.y, batch), u
+        )
         at = {name: [schedule(progress) for schedule in values] for name, values in self.schedules.items()}
         visit.refresh(at["refresh"][0])
         for _ in range(self.options.primal_rounds):
@@ -244,7 +254,7 @@ class _Epoch:
             visit.update_theta(at["theta_step"])
         visit.update_duals(at["dual_step"][0])
         for whole, values in zip([*state.z, *state.u], [*visit.chain.z, *u], strict=True):
-            put_own_rows(whole, own, values)
+            scatter_per_replica(whole, own, values)
 
     def update_basis(self, t: int) -> None:
         """M by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
@@ -267,7 +277,7 @@ class _Visit:
     """The variables of the samples that are being updated. S, Z_t before a factorisation, and M never raise Eq. 9; the
     gradient steps of other Z_t and of Θ lower it where they are small enough."""
 
-    def __init__(self, epoch: _Epoch, chain: Chain, y: Tensor, u: list[Tensor]) -> None:
+    def __init__(self, epoch: _Epoch, chain: BlockOutputs, y: Tensor, u: list[Tensor]) -> None:
         """u: none, or one per block."""
         self.epoch, self.chain, self.y, self.u = epoch, chain, y, u
 
@@ -319,11 +329,11 @@ class _Visit:
         """One step of Θ on the mean over the mini-batch of Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖², η_t by block."""
         epoch = self.epoch
         for t in epoch.trained:
-            self.chain.pull_back(t, self._force(t).mul_(-1.0 / self.y.shape[1]), into=epoch.gradient)
+            self.chain.vjp(t, self._force(t).mul_(-1.0 / self.y.shape[1]), grad_params=epoch.gradient)
         theta, gradient = epoch.slices
         for t in epoch.trained:
             epoch.options.update.apply(theta[t - 1], gradient[t - 1], epoch.state.moments[t - 1], steps[t - 1])
-        self.chain.theta_changed()
+        self.chain.forget_all()
 
     def update_duals(self, step: float | Tensor) -> None:
         """U_t and V grow by `step` times their constraint's residual (Alg. 1, line 12)."""
@@ -378,6 +388,6 @@ class _Visit:
 
     def _pulled(self, t: int) -> Tensor:
         """Minus the derivative of coupling term t by what block t is applied to."""
-        pulled = self.chain.pull_back(t, self._force(t))
+        pulled = self.chain.vjp(t, self._force(t))
         assert pulled is not None
         return pulled

@@ -13,7 +13,7 @@ from admm.blocks import Parameters
 from admm.minibatches import check_batch_size
 from admm.numbers import Options
 from admm.optimizers.protocol import Problem, at_least_one, has_method, spectral_norms, whole_seeds
-from admm.optimizers.rules import Rule
+from admm.optimizers.rules import UpdateRule
 from admm.schedules import Value, schedule
 
 
@@ -32,7 +32,7 @@ class Backprop(Options):
     """Mini-batch training on the mean loss of a mini-batch, by an update rule; an iteration is an epoch."""
 
     iterations: int  # the schedules' horizon
-    update: Rule
+    update: UpdateRule
     step_size: Value
     batch_size: int = 64
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
@@ -53,15 +53,15 @@ class Backprop(Options):
         for part, z, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
             evaluations: list[tuple[Tensor, Any]] = []
             for block, views in zip(blocks, theta.blocks, strict=True):
-                evaluations.append(block.record(views, z, training=True))
+                evaluations.append(block.linearize(views, z, training=True))
                 z = evaluations[-1][0]
-            cotangent = problem.loss.gradient(z, y).div_(y.shape[1])
+            grad_output = problem.loss.gradient(z, y).div_(y.shape[1])
             for t in reversed(range(len(blocks))):
                 _, record = evaluations.pop()
-                pulled = blocks[t].pull_back(theta.blocks[t], record, cotangent, gradient.blocks[t], t > 0)
+                pulled = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0)
                 del record  # and the activations with it
                 if pulled is not None:
-                    cotangent = pulled
+                    grad_output = pulled
             progress = (state.iteration + part) / self.iterations
             self.update.apply(theta.flat, gradient.flat, state.moments, step_size(progress))
         state.iteration += 1

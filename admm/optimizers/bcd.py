@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm.blocks import Parameters, Views
+from admm.blocks import ParamDict, Parameters
 from admm.minibatches import slices
 from admm.numbers import Options
 from admm.optimizers.fully_connected import (
@@ -23,7 +23,7 @@ from admm.optimizers.fully_connected import (
     relu_prox_,
     square_residuals,
 )
-from admm.optimizers.least_squares import Scratch, add_gram, factorise, gain, input_factor, zero_gram
+from admm.optimizers.least_squares import Scratch, add_gram, cholesky_with_ridge, gain, input_factor, zero_gram
 from admm.optimizers.protocol import Problem, check_prox, same_samples, spectral_norms, whole_seeds
 from admm.schedules import Number, positive
 
@@ -125,7 +125,7 @@ class BCD(Options):
         )
         return gamma, rho, alpha
 
-    def _update_layer(self, problem: Problem, state: BCDState, layers: list[Views], number: int) -> None:
+    def _update_layer(self, problem: Problem, state: BCDState, layers: list[ParamDict], number: int) -> None:
         """V_l, U_l, and W_l and b_l."""
         gamma, rho, alpha = self._penalties(problem, len(state.seeds))
         layer, last = layers[number - 1], number == len(layers)
@@ -167,13 +167,13 @@ class BCD(Options):
         # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for
         # two blocks of a convex quadratic this never raises it either.
         ridge = (alpha / rho).view(-1, 1)
-        factor = state.x_factor if gram is None else factorise(gram, ridge, _epsilon(weight))
+        factor = state.x_factor if gram is None else cholesky_with_ridge(gram, ridge, _epsilon(weight))
         weight += torch.cholesky_solve(cross.mT.double(), factor).mT
         bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
 
 
 def _epsilon(weight: Tensor) -> float:
-    """For `factorise`: α/ρ is to be seen beside the mean of VᵀV's eigenvalues in the precision of the sums."""
+    """For `cholesky_with_ridge`: the precision of the sums has to show α/ρ beside the mean of VᵀV's eigenvalues."""
     return torch.finfo(weight.dtype).eps / weight.shape[2]
 
 

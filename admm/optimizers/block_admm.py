@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, generator, minibatches, own_indices, own_rows, put_own_rows, rows, slices
+from admm.minibatches import (
+    check_batch_size,
+    flat_indices,
+    gather_per_replica,
+    minibatches,
+    rows,
+    scatter_per_replica,
+    slices,
+    stateless_rng,
+)
 from admm.numbers import Options, is_number
-from admm.optimizers.coupling import Chain, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
+from admm.optimizers.coupling import BlockOutputs, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
 from admm.optimizers.protocol import (
     Problem,
     at_least_one,
@@ -24,7 +33,7 @@ from admm.optimizers.protocol import (
     spectral_norms,
     whole_seeds,
 )
-from admm.optimizers.rules import Adam, Rule
+from admm.optimizers.rules import Adam, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
 from admm.variables import PLACES, Place, allocate
 
@@ -111,7 +120,7 @@ class BlockADMM(Options):
     primal_growth: float | None = None  # rounds more with each iteration: 0.1 for one every tenth (after Proposition 1)
     theta_passes: float = 1.0  # an iteration and primal round; below 1 for a part of the mini-batches
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
-    update: Rule = field(default_factory=lambda: Adam(epsilon=1e-16))
+    update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
     dual_step: Value = 0.0
     dual_init: float = 0.0  # U ~ uniform(0, dual_init)
     refresh: Value = 1.0  # each visit first moves Z_t this part of the way to the forward pass
@@ -190,15 +199,15 @@ class BlockADMM(Options):
         for part in slices(len(problem.x), self.slice_size):
             x = problem.x[part].expand(len(state.seeds), *problem.x[part].shape)
             z, u = ([v[:, part].to(x.device, non_blocking=True) for v in variables] for variables in (state.z, state.u))
-            chain = Chain(problem.blocks, theta, x, z)
+            chain = BlockOutputs(problem.blocks, theta, x, z)
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, blocks + 1):
                 for total, v in ((square, chain.residual(t, pulled=True)), (norm, z[t - 1]), (dual_norm, u[t - 1])):
                     total[t - 1] += v.square().flatten(1).sum(1)
-                chain.pull_back(t, multiplier[t - 1], into=gradient)
+                chain.vjp(t, multiplier[t - 1], grad_params=gradient)
                 by_z = multiplier[t - 1].clone()
                 if t < blocks:
-                    pulled = chain.pull_back(t + 1, multiplier[t])
+                    pulled = chain.vjp(t + 1, multiplier[t])
                     by_z -= pulled if pulled is not None else 0.0
                 else:
                     y = problem.y[part]
@@ -260,14 +269,14 @@ class BlockADMM(Options):
         for t, of_block in enumerate(u, start=1):
             for replica, seed in zip(of_block, seeds, strict=True):
                 draw = torch.empty(replica.shape, dtype=replica.dtype)
-                replica.copy_(draw.uniform_(0.0, self.dual_init, generator=generator(seed, "dual", t)))
+                replica.copy_(draw.uniform_(0.0, self.dual_init, generator=stateless_rng(seed, "dual", t)))
 
 
 @dataclass
 class _Visit:
     """The variables of the samples that are being updated."""
 
-    chain: Chain
+    chain: BlockOutputs
     y: Tensor
     u: list[Tensor]
     z_moments: list[list[Tensor]]
@@ -336,7 +345,7 @@ class _Sweep:
         """What a visit of the samples [S, B] would do, on copies."""
         self._evaluate_curvature()
         visit = self._gather(batch)
-        forward = Chain(self.problem.blocks, self.theta, visit.chain.x).z[-1]
+        forward = BlockOutputs(self.problem.blocks, self.theta, visit.chain.x).z[-1]
         self._refresh(visit)
         self._update_z(visit, 0)
         return label_leak(self.problem.loss, visit.y, forward, visit.chain.output(self.blocks))
@@ -368,7 +377,7 @@ class _Sweep:
         state, x = self.state, self.problem.x[part]
         seen = [state.z, state.u, *(state.z_moments if moments else [])]
         z, u, *z_moments = ([v[:, part].to(x.device, non_blocking=True) for v in variables] for variables in seen)
-        chain = Chain(self.problem.blocks, self.theta, x.expand(len(state.seeds), *x.shape), z)
+        chain = BlockOutputs(self.problem.blocks, self.theta, x.expand(len(state.seeds), *x.shape), z)
         y = self.problem.y[part]
         return _Visit(chain, y.expand(len(state.seeds), *y.shape), u, z_moments)
 
@@ -381,16 +390,16 @@ class _Sweep:
 
     def _gather(self, batch: Tensor, moments: bool = True) -> _Visit:
         """Copies of the samples [S, B] of a mini-batch, with or without the moments of Z."""
-        state, own = self.state, own_indices(batch, len(self.problem.x))
+        state, own = self.state, flat_indices(batch, len(self.problem.x))
         gathered = [state.z, state.u, *(state.z_moments if moments else [])]
-        z, u, *z_moments = ([own_rows(v, own) for v in variables] for variables in gathered)
-        chain = Chain(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
+        z, u, *z_moments = ([gather_per_replica(v, own) for v in variables] for variables in gathered)
+        chain = BlockOutputs(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
         return _Visit(chain, rows(self.problem.y, batch), u, z_moments)
 
     def _scatter(self, batch: Tensor, visit: _Visit) -> None:
-        own = own_indices(batch, len(self.problem.x))
+        own = flat_indices(batch, len(self.problem.x))
         for whole, values in [*self._pairs(visit), *zip(self.state.u, visit.u, strict=True)]:
-            put_own_rows(whole, own, values)
+            scatter_per_replica(whole, own, values)
 
     def _pairs(self, visit: _Visit) -> Iterator[tuple[Tensor, Tensor]]:
         """Z of all samples and of the visited ones, and its moments."""
@@ -411,7 +420,7 @@ class _Sweep:
             chain.move(t, torch.lerp(chain.z[t - 1], ahead, pull))
 
     def _force(self, visit: _Visit, t: int, pulled: bool | None = None) -> Tensor:
-        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2); `pulled` as in `Chain`."""
+        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2)."""
         force = visit.chain.residual(t, pulled).add_(visit.u[t - 1])
         return force.mul_(broadcast(self.state.beta[t - 1], force))
 
@@ -433,10 +442,10 @@ class _Sweep:
         """One step of Θ on the mean over the mini-batch of Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖²."""
         chain = visit.chain
         for t in range(1, self.blocks + 1):
-            cotangent = self._force(visit, t, pulled=True).mul_(-1.0 / visit.y.shape[1])
-            chain.pull_back(t, cotangent, into=self.gradient)
+            grad_output = self._force(visit, t, pulled=True).mul_(-1.0 / visit.y.shape[1])
+            chain.vjp(t, grad_output, grad_params=self.gradient)
         self.options.update.apply(self.theta.flat, self.gradient.flat, self.state.moments, self.theta_step)
-        chain.theta_changed()
+        chain.forget_all()
 
     def _update_dual(self, visit: _Visit) -> Tensor:
         """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Alg. 1, line 12). Returns, for the adaptive penalty

@@ -18,7 +18,7 @@ from torch import Tensor
 from admm.blocks import Blocks, Parameters
 from admm.losses import Loss
 from admm.numbers import Options
-from admm.optimizers.least_squares import factorise
+from admm.optimizers.least_squares import cholesky_with_ridge
 from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
 from admm.schedules import BlockValue, Schedule, block_values, broadcast, positive
 
@@ -84,7 +84,7 @@ def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dt
         )
 
 
-class Chain:
+class BlockOutputs:
     """block_t(Z_{t−1}) for t = 1..T, each evaluated when asked for and kept until its input or Θ changes."""
 
     def __init__(self, blocks: Blocks, theta: Parameters, x: Tensor, z: list[Tensor] | None = None) -> None:
@@ -97,7 +97,7 @@ class Chain:
                 self.z.append(self.output(t, pulled=t == len(blocks)))
 
     def output(self, t: int, pulled: bool | None = None) -> Tensor:
-        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `pulled` says that `pull_back` through block t comes
+        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `pulled` says that `vjp` through block t comes
         next, by default for t > 1: block 1's is for Θ's gradient alone. Otherwise, where that is recomputed, what it
         needs is not kept."""
         if (evaluation := self._evaluations[t - 1]) is None:
@@ -109,17 +109,17 @@ class Chain:
         """Z_t − block_t(Z_{t−1}), [S, n, d_t]; `pulled` as in `output`."""
         return self.z[t - 1] - self.output(t, pulled)
 
-    def pull_back(self, t: int, cotangent: Tensor, into: Parameters | None = None) -> Tensor | None:
-        """∂block_tᵀ · cotangent: by Z_{t−1}, returned, or, with `into`, by Θ_t, written there; this moves running
-        statistics in `theta`."""
+    def vjp(self, t: int, grad_output: Tensor, grad_params: Parameters | None = None) -> Tensor | None:
+        """∂block_tᵀ · grad_output: by Z_{t−1}, returned, or, with `grad_params`, by Θ_t, written there; this moves
+        running statistics in `theta`."""
         output, record = self._evaluations[t - 1] or (None, None)
         if record is None:
             output, record = self._evaluate(t)
         assert output is not None
         block, views = self.blocks[t - 1], self.theta.blocks[t - 1]
-        if into is None:
-            return block.pull_back(views, record, cotangent)  # type: ignore[no-any-return]
-        block.pull_back(views, record, cotangent, into.blocks[t - 1], to_input=False)
+        if grad_params is None:
+            return block.vjp(views, record, grad_output)  # type: ignore[no-any-return]
+        block.vjp(views, record, grad_output, grad_params.blocks[t - 1], needs_input_grad=False)
         if self._recomputes(t):
             self._evaluations[t - 1] = output, None
         return None
@@ -134,7 +134,7 @@ class Chain:
         """Let go of block t's value and activations, before another block's are made."""
         self._evaluations[t - 1] = None
 
-    def theta_changed(self) -> None:
+    def forget_all(self) -> None:
         """Forget every value: Θ has been updated."""
         self._evaluations = [None] * len(self.blocks)
 
@@ -143,7 +143,7 @@ class Chain:
 
     def _evaluate(self, t: int, record: bool = True) -> tuple[Tensor, Any]:
         block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.x if t == 1 else self.z[t - 2]
-        evaluation = block.record(views, before, True) if record else (block.forward(views, before, True), None)
+        evaluation = block.linearize(views, before, True) if record else (block.forward(views, before, True), None)
         self._evaluations[t - 1] = evaluation
         return evaluation
 
@@ -214,7 +214,7 @@ class ZUpdate(Options):
             own, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)
             if self.name == "majorised":
                 w = weight.double()  # float32 does not see β_t beside a large W
-                factor = factorise(torch.bmm(w.mT, above * w), own.squeeze(2))
+                factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), own.squeeze(2))
                 inverses.append(torch.cholesky_inverse(factor).to(weight))
             else:
                 # Tends to σ² from below, after a first one of up to d_t^½ σ².
@@ -235,7 +235,7 @@ class ZUpdate(Options):
 
     def apply(
         self,
-        chain: Chain,
+        chain: BlockOutputs,
         force: Force,
         loss: Loss,
         y: Tensor,
@@ -265,7 +265,7 @@ class ZUpdate(Options):
             else:
                 move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
             for t in range(blocks - 1, 0, -1):
-                pulled = chain.pull_back(t + 1, force(t + 1))
+                pulled = chain.vjp(t + 1, force(t + 1))
                 assert pulled is not None
                 chain.forget(t + 1)
                 move(t, force(t).sub_(pulled))

@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import Parameters, Views, has_hooks, leaves
-from admm.minibatches import generator, slices
+from admm.blocks import ParamDict, Parameters, has_hooks, leaves
+from admm.minibatches import slices, stateless_rng
 from admm.optimizers.protocol import Problem
 
 Start = Mapping[str, Sequence[Tensor]]  # starting values by the name of a state's variable
 
 
-def linear_layers(problem: Problem, theta: Parameters, algorithm: str, biases: bool = True) -> list[Views]:
+def linear_layers(problem: Problem, theta: Parameters, algorithm: str, biases: bool = True) -> list[ParamDict]:
     """`weight` and `bias` of layers 1..L, as views into theta.
 
     Raises ValueError unless the network is `Linear, ReLU, Linear, …, Linear`, after a `Flatten` or not, and if `biases`
@@ -78,7 +78,7 @@ def draw(
     own that follows from the seed and the name."""
     for number, variable in enumerate(variables, start=1):
         for replica, seed, width in zip(variable, seeds, spread.tolist(), strict=True):
-            random, drawn = generator(seed, name, number), torch.empty_like(replica, device="cpu")
+            random, drawn = stateless_rng(seed, name, number), torch.empty_like(replica, device="cpu")
             if distribution == "normal":
                 drawn.normal_(0.0, width, generator=random)
             else:
@@ -86,14 +86,14 @@ def draw(
             replica.copy_(drawn)
 
 
-def pre_activation(layer: Views, a: Tensor, out: Tensor | None = None) -> Tensor:
+def pre_activation(layer: ParamDict, a: Tensor, out: Tensor | None = None) -> Tensor:
     """Z = A Wᵀ + b [S, n, d_l] of A [S, n, d_{l−1}], in a new tensor or in `out`; b is 0 if the layer has none."""
     if "bias" not in layer:
         return torch.bmm(a, layer["weight"].mT, out=out)
     return torch.baddbmm(layer["bias"].unsqueeze(1), a, layer["weight"].mT, out=out)
 
 
-def forward(layers: Sequence[Views], x: Tensor, z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int) -> None:
+def forward(layers: Sequence[ParamDict], x: Tensor, z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int) -> None:
     """A forward pass of x [N, d_0], which all replicas share, into Z_1..Z_L and A_1..A_{L−1}, [S, N, d_l] each."""
     for part in slices(len(x), slice_size):
         before = x[part].expand(len(z[0]), -1, -1)
@@ -122,7 +122,7 @@ def squared_norm(values: Tensor) -> Tensor:
 
 
 def square_residuals(
-    x: Tensor, layers: Sequence[Views], z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int
+    x: Tensor, layers: Sequence[ParamDict], z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int
 ) -> tuple[Tensor, Tensor]:
     """‖Z_l − A_{l−1} W_lᵀ − b_l‖² [L, S] and ‖A_l − relu(Z_l)‖² [len(a), S], of an A_L that there is ‖A_L − Z_L‖².
 

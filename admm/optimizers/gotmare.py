@@ -13,10 +13,10 @@ from admm.blocks import Parameters
 from admm.losses import Loss
 from admm.minibatches import check_batch_size, rows
 from admm.numbers import Options
-from admm.optimizers.coupling import Chain, label_leak, probe, warn_of_lost_signal
+from admm.optimizers.coupling import BlockOutputs, label_leak, probe, warn_of_lost_signal
 from admm.optimizers.fully_connected import Start, known, put
 from admm.optimizers.protocol import Problem, at_least_one, has_method, spectral_norms, whole_seeds
-from admm.optimizers.rules import SGD, Adam, Rule
+from admm.optimizers.rules import SGD, Adam, UpdateRule
 from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, positive, schedule
 
 
@@ -53,8 +53,8 @@ class Gotmare(Options):
     batch_size: int = 64
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
     z_rounds: int = 1
-    z_update: Rule = field(default_factory=SGD)
-    update: Rule = field(default_factory=Adam)
+    z_update: UpdateRule = field(default_factory=SGD)
+    update: UpdateRule = field(default_factory=Adam)
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> GotmareState:
         """Θ by the problem's initialisation, or from the starting variable `theta`, one tensor [S, P].
@@ -83,10 +83,10 @@ class Gotmare(Options):
         rho = self._penalty(problem.x, replicas)
         for part, x, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
             progress = (state.iteration + part) / self.iterations
-            terms = _Terms(problem.loss, Chain(blocks, state.theta, x), y, rho)  # z by a forward pass
+            terms = _Terms(problem.loss, BlockOutputs(blocks, state.theta, x), y, rho)  # z by a forward pass
             self._update_z(terms, [at(progress) for at in z_steps])
             for t in range(len(blocks), 0, -1):  # block T's activations are still there
-                terms.chain.pull_back(t, terms.by_output(t).div_(x.shape[1]), into=gradient)
+                terms.chain.vjp(t, terms.by_output(t).div_(x.shape[1]), grad_params=gradient)
             self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
             del terms  # and the activations with them
         state.iteration += 1
@@ -105,7 +105,7 @@ class Gotmare(Options):
         if last == 1:
             return {}
         batch = probe(len(problem.x), self.batch_size, replicas, problem.x.device)
-        chain, y = Chain(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
+        chain, y = BlockOutputs(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
         forward, (_, z_steps) = chain.output(last), self._schedules(last, replicas)
         terms = _Terms(problem.loss, chain, y, self._penalty(problem.x, replicas))
         self._update_z(terms, [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps])
@@ -117,7 +117,7 @@ class Gotmare(Options):
         moments = [self.z_update.init(z.flatten(1)) for z in chain.z[:-1]]
         for _ in range(self.z_rounds):
             for t in gluing:
-                pulled = chain.pull_back(t + 1, terms.by_output(t + 1))
+                pulled = chain.vjp(t + 1, terms.by_output(t + 1))
                 assert pulled is not None
                 chain.forget(t + 1)
                 gradient = pulled.sub_(terms.by_output(t))
@@ -140,7 +140,7 @@ class _Terms:
     """The terms of a mini-batch: ρ/2 ‖z_t − block_t(z_{t−1})‖² of block t < T, and J of the last block."""
 
     loss: Loss
-    chain: Chain
+    chain: BlockOutputs
     y: Tensor
     rho: Tensor
 

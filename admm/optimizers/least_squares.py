@@ -4,7 +4,7 @@ Sums over samples are taken slice by slice, so that what lies between two produc
 Systems are factored in float64. Normal equations with a small ridge have to be summed in float64 too, on both sides:
 where Gram's eigenvalue λ is small, they multiply the rounding error of a sum by 1/λ, a factorisation of the features
 themselves only by 1/√λ. Where there is no such ridge, sums in the data's own precision do, with an epsilon of that
-precision in `factorise`.
+precision in `cholesky_with_ridge`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _converted(a: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     return scratch.take("converted", own.shape, dtype).copy_(own).expand_as(a)
 
 
-def factorise(gram: Tensor, ridge: Tensor, epsilon: float = EPSILON) -> Tensor:
+def cholesky_with_ridge(gram: Tensor, ridge: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Cholesky factor [S, m, m] in float64 of gram + ridge I; `ridge` is [S, 1].
 
     Where this matrix is singular to the precision `epsilon` (a column of which less than mε is not in the span of those
@@ -106,13 +106,14 @@ def input_factor(
 ) -> Tensor:
     """Cholesky factors [S, m, m] in float64 of XᵀX + ridge I for the inputs [N, ...], which all replicas share.
 
-    `ridge` is [S, 1]; m is the inputs' entries and, with an intercept, one more. See `factorise` for singular inputs.
+    `ridge` is [S, 1]; m is the inputs' entries and, with an intercept, one more. See `cholesky_with_ridge` for singular
+    inputs.
     """
     x = x.flatten(1)
     gram, scratch = zero_gram(1, x.shape[1] + intercept, x), Scratch(x)
     for part in slices(len(x), slice_size):
         add_gram(gram, x[None, part], scratch)
-    return factorise(gram.expand(len(ridge), -1, -1), ridge, epsilon)
+    return cholesky_with_ridge(gram.expand(len(ridge), -1, -1), ridge, epsilon)
 
 
 def regress(factor: Tensor, cross: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -134,6 +135,6 @@ def gain(weight: Tensor, ratio: float | Tensor) -> Tensor:
     """
     tall = weight.shape[1] > weight.shape[2]
     w = (weight.mT if tall else weight).double()
-    factor = factorise(torch.bmm(w, w.mT), torch.as_tensor(ratio, dtype=torch.float64).view(-1, 1))
+    factor = cholesky_with_ridge(torch.bmm(w, w.mT), torch.as_tensor(ratio, dtype=torch.float64).view(-1, 1))
     solution = torch.cholesky_solve(w, factor).to(weight)
     return solution.mT if tall else solution

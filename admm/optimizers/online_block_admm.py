@@ -13,9 +13,9 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.minibatches import check_batch_size, rows
 from admm.numbers import Options
-from admm.optimizers.coupling import Chain, Force, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
+from admm.optimizers.coupling import BlockOutputs, Force, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
 from admm.optimizers.protocol import Problem, at_least_one, has_method, in_range, one_of, spectral_norms, whole_seeds
-from admm.optimizers.rules import Adam, Rule
+from admm.optimizers.rules import Adam, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 
 
@@ -65,7 +65,7 @@ class OnlineBlockADMM(Options):
     batch_size: int = 64
     epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
-    update: Rule = field(default_factory=lambda: Adam(epsilon=1e-16))
+    update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
     dual: Literal["paper", "reset", "decay", "none"] = "none"
     dual_decay: float = 0.9
     curvature_every: int = 1  # mini-batches between two evaluations of the curvature
@@ -102,11 +102,11 @@ class OnlineBlockADMM(Options):
             progress = (state.iteration + part) / self.iterations
             if number % self.curvature_every == 0:
                 inverse_curvature = self.z_update.inverse_curvature(blocks, state.theta, beta, state.power_vectors)
-            chain = Chain(blocks, state.theta, x)
+            chain = BlockOutputs(blocks, state.theta, x)
             steps = [at(progress) for at in z_steps]
             force = self._update_z(problem, state, chain, y, beta, steps, inverse_curvature)
             for t in range(len(blocks), 0, -1):  # block T's activations are still there
-                chain.pull_back(t, force(t).mul_(-1.0 / x.shape[1]), into=gradient)
+                chain.vjp(t, force(t).mul_(-1.0 / x.shape[1]), grad_params=gradient)
             self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
             if self.dual != "none":
                 self._update_dual(state, chain)
@@ -127,7 +127,7 @@ class OnlineBlockADMM(Options):
         if len(problem.blocks) == 1:
             return {}
         batch = probe(len(problem.x), self.batch_size, len(state.seeds), problem.x.device)
-        chain, y = Chain(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
+        chain, y = BlockOutputs(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
         forward, (_, z_steps) = chain.z[-1], self._schedules(len(problem.blocks), len(state.seeds))
         steps = [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps]
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
@@ -140,7 +140,7 @@ class OnlineBlockADMM(Options):
         self,
         problem: Problem,
         state: OnlineBlockADMMState,
-        chain: Chain,
+        chain: BlockOutputs,
         y: Tensor,
         beta: Tensor,
         steps: Sequence[float | Tensor],
@@ -172,7 +172,7 @@ class OnlineBlockADMM(Options):
                 "optimizer.z_update.name=adam or gradient"
             )
 
-    def _force(self, state: OnlineBlockADMMState, chain: Chain, beta: Tensor, t: int) -> Tensor:
+    def _force(self, state: OnlineBlockADMMState, chain: BlockOutputs, beta: Tensor, t: int) -> Tensor:
         """Derivative of β/2 (‖r‖₂ + u_t)² by r = z_t − block_t(z_{t−1}): β (1 + u_t/‖r‖) r, and 0 at r = 0."""
         residual = chain.residual(t)
         if self.dual != "none":
@@ -181,9 +181,9 @@ class OnlineBlockADMM(Options):
             residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
         return residual.mul_(broadcast(beta[t - 1], residual))
 
-    def _update_dual(self, state: OnlineBlockADMMState, chain: Chain) -> None:
+    def _update_dual(self, state: OnlineBlockADMMState, chain: BlockOutputs) -> None:
         """u_t ← u_t + ‖z_t − block_t(z_{t−1})‖₂ with the new Θ (Algorithm 2)."""
-        chain.theta_changed()
+        chain.forget_all()
         for t in range(1, len(chain.blocks) + 1):
             if self.dual == "decay":
                 state.u[t - 1] *= self.dual_decay

@@ -16,7 +16,7 @@ from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
-from admm.minibatches import generator, minibatches, rows
+from admm.minibatches import minibatches, rows, stateless_rng
 from admm.numbers import is_number, is_whole, plain
 
 
@@ -133,7 +133,7 @@ class Problem:
         place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.x.device)
         batches = minibatches(len(self.x), batch_size, distinct, iteration, self.x.device, parts)
         if self.augmentation is not None:
-            draws = [generator(seed, "augmentation", iteration // (parts or 1)) for seed in distinct]
+            draws = [stateless_rng(seed, "augmentation", iteration // (parts or 1)) for seed in distinct]
             drawn = torch.stack([self.augmentation.draw(len(self.x), random) for random in draws]).to(self.x.device)
         for number, batch in enumerate(batches):
             x = rows(self.x, batch)

@@ -15,7 +15,7 @@ from admm.optimizers.protocol import in_range
 from admm.schedules import broadcast
 
 
-class Rule(Protocol):
+class UpdateRule(Protocol):
     def init(self, theta: Tensor) -> list[Tensor]:
         """Moments for parameters [S, P]."""
 

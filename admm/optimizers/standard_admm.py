@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from admm.blocks import Parameters, Views
+from admm.blocks import ParamDict, Parameters
 from admm.minibatches import slices
 from admm.numbers import Options
 from admm.optimizers.fully_connected import (
@@ -29,7 +29,7 @@ from admm.optimizers.least_squares import (
     Scratch,
     add_cross,
     add_gram,
-    factorise,
+    cholesky_with_ridge,
     gain,
     input_factor,
     regress,
@@ -138,7 +138,7 @@ class StandardADMM(Options):
                 values[f"{name}_{number}"] = (squared_norm(dual) / dual[0].numel()).sqrt()
         return values | spectral_norms(problem, state.theta)
 
-    def _update_weights(self, x: Tensor, layers: list[Views], state: StandardADMMState, scratch: Scratch) -> None:
+    def _update_weights(self, x: Tensor, layers: list[ParamDict], state: StandardADMMState, scratch: Scratch) -> None:
         """W_l, b_l = argmin β/2 ‖Z_l + U_l − [A_{l−1} 1][W_l b_l]ᵀ‖² + λ‖[W_l b_l]‖² for all l (Alg. 3, first loop)."""
         before, replicas = [x, *state.a], len(state.seeds)
         cross = [
@@ -152,7 +152,7 @@ class StandardADMM(Options):
                 add_cross(own, a[:, part], torch.add(z[:, part], u[:, part], out=target), scratch)
             for gram, a in zip(grams, state.a, strict=True):
                 add_gram(gram, a[:, part], scratch)
-        factors = [state.factor, *(factorise(gram, self._ridge(replicas)) for gram in grams)]
+        factors = [state.factor, *(cholesky_with_ridge(gram, self._ridge(replicas)) for gram in grams)]
         for layer, factor, own in zip(layers, factors, cross, strict=True):
             regress(factor, own, layer["weight"], layer["bias"])
 
@@ -160,7 +160,7 @@ class StandardADMM(Options):
         self,
         problem: Problem,
         x: Tensor,
-        layers: list[Views],
+        layers: list[ParamDict],
         state: StandardADMMState,
         part: slice,
         beta: float | Tensor,

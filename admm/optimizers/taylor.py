@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from admm.blocks import Parameters, Views
+from admm.blocks import ParamDict, Parameters
 from admm.minibatches import slices
 from admm.numbers import Options, is_whole
 from admm.optimizers.fully_connected import (
@@ -28,7 +28,7 @@ from admm.optimizers.least_squares import (
     Scratch,
     add_cross,
     add_gram,
-    factorise,
+    cholesky_with_ridge,
     gain,
     input_factor,
     regress,
@@ -147,7 +147,7 @@ class Taylor(Options):
         }
 
     def _update_hidden(
-        self, before: Tensor, layer: Views, following: Views, state: TaylorState, number: int, scratch: Scratch
+        self, before: Tensor, layer: ParamDict, following: ParamDict, state: TaylorState, number: int, scratch: Scratch
     ) -> tuple[Tensor, Tensor]:
         """A_l and Z_l, and the factor of A_lᵀA_l and A_lᵀZ_{l+1}, which W_{l+1} will need."""
         z_all, a_all, next_all = state.z[number], state.a[number], state.z[number + 1]
@@ -164,9 +164,9 @@ class Taylor(Options):
             relu_prox_(z, activation.copy_(a), ratio, scratch.take("gap", z.shape))
             add_gram(gram, a, scratch)
             add_cross(cross, a, next_z, scratch)
-        return factorise(gram, self._ridge(len(gram)), torch.finfo(gram.dtype).eps), cross
+        return cholesky_with_ridge(gram, self._ridge(len(gram)), torch.finfo(gram.dtype).eps), cross
 
-    def _update_last(self, problem: Problem, before: Tensor, layer: Views, state: TaylorState) -> None:
+    def _update_last(self, problem: Problem, before: Tensor, layer: ParamDict, state: TaylorState) -> None:
         """Z_L, and Λ after the warm start."""
         beta = self._value("beta", state)
         for part in slices(before.shape[1], self.slice_size):
