@@ -31,10 +31,10 @@ figures: env ## redraw every figure and the README's tables from results/ alone
 	$(BIN)/python -m scripts.figures
 
 tables: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
-	$(BIN)/python -m scripts.tables
+	$(BIN)/python -m experiments.reports.results_page
 
 report: env ## write outputs/report.html, a page of all of results/ to look through (STORE=outputs: of other runs)
-	$(BIN)/python -m scripts.page $(STORE)
+	$(BIN)/python -m experiments.reports.html_page $(STORE)
 
 # in the order that gives results early
 CIFAR10 := cifar10_resnet18_narrow

@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from experiments.failures import run_task
+from experiments.launching.failures import run_task
 from experiments.progress import show_what_can_be_shown
 
 

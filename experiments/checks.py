@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.numbers import is_number, is_whole
-from experiments.failures import BadInput
+from experiments.launching.failures import BadInput
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -26,7 +26,7 @@ from admm.losses import one_hot
 from admm.optimizers import Problem
 from admm.training import History, Row, train
 from experiments.checks import DTYPES, check, check_search
-from experiments.failures import TOLD, BadInput, in_words
+from experiments.launching.failures import TOLD, BadInput, in_words
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
 from experiments.provenance import changed, changed_since, provenance
@@ -69,9 +69,9 @@ def run_once(
     join it.
 
     A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
-    its other jobs, and comes back to it at the end (`experiments.report.Report`).
+    its other jobs, and comes back to it at the end (`experiments.reports.report.Report`).
 
-    Raises BadInput, or another error whose message is for the user (`experiments.failures`).
+    Raises BadInput, or another error whose message is for the user (`experiments.launching.failures`).
     """
     with bad_input_in_words():
         job = find_job(config, HydraConfig.get().runtime.choices["optimizer"], load)

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from admm.files import ADVICE, WriteError, writing
-from experiments import failures
+from experiments.launching import failures
 from experiments.rows import CONF
 
 

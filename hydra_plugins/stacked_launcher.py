@@ -8,14 +8,14 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 from omegaconf import DictConfig, open_dict
 
-from experiments.stacking import train_stack, train_stacks
+from experiments.launching.stacking import train_stack, train_stacks
 
 
 class StackedLauncher(BasicLauncher):
     """Hydra's own launcher, after all that can be stacked has been: it finds those runs finished."""
 
     def __init__(self, replicas: int | None, memory: float | None) -> None:
-        """replicas, memory: as `experiments.stacking.train_stacks` takes them."""
+        """replicas, memory: as `experiments.launching.stacking.train_stacks` takes them."""
         super().__init__()
         self.replicas, self.memory = replicas, memory
 

@@ -38,12 +38,12 @@ from admm.files import MIB, whole
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
 from experiments.classification import build_problem
-from experiments.memory import variables
+from experiments.launching.stacking import paying_on_a_processor
 from experiments.paths import in_full
 from experiments.provenance import machine
 from experiments.rows import CONF
-from experiments.stacking import paying_on_a_processor
 from experiments.store import failed_writes_in_words
+from experiments.tasks.memory import variables
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)

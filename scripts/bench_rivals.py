@@ -33,7 +33,7 @@ from admm.optimizers.dladmm import DLADMM, DLADMMState
 from admm.optimizers.fully_connected import linear_layers
 from admm.optimizers.standard_admm import StandardADMM, StandardADMMState
 from admm.optimizers.taylor import Taylor, TaylorState
-from experiments.memory import reset_high_water_mark, resident
+from experiments.tasks.memory import reset_high_water_mark, resident
 from scripts.bench import CLASSES, FEATURES, Row, Task, ratio, turns, write
 from scripts.literal import bcd, dladmm, standard_admm, taylor
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from admm.files import whole
-from experiments.report import markdown, report, show, title
-from experiments.searches import draw
+from experiments.reports.report import markdown, report, show, title
+from experiments.reports.results_page import store_of_the_command
+from experiments.reports.searches import draw
 from experiments.store import experiments_in, failed_writes_in_words, finished_runs
-from scripts.tables import store_of_the_command
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from admm.files import whole
-from experiments.faces import heat_maps
 from experiments.paths import in_full
+from experiments.reports.faces import heat_maps
 from experiments.store import Run, failed_writes_in_words
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from experiments.paths import in_full
-from experiments.searches import is_of_a_search, rankings, write
+from experiments.reports.searches import is_of_a_search, rankings, write
 from experiments.store import failed_writes_in_words, launched_runs
 
 

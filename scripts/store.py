@@ -30,7 +30,7 @@ from filelock import Timeout
 from admm.files import MIB
 from admm.training import CheckpointError, read_checkpoint
 from experiments.paths import in_full
-from experiments.report import curves, show
+from experiments.reports.report import curves, show
 from experiments.store import (
     SUMS,
     Run,

@@ -20,13 +20,13 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from experiments import study
-from experiments.failures import run_task
+from experiments.launching import study
+from experiments.launching.failures import run_task
 from experiments.rows import CONF
 
 RUN = CONF.parent / "run.py"
 SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again
-SERVER.set_forkserver_preload(["run", "experiments.stacking", "experiments.searches"])
+SERVER.set_forkserver_preload(["run", "experiments.launching.stacking", "experiments.reports.searches"])
 
 
 def places(folder: Path) -> list[str]:

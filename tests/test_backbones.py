@@ -14,8 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from admm import backbones
-from admm.backbones import (
+from admm.blocks import split
+from admm.models import initialiser
+from experiments.faces import backbones
+from experiments.faces.backbones import (
     BACKBONES,
     Affine,
     BackboneError,
@@ -24,8 +26,6 @@ from admm.backbones import (
     dlib_resnet29,
     inception_resnet_v1,
 )
-from admm.blocks import split
-from admm.models import initialiser
 
 # --- what dlib writes
 

@@ -29,15 +29,15 @@ from admm.optimizers import AdaptivePenalty
 from experiments import classification, provenance, rows
 from experiments.checks import LARGEST_SEED, check
 from experiments.classification import note_start, stands
-from experiments.failures import BadInput
+from experiments.launching.failures import BadInput
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
 from experiments.provenance import changed_since, sources
-from experiments.report import curves, figure, markdown
+from experiments.reports.report import curves, figure, markdown
+from experiments.reports.results_page import search
+from experiments.reports.searches import rankings, read, without_end, write
 from experiments.rows import check_names, check_place, seeds_of_row, setting_of_row
-from experiments.searches import rankings, read, without_end, write
 from experiments.store import Run, Slot, finished_runs
-from scripts.tables import search
 
 ROOT = Path(__file__).parents[1]
 MINE = "# @package _global_\ndefaults: [override /dataset: digits]\niterations: 1\nthreads: 1\n"
@@ -315,9 +315,9 @@ def test_pages_are_utf_8_in_any_locale_and_what_a_terminal_lacks_ends_nothing(tm
     run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", note=note, commit="c"))
     code = """import sys
 from pathlib import Path
-from experiments.report import show
+from experiments.reports.report import show
 from experiments.store import Run
-from scripts.tables import main
+from experiments.reports.results_page import main
 main(Path(sys.argv[1]))
 show(__import__("pandas").DataFrame([{"note": Run(Path(sys.argv[2])).info["note"]}]), "a note")
 """

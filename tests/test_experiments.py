@@ -20,16 +20,16 @@ from omegaconf import OmegaConf
 from admm.data import load
 from admm.training import train
 from experiments.classification import build_problem
-from experiments.convergence import row
-from experiments.memory import NAMES
-from experiments.report import content, curves, paper
+from experiments.reports.convergence import row
+from experiments.reports.report import content, curves, paper
+from experiments.reports.results_page import not_run, papers_numbers, rows_of, search, sections, store_of_the_command
 from experiments.rows import inherited
 from experiments.store import Run, experiments_in, finished_runs, sealed
-from experiments.walltime import seconds_to
+from experiments.tasks.memory import NAMES
+from experiments.tasks.walltime import seconds_to
 from scripts import search as collect
 from scripts.figures import with_tables
 from scripts.store import problems
-from scripts.tables import not_run, papers_numbers, rows_of, search, sections, store_of_the_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from admm import faces
 from admm.data import DatasetError
-from admm.faces import ATTRIBUTES, load_faces, pairs
+from experiments.faces import data as faces
+from experiments.faces.data import ATTRIBUTES, load_faces, pairs
 
 PEOPLE = {"Ann": 3, "Bob": 1, "Cy": 2, "Di": 2}
 NAMES = [f"{person}/{person}_{i:04d}.png" for person, count in PEOPLE.items() for i in range(1, count + 1)]

@@ -25,21 +25,29 @@ from scipy.optimize import nnls
 from sklearn.decomposition import PCA as Components
 from torch import nn
 
-from admm.backbones import BACKBONES, Backbone
-from admm.deepfacto.probes import Probe
-from admm.faces import ATTRIBUTES, Faces
 from admm.files import WriteError
-from experiments import deepfacto
 from experiments.classification import Job
-from experiments.deepfacto import Features, Represented, Verification, attributes_to_probe, execute, heat_maps, load
-from experiments.faces import chosen_factors, report
-from experiments.faces import heat_maps as draw_heat_maps
-from experiments.failures import BadInput
-from experiments.report import further_tables
+from experiments.faces.backbones import BACKBONES, Backbone
+from experiments.faces.data import ATTRIBUTES, Faces
+from experiments.faces.probes import Probe
+from experiments.launching.failures import BadInput
+from experiments.reports.faces import chosen_factors, report
+from experiments.reports.faces import heat_maps as draw_heat_maps
+from experiments.reports.report import further_tables
+from experiments.reports.results_page import experiment as experiment_section
+from experiments.reports.results_page import rows_of
 from experiments.store import Run, Slot, finished_runs, identity, sealed, unsealed
+from experiments.tasks import deepfacto
+from experiments.tasks.deepfacto import (
+    Features,
+    Represented,
+    Verification,
+    attributes_to_probe,
+    execute,
+    heat_maps,
+    load,
+)
 from scripts.store import problems
-from scripts.tables import experiment as experiment_section
-from scripts.tables import rows_of
 
 ROOT = Path(__file__).parents[1]
 PEOPLE = 24
@@ -472,7 +480,7 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from admm.backbones import BACKBONES, Backbone\n"
+        "from experiments.faces.backbones import BACKBONES, Backbone\n"
         "from test_faces_experiment import small_backbone\n"
         "BACKBONES['dlib_resnet29'] = Backbone(small_backbone, size=8)\n"
         f"import runpy\nrunpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')\n"

@@ -15,10 +15,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.report import cells, content, curves
+from experiments.reports.report import cells, content, curves
 from experiments.store import Run, Slot, finished_runs
 
-page = pytest.importorskip("scripts.page")  # of the extra `report`
+page = pytest.importorskip("experiments.reports.html_page")  # of the extra `report`
 ROOT = Path(__file__).parents[1]
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from admm.deepfacto.probes import Probe, verification
+from experiments.faces.probes import Probe, verification
 
 
 def brute_force(distance, same, folds):

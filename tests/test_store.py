@@ -28,11 +28,11 @@ from stores import info, put
 from admm.data import load
 from admm.files import WriteError, whole
 from admm.training import CheckpointError, read_checkpoint
-from experiments import walltime
 from experiments.classification import Job, execute
 from experiments.provenance import commit
-from experiments.report import curves, report
+from experiments.reports.report import curves, report
 from experiments.store import Run, Slot, determining, finished_runs, identity, oldest_first, slot_of
+from experiments.tasks import walltime
 from scripts import store
 from scripts.store import problems, unreadable
 

@@ -25,10 +25,10 @@ from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 from admm.training import train
-from experiments.report import curves, report
+from experiments.reports.report import curves, report
+from experiments.reports.results_page import falls_short, papers_numbers
 from experiments.rows import check_groups
 from experiments.store import Run, Slot, experiments_in, finished_runs
-from scripts.tables import falls_short, papers_numbers
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]

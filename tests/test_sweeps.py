@@ -39,15 +39,25 @@ from admm.files import WriteError, whole, writing
 from admm.optimizers import Problem
 from admm.optimizers.protocol import save, size
 from admm.training import History
-from experiments import classification, failures, stacking
+from experiments import classification
 from experiments.classification import bad_input_in_words
-from experiments.failures import BadInput
 from experiments.hints import hints
+from experiments.launching import failures, stacking
+from experiments.launching.failures import BadInput
+from experiments.launching.stacking import (
+    Cell,
+    Share,
+    blanked,
+    check_limits,
+    cut,
+    hyperparameters,
+    joined,
+    paying_on_a_processor,
+)
+from experiments.launching.study import held, take_up, wait_for
 from experiments.loggers import Guarded, WandbLogger
-from experiments.searches import rankings, write
-from experiments.stacking import Cell, Share, blanked, check_limits, cut, hyperparameters, joined, paying_on_a_processor
+from experiments.reports.searches import rankings, write
 from experiments.store import LEFT, Run, Slot, launched_runs, mean_score, slot_of
-from experiments.study import held, take_up, wait_for
 from scripts import faults
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from experiments.checks import check_search
-from experiments.failures import BadInput, failures_end_the_program
-from experiments.searches import as_in_a_grid, is_of_a_search, rankings, write
+from experiments.launching.failures import BadInput, failures_end_the_program
+from experiments.reports.searches import as_in_a_grid, is_of_a_search, rankings, write
 from experiments.store import failed_writes_in_words, identity, launched_runs
 
 if TYPE_CHECKING:

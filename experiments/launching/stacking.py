@@ -22,7 +22,7 @@ from admm.data import load
 from admm.optimizers.protocol import Optimizer, Problem, save, size
 from admm.training import History, Row
 from experiments.classification import TASK, Job, build_problem, ended, find_device, find_job, logger_of, trained
-from experiments.failures import TOLD, in_words
+from experiments.launching.failures import TOLD, in_words
 from experiments.loggers import Guarded, Logger
 from experiments.store import Slot
 

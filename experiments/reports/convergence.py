@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, in_figure, table
+from experiments.reports.report import COLOURS, Content, Curve, caption, curves, draw_curve, in_figure, table
 from experiments.store import Run
 
 PALETTE = list(COLOURS.values())

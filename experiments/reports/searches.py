@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, read_write
 
 from admm.files import whole
-from experiments.failures import BadInput
-from experiments.report import in_figure
+from experiments.launching.failures import BadInput
+from experiments.reports.report import in_figure
 from experiments.store import Run, scores
 
 FIXED = ("dataset", "seeds=", "iterations=", "search=")  # overrides that are not what is searched for

@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from admm.files import whole
-from experiments.failures import failed, failures_end_the_program, run_task
+from experiments.launching.failures import failed, failures_end_the_program, run_task
 from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides th
 @cache
 def paper() -> dict[str, Any]:
     """The paper's numbers, `experiments/paper.yaml`."""
-    return yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return yaml.safe_load((Path(__file__).parents[1] / "paper.yaml").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def caption(experiment: str, shown: list[Curve], remark: str = "") -> str:
 
 def content(experiment: str, runs: list[Run]) -> Content:
     """What is made of an experiment's runs, by the function that `paper.yaml` has as its `report`."""
-    make = get_method(paper()["experiments"].get(experiment, {}).get("report", "experiments.report.accuracy"))
+    make = get_method(paper()["experiments"].get(experiment, {}).get("report", "experiments.reports.report.accuracy"))
     return make(experiment, runs)  # type: ignore[no-any-return]
 
 

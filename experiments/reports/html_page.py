@@ -1,5 +1,5 @@
 """Everything in a results store as one page, in one file that needs neither server nor network:
-python -m scripts.page [results] [--out outputs/report.html]
+python -m experiments.reports.html_page [results] [--out outputs/report.html]
 
 The newest runs first, runs under way, searches; then for each experiment its curves, tables, figures and runs.
 """
@@ -30,7 +30,7 @@ from plotly.offline import get_plotlyjs
 
 from admm.files import whole
 from experiments.paths import in_full
-from experiments.report import (
+from experiments.reports.report import (
     COLOURS,
     Content,
     Curve,
@@ -46,10 +46,10 @@ from experiments.report import (
     place,
     title,
 )
-from experiments.searches import is_of_a_search, ranking, read
+from experiments.reports.results_page import falls_short, in_order, made, not_run, papers_numbers, search
+from experiments.reports.searches import is_of_a_search, ranking, read
 from experiments.store import Run, age, failed_writes_in_words
 from scripts.store import interrupted, line_of_interrupted, written
-from scripts.tables import falls_short, in_order, made, not_run, papers_numbers, search
 
 DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")  # of the settings; the paper's numbers are dotted
 MEASURED = {  # the column of an experiment's table that is a run's one number, and what it is

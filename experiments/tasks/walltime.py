@@ -29,7 +29,7 @@ from experiments.classification import (
     report_to_launch,
 )
 from experiments.progress import RunProgress
-from experiments.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines, table
+from experiments.reports.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines, table
 from experiments.store import Run, sealed, unsealed
 
 log = logging.getLogger(__name__)

@@ -22,13 +22,10 @@ from sklearn.decomposition import PCA as Components
 from torch import Tensor, nn
 from torch.nn import functional
 
-from admm.backbones import BACKBONES
 from admm.blocks import Parameters, split
 from admm.data import kept
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, warm_start
-from admm.deepfacto.probes import Probe, verification
 from admm.deepfacto.training import DeepFacto
-from admm.faces import Faces, load_faces, pairs, split_people
 from admm.files import writing
 from admm.minibatches import minibatches
 from admm.optimizers import Problem
@@ -46,7 +43,10 @@ from experiments.classification import (
     run_once,
     trained,
 )
-from experiments.failures import BadInput
+from experiments.faces.backbones import BACKBONES
+from experiments.faces.data import Faces, load_faces, pairs, split_people
+from experiments.faces.probes import Probe, verification
+from experiments.launching.failures import BadInput
 from experiments.loggers import Logger
 from experiments.store import Run, mean_score, sealed, unsealed
 

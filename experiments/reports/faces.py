@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from experiments.report import COLOURS, Content, in_figure, paper
+from experiments.reports.report import COLOURS, Content, in_figure, paper
 from experiments.store import Run
 
 HEAT_MAPS = 6  # factors in a figure

@@ -16,10 +16,10 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from admm.backbones import BackboneError
 from admm.data import DatasetError
 from admm.files import WriteError
 from admm.training import CheckpointError
+from experiments.faces.backbones import BackboneError
 from experiments.store import RESUME
 
 log = logging.getLogger(__name__)

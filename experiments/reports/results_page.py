@@ -1,4 +1,4 @@
-"""Write results/README.md from the results store alone: python -m scripts.tables [results]
+"""Write results/README.md from the results store alone: python -m experiments.reports.results_page [results]
 
 Every number of the paper with ours beside it; then, for each experiment, its figures, its table, the training time that
 it took, and the command that reproduces it.
@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 
 from admm.files import whole
 from experiments.paths import in_full
-from experiments.report import content, curves, further_tables, markdown, paper, place
+from experiments.reports.report import content, curves, further_tables, markdown, paper, place
+from experiments.reports.searches import read
 from experiments.rows import CONF, inherited
-from experiments.searches import read
 from experiments.store import Run, experiments_in, failed_writes_in_words, finished_runs
 
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]

@@ -30,7 +30,7 @@ from experiments.classification import (
     note_start,
     run_once,
 )
-from experiments.report import COLOURS, Content, in_figure, paper
+from experiments.reports.report import COLOURS, Content, in_figure, paper
 from experiments.store import Run
 
 WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the libraries' own memory is nobody's

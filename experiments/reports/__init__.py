@@ -1,0 +1,1 @@
+"""Figures and tables, pure functions of the results store and of what an experiment declares."""
