@@ -26,12 +26,13 @@ from admm.losses import one_hot
 from admm.optimizers import Problem
 from admm.training import History, Row, train
 from experiments.checks import DTYPES, check, check_search
+from experiments.identity import SCHEMA, identity
 from experiments.launching.failures import TOLD, BadInput, in_words
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
 from experiments.provenance import changed, changed_since, provenance
 from experiments.rows import check_place, row_of
-from experiments.store import LEFT, Run, Slot, identity, mean_score, runs_of_row
+from experiments.store import LEFT, Run, Slot, mean_score, runs_of_row
 
 log = logging.getLogger(__name__)
 TASK = "experiments.classification.run"
@@ -116,26 +117,27 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     root, origin = Path(config.outputs if row.overrides else config.results), provenance(device, plain)
-    slot = Slot(root, row.experiment, f"{method}-{row.setting}", identity(plain, dataset.sha256))
+    choices = {"experiment": row.experiment, "method": method, "setting": row.setting}
+    data = {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256}
+    slot = Slot(root, row.experiment, f"{method}-{row.setting}", identity(plain, choices, dataset.sha256))
     found = [Run(slot.folder)] if slot.folder.exists() else []
     if by_seed:
-        found = runs_of_row(slot, plain, dataset.sha256)
+        found = runs_of_row(slot, plain, choices | {"dataset": data})
     there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
     if by_seed and not config.force:
         missing = [seed for seed in config.seeds if not any(seed in run.seeds for run in there)]
         plain["seeds"] = missing or there[-1].info["seeds"]
-        slot = replace(slot, identity=identity(plain, dataset.sha256))
+        slot = replace(slot, identity=identity(plain, choices, dataset.sha256))
     info = {
-        "experiment": row.experiment,
-        "method": method,
-        "setting": row.setting,
+        "schema": SCHEMA,
+        **choices,
         "note": config.note,
         "overrides": row.overrides,
         "identity": slot.identity,
         "seeds": plain["seeds"],
         "of_seeds": len(row.seeds),
         "iterations": config.iterations,
-        "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256},
+        "dataset": data,
     }
     own = Run(slot.folder)
     joined = [run for run in there if run != own]

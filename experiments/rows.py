@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.store import NEUTRAL
+from experiments.identity import EXECUTION_KEYS
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"
@@ -87,7 +87,7 @@ def own_overrides(overrides: Sequence[str]) -> list[str]:
 
     def chooses_only(override: str) -> bool:
         key = override.lstrip("+~").split("=")[0]
-        return key in CHOICES or any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
+        return key in CHOICES or any(key == name or key.startswith(f"{name}.") for name in EXECUTION_KEYS)
 
     return [override for override in overrides if not chooses_only(override)]
 

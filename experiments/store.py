@@ -20,12 +20,10 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from inspect import signature
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,76 +32,14 @@ import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
-from hydra.utils import get_object
 
 from admm.files import WriteError, sync, writing
+from experiments.identity import CHOICES, identity_config, row_identity, with_todays_names
 
 log = logging.getLogger(__name__)
 RESUME = "The same command goes on from what was saved; outputs=… and results=… choose other folders."
 SUMS = "SHA256SUMS"
 LEFT = "left_to_another_process"  # a note in Hydra's folder of a job
-# Keys of the configuration that say where and how a run is made, not what its numbers are; an experiment has one task.
-NEUTRAL = (
-    "task",
-    "dataset.root",
-    "backbone.weights",  # their content counts
-    "dataset.download",
-    "device",
-    "threads",
-    "compile",
-    "channels_last",
-    "recompute",
-    "progress",
-    "checkpoint_seconds",
-    "force",
-    "other_code",
-    "results",
-    "outputs",
-    "logger",
-    "note",
-)
-
-
-def determining(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without its neutral keys."""
-    kept = json.loads(json.dumps(config))
-    for key in NEUTRAL:
-        *groups, name = key.split(".")
-        node = kept
-        for group in groups:
-            node = node.get(group, {})
-        node.pop(name, None)
-    for node, key, former in ((kept, "precision", "fp32"), (kept.get("optimizer", {}), "variables", "device")):
-        if node.get(key) == former:  # as where there was no choice yet
-            del node[key]
-    return kept  # type: ignore[no-any-return]
-
-
-def without_nulls(node: Any) -> Any:
-    """A configuration without the keys that are null, but for those of an object that without them would be another."""
-    if isinstance(node, dict):
-        defaults = defaults_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
-        kept = {key for key, value in node.items() if value is not None or defaults.get(key) is not None}
-        return {key: without_nulls(value) for key, value in node.items() if key in kept}
-    return node
-
-
-@cache
-def defaults_of(target: str) -> dict[str, Any]:
-    """By name the defaults of what `_target_` calls; nothing where it cannot be found, which its use says."""
-    with suppress(Exception):
-        return {name: parameter.default for name, parameter in signature(get_object(target)).parameters.items()}
-    return {}
-
-
-def identity(config: dict[str, Any], sha256: str) -> str:
-    """Twelve hexadecimal digits of the hash of the determining configuration and of the data's content.
-
-    Keys that are null, where that is the default, do not count, so that a new option that is null where it is not used
-    leaves finished runs valid.
-    """
-    content = json.dumps([without_nulls(determining(config)), sha256], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def sealed(value: Any) -> str:
@@ -140,10 +76,15 @@ class Run:
         return set(self.info["seeds"])
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The configuration that determined its numbers, with the names of today."""
+        return with_todays_names(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+
+    @property
     def row(self) -> str:
         """See `row_identity`."""
-        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        return row_identity(config, self.info["dataset"]["sha256"])
+        info = self.info
+        return row_identity(self.config, choices_of(info), info["dataset"]["sha256"])
 
     @property
     def history(self) -> pd.DataFrame:
@@ -179,23 +120,6 @@ def scores(runs: Sequence[Run]) -> dict[int, float]:
 def mean_score(runs: Sequence[Run], seeds: Sequence[int]) -> float | None:
     """Of those seeds that `scores` has; None without runs."""
     return fmean(score for seed, score in scores(runs).items() if seed in seeds) if runs else None
-
-
-def row_identity(config: dict[str, Any], sha256: str) -> str:
-    """As `identity`, but the same for runs that differ in their seeds alone and so make one row of a table; not where a
-    hyperparameter is given replica by replica."""
-    seeds = config["seeds"] if one_a_replica(config.get("optimizer", {})) else None
-    return identity(config | {"seeds": seeds}, sha256)
-
-
-def one_a_replica(value: Any) -> bool:
-    """Whether a hyperparameter, or one of several, is a list of numbers, which are the replicas'."""
-    match value:
-        case {"blocks": list(parts)}:
-            return any(map(one_a_replica, parts))
-        case dict():
-            return any(map(one_a_replica, value.values()))
-    return isinstance(value, list)
 
 
 @dataclass(frozen=True)
@@ -260,7 +184,7 @@ class Slot:
             with tempfile.TemporaryDirectory(dir=self.partial) as folder:
                 made = Path(folder, self.folder.name)
                 made.mkdir()
-                text = {"config.yaml": yaml.safe_dump(determining(config), sort_keys=False)}
+                text = {"config.yaml": yaml.safe_dump(identity_config(config), sort_keys=False)}
                 text["run.json"] = json.dumps(info, indent=2) + "\n"
                 for name, written in text.items():
                     (made / name).write_text(written, encoding="utf-8")
@@ -357,10 +281,16 @@ def runs_named(folder: Path, name: str) -> list[Run]:
     return oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
 
 
-def runs_of_row(slot: Slot, config: dict[str, Any], sha256: str) -> list[Run]:
-    """The finished runs of a slot's name that make one row with its own, from a configuration and data, and have some
-    of its seeds, from the oldest to the newest."""
-    same, row = runs_named(slot.folder.parent, slot.name), row_identity(config, sha256)
+def choices_of(info: Mapping[str, Any]) -> dict[str, str]:
+    """The choices that enter the identity of a run, from what `run.json` says."""
+    return {key: info[key] for key in CHOICES}
+
+
+def runs_of_row(slot: Slot, config: dict[str, Any], info: Mapping[str, Any]) -> list[Run]:
+    """The finished runs of a slot's name that make one row with its own and have some of its seeds, from the oldest to
+    the newest. info: what `run.json` says of the slot's run."""
+    same = runs_named(slot.folder.parent, slot.name)
+    row = row_identity(config, choices_of(info), info["dataset"]["sha256"])
     return [run for run in same if not run.seeds.isdisjoint(config["seeds"]) and run.row == row]
 
 

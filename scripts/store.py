@@ -1,9 +1,10 @@
-"""The runs of a results store: python -m scripts.store {list,check,compare,remove}
+"""The runs of a results store: python -m scripts.store {list,check,compare,remove,migrate}
 
   list                        finished runs, and interrupted ones
   check                       whether every run is whole and what was written; exit code 1 and a line for each problem
   compare <run> <run>         what two runs' configurations differ in, where they come from, and their numbers
   remove <run> ...            finished runs, or with --interrupted what interrupted ones have left
+  migrate                     finished runs of schema 1 get the identities of today; their numbers stay as they are
 
 A run is named by the beginning of its identity, the hash at the end of its folder's name, or by its folder.
 """
@@ -29,6 +30,8 @@ from filelock import Timeout
 
 from admm.files import MIB
 from admm.training import CheckpointError, read_checkpoint
+from experiments.identity import SCHEMA, identity, with_todays_names, without_nulls
+from experiments.migration import migrate
 from experiments.paths import in_full
 from experiments.reports.report import curves, show
 from experiments.store import (
@@ -37,12 +40,10 @@ from experiments.store import (
     Slot,
     delete,
     experiments_in,
-    identity,
     lock_of,
     slot_of,
     sums,
     unsealed,
-    without_nulls,
 )
 
 PARTS = ("config.yaml", "history.csv", "run.json")  # of every run
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m scripts.store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = made.add_subparsers(required=True, metavar="{list,check,compare,remove}")
+    commands = made.add_subparsers(required=True, metavar="{list,check,compare,remove,migrate}")
 
     def add(command: Callable[[argparse.Namespace], int], *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         name, text = command.__name__.removesuffix("_"), command.__doc__
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add(check, of_one)
     compared = add(compare)
     compared.add_argument("runs", nargs=2, metavar="run", help="beginning of an identity, or a folder")
+    add(migrate_)
     removed = add(remove, of_one)
     removed.add_argument("runs", nargs="*", metavar="run", help="beginning of an identity, or a folder")
     removed.add_argument("--interrupted", action="store_true", help="what interrupted runs have left, instead")
@@ -307,12 +309,15 @@ def recorded(folder: Path) -> dict[str, str]:
 def misnamed(run: Run, config: dict[str, Any]) -> Iterator[str]:
     """Where configuration, data, `run.json` and the folder's name do not belong together."""
     info, slot = run.info, slot_of(run.folder)
-    found = identity(config, info["dataset"]["sha256"])
-    if found != slot.identity:
-        yield f"config.yaml: with the data's SHA-256 in run.json, it hashes to {found}, not to {slot.identity}"
-    expected = {"experiment": slot.experiment, "identity": slot.identity}
-    expected |= {key: config[key] for key in ("seeds", "iterations")}
-    expected |= {"method": info["method"], "setting": slot.name.removeprefix(f"{info['method']}-")}
+    if info.get("schema", 1) != SCHEMA:
+        yield f"run.json: of schema {info.get('schema', 1)}, not {SCHEMA}: python -m scripts.store migrate"
+        return
+    setting = slot.name.removeprefix(f"{info['method']}-")
+    choices = {"experiment": slot.experiment, "method": info["method"], "setting": setting}
+    hashed = identity(with_todays_names(config), choices, info["dataset"]["sha256"])
+    if hashed != slot.identity:
+        yield f"config.yaml: with the data's SHA-256 in run.json, it hashes to {hashed}, not to {slot.identity}"
+    expected = choices | {"identity": slot.identity} | {key: config[key] for key in ("seeds", "iterations")}
     for key, value in expected.items():
         if info[key] != value:
             yield f"run.json: {key} is {info[key]}, not {value}"
@@ -332,6 +337,19 @@ def incomplete(run: Run, config: dict[str, Any]) -> Iterator[str]:
         if there != due:
             yield f"history.csv: seed {seed} (replica {replica}) has {len(there)} of {len(due)} evaluations, or others"
     yield from (f"history.csv: {key} is no replica and seed of the run" for key in found)
+
+
+# --- migrate
+
+
+def migrate_(options: argparse.Namespace) -> int:
+    """Finished runs of schema 1 get the identities of today; their numbers stay as they are."""
+    try:
+        for line in migrate(options.store):
+            print(line)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    return 0
 
 
 # --- compare
@@ -357,7 +375,7 @@ def side_by_side(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:
 
 def settings(run: Run) -> dict[str, Any]:
     """All that determines the numbers, by dotted key."""
-    return flat(without_nulls(yaml.safe_load(text(run.folder / "config.yaml"))))
+    return flat(without_nulls(with_todays_names(yaml.safe_load(text(run.folder / "config.yaml")))))
 
 
 def flat(node: dict[str, Any], group: str = "") -> dict[str, Any]:

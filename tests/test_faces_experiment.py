@@ -30,13 +30,14 @@ from experiments.classification import Job
 from experiments.faces.backbones import BACKBONES, Backbone
 from experiments.faces.data import ATTRIBUTES, Faces
 from experiments.faces.probes import Probe
+from experiments.identity import identity
 from experiments.launching.failures import BadInput
 from experiments.reports.faces import chosen_factors, report
 from experiments.reports.faces import heat_maps as draw_heat_maps
 from experiments.reports.report import further_tables
 from experiments.reports.results_page import experiment as experiment_section
 from experiments.reports.results_page import rows_of
-from experiments.store import Run, Slot, finished_runs, identity, sealed, unsealed
+from experiments.store import Run, Slot, choices_of, finished_runs, sealed, unsealed
 from experiments.tasks import deepfacto
 from experiments.tasks.deepfacto import (
     Features,
@@ -290,8 +291,9 @@ def test_runs_of_faces_check_clean(faces: Faces, tmp_path: Path) -> None:
     for method, more in (("nmf", ["optimizer.rounds=5"]), ("deepfacto", [*SMALL])):
         options = config(tmp_path, f"optimizer={method}", "setting=rank4", *more)
         plain: Any = OmegaConf.to_container(options, resolve=True)
-        found, sha = job(options, faces, tmp_path, method), identity(plain, faces.sha256)
-        given = {"identity": sha, "dataset": {"sha256": faces.sha256}}
+        found = job(options, faces, tmp_path, method)
+        sha = identity(plain, choices_of(found.info), faces.sha256)
+        given = {"schema": 2, "identity": sha, "dataset": {"sha256": faces.sha256}}
         found = replace(found, config=plain, slot=replace(found.slot, identity=sha), info=found.info | given)
         run = execute(options, found)
         assert list(problems(run.folder)) == []

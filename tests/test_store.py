@@ -29,15 +29,17 @@ from admm.data import load
 from admm.files import WriteError, whole
 from admm.training import CheckpointError, read_checkpoint
 from experiments.classification import Job, execute
+from experiments.identity import identity
 from experiments.provenance import commit
 from experiments.reports.report import curves, report
-from experiments.store import Run, Slot, determining, finished_runs, identity, oldest_first, slot_of
+from experiments.store import Run, Slot, finished_runs, oldest_first, slot_of
 from experiments.tasks import walltime
 from scripts import store
 from scripts.store import problems, unreadable
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("experiment=digits_shallow", "optimizer=sgd", "iterations=2", "seeds=[0,1]", "checkpoint_seconds=0")
+CHOICES = {"experiment": "digits_shallow", "method": "sgd", "setting": "tuned"}
 SMALL += ("dataset.first=100", "model.hidden=[8]", "progress=false")
 
 
@@ -51,8 +53,8 @@ def job(root: Path, *overrides: str) -> Job:
     """A run that takes no time."""
     plain: Any = OmegaConf.to_container(composed(*overrides), resolve=True)
     data = load(**plain["dataset"])
-    slot = Slot(root, "digits_shallow", "sgd-tuned", identity(plain, data.sha256))
-    given = {"identity": slot.identity, "seeds": plain["seeds"], "iterations": plain["iterations"]}
+    slot = Slot(root, "digits_shallow", "sgd-tuned", identity(plain, CHOICES, data.sha256))
+    given = {"schema": 2, "identity": slot.identity, "seeds": plain["seeds"], "iterations": plain["iterations"]}
     given |= {"dataset": {"holdout": 0, "sha256": data.sha256}, "experiment": "digits_shallow"}
     given |= {"commit": "c", "versions": {"torch": "t"}, "machine": "here"}
     return Job(data, slot, info("sgd", "tuned", "2001-01-01T00:00:00+00:00") | given, plain)
@@ -90,31 +92,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 # --- Identity, places
-
-
-def test_a_null_counts_where_the_default_is_another() -> None:
-    init = {"_target_": "admm.models.initialiser", "name": "kaiming_normal"}
-    with_and_without = [identity({"init": init | more}, "") for more in ({}, {"bias": None}, {"bias": 0.0})]
-    assert len(set(with_and_without)) == 3
-    optimizer = {"_target_": "admm.optimizers.BlockADMM", "iterations": 3}
-    assert identity({"optimizer": optimizer}, "") == identity({"optimizer": optimizer | {"penalty": None}}, "")
-
-
-def test_identity_is_of_what_determines_the_numbers() -> None:
-    config = {"dataset": {"name": "a", "root": "x"}, "optimizer": {"eta": 1.0}, "device": "cpu", "force": False}
-    same = {"optimizer": {"eta": 1.0}, "dataset": {"root": "y", "name": "a"}, "device": "cuda", "force": True}
-    other = config | {"optimizer": {"eta": 2.0}}
-    assert identity(config, "data") == identity(same, "data")
-    assert identity(config, "data") != identity(other, "data")
-    assert identity(config, "data") != identity(config, "other data")
-    assert identity(config, "data") == identity(config | {"new": None, "dataset": {"name": "a", "first": None}}, "data")
-    assert identity(config, "data") == identity(config | {"precision": "fp32", "compile": True}, "data")
-    assert identity(config, "data") != identity(config | {"precision": "bf16"}, "data")
-    optimizer = {"optimizer": {"beta": 1.0}}
-    kept = {place: {"optimizer": {"beta": 1.0, "variables": place}} for place in ("device", "disk")}
-    assert identity(config | optimizer, "data") == identity(config | kept["device"], "data")
-    assert identity(config | optimizer, "data") != identity(config | kept["disk"], "data")
-    assert config["dataset"] == {"name": "a", "root": "x"} and "root" not in determining(config)["dataset"]
 
 
 def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:
@@ -656,7 +633,7 @@ def test_a_diverged_seed_has_no_evaluations_to_come(tmp_path: Path) -> None:
 def test_a_seed_that_diverges_in_a_race_has_no_evaluations_to_come(tmp_path: Path) -> None:
     found = job(tmp_path, "evaluate_every=2")
     config = found.config | {"optimizers": ["sgd"]}
-    sha = identity(config, found.dataset.sha256)
+    sha = identity(config, CHOICES, found.dataset.sha256)
     found = replace(found, config=config, slot=replace(found.slot, identity=sha), info=found.info | {"identity": sha})
     histories = [
         [{"replica": r, "iteration": i, "seed": r, "seconds": 1.0, "test_accuracy": 9.0} for i in range(last + 1)]

@@ -15,9 +15,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from experiments.checks import check_search
+from experiments.identity import identity
 from experiments.launching.failures import BadInput, failures_end_the_program
 from experiments.reports.searches import as_in_a_grid, is_of_a_search, rankings, write
-from experiments.store import failed_writes_in_words, identity, launched_runs
+from experiments.store import failed_writes_in_words, launched_runs
 
 if TYPE_CHECKING:
     from optuna.study import Study as OptunaStudy
@@ -88,7 +89,8 @@ def searched(config: DictConfig) -> str:
     space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     searched_by = space(config), str(config.hydra.sweeper.direction)
-    content = [identity(OmegaConf.to_container(task, resolve=True), ""), *searched_by]  # type: ignore[arg-type]
+    values: Any = OmegaConf.to_container(task, resolve=True)
+    content = [identity(values, {"setting": config.setting}, ""), *searched_by]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -1,0 +1,184 @@
+"""A run's identity: the hash of everything that determines its numbers, whatever its parts are called today.
+
+It covers the choices (experiment, method, setting), the values of the configuration, and the content of the data.
+Class paths, the spelling of keys, and where and how a run is executed do not enter it.
+
+To rename a key, a class or a choice, add one line to `RENAMED`: finished runs keep their identity, and their stored
+configurations are read under the new name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from inspect import signature
+from typing import Any
+
+from hydra.utils import get_object
+
+SCHEMA = 2  # of identities; runs of schema 1 are brought up to date by `python -m scripts.store migrate`
+OWN = ("admm", "experiments")  # packages whose classes are known by their names alone
+CHOICES = ("experiment", "method", "setting")
+
+# Name today: name in identities. A line is never removed, and a former name never gets another meaning. A name is
+# a key with its path ("optimizer.rounds"), the path of a class ("admm.losses.Hinge"), or a choice ("setting=tuned").
+RENAMED: dict[str, str] = {
+    "admm.optimizers.DeepFacto": "admm.deepfacto.training.DeepFacto",
+    "admm.losses.TripletLoss": "admm.deepfacto.triplet.TripletLoss",
+    "experiments.faces.probes.Probe": "admm.deepfacto.probes.Probe",
+    "experiments.tasks.deepfacto.PCA": "experiments.deepfacto.PCA",
+    "experiments.tasks.deepfacto.PostHocNMF": "experiments.deepfacto.PostHocNMF",
+    "experiments.tasks.deepfacto.Raw": "experiments.deepfacto.Raw",
+}
+# Keys that say what a run is called, where and how it is executed, and how it is reported, not what its numbers are.
+EXECUTION_KEYS = (
+    "task",
+    "dataset.root",
+    "backbone.weights",  # their content counts
+    "dataset.download",
+    "device",
+    "threads",
+    "compile",
+    "channels_last",
+    "recompute",
+    "progress",
+    "checkpoint_seconds",
+    "force",
+    "other_code",
+    "results",
+    "outputs",
+    "logger",
+    "note",
+    "setting",  # is among the choices
+    "rows",
+    "committed_seeds",
+    "method",
+    "report",
+)
+
+
+def identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256: str) -> str:
+    """The first twelve hexadecimal digits of the SHA-256 of what determines a run's numbers.
+
+    Keys that are null where null is the default do not count, so that a new option that is null where it is not used
+    leaves finished runs valid. Numbers count by their value: 1 and 1.0 are one.
+
+    Args:
+        config: The run's configuration, resolved, with or without its `EXECUTION_KEYS`.
+        choices: Names of the experiment, the method and the setting, by `CHOICES`.
+        data_sha256: SHA-256 of the data's content.
+    """
+    named = {key: RENAMED.get(f"{key}={value}", f"{key}={value}") for key, value in choices.items()}
+    values = _canonical(with_former_names(without_nulls(identity_config(config))))
+    content = json.dumps([SCHEMA, named, values, data_sha256], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def row_identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256: str) -> str:
+    """The identity without the seeds: the same for runs that make one row of a table.
+
+    Where a hyperparameter is given per replica, the seeds count.
+    """
+    seeds = config["seeds"] if is_per_replica(config.get("optimizer", {})) else None
+    return identity({**config, "seeds": seeds}, choices, data_sha256)
+
+
+def is_per_replica(value: Any) -> bool:
+    """Whether a hyperparameter, or one of several, is a list of numbers, one per replica."""
+    match value:
+        case {"blocks": list(parts)}:
+            return any(map(is_per_replica, parts))
+        case dict():
+            return any(map(is_per_replica, value.values()))
+    return isinstance(value, list)
+
+
+def identity_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the configuration without its `EXECUTION_KEYS`."""
+    copy: dict[str, Any] = json.loads(json.dumps(config))
+    for path in EXECUTION_KEYS:
+        _pop(copy, path)
+    return copy
+
+
+def without_nulls(node: Any) -> Any:
+    """A configuration without the keys that are null, except those whose default, in the class that the configuration
+    names, is another value."""
+    if isinstance(node, dict):
+        defaults = _defaults_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
+        kept = {key for key, value in node.items() if value is not None or defaults.get(key) is not None}
+        return {key: without_nulls(value) for key, value in node.items() if key in kept}
+    return node
+
+
+def with_former_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the names that identities use, by `RENAMED`."""
+    return _renamed(config, RENAMED)
+
+
+def with_todays_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration, of whatever age, with the names of today, by `RENAMED`."""
+    return _renamed(config, {former: today for today, former in RENAMED.items()})
+
+
+def _renamed(config: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    renamed: dict[str, Any] = _with_classes(config, names)
+    for old, new in names.items():
+        value = _pop(renamed, old)
+        if value is not _MISSING:
+            *groups, name = new.split(".")
+            node = renamed
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[name] = value
+    return renamed
+
+
+def _with_classes(node: Any, names: Mapping[str, str]) -> Any:
+    """A copy of a configuration in which each `_target_` has its other name."""
+    match node:
+        case dict():
+            targets = {"_target_": names.get(node["_target_"], node["_target_"])} if "_target_" in node else {}
+            return {key: _with_classes(value, names) for key, value in node.items()} | targets
+        case list():
+            return [_with_classes(item, names) for item in node]
+    return node
+
+
+def _canonical(node: Any) -> Any:
+    """A configuration in which own classes have no package, and whole numbers are integers."""
+    match node:
+        case dict():
+            return {key: _class_name(v) if key == "_target_" else _canonical(v) for key, v in node.items()}
+        case list():
+            return [_canonical(item) for item in node]
+        case float() if node.is_integer():
+            return int(node)
+    return node
+
+
+def _class_name(path: str) -> str:
+    return path.rpartition(".")[2] if path.partition(".")[0] in OWN else path
+
+
+@cache
+def _defaults_of(target: str) -> dict[str, Any]:
+    """The defaults, by name, of what `_target_` calls; empty where it cannot be found, as its use will report."""
+    with suppress(Exception):
+        return {name: parameter.default for name, parameter in signature(get_object(target)).parameters.items()}
+    return {}
+
+
+_MISSING = object()
+
+
+def _pop(config: dict[str, Any], path: str) -> Any:
+    """Remove a key, given with its path, and return its value; `_MISSING` where there is no such key."""
+    *groups, name = path.split(".")
+    node: Any = config
+    for group in groups:
+        node = node.get(group) if isinstance(node, dict) else None
+    return node.pop(name, _MISSING) if isinstance(node, dict) else _MISSING

@@ -1,0 +1,96 @@
+"""Bring the finished runs of a store of schema 1 up to date: their identities covered class paths and keys' spelling.
+
+Of a run, `config.yaml` gets the names of today and the two keys that schema 1 left out, `run.json` its schema and new
+identity, and the folder its new name. Every other file stays as it is, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.identity import SCHEMA, identity, identity_config, with_todays_names, without_nulls
+from experiments.store import SUMS, Run, choices_of, delete, slot_of, sums
+
+# What schema 1 took for granted where a configuration did not say it.
+IMPLIED = {"precision": "fp32"}
+IMPLIED_OF = {"admm.optimizers.BlockADMM": {"variables": "device"}}
+
+
+def migrate(root: Path) -> Iterator[str]:
+    """Migrate the finished runs of a store, one after the other. Yields one line per run.
+
+    It can be interrupted and started again. What interrupted runs have left is not migrated, as their checkpoints are
+    of the code that made them.
+
+    Raises:
+        ValueError: A run does not have the identity that schema 1 gave it; it is left as it is, with those after it.
+        OSError: A run could not be written.
+    """
+    for note in sorted((root / "runs").glob("[!.]*/*/run.json")):
+        run = Run(note.parent)
+        if run.info.get("schema", 1) < SCHEMA:
+            yield f"{run.name} -> {_migrated(run).name}"
+
+
+def former_identity(config: dict[str, Any], data_sha256: str) -> str:
+    """The identity by schema 1, of a configuration as it was stored, with `setting`."""
+    explicit = {key: value for key, value in config.items() if (key, value) != ("precision", "fp32")}
+    if explicit["optimizer"].get("variables") == "device":
+        explicit["optimizer"] = {key: value for key, value in config["optimizer"].items() if key != "variables"}
+    content = json.dumps([_without_former_nulls(explicit), data_sha256], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _without_former_nulls(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without nulls that are defaults, which today's classes tell, under the former names."""
+    defaults = without_nulls(with_todays_names(config))
+
+    def kept(node: Any, today: Any) -> Any:
+        if isinstance(node, dict) and isinstance(today, dict):
+            return {key: kept(value, today[key]) for key, value in node.items() if key in today}
+        return node
+
+    result: dict[str, Any] = kept(config, defaults)
+    return result
+
+
+def _migrated(run: Run) -> Run:
+    """The run in its new place, where it appears whole; the former one is deleted after that."""
+    info, slot = run.info, slot_of(run.folder)
+    stored = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+    data = info["dataset"]["sha256"]
+    if (expected := former_identity(stored, data)) != slot.identity:
+        raise ValueError(f"{run.folder}: config.yaml hashes to {expected}, not to {slot.identity}; see `check`")
+    config = _explicit(identity_config(with_todays_names(stored)))
+    record = {"schema": SCHEMA} | info | {"identity": identity(config, choices_of(info), data)}
+    target = run.folder.with_name(f"{slot.name}-{record['identity']}")
+    if not target.exists():  # as it does after an interruption
+        with tempfile.TemporaryDirectory(dir=run.folder.parent, prefix=".") as folder:
+            os.replace(_copied(run, Path(folder, target.name), config, record), target)
+    delete(run.folder, slot.partial)
+    return Run(target)
+
+
+def _explicit(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says what schema 1 implied."""
+    optimizer = config["optimizer"]
+    return IMPLIED | config | {"optimizer": IMPLIED_OF.get(optimizer["_target_"], {}) | optimizer}
+
+
+def _copied(run: Run, folder: Path, config: dict[str, Any], record: dict[str, Any]) -> Path:
+    """A copy of a run with another configuration and `run.json`, and with the sums of its files."""
+    shutil.copytree(run.folder, folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    lines = "".join(f"{sha}  {name}\n" for name, sha in sums(folder).items())
+    (folder / SUMS).write_text(lines, encoding="utf-8")
+    return folder

@@ -1,0 +1,153 @@
+"""A run's identity: what counts, what a rename costs, and how runs of schema 1 are brought up to date."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from stores import info
+
+from experiments import identity as module
+from experiments.identity import (
+    EXECUTION_KEYS,
+    RENAMED,
+    identity,
+    identity_config,
+    row_identity,
+    with_former_names,
+    with_todays_names,
+)
+from experiments.migration import migrate
+from experiments.store import SUMS, Run, Slot, sums
+
+CHOICES = {"experiment": "mnist_shallow", "method": "bcd", "setting": "tuned"}
+CONFIG: dict[str, Any] = {
+    "seeds": [0, 1],
+    "dataset": {"name": "a", "root": "x"},
+    "optimizer": {"_target_": "admm.optimizers.BCD", "gamma": 1.0},
+    "device": "cpu",
+    "force": False,
+}
+
+
+def of(config: dict[str, Any], data: str = "data", **choices: str) -> str:
+    return identity(config, CHOICES | choices, data)
+
+
+def with_optimizer(**values: Any) -> dict[str, Any]:
+    return CONFIG | {"optimizer": CONFIG["optimizer"] | values}
+
+
+def test_identity_covers_values_data_and_choices() -> None:
+    others = [with_optimizer(gamma=2.0), CONFIG | {"seeds": [0]}, CONFIG | {"precision": "bf16"}]
+    changed = [*map(of, others), of(CONFIG, "other data"), *(of(CONFIG, **{key: "another"}) for key in CHOICES)]
+    assert len({of(CONFIG), *changed}) == 1 + len(changed)
+
+
+def test_identity_does_not_cover_the_execution_nor_the_order_of_keys() -> None:
+    same = {"optimizer": CONFIG["optimizer"], "dataset": {"root": "y", "name": "a"}, "seeds": [0, 1], "device": "cuda"}
+    assert of(same) == of(CONFIG)
+    assert of(CONFIG | dict.fromkeys([key for key in EXECUTION_KEYS if "." not in key], "another")) == of(CONFIG)
+    assert "root" not in identity_config(CONFIG)["dataset"] and CONFIG["dataset"]["root"] == "x"
+
+
+def test_a_number_counts_by_its_value() -> None:
+    assert of(with_optimizer(gamma=1)) == of(with_optimizer(gamma=1.0)) != of(with_optimizer(gamma=True))
+
+
+def test_an_own_class_counts_by_its_name_and_another_one_by_its_path() -> None:
+    assert of(with_optimizer(_target_="admm.optimizers.bcd.BCD")) == of(CONFIG)
+    assert of(with_optimizer(_target_="mine.BCD")) != of(CONFIG) != of(with_optimizer(_target_="admm.DLADMM"))
+
+
+def test_a_null_counts_only_where_the_default_is_another() -> None:
+    assert of(CONFIG | {"new": None}) == of(CONFIG)
+    init = {"_target_": "admm.models.initialiser", "name": "kaiming_normal"}
+    assert len({of(CONFIG | {"init": init | more}) for more in ({}, {"bias": None}, {"bias": 0.0})}) == 3
+    admm = {"_target_": "admm.optimizers.BlockADMM", "iterations": 3}
+    assert of(CONFIG | {"optimizer": admm}) == of(CONFIG | {"optimizer": admm | {"penalty": None}})
+
+
+def test_a_row_has_one_identity_for_all_seeds_but_where_a_value_is_per_replica() -> None:
+    def row(config: dict[str, Any]) -> str:
+        return row_identity(config, CHOICES, "data")
+
+    assert row(CONFIG) == row(CONFIG | {"seeds": [7]})
+    assert row(with_optimizer(gamma=[1.0, 2.0])) != row(with_optimizer(gamma=[1.0, 2.0]) | {"seeds": [7, 8]})
+    assert row(with_optimizer(gamma={"blocks": [[1.0, 2.0], 1.0]})) == of(
+        with_optimizer(gamma={"blocks": [[1.0, 2.0], 1.0]})
+    )
+
+
+def test_a_rename_costs_a_line_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"optimizer.weight_penalty": "optimizer.gamma", "mine.Descent": "admm.optimizers.BCD"}
+    monkeypatch.setattr(module, "RENAMED", RENAMED | now | {"setting=best": "setting=tuned"})
+    renamed = CONFIG | {"optimizer": {"_target_": "mine.Descent", "weight_penalty": 1.0}}
+    assert identity(renamed, CHOICES | {"setting": "best"}, "data") == of(CONFIG)
+    assert with_todays_names(CONFIG) == renamed and with_former_names(renamed) == CONFIG
+    assert with_todays_names(renamed) == renamed, "a configuration of today stays as it is"
+
+
+def test_no_name_has_two_meanings() -> None:
+    assert not set(RENAMED) & set(RENAMED.values()) and len(set(RENAMED.values())) == len(RENAMED)
+
+
+# The configuration and the identity that a run of the paper's Figure 3 had by schema 1.
+FORMER = """
+seeds: [0, 1, 2, 3, 4]
+grid: null
+iterations: 120
+evaluate_every: 5
+dtype: float32
+dataset: {name: mnist, normalisation: unit, first: null, holdout: 0, holdout_seed: 0}
+model: {_target_: admm.models.mlp, hidden: [128, 128]}
+init: {_target_: admm.models.initialiser, name: normal, mean: 0.0, std: 0.03, bias: 0.1}
+split: {_target_: admm.blocks.split, per_layer: true, activation: end}
+loss: {_target_: admm.losses.SquaredError, scale: 1.0}
+optimizer: {_target_: admm.optimizers.BCD, gamma: 1.0, rho: 1.0, alpha: 0.1}
+setting: tuned
+"""
+DATA = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
+
+
+def former(root: Path) -> Run:
+    slot = Slot(root, "mnist_shallow", "bcd-tuned", "470ff6e8c385")
+    slot.folder.mkdir(parents=True)
+    (slot.folder / "config.yaml").write_text(FORMER, encoding="utf-8")
+    (slot.folder / "history.csv").write_text("iteration,replica\n0,0\n", encoding="utf-8")
+    said = info("bcd", "tuned", "2026-11-22", identity=slot.identity, dataset={"sha256": DATA, "holdout": 0})
+    (slot.folder / "run.json").write_text(json.dumps(said), encoding="utf-8")
+    return Run(slot.folder)
+
+
+def test_a_run_of_schema_1_is_migrated_once_and_whole(tmp_path: Path) -> None:
+    run = former(tmp_path)
+    history = (run.folder / "history.csv").read_bytes()
+    (line,) = migrate(tmp_path)
+    (moved,) = tmp_path.glob("runs/mnist_shallow/*")
+    config = yaml.safe_load(FORMER) | {"precision": "fp32"}
+    expected = identity(config, CHOICES, DATA)
+    assert line == f"mnist_shallow/bcd-tuned-470ff6e8c385 -> mnist_shallow/bcd-tuned-{expected}"
+    assert moved.name == f"bcd-tuned-{expected}" and Run(moved).info["identity"] == expected
+    assert Run(moved).config == {key: value for key, value in config.items() if key != "setting"}
+    assert (moved / "history.csv").read_bytes() == history
+    assert dict(reversed(pair.split("  ")) for pair in (moved / SUMS).read_text().splitlines()) == sums(moved)
+    assert list(migrate(tmp_path)) == []
+
+
+def test_a_run_whose_configuration_was_changed_is_not_migrated(tmp_path: Path) -> None:
+    run = former(tmp_path)
+    (run.folder / "config.yaml").write_text(FORMER.replace("120", "121"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.yaml hashes to .*, not to 470ff6e8c385"):
+        list(migrate(tmp_path))
+    assert [path.name for path in tmp_path.glob("runs/mnist_shallow/*")] == [run.folder.name]
+
+
+def test_a_migration_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = former(tmp_path)
+    shutil.copytree(run.folder, tmp_path / "copy")
+    list(migrate(tmp_path))
+    shutil.copytree(tmp_path / "copy", run.folder)  # as if it was stopped before the former folder was deleted
+    assert len(list(migrate(tmp_path))) == 1 and len(list(tmp_path.glob("runs/mnist_shallow/*"))) == 1
