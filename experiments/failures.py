@@ -17,9 +17,9 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from admm.backbones import BackboneError
+from admm.checkpoints import CheckpointError
 from admm.data import DatasetError
 from admm.files import WriteError
-from admm.training import CheckpointError
 from experiments.store import RESUME
 
 log = logging.getLogger(__name__)

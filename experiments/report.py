@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.failures import failed, failures_end_the_program, run_task
 from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 
@@ -338,7 +338,7 @@ def report(experiment: str, runs: list[Run], figures: Path, tables: Path) -> pd.
     with ExitStack() as files:
 
         def new(path: Path) -> Path:
-            return files.enter_context(whole(path, "the report"))
+            return files.enter_context(atomic_write(path, "the report"))
 
         for name, table in ({experiment: result} | further_tables(experiment, runs)).items():
             table.to_csv(new(tables / f"{name}.csv"), index=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.report import markdown, report, show, title
 from experiments.searches import draw
 from experiments.store import experiments_in, failed_writes_in_words, finished_runs
@@ -28,7 +28,7 @@ def main(root: Path) -> None:
     for path in sorted(root.glob("searches/*.csv")):
         draw(path)
     if root.resolve() == README.parent / "results":
-        with whole(README, "the page") as part:
+        with atomic_write(README, "the page") as part:
             part.write_text(with_tables(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 

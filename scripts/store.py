@@ -27,8 +27,8 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
+from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.files import MIB
-from admm.training import CheckpointError, read_checkpoint
 from experiments.paths import in_full
 from experiments.report import curves, show
 from experiments.store import (

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from admm.blocks import split
+from admm.checkpoints import restore, save
 from admm.losses import CrossEntropy, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 from admm.optimizers.dladmm import DLADMM, DLADMMState, _Sweep
 from admm.optimizers.fully_connected import linear_layers
-from admm.optimizers.protocol import restore, save
 from scripts.literal import dladmm as literal
 
 SEEDS = (5, 0, 11)
@@ -500,11 +500,11 @@ def test_diagnostics():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rho": 0.0}, "optimizer.rho: 0.0 is not positive"),
-        ({"tau": (1.0, 0.0)}, "optimizer.tau: .* is not positive"),
-        ({"theta": (1.0, 1.0, 1.0)}, "optimizer.theta: 3 values for 2 replicas"),
-        ({"fista_steps": 0}, "optimizer.fista_steps: 0 is not a whole number from 1 up"),
-        ({"fista_curvature": 0.25}, "optimizer.fista_curvature: 0.25 is below 1.0, the scale of squared_error"),
+        ({"rho": 0.0}, "rho: 0.0 is not positive"),
+        ({"tau": (1.0, 0.0)}, "tau: .* is not positive"),
+        ({"theta": (1.0, 1.0, 1.0)}, "theta: 3 values for 2 replicas"),
+        ({"fista_steps": 0}, "fista_steps: 0 is not a whole number from 1 up"),
+        ({"fista_curvature": 0.25}, "fista_curvature: 0.25 is below 1.0, the scale of squared_error"),
     ],
 )
 def test_wrong_hyperparameters_are_refused(options, message):

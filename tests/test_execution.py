@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from admm.blocks import Execution, split
+from admm.blocks import split
+from admm.layers import Execution
 from admm.losses import CrossEntropy
 from admm.models import initialiser
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate

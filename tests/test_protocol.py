@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from admm.blocks import Execution, split
+from admm.blocks import split
+from admm.checkpoints import restore, save
+from admm.layers import Execution
 from admm.losses import CrossEntropy, SquaredError
 from admm.models import initialiser
 from admm.optimizers import (
@@ -30,7 +32,7 @@ from admm.optimizers import (
     Taylor,
     ZUpdate,
 )
-from admm.optimizers.protocol import restore, save, spectral_norms
+from admm.optimizers.protocol import spectral_norms
 
 SEEDS = (5, 0, 11)
 ADAM = {"update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
@@ -243,7 +245,7 @@ def step_key(optimizer: Any) -> str:
 
 
 def mean_loss(problem: Problem, optimizer: Optimizer, state: Any) -> Tensor:
-    z = problem.blocks.forward(optimizer.parameters(state), problem.x.expand(len(state.seeds), *problem.x.shape))
+    z = problem.blocks.forward(state.theta, problem.x.expand(len(state.seeds), *problem.x.shape))
     return problem.loss.value(z, problem.y).mean(1)
 
 
@@ -441,7 +443,7 @@ def test_a_problem_whose_parts_do_not_fit_is_refused_in_words(mlp_problem: Calla
 
 @pytest.mark.parametrize("optimizer", [Backprop(0, SGD(), 0.1), OnlineBlockADMM(0, 0.1), BlockADMM(-3, 0.1)])
 def test_a_horizon_that_is_none_is_refused(mlp_problem: Callable[..., Problem], optimizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.iterations: -?\d is not a whole number from 1 up"):
+    with pytest.raises(ValueError, match=r"iterations: -?\d is not a whole number from 1 up"):
         replace(optimizer, batch_size=2).init(mlp_problem(), [0])
 
 
@@ -545,11 +547,11 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (Backprop(1, "adam", 0.1), r"optimizer.update: 'adam' is no object such as admm.optimizers.Adam\(\)"),
-        (BlockADMM(1, 0.1, update=Adam), "optimizer.update: <class .*Adam'> is no object"),
-        (Gotmare(1, 0.1, z_update="sgd"), "optimizer.z_update: 'sgd' is no object such as admm.optimizers.SGD"),
-        (OnlineBlockADMM(1, 0.1, z_update="gradient"), "optimizer.z_update: 'gradient' is no object such as .*ZUpdate"),
-        (BlockADMM(1, 0.1, z_update=SGD()), "optimizer.z_update: SGD.* is no object such as .*ZUpdate"),
+        (Backprop(1, "adam", 0.1), r"update: 'adam' is no object such as admm.optimizers.Adam\(\)"),
+        (BlockADMM(1, 0.1, update=Adam), "update: <class .*Adam'> is no object"),
+        (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no object such as admm.optimizers.SGD"),
+        (OnlineBlockADMM(1, 0.1, z_update="gradient"), "z_update: 'gradient' is no object such as .*ZUpdate"),
+        (BlockADMM(1, 0.1, z_update=SGD()), "z_update: SGD.* is no object such as .*ZUpdate"),
     ],
     ids=str,
 )

@@ -267,12 +267,12 @@ def test_float32_weights_are_the_reference_s_with_fewer_samples_than_inputs(weig
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"beta": 0.0}, r"optimizer\.beta: 0\.0 is not positive"),
-        ({"gamma": (1.0, 0.0, 1.0)}, r"optimizer\.gamma: .* is not positive"),
-        ({"weight_decay": -1.0}, r"optimizer\.weight_decay: -1\.0 is not a number from 0 up"),
-        ({"spread": "wide"}, r"optimizer\.spread: 'wide'"),
-        ({"slice_size": 0}, r"optimizer\.slice_size"),
-        ({"start_from": "zeros"}, r"optimizer\.start_from: 'zeros' is not one of uniform, forward"),
+        ({"beta": 0.0}, r"beta: 0\.0 is not positive"),
+        ({"gamma": (1.0, 0.0, 1.0)}, r"gamma: .* is not positive"),
+        ({"weight_decay": -1.0}, r"weight_decay: -1\.0 is not a number from 0 up"),
+        ({"spread": "wide"}, r"spread: 'wide'"),
+        ({"slice_size": 0}, r"slice_size"),
+        ({"start_from": "zeros"}, r"start_from: 'zeros' is not one of uniform, forward"),
     ],
 )
 def test_wrong_values_are_refused(options, message):

@@ -25,9 +25,9 @@ from launches import Launch, places
 from omegaconf import DictConfig, OmegaConf
 from stores import info, put
 
+from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.data import load
-from admm.files import WriteError, whole
-from admm.training import CheckpointError, read_checkpoint
+from admm.files import WriteError, atomic_write
 from experiments import walltime
 from experiments.classification import Job, execute
 from experiments.provenance import commit
@@ -320,7 +320,7 @@ def test_the_commit_of_a_run_says_whether_code_was_changed_not_results(tmp_path:
 
 def test_a_file_that_fails_for_another_reason_is_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("former")
-    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "file", "it") as part:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file", "it") as part:
         part.write_text("new")
         raise KeyboardInterrupt
     assert content(tmp_path) == {"file": b"former"}

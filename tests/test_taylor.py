@@ -278,13 +278,13 @@ def test_a_stack_is_its_replicas_alone(grid, start_from, loss):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"beta": 0.0}, r"optimizer\.beta: 0\.0 is not positive"),
-        ({"gamma": (1.0, 0.0, 1.0)}, r"optimizer\.gamma: .* is not positive"),
-        ({"weight_decay": -1.0}, r"optimizer\.weight_decay: -1\.0 is not a number from 0 up"),
-        ({"spread": (1.0, 2.0)}, r"optimizer\.spread: 2 values for 3 replicas"),
-        ({"warm_start": -1}, r"optimizer\.warm_start: -1 is not a whole number from 0 up"),
-        ({"slice_size": 0}, r"optimizer\.slice_size"),
-        ({"start_from": "zeros"}, r"optimizer\.start_from: 'zeros' is not one of gaussian, uniform"),
+        ({"beta": 0.0}, r"beta: 0\.0 is not positive"),
+        ({"gamma": (1.0, 0.0, 1.0)}, r"gamma: .* is not positive"),
+        ({"weight_decay": -1.0}, r"weight_decay: -1\.0 is not a number from 0 up"),
+        ({"spread": (1.0, 2.0)}, r"spread: 2 values for 3 replicas"),
+        ({"warm_start": -1}, r"warm_start: -1 is not a whole number from 0 up"),
+        ({"slice_size": 0}, r"slice_size"),
+        ({"start_from": "zeros"}, r"start_from: 'zeros' is not one of gaussian, uniform"),
     ],
 )
 def test_wrong_values_are_refused(options, message):

@@ -15,12 +15,12 @@ from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from admm.blocks import Parameters, split
+from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
 from admm.losses import BinaryCrossEntropy, CrossEntropy, Hinge, Loss, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.backprop import BackpropState
-from admm.optimizers.protocol import restore, save
-from admm.training import CheckpointError, History, Row, accuracy, evaluate, read_checkpoint, train
+from admm.training import accuracy, evaluate, train
 
 OPTIMIZERS = {
     "sgd": Backprop(6, SGD(momentum=0.9), 0.05, batch_size=16),
@@ -503,7 +503,7 @@ def test_the_best_is_kept_by_a_copy(problem: Problem) -> None:
     optimizer = OPTIMIZERS["adam"]
     state = optimizer.init(problem, (0, 1))
     view, best = save(state), copy.deepcopy(save(state))
-    start = problem.blocks.export(optimizer.parameters(state), 1)
+    start = problem.blocks.export(state.theta, 1)
     optimizer.step(problem, state)
     assert torch.equal(view["theta"], state.theta.flat) and not torch.equal(best["theta"], state.theta.flat)
     restore(state, best)

@@ -181,7 +181,7 @@ class NMF(nn.Module):
     def __init__(self, channels: int, rank: int, lbfgs: bool = False) -> None:
         super().__init__()
         if not 1 <= rank <= channels:
-            raise ValueError(f"model.rank: {rank} is not between 1 and the {channels} channels")
+            raise ValueError(f"rank: {rank} is not between 1 and the {channels} channels")
         self.rank, self.lbfgs = rank, lbfgs
         self.register_buffer("basis", torch.empty(channels, rank))
         self.reset_parameters()
