@@ -7,7 +7,6 @@ the network. `digits` comes with scikit-learn and needs no folder.
 import hashlib
 import math
 import os
-import shutil
 import struct
 import zipfile
 import zlib
@@ -274,9 +273,8 @@ def _download(name: str, npz: Path) -> Arrays:
     """Download and check the data set, and keep it as `npz`, whole or not at all."""
     try:
         with atomic_write(npz, f"the data set {name}") as temporary:
-            downloads = Path(temporary.parent, "downloads")
-            arrays = _checked(name, _read_torchvision(name, downloads, download=True), "torchvision's download")
-            shutil.rmtree(downloads)
+            downloaded = _read_torchvision(name, temporary.parent, download=True)  # a folder that is deleted
+            arrays = _checked(name, downloaded, "torchvision's download")
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
     except WriteError as error:
         raise DatasetError(str(error)) from error

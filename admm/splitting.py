@@ -51,7 +51,7 @@ def names_by_block(
     per_layer: bool,
     n_blocks: int | None,
     activation: Literal["end", "start"] | None,
-) -> list[list[str]]:
+) -> tuple[tuple[str, ...], ...]:
     """Name the layers of each block, for the arguments of `admm.blocks.split`, which documents them and the errors."""
     names = layer_names(network)
     _check_network(network, names)
@@ -64,7 +64,7 @@ def names_by_block(
         ends = _named_boundaries(names, [after] if isinstance(after, str) else after)
     else:
         ends = _even_boundaries(network, names, n_blocks, activation or "end")
-    return [names[i:j] for i, j in pairwise([0, *ends, len(names)])]
+    return tuple(tuple(names[i:j]) for i, j in pairwise([0, *ends, len(names)]))
 
 
 def _check_network(network: nn.Module, names: Sequence[str]) -> None:

@@ -773,13 +773,13 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"primal_growth": -1.0}, "primal_growth: -1.0 is not a number from 0 up"),
         (
             {"z_update": ZUpdate("newton", last="prox")},
-            "z_update.name: 'newton' is not one of gradient, adam",
+            "name: 'newton' is not one of gradient, adam",
         ),
         (
             {"z_update": ZUpdate("adam", last="exact")},
-            "z_update.last: 'exact' is not one of prox, step",
+            "last: 'exact' is not one of prox, step",
         ),
-        ({"z_update": ZUpdate("adam", steps=0, last="prox")}, "z_update.steps: 0 is"),
+        ({"z_update": ZUpdate("adam", steps=0, last="prox")}, "steps: 0 is"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
@@ -791,7 +791,7 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
 @pytest.mark.parametrize("optimizer", [BASE, OnlineBlockADMM(1, 0.1, batch_size=7, dual="none")])
 def test_an_exact_last_step_needs_a_loss_with_a_proximal_operator(mlp_problem, optimizer):
     options = replace(optimizer, z_update=ZUpdate("gradient", last="prox"))
-    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; optimizer.z_update.last=prox supports losses"):
+    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; last='prox' needs an admm.losses.ProximalLoss"):
         options.init(mlp_problem(NoProx()), SEEDS)
 
 

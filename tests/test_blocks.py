@@ -177,13 +177,13 @@ def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
 
 
 def test_dropout_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"layer '0' \(Dropout\) draws anew in each evaluation"):
+    with pytest.raises(ValueError, match=r"layer '0' \(Dropout\) draws random numbers in each evaluation"):
         whole(nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("layer", [nn.RReLU(), nn.TransformerEncoderLayer(4, 2, 8, 0.1), nn.LSTM(4, 4, 2, dropout=0.1)])
 def test_other_layers_that_draw_are_refused(layer):
-    with pytest.raises(ValueError, match=r"layer '0' \(\w+\) draws anew in each evaluation"):
+    with pytest.raises(ValueError, match=r"layer '0' \(\w+\) draws random numbers in each evaluation"):
         whole(nn.Sequential(layer, nn.Linear(4, 2)))
 
 
@@ -302,7 +302,7 @@ def test_a_name_that_is_a_prefix_of_another_is_not_confused_with_it():
         ({"n_blocks": 4}, "n_blocks: 4 is not between 1 and 3"),
         (
             {"per_layer": True, "activation": "middle"},
-            "activation: 'middle' is not one of 'end', 'start'",
+            "activation: 'middle' is not one of end, start",
         ),
     ],
 )

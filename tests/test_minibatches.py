@@ -61,7 +61,7 @@ def test_all_orders_of_three_samples_are_equally_frequent():
 
 @pytest.mark.parametrize("batch_size", [0, -1, 11])
 def test_a_wrong_batch_size_is_refused_by_name(batch_size):
-    with pytest.raises(ValueError, match=f"batch_size: {batch_size} is not between 1 and the 10 training"):
+    with pytest.raises(ValueError, match=f"^batch_size: {batch_size} is not between 1 and the 10 training"):
         minibatches(10, batch_size, (0,), 0, CPU)
 
 
@@ -90,13 +90,13 @@ def test_the_parts_of_an_epoch_are_the_epoch():
 
 @pytest.mark.parametrize("parts", [0, 7, "many", 1.5])
 def test_more_parts_than_mini_batches_are_refused_by_name(parts):
-    with pytest.raises(ValueError, match=r"epoch_parts: .* an epoch's 6 batches"):
+    with pytest.raises(ValueError, match=r"^epoch_parts: .* an epoch's 6 batches"):
         minibatches(23, 4, (0,), 0, CPU, parts)
 
 
 def test_groups_come_in_runs():
     groups = torch.tensor([5, 3, 5, 5, 7, 3, 5, 5, 9, 3])
-    orders = [minibatches(10, 10, [seed], 0, CPU, groups=groups, together=2)[0][0] for seed in range(20)]
+    orders = [minibatches(10, 10, [seed], 0, CPU, groups=groups, group_size=2)[0][0] for seed in range(20)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(10))
         runs = [(group, len(list(run))) for group, run in groupby(groups[order].tolist())]

@@ -31,7 +31,7 @@ def test_the_paper_s_network_has_118282_parameters():
 
 @pytest.mark.parametrize("widths", [(0, [2], 2), (2, [0], 2), (2, [2], 0)])
 def test_a_width_below_one_is_refused(widths):
-    with pytest.raises(ValueError, match="model: layer widths must be at least 1"):
+    with pytest.raises(ValueError, match="hidden: layer widths must be at least 1"):
         mlp(*widths)
 
 

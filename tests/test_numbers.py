@@ -86,7 +86,7 @@ WRONG = [True, math.nan, math.inf, np.float32("nan"), torch.tensor(torch.inf), n
 )
 def test_no_number_is_refused_by_name(mlp_problem, options, key, value):
     for given in (value, [0.5, value]) if key in ("theta_step", "beta", "rho", "step_size") else (value,):
-        with pytest.raises(ValueError, match=rf"optimizer\.{key}: "):
+        with pytest.raises(ValueError, match=rf"^{key}: "):
             optimizer = replace(options, **{key: given})
             optimizer.step(mlp_problem(), optimizer.init(mlp_problem(), SEEDS))
 
@@ -98,20 +98,20 @@ def test_no_number_is_refused_by_name(mlp_problem, options, key, value):
         (SquaredError, "scale"),
         (CrossEntropy, "scale"),
         (Hinge, "scale"),
-        (Adam, "update.beta1"),
-        (SGD, "update.momentum"),
-        (AdaptivePenalty, "penalty.c"),
+        (Adam, "beta1"),
+        (SGD, "momentum"),
+        (AdaptivePenalty, "c"),
         (CropAndFlip, "padding"),
     ],
 )
 def test_no_number_is_refused_by_name_when_it_is_given(make, key, value):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=f"^{key}: "):
         make(value)
 
 
 @pytest.mark.parametrize("value", [True, math.nan, 0.0])
 def test_a_largest_penalty_may_be_infinite_but_is_a_number(value):
-    with pytest.raises(ValueError, match=r"penalty\.largest"):
+    with pytest.raises(ValueError, match=r"^largest: "):
         AdaptivePenalty(largest=value)
 
 

@@ -55,7 +55,7 @@ def test_ends_of_a_schedule_may_differ_by_replica():
     ],
 )
 def test_a_wrong_value_is_refused_by_name(value, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         schedule("zeta", value, 3)
 
 

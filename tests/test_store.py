@@ -474,7 +474,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: bytes | None) ->
     leave_interrupted(tmp_path)
     path = job(tmp_path).slot.checkpoint
     path.write_bytes(path.read_bytes()[:-500] if damaged is None else damaged)
-    with pytest.raises(CheckpointError, match=r"checkpoint.pt: is damaged .*; delete the file to start anew"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: is damaged .*; delete the file to start again"):
         made(tmp_path)
 
 

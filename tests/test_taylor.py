@@ -288,14 +288,14 @@ def test_a_stack_is_its_replicas_alone(grid, start_from, loss):
     ],
 )
 def test_wrong_values_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         replace(TAYLOR, **options).init(make([5]), SEEDS)
 
 
 def test_what_it_cannot_train_is_refused_before_training(conv_problem):
-    with pytest.raises(ValueError, match=r"taylor supports fully connected ReLU networks .* not Conv2d"):
+    with pytest.raises(ValueError, match=r"^network: Taylor supports fully connected ReLU networks .* not Conv2d"):
         TAYLOR.init(conv_problem(), SEEDS)
-    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; taylor supports .*squared_error"):
+    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; Taylor needs .*SquaredError"):
         TAYLOR.init(make([5], NoProx()), SEEDS)
     with pytest.raises(ValueError, match=r"no variable \['bias'\]; the variables are weight, z, a, multiplier"):
         TAYLOR.init(make([5]), SEEDS, {"bias": []})
