@@ -13,7 +13,7 @@ env: .venv/installed ## build .venv
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11, 3.12 or 3.13 is needed (Hydra 1.3 does not start on 3.14): make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,wandb,notebooks,report,sweeps]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[suite,dev,vision,wandb,notebooks,report,sweeps]'
 	touch $@
 
 demo: env ## the main job on the embedded digits: nine optimizers, five seeds, a table and a figure

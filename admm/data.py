@@ -1,4 +1,4 @@
-"""Data sets as whole tensors on a device, their content checked against a known SHA-256.
+"""Data sets as whole tensors on a device, their content checked against a published SHA-256.
 
 A data set is looked for under a folder `root`: first `<root>/<name>.npz`, then torchvision's own files, then
 the network. `digits` comes with scikit-learn and needs no folder.
@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from admm.files import WriteError, whole
+from admm.checks import one_of
+from admm.files import WriteError, atomic_write
 from admm.numbers import is_whole
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -35,8 +35,8 @@ class DatasetError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is known of a data set before it is read."""
+class DatasetSpec:
+    """What a data set has to be, before it is read."""
 
     image: tuple[int, ...]  # shape of one stored image, channels last
     sha256: str  # of x_train, y_train, x_test, y_test as contiguous uint8, one after the other
@@ -46,26 +46,26 @@ class Source:
     files: str = ""  # where that class keeps its unpacked files, under root
 
 
-SOURCES = {
-    "mnist": Source(
+DATASETS = {
+    "mnist": DatasetSpec(
         image=(28, 28),
         sha256="06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
         torchvision="MNIST",
         files="MNIST/raw",
     ),
-    "fashion_mnist": Source(
+    "fashion_mnist": DatasetSpec(
         image=(28, 28),
         sha256="ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f",
         torchvision="FashionMNIST",
         files="FashionMNIST/raw",
     ),
-    "cifar10": Source(
+    "cifar10": DatasetSpec(
         image=(32, 32, 3),
         sha256="80387ddb9a0edf3fc4a964ee3770296169bb26a651050df20035579673099660",
         torchvision="CIFAR10",
         files="cifar-10-batches-py",
     ),
-    "digits": Source(
+    "digits": DatasetSpec(
         image=(8, 8), sha256="99acfbe547094100091160d63f2209391c42e7c4663c8a783fa596248d5382d6", maximum=16
     ),
 }
@@ -75,10 +75,12 @@ SOURCES = {
 class Dataset:
     """A classification data set, whole, on one device.
 
-    x_train, x_test: floats [N, 28, 28] (MNIST, Fashion-MNIST), [N, 3, 32, 32] (CIFAR-10) or [N, 8, 8]
-        (digits).
-    y_train, y_test: int64 [N], in 0 ... classes - 1.
-    sha256: of the stored content, whatever the normalisation and the hold-out.
+    Attributes:
+        name: the data set's.
+        x_train, x_test: floats [N, 28, 28] (MNIST, Fashion-MNIST), [N, 3, 32, 32] (CIFAR-10) or [N, 8, 8] (digits).
+        y_train, y_test: int64 [N], in 0 … classes − 1.
+        classes: how many there are.
+        sha256: of the stored content, whatever the normalisation and the hold-out.
     """
 
     name: str
@@ -91,7 +93,7 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: [H, W] or [C, H, W]."""
+        """The shape of one sample, [H, W] or [C, H, W]."""
         return tuple(self.x_train.shape[1:])
 
 
@@ -109,55 +111,57 @@ def load(
 ) -> Dataset:
     """Load a data set as whole tensors and check its content.
 
-    name: "mnist" (LeCun et al. 1998), "fashion_mnist" (Xiao et al. 2017), "cifar10" (Krizhevsky 2009) or
-        "digits", scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak 1998), of which a
-        fixed stratified 360 are the test set and 1,437 the training set.
-    root: folder of the data, unused by "digits". The first of these is taken: `<root>/<name>.npz` (x_train,
-        y_train, x_test, y_test, uint8, as in Keras's mnist.npz); torchvision's unpacked files; torchvision's
-        download, if `download`, which is then kept as `<root>/<name>.npz`.
-    normalisation: "unit", pixels in [0, 1]; "symmetric", in [-1, 1]; "standard", mean 0 and standard
-        deviation 1 in each channel of x_train, of vectors in each entry (that is, after the hold-out, so that
-        held-out samples tell nothing); where they are constant, they are shifted only.
-    first: use only the first so many training samples, as some authors do; None: all of them.
-    holdout: number of these training samples held out, stratified by class. If not 0, they are x_test and y_test,
-        and the test set is not returned: what is tuned on them never sees it.
-    holdout_seed: which samples are held out; the same seed always gives the same ones.
+    Args:
+        name: "mnist" (LeCun et al. 1998), "fashion_mnist" (Xiao et al. 2017), "cifar10" (Krizhevsky 2009) or "digits",
+            scikit-learn's 1,797 handwritten digits of 8×8 pixels (Alpaydin & Kaynak 1998), of which a fixed stratified
+            360 are the test set and 1,437 the training set.
+        root: the folder of the data, unused by "digits". The first of these is taken: `<root>/<name>.npz` (x_train,
+            y_train, x_test, y_test, uint8, as in Keras's mnist.npz); torchvision's unpacked files; torchvision's
+            download, if `download`, which is then kept as `<root>/<name>.npz`.
+        normalisation: "unit", pixels in [0, 1]; "symmetric", in [−1, 1]; "standard", mean 0 and standard deviation 1 in
+            each channel of x_train, of vectors in each entry (after the hold-out, so that samples that are held out
+            have no influence); constant ones are shifted only.
+        first: takes only so many of the first training samples; None takes all.
+        holdout: the number of these training samples that are held out, stratified by class. If it is not 0, they are
+            x_test and y_test, and the test set is not returned: what is tuned on them never sees it.
+        holdout_seed: which samples are held out; the same seed always gives the same ones.
+        device: where the tensors are.
+        dtype: of x_train and x_test.
+        download: whether missing data may be downloaded.
 
-    Raises ValueError for an unknown name or normalisation or an impossible number of samples, DatasetError if the data
-    are absent, damaged or not the published ones.
+    Raises:
+        ValueError: for an unknown name or normalisation, or a number of samples that is not possible.
+        DatasetError: if the data are absent, damaged or not the published ones, or a package for reading them is
+            missing.
     """
-    if name not in SOURCES:
-        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(SOURCES)}")
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"unknown normalisation {normalisation!r}; choose one of {', '.join(NORMALISATIONS)}")
-    source = SOURCES[name]
+    one_of("name", name, tuple(DATASETS))
+    one_of("normalisation", normalisation, NORMALISATIONS)
+    spec = DATASETS[name]
     arrays = _digits() if name == "digits" else _find(name, Path(root).expanduser(), download)
     x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
     if first is not None:
         if not is_whole(first, 1) or first > len(y_train):
-            raise ValueError(
-                f"first must be a whole number of samples from 1 to {len(y_train)}, or null, not {first!r}"
-            )
+            raise ValueError(f"first: {first!r} is not None or a whole number of samples from 1 to {len(y_train)}")
         x_train, y_train = x_train[:first], y_train[:first]
     if holdout != 0:
-        held = _stratified(y_train, holdout, holdout_seed)
-        x_test, y_test = x_train[held], y_train[held]
-        x_train, y_train = x_train[~held], y_train[~held]
+        in_holdout = _stratified(y_train, holdout, holdout_seed)
+        x_test, y_test = x_train[in_holdout], y_train[in_holdout]
+        x_train, y_train = x_train[~in_holdout], y_train[~in_holdout]
     train, test = (_images(x, device, dtype) for x in (x_train, x_test))
-    _normalise(train, test, normalisation, source.maximum)
+    _normalise(train, test, normalisation, spec.maximum)
     return Dataset(
         name=name,
         x_train=train,
         y_train=_labels(y_train, device),
         x_test=test,
         y_test=_labels(y_test, device),
-        classes=source.classes,
-        sha256=source.sha256,  # the content's own: anything else was refused
+        classes=spec.classes,
+        sha256=spec.sha256,  # other content was refused
     )
 
 
 def digest(arrays: Arrays) -> str:
-    """SHA-256 of x_train, y_train, x_test, y_test, each as contiguous uint8, one after the other."""
+    """Return the SHA-256 of x_train, y_train, x_test and y_test, each as contiguous uint8, one after the other."""
     sha = hashlib.sha256()
     for key in KEYS:
         sha.update(arrays[key].ravel().data)
@@ -165,8 +169,8 @@ def digest(arrays: Arrays) -> str:
 
 
 def _find(name: str, root: Path, download: bool) -> Arrays:
-    """The checked content of `name`, from the first of the three places that has it."""
-    npz, unpacked = root / f"{name}.npz", root / SOURCES[name].files
+    """Return the checked content of `name`, from the first of the three places that has it."""
+    npz, unpacked = root / f"{name}.npz", root / DATASETS[name].files
     try:
         if npz.exists():
             return _checked(name, _read_npz(npz), npz)
@@ -182,9 +186,9 @@ def _find(name: str, root: Path, download: bool) -> Arrays:
         return _checked(name, arrays, unpacked)
     except (DatasetError, OSError) as error:  # the latter where a folder cannot be searched
         ways = [f"put {npz} there, with {', '.join(KEYS)} as uint8"]
-        if SOURCES[name].torchvision:
+        if DATASETS[name].torchvision:
             ways.append(f"put torchvision's unpacked files into {unpacked}")
-            ways.append("load with download=True (dataset.download=true), torchvision installed and a network")
+            ways.append("load with download=True, torchvision installed and a connection to the internet")
         listed = ";\n".join(f"  {number}. {way}" for number, way in enumerate(ways, start=1))
         raise DatasetError(
             f"{error}\nWays to provide {name}, once any wrong or damaged file is deleted:\n{listed}."
@@ -204,18 +208,18 @@ def _read_npz(npz: Path) -> Arrays:
 
 
 def _read_torchvision(name: str, root: Path, *, download: bool) -> Arrays:
-    source = SOURCES[name]
-    if not source.torchvision:
+    spec = DATASETS[name]
+    if not spec.torchvision:
         raise DatasetError(f"no {name}.npz")
     try:
         # imported here, so that npz files need no torchvision
         from torchvision import datasets
 
-        build = getattr(datasets, source.torchvision)
+        build = getattr(datasets, spec.torchvision)
         train, test = (build(root, train=part, download=download) for part in (True, False))
     except Exception as error:  # damaged files and broken connections raise anything, even AssertionError
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DatasetError(f"no {name}.npz, and torchvision's {source.torchvision} failed: {reason}") from error
+        raise DatasetError(f"no {name}.npz, and torchvision's {spec.torchvision} failed: {reason}") from error
     return {
         "x_train": np.asarray(train.data),
         "y_train": np.asarray(train.targets, dtype=np.uint8),
@@ -225,21 +229,21 @@ def _read_torchvision(name: str, root: Path, *, download: bool) -> Arrays:
 
 
 def _damaged(name: str, folder: Path) -> str:
-    """What is wrong with the first of torchvision's unpacked files that is not as it should be, and with how many."""
-    if not SOURCES[name].torchvision or not folder.exists():
+    """Say what is wrong with the first damaged one of torchvision's unpacked files, and with how many."""
+    if not DATASETS[name].torchvision or not folder.exists():
         return ""
     if name == "cifar10":
         faults = list(_cifar10_faults(folder))
     else:
         parts = [(part, kind) for part in ("train", "t10k") for kind in (("images", 3), ("labels", 1))]
-        found = (_idx_fault(folder / f"{part}-{kind}-idx{axes}-ubyte", axes) for part, (kind, axes) in parts)
-        faults = [fault for fault in found if fault]
+        messages = (_idx_fault(folder / f"{part}-{kind}-idx{axes}-ubyte", axes) for part, (kind, axes) in parts)
+        faults = [message for message in messages if message]
     return f"{faults[0]} (of {len(faults)} such files); " if faults else ""
 
 
 def _idx_fault(path: Path, axes: int) -> str:
-    """What is wrong with a file of MNIST's format: 0, 0, 8 for unsigned bytes, the number of axes, the length of each
-    in four bytes, and the entries."""
+    """Say what is wrong with a file of MNIST's format: 0, 0, 8 for unsigned bytes, the number of axes, the length of
+    each in four bytes, and the entries."""
     if not path.is_file():
         return f"{path}: is not there"
     with path.open("rb") as file:
@@ -247,8 +251,8 @@ def _idx_fault(path: Path, axes: int) -> str:
     if len(head) < 4 + 4 * axes or head[:4] != bytes([0, 0, 8, axes]):
         return f"{path}: does not begin as an IDX file of unsigned bytes with {axes} axes"
     expected = len(head) + math.prod(struct.unpack(f">{axes}I", head[4:]))
-    found = path.stat().st_size
-    return f"{path}: has {found} bytes, expected {expected} by its header" if found != expected else ""
+    size = path.stat().st_size
+    return f"{path}: has {size} bytes, expected {expected} by its header" if size != expected else ""
 
 
 def _cifar10_faults(folder: Path) -> Iterator[str]:
@@ -261,39 +265,41 @@ def _cifar10_faults(folder: Path) -> Iterator[str]:
             path = folder / file
             if not path.is_file():
                 yield f"{path}: is not there"
-            elif expected is not None and (found := calculate_md5(path)) != expected:
-                yield f"{path}: its MD5 is {found}, expected {expected}"
+            elif expected is not None and (md5 := calculate_md5(path)) != expected:
+                yield f"{path}: its MD5 is {md5}, expected {expected}"
 
 
 def _download(name: str, npz: Path) -> Arrays:
-    """Download, check and keep as `npz`, through a folder beside it: it appears whole or not at all."""
+    """Download and check the data set, and keep it as `npz`, whole or not at all."""
     try:
-        npz.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=npz.parent, prefix=f".{name}-") as folder:
-            arrays = _checked(name, _read_torchvision(name, Path(folder), download=True), "torchvision's download")
-            whole = Path(folder, npz.name)
-            np.savez(whole, **arrays)  # type: ignore[arg-type]
-            os.replace(whole, npz)
-    except OSError as error:
-        raise DatasetError(f"{npz}: could not be written ({error})") from error
+        with atomic_write(npz, f"the data set {name}") as temporary:
+            downloaded = _read_torchvision(name, temporary.parent, download=True)  # a folder that is deleted
+            arrays = _checked(name, downloaded, "torchvision's download")
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    except WriteError as error:
+        raise DatasetError(str(error)) from error
     return arrays
 
 
-def kept(
+def cached_npy(
     path: Path, make: Callable[[], NDArray[Any]], failed: Callable[[OSError], None] = lambda error: None
 ) -> NDArray[Any]:
-    """An array from its .npy file, mapped into memory (writes are private), or, where that is absent or damaged, made
-    and kept there, whole or not at all, with its checksum behind it. Where it cannot be written, `failed` is told, and
-    the array returned all the same."""
+    """Return an array from its .npy file, or make it and keep it there, whole or not at all.
+
+    Args:
+        path: the file, with the array's checksum at its end. It is mapped into memory; writes are private.
+        make: makes the array where the file is absent or damaged.
+        failed: is called with the error where the file cannot be written; the array is returned all the same.
+    """
     with suppress(OSError, EOFError, ValueError):
-        found = np.asarray(np.load(path, mmap_mode="c"))
+        array = np.asarray(np.load(path, mmap_mode="c"))
         with path.open("rb") as file:
             file.seek(-4, os.SEEK_END)
-            if file.read() == _checksum(found):
-                return found
+            if file.read() == _checksum(array):
+                return array
     array = make()
     try:
-        with whole(path, "an array to be read the next time", array.nbytes) as part, part.open("wb") as file:
+        with atomic_write(path, "an array for the next time", array.nbytes) as temporary, temporary.open("wb") as file:
             np.save(file, array)
             file.write(_checksum(array))
     except WriteError as error:
@@ -302,13 +308,16 @@ def kept(
 
 
 def _checksum(array: NDArray[Any]) -> bytes:
-    """Four bytes, of the array's values."""
+    """Return the CRC-32 of the array's values, four bytes."""
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data).to_bytes(4, "big")
 
 
 def _digits() -> Arrays:
-    from sklearn.datasets import load_digits
-
+    """Return scikit-learn's digits, cut into a training and a test set. Raises DatasetError without scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DatasetError(f"digits: {error}; scikit-learn has them: pip install 'block-admm[suite]'") from None
     x, y = load_digits(return_X_y=True)
     x, y = x.reshape(-1, 8, 8).astype(np.uint8), y.astype(np.uint8)
     test = _stratified(y, 360, seed=0)
@@ -317,31 +326,31 @@ def _digits() -> Arrays:
 
 
 def _checked(name: str, arrays: Arrays, origin: str | Path) -> Arrays:
-    """`arrays` with labels [N], if their shapes, types and content are the published ones."""
-    source = SOURCES[name]
-    pixels = ", ".join(map(str, source.image))
+    """Return `arrays` with labels [N]. Raises DatasetError unless shapes, types and content are the published ones."""
+    spec = DATASETS[name]
+    pixels = ", ".join(map(str, spec.image))
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.dtype != np.uint8 or x.shape[1:] != source.image:
+        if x.dtype != np.uint8 or x.shape[1:] != spec.image:
             raise DatasetError(f"{origin}: x_{part} is {x.dtype} {list(x.shape)}, expected uint8 [N, {pixels}]")
         if y.dtype != np.uint8 or y.shape not in ((len(x),), (len(x), 1)):
             raise DatasetError(f"{origin}: y_{part} is {y.dtype} {list(y.shape)}, expected uint8 [{len(x)}]")
-        if y.size and y.max() >= source.classes:
-            raise DatasetError(f"{origin}: y_{part} has a label {y.max()}, expected 0 to {source.classes - 1}")
-    found = digest(arrays)
-    if found != source.sha256:
-        raise DatasetError(f"{origin}: the content's SHA-256 is\n  {found}, expected\n  {source.sha256}.")
+        if y.size and y.max() >= spec.classes:
+            raise DatasetError(f"{origin}: y_{part} has a label {y.max()}, expected 0 to {spec.classes - 1}")
+    sha256 = digest(arrays)
+    if sha256 != spec.sha256:
+        raise DatasetError(f"{origin}: the content's SHA-256 is\n  {sha256}, expected\n  {spec.sha256}.")
     return {key: array.ravel() if key.startswith("y") else array for key, array in arrays.items()}
 
 
 def _stratified(y: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.bool_]:
-    """A random mask [N] of `count` samples, each class having its due share to within one sample.
+    """Return a random mask [N] of `count` samples, each class having its due share to within one sample.
 
-    Shuffled, sorted by class, then taken at even distances. RandomState's stream is frozen by NumPy's policy,
-    so a seed means the same samples in every version.
+    Samples are shuffled, sorted by class, then taken at even distances. RandomState's stream is frozen by NumPy's
+    policy, so that a seed means the same samples in every version.
     """
     if not is_whole(count) or count >= len(y):
-        raise ValueError(f"holdout must be a whole number of samples from 0 to {len(y) - 1}, not {count!r}")
+        raise ValueError(f"holdout: {count!r} is not a whole number of samples from 0 to {len(y) - 1}")
     order = np.random.RandomState(seed).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]
     mask = np.zeros(len(y), dtype=np.bool_)
@@ -350,7 +359,7 @@ def _stratified(y: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.bool_
 
 
 def _images(x: NDArray[np.uint8], device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Pixels as floats, channels first."""
+    """Return pixels as floats, channels first."""
     images = torch.from_numpy(x).to(device)
     if images.ndim == 4:
         images = images.movedim(-1, 1)

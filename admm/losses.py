@@ -1,54 +1,87 @@
 """Losses J(Y, Z_T): value, gradient and proximal operator, one row per sample.
 
-Shapes: outputs `z` and one-hot targets `y` are [..., C]. All of it is per sample; whether an algorithm sums or
-averages over samples is the algorithm's own definition.
+Shapes: outputs `z` and one-hot targets `y` are [..., C]. Values are per sample; whether an algorithm sums or averages
+over samples is the algorithm's own definition.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from admm.numbers import Options, is_number
+from admm.checks import at_least_one, check_positive
+from admm.numbers import Options
 
 
-class Loss(Protocol):
+class Loss(ABC):
+    """A differentiable function J(z, y) of the outputs and targets of each sample."""
+
+    threshold: ClassVar[float | None] = None  # outputs above it mean yes, for targets that are 0 or 1
+
+    @abstractmethod
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """J of each sample, [...]; of outputs with further axes, J of each position, whose sum is the sample's."""
+        """Return J of each sample, [...]; for outputs with further axes J of each position, which add up to it."""
 
+    @abstractmethod
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
-        """∇_z J of each sample, [..., C]."""
-
-    def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
-        """argmin_z J(z, y) + penalty/2 ‖z − v‖², [..., C]; `penalty` > 0 broadcasts to v. A loss that is no sum over
-        samples has none, and is for optimizers that need none."""
+        """Return ∇_z J of each sample, [..., C]."""
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-        """The targets [N, ...] that `value` takes, in the dtype of `like`, from a caller's y; `outputs` is the shape of
-        the network's outputs per sample. Raises ValueError for targets that the loss is not defined for. A loss
-        without this method takes y as it is given."""
+        """Return the targets [N, ...] that `value` takes, from a caller's.
+
+        This default takes y as it is, numbers of floating point in the dtype of `like`.
+
+        Args:
+            y: what the caller has, [N, ...].
+            outputs: the shape of the network's outputs per sample.
+            like: a tensor whose dtype and device the targets get.
+
+        Raises:
+            ValueError: for targets that the loss is not defined for.
+        """
+        return y.to(like.dtype) if y.is_floating_point() else y
+
+
+class ProximalLoss(Loss):
+    """A loss with a proximal operator, which algorithms with exact updates of the outputs need."""
+
+    @abstractmethod
+    def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
+        """Return argmin_z J(z, y) + penalty/2 ‖z − v‖², [..., C]; `penalty` > 0 broadcasts to v."""
 
 
 def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
-    """Targets [N, C] in the dtype and on the device of `like`, of class indices [N]."""
+    """Return targets [N, C], in the dtype and on the device of `like`, for class indices [N].
+
+    >>> one_hot(torch.tensor([2, 0]), classes=3, like=torch.zeros(1))
+    tensor([[0., 0., 1.],
+            [1., 0., 0.]])
+    """
     return torch.nn.functional.one_hot(labels.long(), classes).to(like)
 
 
 def is_one_hot(y: Tensor) -> bool:
-    """Whether targets [..., C] are classes: of at least two entries one is 1 and the others are 0."""
+    """Whether targets [..., C] are classes: one of C ≥ 2 entries is 1 and the others are 0."""
     return y.ndim > 1 and y.shape[-1] > 1 and bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) == 1)).all())
 
 
 def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-    """Targets [N, *outputs] in the dtype of `like`: these themselves, [N] for one output per sample, or class indices
-    [N] or [N, 1] (with further axes of the outputs: [N, *outputs[:-1]]), which become one-hot over the last axis.
+    """Return targets [N, *outputs] in the dtype of `like`.
 
-    Raises ValueError for another shape, a class that has no output, or values that are not finite.
+    Args:
+        y: these targets themselves; [N] for one output per sample; or class indices [N] or [N, 1] (with further axes of
+            the outputs [N, *outputs[:-1]]), which become one-hot over the last axis.
+        outputs: the shape of the network's outputs per sample.
+        like: a tensor whose dtype and device the targets get.
+
+    Raises:
+        ValueError: for another shape, a class that has no output, or values that are not finite.
     """
     samples, *positions = len(y), *outputs[:-1]
     shape = (samples, *outputs)
@@ -57,8 +90,8 @@ def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
         if not bool(y.isfinite().all()):
             raise ValueError("y: targets must be finite numbers, found NaN or infinity")
         return y
-    whole = not (y.is_floating_point() or y.is_complex())
-    if not whole or not outputs or y.shape not in ((samples, *positions), (samples, *positions, 1)):
+    is_whole = not (y.is_floating_point() or y.is_complex())
+    if not is_whole or not outputs or y.shape not in ((samples, *positions), (samples, *positions, 1)):
         raise ValueError(
             f"y: targets of {y.dtype} {list(y.shape)} do not fit the network's outputs {list(shape)}: give these, or "
             f"class indices {[samples, *positions]} of a whole-number type"
@@ -71,15 +104,18 @@ def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
     return one_hot(y.reshape(samples, *positions), outputs[-1], like)
 
 
-def check_positive(key: str, value: object) -> None:
-    """Raises ValueError that names the key of a loss."""
-    if not is_number(value) or not value > 0:
-        raise ValueError(f"loss.{key}: {value!r} is not a positive number")
-
-
 @dataclass(frozen=True)
-class SquaredError(Options):
-    """J = scale/2 ‖z − y‖². PyTorch's `MSELoss`, a mean over the C outputs too, is `scale = 2/C`."""
+class SquaredError(Options, ProximalLoss):
+    """J = scale/2 ‖z − y‖².
+
+    PyTorch's `MSELoss`, a mean over the C outputs too, is `scale = 2/C`. Raises ValueError unless scale > 0.
+
+    >>> loss, z, y = SquaredError(), torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])
+    >>> loss.value(z, y), loss.gradient(z, y)
+    (tensor([2.5000]), tensor([[1., 2.]]))
+    >>> loss.prox(z, y, penalty=1.0)
+    tensor([[0.5000, 1.0000]])
+    """
 
     scale: float = 1.0
 
@@ -88,7 +124,7 @@ class SquaredError(Options):
         check_positive("scale", self.scale)
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-        """Any numbers, or class indices, see `as_targets`."""
+        """Return any numbers, or class indices as one-hot targets, see `as_targets`."""
         return as_targets(y, outputs, like)
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
@@ -103,34 +139,50 @@ class SquaredError(Options):
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Options):
-    """J = scale · −Σ_c y_c log softmax(z)_c, with `y` one-hot or any distribution over the classes."""
+class CrossEntropy(Options, ProximalLoss):
+    """J = scale · −Σ_c y_c log softmax(z)_c, with `y` one-hot or any distribution over the classes.
+
+    Args:
+        scale: the factor.
+        max_steps: the most steps of Newton's method in the proximal operator.
+        tolerance: the largest entry of its gradient at the end, relative to scale + penalty (1 + max |v|).
+
+    Raises:
+        ValueError: unless all are positive, and `max_steps` a whole number.
+
+    >>> loss, z, y = CrossEntropy(), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    >>> loss.value(z, y), loss.gradient(z, y)
+    (tensor([0.6931]), tensor([[-0.5000,  0.5000]]))
+    >>> loss.prox(z, y, penalty=1.0)
+    tensor([[ 0.3374, -0.3374]])
+    """
 
     scale: float = 1.0
-    max_steps: int = 2000  # of Newton's method in the proximal operator
-    tolerance: float = 1e-6  # largest entry of its gradient, relative to scale + penalty (1 + max |v|)
+    max_steps: int = 2000
+    tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("scale", "max_steps", "tolerance"):
-            check_positive(key, getattr(self, key))
+        at_least_one("max_steps", self.max_steps)
+        for name in ("scale", "tolerance"):
+            check_positive(name, getattr(self, name))
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-        """Distributions over at least two classes, or class indices, see `as_targets`."""
+        """Return distributions over at least two classes, or class indices as one-hot targets, see `as_targets`."""
         if not outputs or outputs[-1] < 2:
             raise ValueError(
                 f"loss: CrossEntropy needs outputs for two classes or more, the network's are {list(outputs)} per "
-                "sample; for one output that says yes or no take BinaryCrossEntropy"
+                "sample; for one output that means yes or no take BinaryCrossEntropy"
             )
-        found = as_targets(y, outputs, like)
-        sums = found.sum(-1)
-        if bool((found < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=0.0, atol=1e-2):
+        targets = as_targets(y, outputs, like)
+        sums = targets.sum(-1)
+        if bool((targets < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=0.0, atol=1e-2):
             raise ValueError(
                 f"y: CrossEntropy takes distributions over the classes, which are not negative and sum to 1; the rows "
                 f"sum to {float(sums.min()):.4g} to {float(sums.max()):.4g}, the smallest entry is "
-                f"{float(found.min()):.4g}; for several labels per sample take BinaryCrossEntropy"
+                f"{float(targets.min()):.4g}; for several labels per sample take BinaryCrossEntropy"
             )
-        return found
+        return targets
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (torch.logsumexp(z, -1) - (z * y).sum(-1)).mul_(self.scale)
@@ -164,30 +216,45 @@ class CrossEntropy(Options):
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy(Options):
-    """J = scale · Σ_c log(1 + exp(z_c)) − y_c z_c, each output a logit of its own: for several labels per sample, or
-    one output that says yes or no. `y` is between 0 and 1. PyTorch's `BCEWithLogitsLoss`, a mean over the C outputs
-    too, is `scale = 1/C`."""
+class BinaryCrossEntropy(Options, ProximalLoss):
+    """J = scale · Σ_c log(1 + exp(z_c)) − y_c z_c, where each output is a logit of its own and `y` is between 0 and 1.
 
-    threshold: ClassVar[float] = 0.0  # outputs above it say yes
+    It is for several labels per sample, or one output that means yes or no. PyTorch's `BCEWithLogitsLoss`, a mean over
+    the C outputs too, is `scale = 1/C`.
+
+    Args:
+        scale: the factor.
+        max_steps: the most steps of Newton's method in the proximal operator.
+        tolerance: its gradient at the end, relative to scale + penalty (1 + |v|).
+
+    Raises:
+        ValueError: unless all are positive, and `max_steps` a whole number.
+
+    >>> loss, z, y = BinaryCrossEntropy(), torch.tensor([[0.0]]), torch.tensor([[1.0]])
+    >>> loss.value(z, y), loss.gradient(z, y), loss.prox(z, y, penalty=1.0)
+    (tensor([0.6931]), tensor([[-0.5000]]), tensor([[0.4011]]))
+    """
+
+    threshold: ClassVar[float | None] = 0.0
     scale: float = 1.0
-    max_steps: int = 2000  # of Newton's method in the proximal operator
-    tolerance: float = 1e-6  # of its gradient, relative to scale + penalty (1 + |v|)
+    max_steps: int = 2000
+    tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("scale", "max_steps", "tolerance"):
-            check_positive(key, getattr(self, key))
+        at_least_one("max_steps", self.max_steps)
+        for name in ("scale", "tolerance"):
+            check_positive(name, getattr(self, name))
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-        """Numbers from 0 to 1, or class indices, see `as_targets`."""
-        found = as_targets(y, outputs, like)
-        if bool(((found < 0) | (found > 1)).any()):
+        """Return numbers from 0 to 1, or class indices as one-hot targets, see `as_targets`."""
+        targets = as_targets(y, outputs, like)
+        if bool(((targets < 0) | (targets > 1)).any()):
             raise ValueError(
-                f"y: BinaryCrossEntropy takes numbers from 0 to 1, found {float(found.min()):.4g} to "
-                f"{float(found.max()):.4g}"
+                f"y: BinaryCrossEntropy takes numbers from 0 to 1, found {float(targets.min()):.4g} to "
+                f"{float(targets.max()):.4g}"
             )
-        return found
+        return targets
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (torch.nn.functional.softplus(z) - y * z).sum(-1).mul_(self.scale)
@@ -211,14 +278,22 @@ class BinaryCrossEntropy(Options):
 
 
 @dataclass(frozen=True)
-class Hinge(Options):
+class Hinge(Options, ProximalLoss):
     """J = scale · Σ_c max(1 − z_c, 0) where y_c = 1 and max(z_c, 0) where y_c = 0; `y` has no other values.
 
-    The binary hinge of Taylor et al. 2016 ("Training neural networks without gradients", §6), one versus all. At a kink
-    the gradient is 0.
+    This is the binary hinge of Taylor et al. 2016, §6, one versus all. At a kink the gradient is 0. Raises ValueError
+    unless the scale is positive.
+
+    References:
+        Taylor et al., "Training neural networks without gradients: a scalable ADMM approach", ICML 2016,
+        https://arxiv.org/abs/1605.02026
+
+    >>> loss, z, y = Hinge(), torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
+    >>> loss.value(z, y), loss.gradient(z, y), loss.prox(z, y, penalty=4.0)
+    (tensor([1.]), tensor([[-1.,  1.]]), tensor([[0.7500, 0.2500]]))
     """
 
-    threshold: ClassVar[float] = 0.5  # outputs above it say yes
+    threshold: ClassVar[float | None] = 0.5
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -226,13 +301,13 @@ class Hinge(Options):
         check_positive("scale", self.scale)
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-        """Zeros and ones, or class indices, see `as_targets`."""
-        found = as_targets(y, outputs, like)
-        if not bool(((found == 0) | (found == 1)).all()):
+        """Return zeros and ones, or class indices as one-hot targets, see `as_targets`."""
+        targets = as_targets(y, outputs, like)
+        if not bool(((targets == 0) | (targets == 1)).all()):
             raise ValueError(
-                f"y: Hinge takes the values 0 and 1, found {float(found.min()):.4g} to {float(found.max()):.4g}"
+                f"y: Hinge takes the values 0 and 1, found {float(targets.min()):.4g} to {float(targets.max()):.4g}"
             )
-        return found
+        return targets
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.where(y == 1, 1.0 - z, z).clamp_(min=0.0).sum(-1).mul_(self.scale)
@@ -249,27 +324,33 @@ class Hinge(Options):
 
 
 @dataclass(frozen=True)
-class FunctionLoss:
-    """A loss from a plain function of outputs and targets of n samples, [n, ...] each, which returns J of each sample,
-    [n], or parts of it, [n, ...], whose sum it is: such as
-    `partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="none")`.
+class FunctionLoss(Loss):
+    """A loss from a plain function, with the gradient of autograd and without a proximal operator.
 
-    The gradient is autograd's, and there is no proximal operator. Here z and y are [S, n, ...]. Raises ValueError for a
-    function that returns another shape.
+    Args:
+        function: maps outputs and targets of n samples, [n, ...] each, to J of each sample, [n], or of parts of it,
+            [n, ...], whose sum is J: such as
+            `partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="none")`.
+
+    `value` raises ValueError for a function that returns another shape. Outputs and targets are [S, n, ...] here.
+
+    >>> loss = FunctionLoss(lambda z, y: (z - y).abs().sum(1))
+    >>> z, y = torch.tensor([[[1.0, -2.0]]]), torch.zeros(1, 1, 2)
+    >>> loss.value(z, y), loss.gradient(z, y)
+    (tensor([[3.]]), tensor([[[ 1., -1.]]]))
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        found, samples = self.function(z.flatten(0, 1), y.flatten(0, 1)), z.shape[0] * z.shape[1]
-        if not isinstance(found, Tensor) or found.shape[:1] != (samples,) or found.numel() > z.numel():
-            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        values, samples = self.function(z.flatten(0, 1), y.flatten(0, 1)), z.shape[0] * z.shape[1]
+        if not isinstance(values, Tensor) or values.shape[:1] != (samples,) or values.numel() > z.numel():
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"{self.function!r} returns {shape} for {samples} samples; J of each sample is wanted, [n] or "
+                f"{self.function!r} returns {shape} for {samples} samples; expected J of each sample, [n] or "
                 '[n, ...], as with reduction="none"'
             )
-        values: Tensor = found.unflatten(0, z.shape[:2])
-        return values
+        return values.unflatten(0, z.shape[:2])  # type: ignore[no-any-return]
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():

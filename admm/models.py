@@ -17,16 +17,27 @@ from torch.nn.utils import parametrizations, parametrize
 
 
 def mlp(input_shape: int | Sequence[int], hidden: Sequence[int], classes: int) -> nn.Sequential:
-    """Fully connected ReLU network: `flatten`, `fc1` (`linear`, `relu`), …, `fcL` (`linear`).
+    """Return a fully connected ReLU network: `flatten`, `fc1` (`linear`, `relu`), …, `fcL` (`linear`).
 
-    input_shape: of a sample, or its number of values. The paper's shallow network is `mlp(784, [128, 128], 10)` (§4.1).
+    The paper's shallow network is `mlp(784, [128, 128], 10)` (§4.1).
+
+    Args:
+        input_shape: the shape of a sample, or its number of values.
+        hidden: the widths of the hidden layers.
+        classes: the number of outputs.
+
+    Raises:
+        ValueError: for widths that are not whole numbers from 1 up.
+
+    >>> mlp(input_shape=[8, 8], hidden=[32], classes=10)(torch.zeros(5, 8, 8)).shape
+    torch.Size([5, 10])
     """
     if not isinstance(hidden, Sequence) or not all(isinstance(width, int) for width in hidden):
-        raise ValueError(f"model.hidden: {hidden!r} is not a list of widths, such as [128, 128]")
+        raise ValueError(f"hidden: {hidden!r} is not a list of widths, such as [128, 128]")
     features = input_shape if isinstance(input_shape, int) else math.prod(input_shape)
     widths = [features, *hidden, classes]
     if min(widths) < 1:
-        raise ValueError(f"model: layer widths must be at least 1, got {widths}")
+        raise ValueError(f"hidden: layer widths must be at least 1, got {widths}, inputs and outputs included")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for number, (before, after) in enumerate(pairwise(widths), start=1):
         layer: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(before, after))
@@ -37,7 +48,7 @@ def mlp(input_shape: int | Sequence[int], hidden: Sequence[int], classes: int) -
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation beside a short cut (He et al. 2016, Figure 5 left), which is a 1×1
+    """Two 3×3 convolutions with batch normalisation next to a shortcut (He et al. 2016, Figure 5 left), which is a 1×1
     convolution where the shape changes: images [n, before, H, W] to [n, after, H/stride, W/stride]."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -56,16 +67,26 @@ class BasicBlock(nn.Module):
 
 
 def resnet18(input_shape: Sequence[int], classes: int, width: int = 64) -> nn.Sequential:
-    """ResNet-18 for small images (He et al. 2016): `conv1` is 3×3 and no pooling follows; `conv2_x` to `conv5_x` are
-    two `BasicBlock`s each, with width, 2, 4 and 8 times width channels; then `pool`, `flatten`, `fc`.
+    """Return a ResNet-18 for small images.
 
-    input_shape: of a sample, [C, H, W], or [H, W], to which `channel` adds an axis. Raises ValueError for another one,
-    or a width that is not positive.
+    `conv1` is 3×3 and no pooling follows; `conv2_x` to `conv5_x` are two `BasicBlock`s each, with width, 2, 4 and 8
+    times width channels; then come `pool`, `flatten` and `fc`.
+
+    Args:
+        input_shape: the shape of a sample, [C, H, W], or [H, W], to which the layer `channel` adds an axis.
+        classes: the number of outputs.
+        width: the channels of `conv1`.
+
+    Raises:
+        ValueError: for another shape, or a width that is not a whole number from 1 up.
+
+    References:
+        He et al., "Deep residual learning for image recognition", CVPR 2016, https://arxiv.org/abs/1512.03385
     """
     if len(input_shape) not in (2, 3):
-        raise ValueError(f"model: ResNet-18 takes images [C, H, W] or [H, W], not samples of {list(input_shape)}")
+        raise ValueError(f"input_shape: ResNet-18 takes images [C, H, W] or [H, W], not samples of {list(input_shape)}")
     if not isinstance(width, int) or width < 1:
-        raise ValueError(f"model.width: {width!r} is not a whole number from 1 up")
+        raise ValueError(f"width: {width!r} is not a whole number from 1 up")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = input_shape[0]
     if len(input_shape) == 2:
@@ -91,18 +112,28 @@ _INITIALISATIONS: dict[str, Callable[..., Any]] = {
 
 
 def initialiser(name: str, bias: float | None = 0.0, **options: float) -> Callable[[nn.Module], None]:
-    """A function that initialises a module in place: weights by `name`, biases to the constant `bias`.
+    """Return a function that initialises a module in place from PyTorch's global random state.
 
-    `name` is one of normal (mean, std), uniform (a, b), kaiming_normal, kaiming_uniform or pytorch (each layer's
-    own default, biases included). `bias=None` leaves the biases at PyTorch's default. Weights are the parameters with
-    "weight" in their name and two or more axes, but for those of embeddings, which keep PyTorch's default; a
-    parametrised weight is drawn as a whole. Raises ValueError for another name or option.
+    Weights are the parameters with "weight" in their name and two or more axes, except those of embeddings, which keep
+    PyTorch's default; a parametrised weight is drawn as a whole.
 
-    The function raises ValueError that names a parameter which only the network's constructor draws, so that all seeds
-    would share it; `as_constructed` draws any.
+    Args:
+        name: how weights are drawn: normal (mean, std), uniform (a, b), kaiming_normal, kaiming_uniform, or pytorch
+            (each layer's own default, biases included).
+        bias: the constant that biases get; None leaves them at PyTorch's default.
+        options: the numbers that `name` takes.
+
+    Raises:
+        ValueError: for another name or option. The function that is returned raises it, and names the parameter, where
+            only the network's constructor draws one, so that all seeds would share it; `as_constructed` is for these.
+
+    >>> network = mlp(input_shape=2, hidden=[], classes=1)
+    >>> initialiser("uniform", a=0.5, b=0.5)(network)
+    >>> dict(network.named_parameters())["fc1.linear.weight"].tolist(), network.fc1.linear.bias.tolist()
+    ([[0.5, 0.5]], [0.0])
     """
     if name not in _INITIALISATIONS:
-        raise ValueError(f"init.name: {name!r} is not one of {', '.join(_INITIALISATIONS)}")
+        raise ValueError(f"name: {name!r} is not one of {', '.join(_INITIALISATIONS)}")
     fill = _INITIALISATIONS[name]
 
     def draw(network: nn.Module) -> None:
@@ -133,14 +164,16 @@ def _is_drawn_and_same(parameter: Tensor, before: Tensor) -> bool:
 
 
 def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Module], None]) -> None:
-    """Raises ValueError if `draw` leaves one of these parameters as it was. Those that it sets happen to be the same,
-    such as by the seed that the network was constructed with."""
+    """Raise ValueError if `draw` leaves one of these parameters as it was.
+
+    Parameters that it does set may be the same by chance, such as by the seed that the network was constructed with.
+    """
     twin = copy.deepcopy(network)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         shifted = {path: twin.get_parameter(path).add_(1.0).clone() for path in same}
         draw(twin)
     for path, value in shifted.items():
-        # Of a parametrised weight, what it is made of may stay as it was, such as a factor that is the identity.
+        # A factor of a parametrised weight may stay as it was, such as one that is the identity.
         if torch.equal(twin.get_parameter(path), value) and ".parametrizations." not in f".{path}":
             raise ValueError(
                 f"init: parameter {path!r} is set by the network's constructor alone, and if it is drawn there, all "
@@ -149,7 +182,7 @@ def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Mod
 
 
 def as_constructed(build: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
-    """A function that gives a module the parameters and buffers of a new one, which `build` makes and draws."""
+    """Return a function that gives a module the parameters and buffers of a new one, which `build` makes."""
 
     def initialise(network: nn.Module) -> None:
         network.load_state_dict(build().state_dict())
@@ -158,7 +191,7 @@ def as_constructed(build: Callable[[], nn.Module]) -> Callable[[nn.Module], None
 
 
 def _reset(module: nn.Module) -> None:
-    """A module's own default; `nn.MultiheadAttention` has its with an underscore."""
+    """Set a module's parameters to its own default, which `nn.MultiheadAttention` calls by an underscore."""
     for method in ("reset_parameters", "_reset_parameters"):
         if callable(reset := getattr(module, method, None)):
             reset()
@@ -166,7 +199,7 @@ def _reset(module: nn.Module) -> None:
 
 
 def _fill(module: nn.Module, fill: Callable[..., Any], options: dict[str, float], bias: float | None) -> None:
-    """A module's own parameters."""
+    """Fill the parameters of a module itself, without those of its children."""
     for name, parameter in module.named_parameters(recurse=False):
         if "weight" in name and parameter.ndim > 1:
             if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -176,14 +209,16 @@ def _fill(module: nn.Module, fill: Callable[..., Any], options: dict[str, float]
 
 
 def _draw_parametrised(module: nn.Module, fill: Callable[..., Any], options: dict[str, float]) -> None:
-    """A module's weights of which other parameters are made (`torch.nn.utils.parametrizations`), drawn as those of its
-    plain twin. (PyTorch's own `remove_parametrizations` would take them from the twin's class, which they share.)"""
+    """Draw a module's parametrised weights (`torch.nn.utils.parametrizations`) as those of its plain twin.
+
+    PyTorch's own `remove_parametrizations` would change the class, which the module and its twin share.
+    """
     kind = parametrize.type_before_parametrizations(module)
     plain: nn.Module = object.__new__(kind)
     names = list(module.parametrizations)  # type: ignore[arg-type]
-    own = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
-    own |= {name: getattr(module, name).detach().clone() for name in names}
-    parameters = {name: nn.Parameter(value) for name, value in own.items()}
+    values = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+    values |= {name: getattr(module, name).detach().clone() for name in names}
+    parameters = {name: nn.Parameter(value) for name, value in values.items()}
     plain.__dict__.update(vars(module) | {"_parameters": parameters, "_modules": {}})
     _reset(plain)
     _fill(plain, fill, options, None)

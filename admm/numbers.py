@@ -1,4 +1,4 @@
-"""Numbers that a caller gives for options: Python's, NumPy's, and tensors."""
+"""Numbers of a caller: Python's, NumPy's, and tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """`value` with Python's numbers and lists for those of NumPy and for tensors, within lists and mappings too."""
+    """Return `value` with Python's numbers and lists in place of NumPy's and of tensors, also in lists and mappings.
+
+    >>> plain({"step": np.float64(0.5), "sizes": (np.array([1, 2]), 3)})
+    {'step': 0.5, 'sizes': ([1, 2], 3)}
+    """
     match value:
         case np.generic() | np.ndarray() | Tensor():
             return value.tolist()
@@ -23,20 +27,20 @@ def plain(value: Any) -> Any:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is one finite number; true and false are none."""
+    """Whether `value` is one finite number; True and False are none."""
     value = plain(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
-    """Whether `value` is a whole number from `least` up; true, false and 2.0 are none."""
+    """Whether `value` is a whole number from `least` up; True, False and 2.0 are none."""
     value = plain(value)
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class Options:
-    """Base of the frozen dataclasses of hyperparameters: what they are given as NumPy's numbers or arrays, or as
-    tensors, they keep as Python's numbers and lists."""
+    """Base of the frozen dataclasses of hyperparameters, whose fields keep NumPy's numbers and arrays, and tensors, as
+    Python's numbers and lists."""
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):

@@ -2,68 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 import time
-import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
-from admm.files import sweep, whole
+from admm.checkpoints import History, Row, fingerprint, load_checkpoint, save, write_checkpoint
+from admm.checks import at_least_one
+from admm.files import remove_leftovers
 from admm.losses import SquaredError
-from admm.numbers import is_number, is_whole
+from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
-from admm.optimizers.protocol import Optimizer, Problem, restore, save, size
+from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
 from admm.schedules import warn_beyond_horizon
 
-Row = dict[str, float]  # one evaluation of one replica
-# Samples evaluated at a time, so few that a processor's caches hold what is made of them: images, whose replicas take
-# turns; vectors, at most, and of all replicas.
-IMAGES, VECTORS, OF_ALL = 128, 2000, 8000
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or of another run."""
-
-
-@dataclass
-class History:
-    """What a run has measured so far.
-
-    rows: for each evaluation and replica `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
-    whole stack), what `measure` returns (see `evaluate`), and the optimizer's diagnostics. diverged: by replica, the
-    iteration after which it was found not to be finite; it has no rows from there on, but for that before the first
-    iteration.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    seconds: float = 0.0
-    diverged: dict[int, int] = field(default_factory=dict)
+# Samples evaluated at a time, so few that a CPU's caches hold their activations: images, whose replicas take turns;
+# vectors of one replica at most; and vectors of all replicas.
+_EVAL_BATCH_IMAGES, _EVAL_BATCH_VECTORS, _EVAL_ROWS_ALL_REPLICAS = 128, 2000, 8000
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
-    """Scores of a plain forward pass, [S] each: of the training samples (`train_…`) and, unless `test` is None, of
-    inputs [M, ...] and targets or class indices (`test_…`). They are `loss`, the mean of J with its scale over the
-    samples, and where the targets are
+    """Score a forward pass in evaluation mode of the training samples, and of a test set if there is one.
 
-    - one class per sample, or per position of it: `accuracy`, percent whose largest output is the class;
-    - several labels per sample, 0 or 1 (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, percent of the labels that
-      are told right, and `exact_match`, percent of the samples of which all are; of one label, `accuracy`;
-    - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / the targets' variance;
-    - those of another loss: nothing more.
+    Args:
+        problem: the training samples, the blocks and the loss.
+        theta: parameters of S replicas.
+        test: inputs [M, ...] and targets or class indices, or None.
 
-    Raises ValueError for a test set that does not fit.
+    Returns:
+        Scores [S] of the training samples (`train_…`) and the test set (`test_…`): `loss`, the mean of J with its scale
+        over the samples, and where the targets are
+
+        - one class per sample, or per position of it: `accuracy`, the percentage whose largest output is the class;
+        - several labels per sample, 0 or 1 (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, the percentage of the
+          labels that are predicted right, and `exact_match`, the percentage of the samples of which all are; for one
+          label, `accuracy`;
+        - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets' variance;
+        - those of another loss: nothing more.
+
+    Raises:
+        ValueError: for a test set that does not fit.
     """
-    found = {f"train_{name}": value for name, value in _scores(problem, theta, problem.x, problem.y).items()}
+    values = {f"train_{name}": value for name, value in _scores(problem, theta, problem.x, problem.y).items()}
     if test is not None:
         if not isinstance(test, tuple | list) or len(test) != 2:
             raise ValueError(f"test: a {type(test).__name__} is no pair of inputs and targets")
@@ -71,16 +56,16 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
             x, y = problem.samples(*test)
         except ValueError as error:
             raise ValueError(f"test: {error}") from None
-        found |= {f"test_{name}": value for name, value in _scores(problem, theta, x, y).items()}
-    return found
+        values |= {f"test_{name}": value for name, value in _scores(problem, theta, x, y).items()}
+    return values
 
 
 def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The scores of these samples, [S] each, by `evaluate`'s names without the prefix."""
+    """Return the scores [S] of samples x [N, ...] and y, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
-    for part, targets in _parts(x, y, len(theta.flat)):
+    for part, targets in _chunks(x, y, len(theta.flat)):
         z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
-        for name, values in _of_samples(problem, z, targets.expand(len(z), *targets.shape)).items():
+        for name, values in _sample_scores(problem, z, targets.expand(len(z), *targets.shape)).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
     means = {name: total / len(x) for name, total in totals.items()}
     if "mse" in means:
@@ -89,8 +74,8 @@ def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[s
     return means
 
 
-def _of_samples(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The scores of each sample of outputs z and targets y [S, n, ...], [S, n] each."""
+def _sample_scores(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Return the scores [S, n] of each sample for outputs z and targets y [S, n, ...]."""
     loss = {"loss": problem.loss.value(z, y).reshape(*z.shape[:2], -1).sum(2)}
     if problem.has_classes:
         return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}
@@ -104,30 +89,35 @@ def _of_samples(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Over all but the first two axes."""
+    """Average over all axes but the first two."""
     return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
 def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Tensor:
-    """Percent [S] of the samples x [M, ...] whose largest output is their label [M], by a plain forward pass."""
+    """Return the percentage [S] of samples x [M, ...] whose largest output, in evaluation mode, is their label [M].
+
+    Raises RuntimeError for no samples.
+    """
     right = torch.zeros(len(theta.flat), device=x.device)
-    for part, label in _parts(x, labels, len(theta.flat)):
+    for part, label in _chunks(x, labels, len(theta.flat)):
         right += (blocks.forward(theta, part.expand(len(theta.flat), *part.shape)).argmax(2) == label).sum(1)
     return 100.0 * right / len(x)
 
 
-def _parts(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples x [N, ...] and what belongs to them y [N, ...], a few at a time, nearly the same number each: a single
-    one that is left over could not be normalised."""
-    most = min(VECTORS, max(1, OF_ALL // replicas)) if x.ndim == 2 else IMAGES
-    parts = math.ceil(len(x) / most)
-    return zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)
+def _chunks(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield samples x and y [N, ...] a few at a time, nearly the same number each: a single one that is left over could
+    not be normalised."""
+    most = _EVAL_BATCH_IMAGES
+    if x.ndim == 2:
+        most = min(_EVAL_BATCH_VECTORS, max(1, _EVAL_ROWS_ALL_REPLICAS // replicas))
+    chunks = math.ceil(len(x) / most)
+    return zip(x.tensor_split(chunks), y.tensor_split(chunks), strict=True)
 
 
 def train(
     problem: Problem,
-    optimizer: Optimizer[Any],
-    state: Any,
+    optimizer: Optimizer[StateT],
+    state: StateT,
     iterations: int,
     test: Any = None,
     evaluate_every: int = 1,
@@ -137,59 +127,92 @@ def train(
     measure: Callable[[Problem, Parameters, Any], dict[str, Tensor]] = evaluate,
     keep_last: bool = False,
 ) -> History:
-    """Train for `iterations` steps of the optimizer, from the state that its `init` has made, in place.
+    """Train for `iterations` steps of the optimizer.
 
-    test: inputs [M, ...] and class indices [M] or targets, None for none, or what another `measure` takes; that returns
-    `train_loss` and other quantities, each [S]. Evaluation takes place before the first iteration, every
-    `evaluate_every` and after the last; only `optimizer.step` is timed. With a `checkpoint` path, the state is saved
-    there after iterations at least `checkpoint_seconds` apart, and with `keep_last` at the end; a run that finds such a
-    file goes on from it as if it had not been interrupted. `observe` is called with the rows of each evaluation, and at
-    a resume with all former ones.
+    Evaluation takes place before the first iteration, every `evaluate_every` iterations and after the last one; only
+    `optimizer.step` is timed.
 
-    Raises CheckpointError if the file is damaged, after more iterations, or of another run (see `fingerprint`);
-    ValueError for samples or targets that do not fit, and for a step that does not count its iteration;
-    TypeError for one that returns no state, or a state that cannot be saved; and WriteError if the file cannot be
-    written.
+    Args:
+        problem: what is trained on.
+        optimizer: the algorithm.
+        state: what `optimizer.init` has returned; it is trained in place.
+        iterations: the number of iterations, those before a resume included.
+        test: inputs [M, ...] and class indices [M] or targets; None; or what another `measure` takes.
+        evaluate_every: iterations between two evaluations.
+        checkpoint: a file for the state and the history. A run that finds such a file goes on from it as if it had not
+            been interrupted.
+        checkpoint_seconds: the least time between two checkpoints.
+        observe: is called with the rows of each evaluation, and at a resume with all rows before.
+        measure: returns `train_loss` and other quantities [S] of the parameters.
+        keep_last: writes a checkpoint at the end, too.
+
+    Returns:
+        The rows of all evaluations, the seconds, and which replicas have diverged.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, after more iterations, or of another run (see
+            `admm.checkpoints.fingerprint`).
+        ValueError: for samples or targets that do not fit, and for a step that does not count its iteration.
+        TypeError: for a state that lacks a field or cannot be saved, and for a step that returns no state.
+        WriteError: if the checkpoint cannot be written.
+
+    Back-propagation fits two stacked replicas, from seeds 0 and 1, to a line:
+
+    >>> from admm.blocks import split
+    >>> from admm.models import initialiser
+    >>> from admm.optimizers import SGD, Backprop
+    >>> x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    >>> blocks = split(torch.nn.Sequential(torch.nn.Linear(1, 1)), n_blocks=1)
+    >>> problem = Problem(x, 2 * x + 1, blocks, SquaredError(), initialiser("normal", std=0.1))
+    >>> optimizer = Backprop(iterations=30, update=SGD(), step_size=0.5, batch_size=4)
+    >>> state = optimizer.init(problem, seeds=[0, 1])
+    >>> history = train(problem, optimizer, state, iterations=30, evaluate_every=30)
+    >>> [f"{row['train_loss']:.3f}" for row in history.rows if row["iteration"] == 30]
+    ['0.000', '0.000']
+    >>> problem.blocks.export(state.theta, replica=1)(x[:2]).detach().flatten()
+    tensor([-1.0000, -0.4286], dtype=torch.float64)
     """
-    for name, value in (("iterations", iterations), ("evaluate_every", evaluate_every)):
-        if not is_whole(value, 1):
-            raise ValueError(f"{name}: {value!r} is not a whole number from 1 up")
+    at_least_one("iterations", iterations)
+    at_least_one("evaluate_every", evaluate_every)
     if not is_number(checkpoint_seconds) and checkpoint_seconds != math.inf:
         raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
+    check_state(optimizer, state)
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
 
-    def evaluated() -> list[Row]:
-        values = measure(problem, optimizer.parameters(state), test) | optimizer.diagnostics(problem, state)
-        rows = _record(optimizer.parameters(state), state, values, history)
+    def evaluation() -> list[Row]:
+        values = measure(problem, state.theta, test) | optimizer.diagnostics(problem, state)
+        rows = _record(state, values, history)
         warn_of_label_leak(optimizer, history.rows)
         return rows
 
     warn_beyond_horizon(optimizer, iterations)
     if path is not None:
-        sweep(path)
-        save(state)  # raises at once where it could not be
+        remove_leftovers(path)
+        save(state)  # raises at once where it could not be saved
         made_by = fingerprint(problem, optimizer, state, test=test, measure=measure, evaluate_every=evaluate_every)
     if path is not None and path.exists():
-        _load(path, made_by, state, history, iterations)
+        load_checkpoint(path, made_by, state, history, iterations)
         observe(history.rows, history)
     else:
-        observe(evaluated(), history)
-    saved = time.monotonic()
+        observe(evaluation(), history)
+    last_write = time.monotonic()
     while state.iteration < iterations and len(history.diverged) < len(state.seeds):
         history.seconds += timed_step(problem, optimizer, state)
         at_end = state.iteration == iterations
         if at_end or state.iteration % evaluate_every == 0:
-            observe(evaluated(), history)
-        due = time.monotonic() - saved >= checkpoint_seconds or (keep_last and at_end)
-        if path is not None and due:
-            _save(path, made_by, state, history)
-            saved = time.monotonic()
+            observe(evaluation(), history)
+        is_due = time.monotonic() - last_write >= checkpoint_seconds or (keep_last and at_end)
+        if path is not None and is_due:
+            write_checkpoint(path, made_by, state, history)
+            last_write = time.monotonic()
     return history
 
 
-def timed_step(problem: Problem, optimizer: Optimizer[Any], state: Any) -> float:
-    """One iteration; returns its seconds. `state` is then what the step has returned. Raises TypeError where that is no
-    state, and ValueError where the iteration is not counted."""
+def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) -> float:
+    """Do one iteration and return its seconds; `state` then is what the step has returned.
+
+    Raises TypeError where that is no state, and ValueError where the iteration is not counted.
+    """
     _synchronize(problem.x.device)
     start, iteration = time.perf_counter(), state.iteration
     returned = optimizer.step(problem, state)
@@ -214,8 +237,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: History) -> list[Row]:
-    finite = torch.isfinite(theta.flat).all(1) & torch.isfinite(values["train_loss"])
+def _record(state: State, values: dict[str, Tensor], history: History) -> list[Row]:
+    """Append the rows of an evaluation to the history, but for diverged replicas, and return them."""
+    finite = torch.isfinite(state.theta.flat).all(1) & torch.isfinite(values["train_loss"])
     table = {name: value.tolist() for name, value in values.items()}
     rows = []
     for replica, seed in enumerate(state.seeds):
@@ -229,88 +253,3 @@ def _record(theta: Parameters, state: Any, values: dict[str, Tensor], history: H
         rows.append(row | {name: column[replica] for name, column in table.items()})
     history.rows += rows
     return rows
-
-
-def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: Any, **others: Any) -> dict[str, str]:
-    """What determines the numbers of a run besides its seeds, as text by name: the optimizer and its hyperparameters,
-    the network, the cuts, the loss, the augmentation, the data, and `others`; of the initialisation the mean and the
-    mean size of the parameters, to three digits. What a network's own modules compute is not seen."""
-    names: list[str] = [field.name for field in fields(optimizer)] if is_dataclass(optimizer) else []
-    known = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
-    known |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
-    known |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")} | others
-    flat = optimizer.parameters(state).flat.double()
-    start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
-    told = {name: _told(value) for name, value in known.items()}
-    return {"optimizer": type(optimizer).__name__} | told | {"seeds": _told(state.seeds), "initialisation": start}
-
-
-def _told(value: Any) -> str:
-    """A value as text without addresses in memory; of a tensor its type, its shape and a hash of its numbers, of a
-    function a hash of its code and what it refers to."""
-    match value:
-        case Tensor():
-            numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            return f"{value.dtype} {list(value.shape)} {hashlib.sha256(numbers.data).hexdigest()[:12]}"
-        case int() | float() if not isinstance(value, bool):
-            return str(float(value))
-        case list() | tuple():
-            return f"({', '.join(map(_told, value))})"
-        case dict():
-            return f"{{{', '.join(f'{key}: {_told(item)}' for key, item in value.items())}}}"
-        case partial():
-            return f"partial({_told((value.func, value.args, value.keywords))})"
-        case FunctionType():
-            code = value.__code__.co_code + repr(value.__code__.co_names).encode()
-            referred = [cell.cell_contents for cell in value.__closure__ or ()], value.__defaults__
-            constants = [c for c in value.__code__.co_consts if not isinstance(c, CodeType)]
-            return f"{value.__qualname__} {hashlib.sha256(code).hexdigest()[:12]} {_told((constants, referred))}"
-    if is_dataclass(value) and not isinstance(value, type):
-        told = (f"{f.name}={_told(getattr(value, f.name))}" for f in fields(value))
-        return f"{type(value).__name__}({', '.join(told)})"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _save(path: Path, made_by: dict[str, str], state: Any, history: History) -> None:
-    saved = save(state)
-    content = {"made_by": made_by, "state": saved, "history": vars(history)}
-    with whole(path, "the checkpoint", size(saved)) as part, part.open("wb") as file:
-        torch.save(content, file)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """`made_by`, `state` and `history` of a checkpoint. Raises CheckpointError if it is damaged, or another file."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # PyTorch's format; of the checksums that it writes, it reads none
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:  # whatever a damaged file raises
-        raise CheckpointError(f"{path}: is damaged ({error}); delete the file to start anew") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("state", "history")):
-        raise CheckpointError(f"{path}: is no checkpoint of `admm.training.train`; give another path")
-    return content
-
-
-def _load(path: Path, made_by: dict[str, str], state: Any, history: History, iterations: int) -> None:
-    saved = read_checkpoint(path)
-    try:
-        # Checkpoints of former versions say the optimizer's class alone, or nothing.
-        former = saved.get("made_by") or {"optimizer": saved.get("optimizer", made_by["optimizer"])}
-        for name, was in former.items():
-            if (now := made_by.get(name, "nothing")) != was:
-                raise ValueError(f"it is of another run: {_difference(name, was, now)}")
-        if (done := saved["state"].get("iteration", 0)) > iterations:
-            raise ValueError(f"it is after iteration {done}, of {iterations} that are asked for")
-        restore(state, saved["state"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; delete the file to start anew, or give another path") from None
-    vars(history).update(saved["history"])
-
-
-def _difference(name: str, was: str, now: str) -> str:
-    """In one line; of long texts, such as of networks, what is different."""
-    if "\n" in was + now:
-        pairs = zip(was.splitlines(), now.splitlines(), strict=False)
-        was, now = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("shorter", "longer"))
-    return f"{name} was {was}, is {now}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,16 +20,18 @@ from hydra.utils import instantiate
 from joblib import cpu_count, effective_n_jobs
 from omegaconf import DictConfig, OmegaConf
 
-from admm.blocks import Execution
+from admm.checkpoints import History, Row
 from admm.data import Dataset, load
-from admm.files import whole
+from admm.files import atomic_write
+from admm.layers import Execution
 from admm.losses import one_hot
-from admm.optimizers import Problem
-from admm.training import History, Row, train
+from admm.optimizers import Optimizer, Problem
+from admm.training import train
 from experiments.checks import DTYPES, check, check_search
 from experiments.identity import SCHEMA, identity
 from experiments.launching.failures import TOLD, BadInput, in_words
 from experiments.loggers import Guarded, Logger, NoLogger
+from experiments.messages import with_key_path
 from experiments.progress import RunProgress
 from experiments.provenance import changed, changed_since, provenance
 from experiments.rows import check_place, row_of
@@ -39,6 +42,7 @@ TASK = "experiments.classification.run"
 load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
 THREADS = torch.get_num_threads()  # of a job that does not say how many
 NO_LOGGER = NoLogger()
+NO_CONFIG = OmegaConf.create()
 LISTED = 6  # sources that a message names
 
 
@@ -74,7 +78,7 @@ def run_once(
 
     Raises BadInput, or another error whose message is for the user (`experiments.launching.failures`).
     """
-    with bad_input_in_words():
+    with bad_input_in_words(config):
         job = find_job(config, HydraConfig.get().runtime.choices["optimizer"], load)
     left = Path(HydraConfig.get().runtime.output_dir) / LEFT
     of_a_grid = HydraConfig.get().mode == RunMode.MULTIRUN and "BasicSweeper" in HydraConfig.get().sweeper._target_
@@ -97,7 +101,7 @@ def run_once(
 
 def report_to_launch(runs: Sequence[Run]) -> None:
     """Leave a note of finished runs in Hydra's folder, for the report at the end of the launch."""
-    with whole(Path(HydraConfig.get().runtime.output_dir) / "runs.txt", "the note of finished runs") as note:
+    with atomic_write(Path(HydraConfig.get().runtime.output_dir) / "runs.txt", "the note of finished runs") as note:
         note.write_text("\n".join(str(run.folder.absolute()) for run in runs), encoding="utf-8")
 
 
@@ -191,7 +195,7 @@ def threads_of_a_worker() -> int | None:
 
 def execute(config: DictConfig, job: Job) -> Run:
     """Train, from the last checkpoint if there is one, and put the result into the store."""
-    with bad_input_in_words():
+    with bad_input_in_words(config):
         problem = build_problem(config, job.dataset)
     with logger_of(config) as logger:  # closed when the result is in its place
         _, history = trained(config, job, problem, (job.dataset.x_test, job.dataset.y_test), logger=logger)
@@ -201,7 +205,7 @@ def execute(config: DictConfig, job: Job) -> Run:
 def logger_of(config: DictConfig) -> Guarded:
     """The configuration's; one that cannot be made, such as for want of a connection, is a warning. Raises BadInput for
     a wrong key or a missing package."""
-    with bad_input_in_words():
+    with bad_input_in_words(config):
         try:
             return Guarded(instantiate(config.logger))
         except InstantiationException as error:
@@ -228,9 +232,9 @@ def trained(
     """
     slot, info, seeds = job.slot, job.info, job.info["seeds"]
     names = names or [f"seed {seed}" for seed in seeds]
-    with bad_input_in_words(), one_sample_in_words():
+    with bad_input_in_words(config, "optimizer"), one_sample_in_words():
         optimizer = instantiate(config.optimizer, _convert_="all")
-        if not hasattr(optimizer, "init"):
+        if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: {info['method']} trains nothing; it is for experiment=lfw_proxy")
         state = optimizer.init(problem, seeds)
     logger.open(info, job.config)
@@ -282,7 +286,7 @@ def note_start(slot: Slot, info: dict[str, Any]) -> None:
                 log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
         if "sources" in started and (files := changed(started["sources"], info["sources"])):
             log.warning("%s: begun with other code, resumed with another %s", slot.name, listed(files))
-    with whole(note, "the note of the run's start") as part:
+    with atomic_write(note, "the note of the run's start") as part:
         part.write_text(json.dumps(info), encoding="utf-8")
 
 
@@ -331,15 +335,19 @@ def one_sample_in_words() -> Iterator[None]:
 
 
 @contextmanager
-def bad_input_in_words() -> Iterator[None]:
-    """Raises BadInput for an error that bad input raises, and for any of a class or function of the configuration."""
+def bad_input_in_words(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[None]:
+    """Raises BadInput for an error that bad input raises, and for any of a class or function of the configuration.
+
+    The message names the key of `config`, which is looked for in `group` first.
+    """
     try:
         yield
     except (ValueError, ImportError) as error:
-        raise BadInput(str(error) or repr(error)) from error
+        raise BadInput(with_key_path(str(error), config, group) or repr(error)) from error
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, (ValueError, ImportError, *TOLD)) and str(cause):
-            raise BadInput(str(cause)) from error
+            target = re.search(r"^full_key: (.*)$", str(error), re.MULTILINE)
+            raise BadInput(with_key_path(str(cause), config, target[1] if target else group)) from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
         raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error

@@ -38,7 +38,7 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
 
 def _write_hint(error: OSError) -> str:
     try:
-        with writing(Path(error.filename or "."), "the launch's own folder or a file in it"):
+        with explain_write_errors(Path(error.filename or "."), "the launch's own folder or a file in it"):
             raise error
     except WriteError as told:
         return f"error: {told}."

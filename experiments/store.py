@@ -152,7 +152,7 @@ class Slot:
     def lock(self, wait: bool = True) -> Iterator[bool]:
         """Held by the one process that makes the run; others wait for it, or get False."""
         lock = lock_of(self.partial)
-        with writing(self.partial.parent, "the run's lock"), suppress(Timeout):
+        with explain_write_errors(self.partial.parent, "the run's lock"), suppress(Timeout):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=-1 if wait else 0)
         try:
@@ -179,7 +179,7 @@ class Slot:
         rows: of history.csv. tables: of other CSV files, by name. arrays: of arrays.npz. Raises WriteError.
         """
         info = {"finished": datetime.now(UTC).isoformat(timespec="microseconds")} | info
-        with writing(self.folder, "the finished run"):
+        with explain_write_errors(self.folder, "the finished run"):
             self.partial.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.partial) as folder:
                 made = Path(folder, self.folder.name)
@@ -200,7 +200,7 @@ class Slot:
 
     def _put(self, made: Path) -> None:
         for path in (*made.iterdir(), made):
-            sync(path)  # a rename can outlive, in a power cut, what it has named
+            fsync_path(path)  # a rename can outlive, in a power cut, what it has named
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if self.finished():
             if self.former.exists():
@@ -211,7 +211,7 @@ class Slot:
         except OSError:
             self.finished()  # puts the former one back
             raise
-        sync(self.folder.parent)
+        fsync_path(self.folder.parent)
 
     def supersede(self, place: Path) -> None:
         """Move the runs of the same experiment and name that other settings have made, or that have no seed but this
@@ -222,7 +222,7 @@ class Slot:
             if any(other.info[key] != own.info[key] for key in ("method", "setting")):
                 continue  # as sgd with the setting a-b, and sgd-a with b
             if folder != self.folder and (other.seeds <= own.seeds or other.row != own.row):
-                with writing(place / folder.name, "the run of former settings"):
+                with explain_write_errors(place / folder.name, "the run of former settings"):
                     place.mkdir(parents=True, exist_ok=True)
                     with tempfile.TemporaryDirectory(dir=place, prefix=".") as half:  # it may be on another disk
                         copied = shutil.copytree(folder, Path(half, folder.name))

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from admm.data import Dataset
 from admm.deepfacto.nmf import nmf_steps
-from admm.files import MIB, whole
+from admm.files import MIB, atomic_write
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
 from experiments.classification import build_problem
@@ -73,7 +73,7 @@ def write(path: Path, rows: list[Row]) -> None:
     if path.exists():
         old = pd.read_csv(path, dtype=str, keep_default_na=False)
         table = pd.concat([old[~old["name"].isin(table["name"])], table])
-    with whole(path, "what was measured") as part:
+    with atomic_write(path, "what was measured") as part:
         table.to_csv(part, index=False)
 
 
@@ -121,7 +121,7 @@ def _epoch(config: DictConfig, seeds: Sequence[int]) -> Task:
 
     def epoch() -> None:
         optimizer.step(problem, state)
-        evaluate(problem, optimizer.parameters(state), (dataset.x_test, dataset.y_test))
+        evaluate(problem, state.theta, (dataset.x_test, dataset.y_test))
 
     return epoch
 

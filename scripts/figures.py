@@ -28,7 +28,7 @@ def main(root: Path) -> None:
     for path in sorted(root.glob("searches/*.csv")):
         draw(path)
     if root.resolve() == README.parent / "results":
-        with whole(README, "the page") as part:
+        with atomic_write(README, "the page") as part:
             part.write_text(with_tables(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     run = Run(options.run)
     try:
         figure = heat_maps(run.info["experiment"], run, options.factors)
-        with failed_writes_in_words(), whole(options.picture, "the picture") as part:
+        with failed_writes_in_words(), atomic_write(options.picture, "the picture") as part:
             figure.savefig(part, dpi=150)
     except ValueError as error:
         sys.exit(f"error: {error}")

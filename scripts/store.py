@@ -28,6 +28,7 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
+from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.files import MIB
 from admm.training import CheckpointError, read_checkpoint
 from experiments.identity import SCHEMA, identity, with_todays_names, without_nulls

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from admm.augmentation import CropAndFlip
-from admm.blocks import Execution, split
+from admm.blocks import split
+from admm.layers import Execution
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
 from admm.models import initialiser, mlp, resnet18
 from admm.optimizers import Problem

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import split
-from admm.losses import SquaredError, one_hot
+from admm.losses import Loss, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 
@@ -60,7 +60,7 @@ def trained(optimizer: Any, problem: Problem, seeds: tuple[int, ...], steps: int
     return state
 
 
-class NoProx:
+class NoProx(Loss):
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).abs().sum(-1)
 

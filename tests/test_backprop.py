@@ -134,10 +134,10 @@ def test_diagnostics_are_the_spectral_norms(mlp_problem):
 @pytest.mark.parametrize("batch_size", [0, 25])
 def test_a_wrong_batch_size_is_refused_by_name(mlp_problem, batch_size):
     optimizer = Backprop(1, SGD(), 0.1, batch_size=batch_size)
-    with pytest.raises(ValueError, match=r"optimizer\.batch_size"):
+    with pytest.raises(ValueError, match=r"^batch_size"):
         optimizer.step(mlp_problem(), optimizer.init(mlp_problem(), SEEDS))
 
 
 def test_a_wrong_number_of_step_sizes_is_refused_at_once(mlp_problem):
-    with pytest.raises(ValueError, match=r"optimizer\.step_size: 2 values for 3 replicas"):
+    with pytest.raises(ValueError, match=r"^step_size: 2 values for 3 replicas"):
         Backprop(1, SGD(), [0.1, 0.2], batch_size=8).init(mlp_problem(), SEEDS)

@@ -747,39 +747,39 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sweep": "online"}, "optimizer.sweep: 'online' is not one of batch, minibatch"),
-        ({"batch_size": 0}, "optimizer.batch_size: 0 is"),
-        ({"primal_rounds": 0}, "optimizer.primal_rounds: 0 is"),
-        ({"curvature_every": 0}, "optimizer.curvature_every: 0 is"),
-        ({"slice_size": 0}, "optimizer.slice_size: 0 is"),
-        ({"primal_rounds": 1.5}, "optimizer.primal_rounds: 1.5 is"),
-        ({"sweep": "minibatch", "theta_passes": 0.5}, "optimizer.theta_passes: 0.5"),
-        ({"theta_passes": 0.0}, "optimizer.theta_passes"),
-        ({"theta_passes": -1.0}, "optimizer.theta_passes"),
+        ({"sweep": "online"}, "sweep: 'online' is not one of batch, minibatch"),
+        ({"batch_size": 0}, "batch_size: 0 is"),
+        ({"primal_rounds": 0}, "primal_rounds: 0 is"),
+        ({"curvature_every": 0}, "curvature_every: 0 is"),
+        ({"slice_size": 0}, "slice_size: 0 is"),
+        ({"primal_rounds": 1.5}, "primal_rounds: 1.5 is"),
+        ({"sweep": "minibatch", "theta_passes": 0.5}, "theta_passes: 0.5"),
+        ({"theta_passes": 0.0}, "theta_passes"),
+        ({"theta_passes": -1.0}, "theta_passes"),
         (
             {"beta": {"blocks": [1.0, 2.0]}},
-            "optimizer.beta: {'blocks': [1.0, 2.0]} is not {blocks: [3 values",
+            "beta: {'blocks': [1.0, 2.0]} is not {blocks: [3 values",
         ),
-        ({"beta": {"blocks": [1.0, 2.0, (1.0, 2.0)]}}, "optimizer.beta: 2 values for 3 replicas"),
-        ({"beta": 0.0}, "optimizer.beta: 0.0 is not positive"),
-        ({"beta": {"blocks": [1.0, -1.0, 1.0]}}, "optimizer.beta"),
-        ({"beta": (1.0, 1.0, -1.0)}, "optimizer.beta"),
-        ({"z_step": {"blocks": [0.1, 0.2]}}, "optimizer.z_step"),
-        ({"theta_step": (0.1, 0.2)}, "optimizer.theta_step: 2 values for 3 replicas"),
-        ({"z_step": {"start": 0.1}}, "optimizer.z_step: a schedule is"),
-        ({"dual_step": (1.0,)}, "optimizer.dual_step: 1 values for 3 replicas"),
-        ({"refresh": (1.0,)}, "optimizer.refresh: 1 values for 3 replicas"),
+        ({"beta": {"blocks": [1.0, 2.0, (1.0, 2.0)]}}, "beta: 2 values for 3 replicas"),
+        ({"beta": 0.0}, "beta: 0.0 is not positive"),
+        ({"beta": {"blocks": [1.0, -1.0, 1.0]}}, "beta"),
+        ({"beta": (1.0, 1.0, -1.0)}, "beta"),
+        ({"z_step": {"blocks": [0.1, 0.2]}}, "z_step"),
+        ({"theta_step": (0.1, 0.2)}, "theta_step: 2 values for 3 replicas"),
+        ({"z_step": {"start": 0.1}}, "z_step: a schedule is"),
+        ({"dual_step": (1.0,)}, "dual_step: 1 values for 3 replicas"),
+        ({"refresh": (1.0,)}, "refresh: 1 values for 3 replicas"),
         ({"refresh": {"start": 0.5, "end": (0.5, 1.5, 1.0)}}, "is more than the whole way to the forward pass"),
-        ({"primal_growth": -1.0}, "optimizer.primal_growth: -1.0 is not a number from 0 up"),
+        ({"primal_growth": -1.0}, "primal_growth: -1.0 is not a number from 0 up"),
         (
             {"z_update": ZUpdate("newton", last="prox")},
-            "optimizer.z_update.name: 'newton' is not one of gradient, adam",
+            "name: 'newton' is not one of gradient, adam",
         ),
         (
             {"z_update": ZUpdate("adam", last="exact")},
-            "optimizer.z_update.last: 'exact' is not one of prox, step",
+            "last: 'exact' is not one of prox, step",
         ),
-        ({"z_update": ZUpdate("adam", steps=0, last="prox")}, "optimizer.z_update.steps: 0 is"),
+        ({"z_update": ZUpdate("adam", steps=0, last="prox")}, "steps: 0 is"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
@@ -791,7 +791,7 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
 @pytest.mark.parametrize("optimizer", [BASE, OnlineBlockADMM(1, 0.1, batch_size=7, dual="none")])
 def test_an_exact_last_step_needs_a_loss_with_a_proximal_operator(mlp_problem, optimizer):
     options = replace(optimizer, z_update=ZUpdate("gradient", last="prox"))
-    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; optimizer.z_update.last=prox supports losses"):
+    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; last='prox' needs an admm.losses.ProximalLoss"):
         options.init(mlp_problem(NoProx()), SEEDS)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import Blocks, Parameters, leaves, split
+from admm.blocks import Blocks, Parameters, split
 from admm.models import initialiser, mlp
+from admm.splitting import layer_names
 
 F64 = torch.zeros(0, dtype=torch.float64)
 SEEDS = (4, 0, 9)
@@ -176,13 +177,13 @@ def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
 
 
 def test_dropout_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"layer '0' \(Dropout\) draws anew in each evaluation"):
+    with pytest.raises(ValueError, match=r"layer '0' \(Dropout\) draws random numbers in each evaluation"):
         whole(nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("layer", [nn.RReLU(), nn.TransformerEncoderLayer(4, 2, 8, 0.1), nn.LSTM(4, 4, 2, dropout=0.1)])
 def test_other_layers_that_draw_are_refused(layer):
-    with pytest.raises(ValueError, match=r"layer '0' \(\w+\) draws anew in each evaluation"):
+    with pytest.raises(ValueError, match=r"layer '0' \(\w+\) draws random numbers in each evaluation"):
         whole(nn.Sequential(layer, nn.Linear(4, 2)))
 
 
@@ -249,7 +250,7 @@ def layers(**options) -> list[list[str]]:
 
 
 def test_leaves_are_the_layers_inside_nested_sequentials():
-    assert leaves(mlp(6, [5, 4], 3)) == NAMES
+    assert layer_names(mlp(6, [5, 4], 3)) == NAMES
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_a_name_that_is_a_prefix_of_another_is_not_confused_with_it():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"after": ["fc9"]}, "split.after: no layer 'fc9'; the layers are " + ", ".join(NAMES)),
+        ({"after": ["fc9"]}, "after: no layer 'fc9'; the layers are " + ", ".join(NAMES)),
         ({"after": ["fc"]}, "no layer 'fc'"),
         ({"after": ["fc2", "fc1"]}, "network's order"),
         ({"after": ["fc1", "fc1.relu"]}, "different layers"),
@@ -297,11 +298,11 @@ def test_a_name_that_is_a_prefix_of_another_is_not_confused_with_it():
         ({"after": ["fc1"], "n_blocks": 2}, "exactly one"),
         ({"per_layer": True, "n_blocks": 2}, "exactly one"),
         ({}, "exactly one"),
-        ({"n_blocks": 0}, "split.n_blocks: 0 is not between 1 and 3"),
-        ({"n_blocks": 4}, "split.n_blocks: 4 is not between 1 and 3"),
+        ({"n_blocks": 0}, "n_blocks: 0 is not between 1 and 3"),
+        ({"n_blocks": 4}, "n_blocks: 4 is not between 1 and 3"),
         (
             {"per_layer": True, "activation": "middle"},
-            "split.activation: 'middle' is not one of 'end', 'start'",
+            "activation: 'middle' is not one of end, start",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from admm.blocks import split
+from admm.checkpoints import restore, save
 from admm.deepfacto.nmf import NMF, matrix, nonnegative_least_squares
 from admm.deepfacto.training import DeepFacto, _Epoch, _Visit, by_block, factorisations
 from admm.deepfacto.triplet import TripletLoss
@@ -19,7 +20,7 @@ from admm.losses import FunctionLoss, SquaredError
 from admm.models import initialiser
 from admm.optimizers import SGD, Adam
 from admm.optimizers.coupling import BlockOutputs
-from admm.optimizers.protocol import Problem, restore, save
+from admm.optimizers.protocol import Problem
 
 SEEDS = (3, 1)
 BASE = DeepFacto(
@@ -316,12 +317,12 @@ def test_an_nmf_without_a_linear_layer_after_it_is_refused(after):
 
 @pytest.mark.parametrize("key", ["together", "warm_rounds", "score_sweeps", "basis_sweeps", "primal_rounds"])
 def test_counts_below_one_are_refused(key):
-    with pytest.raises(ValueError, match=rf"optimizer.{key}: 0 is not a whole number from 1 up"):
+    with pytest.raises(ValueError, match=rf"^{key}: 0 is not a whole number from 1 up"):
         replace(BASE, **{key: 0}).init(problem(), SEEDS)
 
 
 def test_freezing_for_all_iterations_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer.frozen: 5 is not a number from 0 up and below 5"):
+    with pytest.raises(ValueError, match=r"^frozen: 5 is not a number from 0 up and below 5"):
         replace(BASE, frozen=5).init(problem(), SEEDS)
 
 
@@ -333,12 +334,12 @@ def test_another_loss_serves_as_well():
 
 def test_labels_of_another_form_are_refused_where_samples_come_together():
     task = problem(loss=SquaredError(), y=torch.rand(20, 4))
-    with pytest.raises(ValueError, match=r"optimizer.together: 4 needs class indices as y, not 2 axes"):
+    with pytest.raises(ValueError, match=r"^together: 4 needs class indices as y, not 2 axes"):
         BASE.init(task, SEEDS)
 
 
 def test_more_than_the_whole_way_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer.refresh: 3.0 is more than the whole way"):
+    with pytest.raises(ValueError, match=r"^refresh: 3.0 is more than the whole way"):
         replace(BASE, refresh=3.0).init(problem(), SEEDS)
 
 

@@ -15,11 +15,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from admm.blocks import split
+from admm.checkpoints import Row
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import warn_of_label_leak
-from admm.training import Row, train
+from admm.training import train
 
 CONF = Path(__file__).parents[1] / "conf/optimizer"
 
@@ -124,4 +125,4 @@ def test_a_signal_that_does_not_reach_the_first_block_is_told(optimizer: Any, bl
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         optimizer.init(problem, [0])
-    assert [str(warning.message).partition(":")[0] for warning in told] == ["optimizer.z_step"] * is_lost
+    assert [str(warning.message).partition(":")[0] for warning in told] == ["z_step"] * is_lost

@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from admm.blocks import Execution, split
+from admm.blocks import split
+from admm.layers import Execution
 from admm.losses import CrossEntropy
 from admm.models import initialiser
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate
@@ -271,15 +272,15 @@ def test_a_block_is_evaluated_once_where_its_pull_back_comes_next(monkeypatch):
         return lambda *arguments: (calls.update([key]), method(*arguments))[1]
 
     for t, block in enumerate(problem.blocks, start=1):
-        for name in ("forward", "record"):
+        for name in ("forward", "linearize"):
             monkeypatch.setattr(block.layers[0], name, counted((t, name), getattr(block.layers[0], name)))
     optimizer.step(problem, state)
     # Of block 1 for Z and U, and in Θ's pass for each of two mini-batches; to block 2 the Z update pulls back too.
-    assert calls == {(1, "forward"): 2, (1, "record"): 2, (2, "forward"): 1, (2, "record"): 3}
+    assert calls == {(1, "forward"): 2, (1, "linearize"): 2, (2, "forward"): 1, (2, "linearize"): 3}
     calls.clear()
     optimizer.diagnostics(problem, state)
     # To see whether the label leaks: block 2 in a forward pass, for its pull-back, and where Z_1 has been moved.
-    assert calls == {(1, "record"): 1, (2, "record"): 1 + 3, (1, "forward"): 2}
+    assert calls == {(1, "linearize"): 1, (2, "linearize"): 1 + 3, (1, "forward"): 2}
 
 
 def test_no_activations_outlive_their_mini_batch():

@@ -9,7 +9,7 @@ from admm.blocks import split
 from admm.losses import SquaredError
 from admm.models import initialiser, mlp
 from admm.optimizers import BCD, DLADMM, Problem, StandardADMM, Taylor
-from admm.optimizers.fully_connected import draw, relu_prox_
+from admm.optimizers.fully_connected import relu_prox_, sample_initial_values
 from scripts.literal import bcd as literal
 
 numbers = st.floats(-4.0, 4.0, width=32)
@@ -51,7 +51,7 @@ def test_the_relu_s_prox_takes_a_ratio_for_each_replica():
 def test_draws_have_the_spread_of_their_replica_and_follow_from_seed_and_name(distribution, mean, deviation):
     def drawn(name, seeds, spread):
         variables = [torch.empty(len(seeds), 100, 200) for _ in range(2)]
-        draw(name, variables, seeds, torch.tensor(spread), distribution)
+        sample_initial_values(name, variables, seeds, torch.tensor(spread), distribution)
         return variables
 
     both = drawn("weight", (3, 4), (1.0, 10.0))

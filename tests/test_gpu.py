@@ -18,8 +18,8 @@ from test_protocol import CASES, trained
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from admm.checkpoints import restore, save
 from admm.optimizers import Problem
-from admm.optimizers.protocol import restore, save
 from admm.training import evaluate
 from experiments.store import finished_runs
 

@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from admm.optimizers.least_squares import Scratch, add_cross, add_gram, cholesky_with_ridge, gain, regress, zero_gram
+from admm.optimizers.least_squares import (
+    Scratch,
+    add_cross,
+    add_gram,
+    cholesky_with_ridge,
+    ridge_gain,
+    solve_ridge,
+    zero_gram,
+)
 
 
 def solve(x: Tensor, target: Tensor, ridge: float) -> Tensor:
@@ -17,7 +25,7 @@ def solve(x: Tensor, target: Tensor, ridge: float) -> Tensor:
         add_gram(gram, x[:, part], scratch)
         add_cross(cross, x[:, part], target[:, part].double(), scratch)
     weight, bias = x.new_empty(len(x), target.shape[2], x.shape[2]), x.new_empty(len(x), target.shape[2])
-    regress(cholesky_with_ridge(gram, torch.full((len(x), 1), ridge, dtype=torch.float64)), cross, weight, bias)
+    solve_ridge(cholesky_with_ridge(gram, torch.full((len(x), 1), ridge, dtype=torch.float64)), cross, weight, bias)
     return torch.cat([weight, bias.unsqueeze(2)], 2)
 
 
@@ -67,10 +75,10 @@ def test_singular_replicas_and_those_that_are_not_finite_leave_the_others_as_the
 @pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
 def test_a_gain_of_hardly_any_ratio_is_the_pseudo_inverse(shape):
     weight = drawn(2, *shape)
-    for found, own in zip(gain(weight, 1e-30), weight, strict=True):
+    for found, own in zip(ridge_gain(weight, 1e-30), weight, strict=True):
         np.testing.assert_allclose(found, np.linalg.pinv(own.double().numpy()).T, rtol=1e-5, atol=1e-6)
-    by_replica = gain(weight, torch.tensor([0.1, 2.0]).view(2, 1, 1))
+    by_replica = ridge_gain(weight, torch.tensor([0.1, 2.0]).view(2, 1, 1))
     for found, own, ratio in zip(by_replica, weight.double(), (0.1, 2.0), strict=True):
         expected = torch.linalg.solve(ratio * torch.eye(shape[0]).double() + own @ own.T, own)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(gain(torch.zeros(1, *shape), 0.5), torch.zeros(1, *shape))
+    assert torch.equal(ridge_gain(torch.zeros(1, *shape), 0.5), torch.zeros(1, *shape))

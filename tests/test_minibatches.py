@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from admm.minibatches import minibatches, rows, stateless_rng
+from admm.minibatches import gather_shared, minibatches, stateless_rng
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_all_orders_of_three_samples_are_equally_frequent():
 
 @pytest.mark.parametrize("batch_size", [0, -1, 11])
 def test_a_wrong_batch_size_is_refused_by_name(batch_size):
-    with pytest.raises(ValueError, match=f"optimizer.batch_size: {batch_size} is not between 1 and the 10 training"):
+    with pytest.raises(ValueError, match=f"^batch_size: {batch_size} is not between 1 and the 10 training"):
         minibatches(10, batch_size, (0,), 0, CPU)
 
 
@@ -74,7 +74,7 @@ def test_a_generator_s_numbers_depend_on_seed_stream_and_counter():
 
 def test_rows_picks_each_replica_s_samples():
     data = torch.arange(24).view(4, 2, 3)
-    picked = rows(data, torch.tensor([[3, 0], [1, 1], [2, 3]]))
+    picked = gather_shared(data, torch.tensor([[3, 0], [1, 1], [2, 3]]))
     assert picked.shape == (3, 2, 2, 3)
     assert (
         torch.equal(picked[0, 0], data[3]) and torch.equal(picked[2, 1], data[3]) and torch.equal(picked[1, 0], data[1])
@@ -90,13 +90,13 @@ def test_the_parts_of_an_epoch_are_the_epoch():
 
 @pytest.mark.parametrize("parts", [0, 7, "many", 1.5])
 def test_more_parts_than_mini_batches_are_refused_by_name(parts):
-    with pytest.raises(ValueError, match=r"optimizer.epoch_parts: .* an epoch's 6 batches"):
+    with pytest.raises(ValueError, match=r"^epoch_parts: .* an epoch's 6 batches"):
         minibatches(23, 4, (0,), 0, CPU, parts)
 
 
 def test_groups_come_in_runs():
     groups = torch.tensor([5, 3, 5, 5, 7, 3, 5, 5, 9, 3])
-    orders = [minibatches(10, 10, [seed], 0, CPU, groups=groups, together=2)[0][0] for seed in range(20)]
+    orders = [minibatches(10, 10, [seed], 0, CPU, groups=groups, group_size=2)[0][0] for seed in range(20)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(10))
         runs = [(group, len(list(run))) for group, run in groupby(groups[order].tolist())]

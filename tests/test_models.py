@@ -31,7 +31,7 @@ def test_the_paper_s_network_has_118282_parameters():
 
 @pytest.mark.parametrize("widths", [(0, [2], 2), (2, [0], 2), (2, [2], 0)])
 def test_a_width_below_one_is_refused(widths):
-    with pytest.raises(ValueError, match="model: layer widths must be at least 1"):
+    with pytest.raises(ValueError, match="hidden: layer widths must be at least 1"):
         mlp(*widths)
 
 
@@ -83,7 +83,7 @@ def test_normalisation_weights_stay_one():
 def test_an_unknown_initialisation_lists_the_names():
     with pytest.raises(
         ValueError,
-        match=r"init\.name: 'xavier' is not one of normal, uniform, kaiming_normal, kaiming_uniform, pytorch",
+        match=r"name: 'xavier' is not one of normal, uniform, kaiming_normal, kaiming_uniform, pytorch",
     ):
         initialiser("xavier")
 
@@ -235,9 +235,7 @@ def test_resnet18_takes_grey_images():
     torch.testing.assert_close(network(x), network[1:](x.unsqueeze(1)))
 
 
-@pytest.mark.parametrize(
-    "shape, width, message", [((9,), 4, r"not samples of \[9\]"), ((8, 8), 0, r"model\.width: 0 is")]
-)
+@pytest.mark.parametrize("shape, width, message", [((9,), 4, r"not samples of \[9\]"), ((8, 8), 0, r"width: 0 is")])
 def test_resnet18_refuses_other_samples_and_widths(shape, width, message):
     with pytest.raises(ValueError, match=message):
         resnet18(shape, 10, width)

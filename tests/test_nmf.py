@@ -10,15 +10,7 @@ from sklearn.decomposition import NMF as Reference
 from torch.testing import assert_close
 
 from admm.deepfacto import nmf
-from admm.deepfacto.nmf import (
-    NMF,
-    by_lbfgs,
-    feature_maps,
-    matrix,
-    nmf_steps,
-    nonnegative_least_squares,
-    sweep,
-)
+from admm.deepfacto.nmf import NMF, by_lbfgs, feature_maps, matrix, nmf_steps, nonnegative_least_squares, sweep
 
 
 def draw(*shape, seed=0, power=0.5):
@@ -175,5 +167,5 @@ def test_the_layer_projects_without_a_gradient():
 
 @pytest.mark.parametrize("rank", [0, 9])
 def test_an_impossible_rank_is_refused(rank):
-    with pytest.raises(ValueError, match=r"model.rank: . is not between 1 and the 8 channels"):
+    with pytest.raises(ValueError, match=r"rank: . is not between 1 and the 8 channels"):
         NMF(8, rank)

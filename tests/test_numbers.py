@@ -86,7 +86,7 @@ WRONG = [True, math.nan, math.inf, np.float32("nan"), torch.tensor(torch.inf), n
 )
 def test_no_number_is_refused_by_name(mlp_problem, options, key, value):
     for given in (value, [0.5, value]) if key in ("theta_step", "beta", "rho", "step_size") else (value,):
-        with pytest.raises(ValueError, match=rf"optimizer\.{key}: "):
+        with pytest.raises(ValueError, match=rf"^{key}: "):
             optimizer = replace(options, **{key: given})
             optimizer.step(mlp_problem(), optimizer.init(mlp_problem(), SEEDS))
 
@@ -95,23 +95,23 @@ def test_no_number_is_refused_by_name(mlp_problem, options, key, value):
 @pytest.mark.parametrize(
     "make, key",
     [
-        (SquaredError, "loss.scale"),
-        (CrossEntropy, "loss.scale"),
-        (Hinge, "loss.scale"),
-        (Adam, "optimizer.update.beta1"),
-        (SGD, "optimizer.update.momentum"),
-        (AdaptivePenalty, "optimizer.penalty.c"),
-        (CropAndFlip, "augmentation.padding"),
+        (SquaredError, "scale"),
+        (CrossEntropy, "scale"),
+        (Hinge, "scale"),
+        (Adam, "beta1"),
+        (SGD, "momentum"),
+        (AdaptivePenalty, "c"),
+        (CropAndFlip, "padding"),
     ],
 )
 def test_no_number_is_refused_by_name_when_it_is_given(make, key, value):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=f"^{key}: "):
         make(value)
 
 
 @pytest.mark.parametrize("value", [True, math.nan, 0.0])
 def test_a_largest_penalty_may_be_infinite_but_is_a_number(value):
-    with pytest.raises(ValueError, match=r"optimizer\.penalty\.largest"):
+    with pytest.raises(ValueError, match=r"^largest: "):
         AdaptivePenalty(largest=value)
 
 
@@ -125,5 +125,5 @@ def told(optimizer: Any, iterations: int) -> list[str]:
 def test_training_on_after_the_end_of_the_schedules_is_told():
     falling = {"start": 0.1, "end": 0.0}
     (message,) = told(OnlineBlockADMM(5, falling, z_step={"blocks": [0.1, falling]}), 10)
-    assert message.startswith("optimizer.iterations: 5, but training goes on to iteration 10; from 5 on theta_step, z_")
+    assert message.startswith("iterations: 5, but training goes on to iteration 10; from 5 on theta_step, z_")
     assert not told(OnlineBlockADMM(5, falling), 5) and not told(OnlineBlockADMM(5, 0.1), 10) and not told(Taylor(), 10)

@@ -10,7 +10,7 @@ import torch
 from references import statistics_kept
 from torch import Tensor, nn
 
-from admm.blocks import Execution
+from admm.layers import Execution
 from admm.losses import CrossEntropy, Loss, SquaredError
 from admm.minibatches import minibatches
 from admm.optimizers import SGD, Adam, OnlineBlockADMM, Problem, ZUpdate
@@ -232,25 +232,25 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dual": "vector"}, "optimizer.dual: 'vector' is not one of paper, reset, decay, none"),
-        ({"batch_size": 0}, "optimizer.batch_size: 0 is"),
-        ({"curvature_every": 0}, "optimizer.curvature_every: 0 is"),
-        ({"dual": "paper", "z_update": ZUpdate("gradient", last="prox")}, "optimizer.z_update.last=step"),
+        ({"dual": "vector"}, "dual: 'vector' is not one of paper, reset, decay, none"),
+        ({"batch_size": 0}, "batch_size: 0 is"),
+        ({"curvature_every": 0}, "curvature_every: 0 is"),
+        ({"dual": "paper", "z_update": ZUpdate("gradient", last="prox")}, "last='step'"),
         (
             {"dual": "reset", "z_update": ZUpdate("lipschitz", 1, "step")},
-            "optimizer.z_update.name=adam or gradient",
+            "name 'adam' or 'gradient'",
         ),
         (
             {"dual": "decay", "z_update": ZUpdate("majorised", 1, "step")},
-            "optimizer.dual=decay is not quadratic",
+            "dual: 'decay' is not quadratic",
         ),
-        ({"z_update": ZUpdate("exact", last="prox")}, "optimizer.z_update.name: 'exact' is not one of"),
-        ({"theta_step": (0.1, 0.2)}, "optimizer.theta_step: 2 values for 3 replicas"),
-        ({"z_step": {"start": 0.1}}, "optimizer.z_step: a schedule is"),
-        ({"beta": (1.0, 1.0)}, "optimizer.beta: 2 values for 3 replicas"),
-        ({"beta": {"start": 1.0, "end": 2.0}}, "optimizer.beta"),
-        ({"beta": 0.0}, "optimizer.beta"),
-        ({"beta": (1.0, 1.0, -1.0)}, "optimizer.beta"),
+        ({"z_update": ZUpdate("exact", last="prox")}, "name: 'exact' is not one of"),
+        ({"theta_step": (0.1, 0.2)}, "theta_step: 2 values for 3 replicas"),
+        ({"z_step": {"start": 0.1}}, "z_step: a schedule is"),
+        ({"beta": (1.0, 1.0)}, "beta: 2 values for 3 replicas"),
+        ({"beta": {"start": 1.0, "end": 2.0}}, "beta"),
+        ({"beta": 0.0}, "beta"),
+        ({"beta": (1.0, 1.0, -1.0)}, "beta"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):

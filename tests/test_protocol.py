@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from admm.blocks import Execution, split
-from admm.losses import CrossEntropy, SquaredError
+from admm.blocks import split
+from admm.checkpoints import restore, save
+from admm.layers import Execution, Layer
+from admm.losses import CrossEntropy, Loss, ProximalLoss, SquaredError
 from admm.models import initialiser
 from admm.optimizers import (
     BCD,
@@ -30,7 +32,8 @@ from admm.optimizers import (
     Taylor,
     ZUpdate,
 )
-from admm.optimizers.protocol import restore, save, spectral_norms
+from admm.optimizers.protocol import spectral_norms
+from admm.optimizers.rules import UpdateRule
 
 SEEDS = (5, 0, 11)
 ADAM = {"update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
@@ -243,7 +246,7 @@ def step_key(optimizer: Any) -> str:
 
 
 def mean_loss(problem: Problem, optimizer: Optimizer, state: Any) -> Tensor:
-    z = problem.blocks.forward(optimizer.parameters(state), problem.x.expand(len(state.seeds), *problem.x.shape))
+    z = problem.blocks.forward(state.theta, problem.x.expand(len(state.seeds), *problem.x.shape))
     return problem.loss.value(z, problem.y).mean(1)
 
 
@@ -441,7 +444,7 @@ def test_a_problem_whose_parts_do_not_fit_is_refused_in_words(mlp_problem: Calla
 
 @pytest.mark.parametrize("optimizer", [Backprop(0, SGD(), 0.1), OnlineBlockADMM(0, 0.1), BlockADMM(-3, 0.1)])
 def test_a_horizon_that_is_none_is_refused(mlp_problem: Callable[..., Problem], optimizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.iterations: -?\d is not a whole number from 1 up"):
+    with pytest.raises(ValueError, match=r"iterations: -?\d is not a whole number from 1 up"):
         replace(optimizer, batch_size=2).init(mlp_problem(), [0])
 
 
@@ -460,7 +463,7 @@ def test_what_numpy_holds_is_taken(mlp_problem: Callable[..., Problem]) -> None:
         assert state.seeds == (0, 2) and all(type(seed) is int for seed in state.seeds)
 
 
-class Mean:
+class Mean(Loss):
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).flatten(1).mean(1)
 
@@ -502,12 +505,13 @@ def test_bf16_of_other_inputs_is_refused() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (object(), "loss: a object has no `value` and `gradient`, and is no function"),
+        (object(), "loss: object is neither an object of a subclass of admm.losses.Loss nor a function"),
+        (CrossEntropy, "loss: CrossEntropy is neither an object"),
         (nn.functional.mse_loss, r"loss: .*mse_loss.* returns \[\] for 4 samples"),
         (lambda z, y: z @ y, r"loss: cannot be evaluated on outputs \[2, 2, 3\] and targets \[2, 2, 3\]: RuntimeError"),
-        (Mean(), r"loss: the value for .* is \[2\]; J of each sample is wanted, \[2, 2\]"),
+        (Mean(), r"loss: the value for .* is \[2\]; expected J of each sample, \[2, 2\]"),
     ],
-    ids=["an object", "a mean", "an error", "a value of a replica"],
+    ids=["an object", "a class", "a mean", "an error", "a value of a replica"],
 )
 def test_a_loss_without_a_value_per_sample_is_refused(
     mlp_problem: Callable[..., Problem], loss: Any, message: str
@@ -545,14 +549,39 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (Backprop(1, "adam", 0.1), r"optimizer.update: 'adam' is no object such as admm.optimizers.Adam\(\)"),
-        (BlockADMM(1, 0.1, update=Adam), "optimizer.update: <class .*Adam'> is no object"),
-        (Gotmare(1, 0.1, z_update="sgd"), "optimizer.z_update: 'sgd' is no object such as admm.optimizers.SGD"),
-        (OnlineBlockADMM(1, 0.1, z_update="gradient"), "optimizer.z_update: 'gradient' is no object such as .*ZUpdate"),
-        (BlockADMM(1, 0.1, z_update=SGD()), "optimizer.z_update: SGD.* is no object such as .*ZUpdate"),
+        (Backprop(1, "adam", 0.1), r"update: 'adam' is no UpdateRule, such as admm.optimizers.Adam\(\)"),
+        (BlockADMM(1, 0.1, update=Adam), "update: <class .*Adam'> is no UpdateRule"),
+        (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no UpdateRule, such as admm.optimizers.SGD"),
+        (OnlineBlockADMM(1, 0.1, z_update="gradient"), "z_update: 'gradient' is no ZUpdate, such as .*ZUpdate"),
+        (BlockADMM(1, 0.1, z_update=SGD()), "z_update: SGD.* is no ZUpdate, such as .*ZUpdate"),
     ],
     ids=str,
 )
 def test_a_rule_that_is_none_is_named(mlp_problem: Callable[..., Problem], optimizer: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(optimizer, batch_size=6).init(mlp_problem(), [0])
+
+
+@pytest.mark.parametrize(
+    ("contract", "method"),
+    [(Optimizer, "step"), (UpdateRule, "apply"), (Loss, "gradient"), (ProximalLoss, "prox"), (Layer, "vjp")],
+)
+def test_a_subclass_that_lacks_a_method_cannot_be_made(contract: type, method: str) -> None:
+    methods = {name: lambda *arguments: None for name in contract.__abstractmethods__ - {method}}
+    with pytest.raises(TypeError, match=f"abstract class Lacking .*{method}"):
+        type("Lacking", (contract,), methods)()
+
+
+def test_a_rule_of_one_s_own_needs_no_more_than_its_two_methods(mlp_problem: Callable[..., Problem]) -> None:
+    class Signs(UpdateRule):
+        def init(self, theta: Tensor) -> list[Tensor]:
+            return []
+
+        def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: Any) -> None:
+            theta.sub_(gradient.sign(), alpha=step)
+
+    optimizer = Backprop(1, Signs(), 0.25, batch_size=24)
+    state = optimizer.init(mlp_problem(), [0])
+    start = state.theta.flat.clone()
+    optimizer.step(mlp_problem(), state)
+    assert set((state.theta.flat - start).abs().unique().tolist()) <= {0.0, 0.25}

@@ -267,23 +267,23 @@ def test_float32_weights_are_the_reference_s_with_fewer_samples_than_inputs(weig
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"beta": 0.0}, r"optimizer\.beta: 0\.0 is not positive"),
-        ({"gamma": (1.0, 0.0, 1.0)}, r"optimizer\.gamma: .* is not positive"),
-        ({"weight_decay": -1.0}, r"optimizer\.weight_decay: -1\.0 is not a number from 0 up"),
-        ({"spread": "wide"}, r"optimizer\.spread: 'wide'"),
-        ({"slice_size": 0}, r"optimizer\.slice_size"),
-        ({"start_from": "zeros"}, r"optimizer\.start_from: 'zeros' is not one of uniform, forward"),
+        ({"beta": 0.0}, r"beta: 0\.0 is not positive"),
+        ({"gamma": (1.0, 0.0, 1.0)}, r"gamma: .* is not positive"),
+        ({"weight_decay": -1.0}, r"weight_decay: -1\.0 is not a number from 0 up"),
+        ({"spread": "wide"}, r"spread: 'wide'"),
+        ({"slice_size": 0}, r"slice_size"),
+        ({"start_from": "zeros"}, r"start_from: 'zeros' is not one of uniform, forward"),
     ],
 )
 def test_wrong_values_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         replace(ADMM, **options).init(make([5]), SEEDS)
 
 
 def test_what_it_cannot_train_is_refused_before_training(conv_problem):
-    with pytest.raises(ValueError, match=r"standard_admm supports fully connected ReLU networks .* not Conv2d"):
+    with pytest.raises(ValueError, match=r"^network: StandardADMM supports fully connected .* not Conv2d"):
         ADMM.init(conv_problem(), SEEDS)
-    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; standard_admm supports .*squared_error"):
+    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; StandardADMM needs .*SquaredError"):
         ADMM.init(make([5], NoProx()), SEEDS)
     with pytest.raises(ValueError, match=r"no variable \['w'\]; the variables are weight, bias, z, a, u, v"):
         ADMM.init(make([5]), SEEDS, {"w": []})
@@ -294,5 +294,5 @@ def test_what_it_cannot_train_is_refused_before_training(conv_problem):
 def test_layers_without_bias_are_refused():
     network = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     problem = replace(make([5]), x=make([5]).x.flatten(1), blocks=split(network, per_layer=True))
-    with pytest.raises(ValueError, match=r"standard_admm supports .* with a bias in every layer"):
+    with pytest.raises(ValueError, match=r"^network: StandardADMM supports .* with a bias in every layer"):
         ADMM.init(problem, SEEDS)

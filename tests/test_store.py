@@ -25,6 +25,7 @@ from launches import Launch, places
 from omegaconf import DictConfig, OmegaConf
 from stores import info, put
 
+from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.data import load
 from admm.files import WriteError, whole
 from admm.training import CheckpointError, read_checkpoint
@@ -297,7 +298,7 @@ def test_the_commit_of_a_run_says_whether_code_was_changed_not_results(tmp_path:
 
 def test_a_file_that_fails_for_another_reason_is_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("former")
-    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "file", "it") as part:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file", "it") as part:
         part.write_text("new")
         raise KeyboardInterrupt
     assert content(tmp_path) == {"file": b"former"}
@@ -451,7 +452,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: bytes | None) ->
     leave_interrupted(tmp_path)
     path = job(tmp_path).slot.checkpoint
     path.write_bytes(path.read_bytes()[:-500] if damaged is None else damaged)
-    with pytest.raises(CheckpointError, match=r"checkpoint.pt: is damaged .*; delete the file to start anew"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: is damaged .*; delete the file to start again"):
         made(tmp_path)
 
 

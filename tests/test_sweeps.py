@@ -34,8 +34,9 @@ from omegaconf import DictConfig
 from stores import info, put
 from test_protocol import CASES
 
+from admm.checkpoints import History, save, size
 from admm.data import load
-from admm.files import WriteError, whole, writing
+from admm.files import WriteError, atomic_write, explain_write_errors
 from admm.optimizers import Problem
 from admm.optimizers.protocol import save, size
 from admm.training import History
@@ -928,7 +929,7 @@ def test_the_stacked_sweep_of_the_readme_has_as_many_cells_as_it_says() -> None:
 def test_an_error_that_is_not_of_writing_is_told_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    with pytest.raises(type(error)) as told, whole(tmp_path / "table.csv", "the table"):
+    with pytest.raises(type(error)) as told, atomic_write(tmp_path / "table.csv", "the table"):
         raise error
     assert told.value is error
     monkeypatch.setattr(failures, "begun", [])
@@ -948,7 +949,7 @@ def test_an_error_of_writing_names_the_file(tmp_path: Path, name: str | None) ->
             pytest.raises(
                 WriteError, match=r"a/table.csv: the table could not be written: .*Make that folder writable"
             ),
-            writing(path, "the table"),
+            explain_write_errors(path, "the table"),
         ):
             raise raised
 

@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from admm.blocks import Parameters, split
+from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
 from admm.losses import BinaryCrossEntropy, CrossEntropy, Hinge, Loss, SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.backprop import BackpropState
-from admm.optimizers.protocol import restore, save
-from admm.training import CheckpointError, History, Row, accuracy, evaluate, read_checkpoint, train
+from admm.training import accuracy, evaluate, train
 
 OPTIMIZERS = {
     "sgd": Backprop(6, SGD(momentum=0.9), 0.05, batch_size=16),
@@ -393,7 +394,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
     named = {name: other[name] for name in ("loss", "initialise") if name in other}
     changed = replace(problem, blocks=blocks, x=problem.x + other.get("shift", 0), **named)
     test = test_of(problem) if "test" in other else None
-    with pytest.raises(CheckpointError, match=rf"c\.pt: .*{message}.*; delete the file to start anew, or give another"):
+    with pytest.raises(
+        CheckpointError, match=rf"c\.pt: .*{message}.*; delete the file to start again, or give another"
+    ):
         optimizer, iterations = other.get("optimizer", OPTIMIZERS["sgd"]), other.get("iterations", 3)
         run(changed, optimizer, other.get("seeds", (0,)), iterations, test, 1, checkpoint, 0.0)
     assert checkpoint.read_bytes() == before
@@ -503,8 +506,17 @@ def test_the_best_is_kept_by_a_copy(problem: Problem) -> None:
     optimizer = OPTIMIZERS["adam"]
     state = optimizer.init(problem, (0, 1))
     view, best = save(state), copy.deepcopy(save(state))
-    start = problem.blocks.export(optimizer.parameters(state), 1)
+    start = problem.blocks.export(state.theta, 1)
     optimizer.step(problem, state)
     assert torch.equal(view["theta"], state.theta.flat) and not torch.equal(best["theta"], state.theta.flat)
     restore(state, best)
     assert torch.equal(problem.blocks.flatten(start), state.theta.flat[1]) and state.iteration == 0
+
+
+@pytest.mark.parametrize("field", ["seeds", "iteration", "theta"])
+def test_a_state_that_lacks_a_field_is_told_before_training(problem: Problem, field: str) -> None:
+    optimizer = OPTIMIZERS["adam"]
+    values = vars(optimizer.init(problem, (0,)))
+    state = SimpleNamespace(**{name: value for name, value in values.items() if name != field})
+    with pytest.raises(TypeError, match=f"state: a SimpleNamespace, the state of Backprop, has no field '{field}'"):
+        train(problem, optimizer, state, 1)

@@ -55,5 +55,5 @@ def test_a_loss_of_separated_people_is_zero():
 
 @pytest.mark.parametrize("key", ["scale", "margin"])
 def test_what_is_not_positive_is_refused(key):
-    with pytest.raises(ValueError, match=rf"loss.{key}: 0 is not a positive number"):
+    with pytest.raises(ValueError, match=rf"^{key}: 0 is not a positive number"):
         TripletLoss(**{key: 0})

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, minimize
 from torch import Tensor, nn
 
 from admm.minibatches import slices
@@ -60,7 +59,11 @@ def nonnegative_least_squares(
 def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
     """The same minimiser by SciPy's L-BFGS-B in float64, the paper's choice (§3.4), a replica's columns at once. The
     units are such that the objective is not small, as SciPy compares its change with 1. NaN for a replica that is not
-    finite."""
+    finite. Raises ImportError without SciPy."""
+    try:
+        from scipy.optimize import Bounds, minimize
+    except ImportError as error:
+        raise ImportError(f"{error}; lbfgs needs SciPy: pip install 'block-admm[suite]'") from None
 
     def solved(gram: NDArray[np.float64], cross: NDArray[np.float64], start: NDArray[np.float64]) -> Any:
         lengths = np.sqrt(gram.diagonal())[:, None]
@@ -181,7 +184,7 @@ class NMF(nn.Module):
     def __init__(self, channels: int, rank: int, lbfgs: bool = False) -> None:
         super().__init__()
         if not 1 <= rank <= channels:
-            raise ValueError(f"model.rank: {rank} is not between 1 and the {channels} channels")
+            raise ValueError(f"rank: {rank} is not between 1 and the {channels} channels")
         self.rank, self.lbfgs = rank, lbfgs
         self.register_buffer("basis", torch.empty(channels, rank))
         self.reset_parameters()

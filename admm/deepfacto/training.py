@@ -8,30 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from admm.blocks import Blocks, LinearLayer, Parameters
+from admm.blocks import Blocks, Parameters
+from admm.checks import at_least_one, check_batch_size, has_type, in_range
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, nonnegative_least_squares, sweep, warm_start
-from admm.minibatches import (
-    check_batch_size,
-    flat_indices,
-    gather_per_replica,
-    minibatches,
-    rows,
-    scatter_per_replica,
-    slices,
-)
+from admm.layers import LinearLayer
+from admm.minibatches import flat_indices, gather_per_replica, gather_shared, minibatches, scatter_per_replica, slices
 from admm.numbers import Options
-from admm.optimizers.coupling import BlockOutputs, penalties
-from admm.optimizers.protocol import (
-    Problem,
-    at_least_one,
-    has_method,
-    in_range,
-    largest_singular_value,
-    same_samples,
-    whole_seeds,
-)
+from admm.optimizers.checks import same_samples
+from admm.optimizers.coupling import BlockOutputs, penalties, refresh_schedule
+from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
-from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 
 
 @dataclass
@@ -52,7 +39,7 @@ class DeepFactoState:
 
 
 @dataclass(frozen=True)
-class DeepFacto(Options):
+class DeepFacto(Options, Optimizer[DeepFactoState]):
     """Minimises Eq. 9: Block-ADMM's augmented Lagrangian, with γ/2 ‖Z − M S + V‖² for each block of one `NMF` layer.
 
     `init` lets a forward pass make the variables, each factorisation by `warm_rounds` rounds, the paper's warm start
@@ -119,7 +106,7 @@ class DeepFacto(Options):
             state.iteration,
             problem.x.device,
             groups=problem.y if self.together > 1 else None,
-            together=self.together,
+            group_size=self.together,
         )
         for number, batch in enumerate(batches):
             epoch.visit(batch, (state.iteration + number / len(batches)) / self.iterations)
@@ -128,9 +115,6 @@ class DeepFacto(Options):
                 epoch.update_basis(t)
         state.iteration += 1
         return state
-
-    def parameters(self, state: DeepFactoState) -> Parameters:
-        return state.theta
 
     def diagnostics(self, problem: Problem, state: DeepFactoState) -> dict[str, Tensor]:
         """By block, `residual_t`: ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, of a factorisation ‖Z − M S‖/‖Z‖; and `lagrangian`,
@@ -152,7 +136,7 @@ class DeepFacto(Options):
         return relative | {"lagrangian": value / len(problem.x)}
 
     def _check(self, problem: Problem) -> None:
-        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
+        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
         check_batch_size(self.batch_size, len(problem.x))
         for name in (
             "iterations",
@@ -166,7 +150,7 @@ class DeepFacto(Options):
             at_least_one(name, getattr(self, name))
         in_range("frozen", self.frozen, self.iterations)
         if self.together > 1 and problem.y.ndim > 1:
-            raise ValueError(f"optimizer.together: {self.together} needs class indices as y, not {problem.y.ndim} axes")
+            raise ValueError(f"together: {self.together} needs class indices as y, not {problem.y.ndim} axes")
 
     def _schedules(self, blocks: int, replicas: int) -> dict[str, list[Schedule]]:
         """By hyperparameter; those of Θ and Z by block."""
@@ -244,7 +228,10 @@ class _Epoch:
         own = flat_indices(batch, len(problem.x))
         z, u = ([gather_per_replica(v, own) for v in variables] for variables in (state.z, state.u))
         visit = _Visit(
-            self, BlockOutputs(problem.blocks, state.theta, rows(problem.x, batch), z), rows(problem.y, batch), u
+            self,
+            BlockOutputs(problem.blocks, state.theta, gather_shared(problem.x, batch), z),
+            gather_shared(problem.y, batch),
+            u,
         )
         at = {name: [schedule(progress) for schedule in values] for name, values in self.schedules.items()}
         visit.refresh(at["refresh"][0])
@@ -347,6 +334,7 @@ class _Visit:
         now = self.chain.z[t - 1]
         gamma, beta = (self.epoch.beta[k].view(-1, 1, 1) for k in (t - 1, t))
         weight = self.epoch.blocks[t].linear_weight(self.epoch.theta.blocks[t])
+        assert weight is not None
         curvature = beta * largest_singular_value(weight).square().view(-1, 1, 1)
         descent = (self._force(t + 1) @ weight).view_as(now)  # −∇; a ReLU before W is the identity on S ≥ 0
         gram, cross = self._normal(t)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from admm.losses import check_positive
+from admm.checks import check_positive
+from admm.losses import Loss
 
 
 @dataclass(frozen=True)
-class TripletLoss:
+class TripletLoss(Loss):
     """J of an anchor a = the mean over its positives p of scale · max(0, d(a, p) − d(a, n) + margin), with squared
     distances of embeddings of length 1 and n the nearest negative beyond p, or the farthest one where none is (Schroff
     et al. 2015, Eq. 3 and §3.2; Hoffer & Ailon 2015). It is 0 where a has no positive or no negative.

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size
+from admm.checks import at_least_one, check_batch_size, has_type
 from admm.numbers import Options
-from admm.optimizers.protocol import Problem, at_least_one, has_method, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import UpdateRule
 from admm.schedules import Value, schedule
 
 
 @dataclass
 class BackpropState:
-    """theta: parameters [S, P]. moments: the rule's, each [S, P] (Adam's count of steps is [S])."""
+    """Back-propagation's variables for S replicas.
+
+    Attributes:
+        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        moments: the update rule's, each [S, P] (Adam's count of steps is [S]).
+    """
 
     seeds: tuple[int, ...]
     iteration: int
@@ -28,18 +33,42 @@ class BackpropState:
 
 
 @dataclass(frozen=True)
-class Backprop(Options):
-    """Mini-batch training on the mean loss of a mini-batch, by an update rule; an iteration is an epoch."""
+class Backprop(Options, Optimizer[BackpropState]):
+    """Back-propagation: mini-batch steps of an update rule on the mean loss of a mini-batch.
 
-    iterations: int  # the schedules' horizon
+    Args:
+        iterations: the number of iterations, at which the schedules end.
+        update: the update rule, such as `Adam()` or `SGD(momentum=0.9)`.
+        step_size: a number, one per replica, or a schedule of either, see `admm.schedules.schedule`.
+        batch_size: the number of samples in a mini-batch.
+        epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
+
+    Raises:
+        ValueError: by `init`, for a value that is out of range, or an update rule that is none.
+
+    >>> from admm.blocks import split
+    >>> from admm.losses import SquaredError
+    >>> from admm.models import initialiser
+    >>> from admm.optimizers import SGD
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> blocks = split(torch.nn.Sequential(torch.nn.Linear(1, 1)), n_blocks=1)
+    >>> problem = Problem(x, 3 * x, blocks, SquaredError(), initialiser("uniform", a=0.0, b=0.0))
+    >>> optimizer = Backprop(iterations=1, update=SGD(), step_size=[0.1, 0.2], batch_size=2)
+    >>> state = optimizer.step(problem, optimizer.init(problem, seeds=[0, 0]))
+    >>> state.theta.flat  # the weight and the bias of two replicas
+    tensor([[0.7500, 0.4500],
+            [1.5000, 0.9000]])
+    """
+
+    iterations: int
     update: UpdateRule
     step_size: Value
     batch_size: int = 64
-    epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
+    epoch_parts: int | None = None
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
         seeds = whole_seeds(seeds)
-        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
+        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
         at_least_one("iterations", self.iterations)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         theta = problem.initial(seeds)
@@ -50,7 +79,7 @@ class Backprop(Options):
         blocks, theta = problem.blocks, state.theta
         step_size = schedule("step_size", self.step_size, len(state.seeds))
         gradient = blocks.parameters(torch.empty_like(theta.flat))
-        for part, z, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
+        for fraction, z, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
             evaluations: list[tuple[Tensor, Any]] = []
             for block, views in zip(blocks, theta.blocks, strict=True):
                 evaluations.append(block.linearize(views, z, training=True))
@@ -58,17 +87,15 @@ class Backprop(Options):
             grad_output = problem.loss.gradient(z, y).div_(y.shape[1])
             for t in reversed(range(len(blocks))):
                 _, record = evaluations.pop()
-                pulled = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0)
+                grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0)
                 del record  # and the activations with it
-                if pulled is not None:
-                    grad_output = pulled
-            progress = (state.iteration + part) / self.iterations
+                if grad_input is not None:
+                    grad_output = grad_input
+            progress = (state.iteration + fraction) / self.iterations
             self.update.apply(theta.flat, gradient.flat, state.moments, step_size(progress))
         state.iteration += 1
         return state
 
-    def parameters(self, state: BackpropState) -> Parameters:
-        return state.theta
-
     def diagnostics(self, problem: Problem, state: BackpropState) -> dict[str, Tensor]:
+        """Return the spectral norms `sigma_t` of blocks of one linear layer."""
         return spectral_norms(problem, state.theta)

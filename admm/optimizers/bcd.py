@@ -1,5 +1,4 @@
-"""Block coordinate descent, three-splitting (Zeng, Lau, Lin & Yao, ICML 2019, "Global convergence of block coordinate
-descent in deep learning"): the network's pre-activations and activations are variables of their own."""
+"""Block coordinate descent, three-splitting: the network's pre-activations and activations are variables, too."""
 
 from __future__ import annotations
 
@@ -9,33 +8,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm.blocks import ParamDict, Parameters
+from admm.blocks import Parameters
+from admm.layers import ParamDict
 from admm.minibatches import slices
 from admm.numbers import Options
+from admm.optimizers.checks import check_prox, same_samples
 from admm.optimizers.fully_connected import (
     Start,
+    check_initial_names,
     forward,
-    known,
     linear_layers,
     pre_activation,
-    put,
     relative_residuals,
     relu_prox_,
+    set_initial_values,
     square_residuals,
 )
-from admm.optimizers.least_squares import Scratch, add_gram, cholesky_with_ridge, gain, input_factor, zero_gram
-from admm.optimizers.protocol import Problem, check_prox, same_samples, spectral_norms, whole_seeds
+from admm.optimizers.least_squares import Scratch, add_gram, cholesky_with_ridge, input_factor, ridge_gain, zero_gram
+from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.schedules import Number, positive
 
-_SLICE = 2000  # samples that are visited at a time: their temporaries stay in the processor's cache
+_SLICE = 2000  # samples that are visited at a time: their temporaries stay in the CPU's cache
 
 
 @dataclass
 class BCDState:
     """BCD's variables for L layers, N samples, S replicas.
 
-    theta: weights W_l and biases b_l. u, v: pre-activations U_l and activations V_l, l = 1..L, [S, N, d_l] each.
-    x_factor: Cholesky factor of α/ρ I + XᵀX, [S, d_0, d_0] in float64.
+    Attributes:
+        seeds, iteration: see `admm.optimizers.protocol.State`.
+        theta: weights W_l and biases b_l.
+        u, v: pre-activations U_l and activations V_l, l = 1..L, [S, N, d_l] each.
+        x_factor: the Cholesky factor of α/ρ I + XᵀX, [S, d_0, d_0] in float64, which never changes.
     """
 
     seeds: tuple[int, ...]
@@ -47,18 +51,38 @@ class BCDState:
 
 
 @dataclass(frozen=True)
-class BCD(Options):
-    """Minimises over W, b, U and V, block by block from the last layer to the first and each block exactly,
+class BCD(Options, Optimizer[BCDState]):
+    """Block coordinate descent, for fully connected ReLU networks and losses with a proximal operator.
+
+    It minimises over W, b, U and V, block by block from the last layer to the first and each block exactly,
 
         Σ J(V_L, Y) + γ/2 (‖V_L − U_L‖² + Σ_{l<L} ‖V_l − relu(U_l)‖²) + ρ/2 Σ_l ‖U_l − V_{l−1} W_lᵀ − b_l‖²
 
     with V_0 = X and sums over samples. V_L, hidden U_l, W_l and b_l have a proximal term α/2 ‖· − its old value‖².
-    An iteration visits every block once and never raises the objective. γ, ρ and α may have one value per replica. For
-    W_l, an α below the rounding error of ρ V_{l−1}ᵀV_{l−1} in the data's precision is raised to it.
+    An iteration visits every block once and never raises the objective. The authors start with W ~ 0.01 N(0, 1) and
+    b = 0.1.
 
-    For fully connected ReLU networks and losses with a proximal operator. Starting values of `init`: `weight` (W_l
-    [S, d_l, d_{l−1}]), `bias` (b_l [S, d_l]), `u` and `v` (U_l and V_l [S, N, d_l]), L tensors each. Without `u` and
-    `v` they are a forward pass, and V_L = U_L. The authors start with W ~ 0.01 N(0, 1) and b = 0.1 (`init=normal`).
+    Args:
+        gamma: γ > 0, a number or one per replica.
+        rho: ρ > 0, likewise.
+        alpha: α > 0, likewise. For W_l, an α below the rounding error of ρ V_{l−1}ᵀV_{l−1} in the data's precision is
+            raised to it.
+
+    References:
+        Zeng, Lau, Lin & Yao, "Global convergence of block coordinate descent in deep learning", ICML 2019,
+        https://arxiv.org/abs/1803.00225
+
+    >>> from admm.blocks import split
+    >>> from admm.losses import SquaredError
+    >>> from admm.models import initialiser, mlp
+    >>> x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    >>> blocks = split(mlp(1, hidden=[8], classes=1), per_layer=True)
+    >>> problem = Problem(x, x.abs(), blocks, SquaredError(), initialiser("pytorch"))
+    >>> optimizer = BCD(alpha=0.1)
+    >>> state = optimizer.init(problem, seeds=[0])
+    >>> objective = [optimizer.diagnostics(problem, optimizer.step(problem, state))["objective"] for _ in range(3)]
+    >>> bool(objective[0] > objective[1] > objective[2])
+    True
     """
 
     gamma: Number = 1.0
@@ -66,48 +90,56 @@ class BCD(Options):
     alpha: Number = 5.0
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> BCDState:
-        """Raises ValueError for another network, a loss without a prox, or a value that is not positive."""
+        """Return W and b by the problem's initialisation, U and V by a forward pass, and V_L = U_L.
+
+        Args:
+            problem: what is trained on.
+            seeds: one per replica.
+            start: initial values in place of these: any of `weight` (W_l [S, d_l, d_{l−1}]), `bias` (b_l [S, d_l]), `u`
+                and `v` (U_l and V_l [S, N, d_l]), L tensors each.
+
+        Raises:
+            ValueError: for another network, a loss without a prox, a value that is not positive, or initial values of
+                another name or shape.
+        """
         seeds = whole_seeds(seeds)
-        known(start, ("weight", "bias", "u", "v"))
-        check_prox(problem.loss, "bcd")
+        check_initial_names(start, ("weight", "bias", "u", "v"))
+        check_prox(problem.loss, "BCD")
         replicas = len(seeds)
         _, rho, alpha = self._penalties(problem, replicas)
         theta = problem.initial(seeds)
-        layers = linear_layers(problem, theta, "bcd")
-        put("weight", [layer["weight"] for layer in layers], start)
-        put("bias", [layer["bias"] for layer in layers], start)
+        layers = linear_layers(problem, theta, "BCD")
+        set_initial_values("weight", [layer["weight"] for layer in layers], start)
+        set_initial_values("bias", [layer["bias"] for layer in layers], start)
         widths = [layer["weight"].shape[1] for layer in layers]
         u = [problem.x.new_empty(replicas, len(problem.x), width) for width in widths]
         v = [torch.empty_like(values) for values in u]
         forward(layers, problem.x.flatten(1), u, v[:-1], _SLICE)
         v[-1].copy_(u[-1])
-        put("u", u, start)
-        put("v", v, start)
+        set_initial_values("u", u, start)
+        set_initial_values("v", v, start)
         x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
         return BCDState(seeds, 0, theta, u, v, x_factor)
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
-        """The blocks V_L, U_L, (W_L, b_L), then V_l, U_l, (W_l, b_l) for l = L−1..1, in the authors' order.
+        """Update the blocks V_L, U_L, (W_L, b_L), then V_l, U_l, (W_l, b_l) for l = L−1..1, in the authors' order.
 
         In one iteration a replica needs, of size N x d_l x d_{l−1}, for every layer V_{l−1} W_lᵀ for U_l, and its
         residual times V_{l−1} for W_l; for l > 1 also V_{l−1}ᵀV_{l−1}, symmetric and thus half a product, and two for
-        V_{l−1}. That is 2 for l = 1 and 4.5 for the others. b_l needs none. Each passes over the samples once, in
-        slices, so that nothing but the state has N rows.
+        V_{l−1}. That is 2 products for l = 1 and 4.5 for the others; b_l needs none. Each passes over the samples once,
+        in slices, so that nothing but the state has N rows.
         """
         same_samples(problem, state.u[0])
-        layers = linear_layers(problem, state.theta, "bcd")
+        layers = linear_layers(problem, state.theta, "BCD")
         for number in range(len(layers), 0, -1):
             self._update_layer(problem, state, layers, number)
         state.iteration += 1
         return state
 
-    def parameters(self, state: BCDState) -> Parameters:
-        return state.theta
-
     def diagnostics(self, problem: Problem, state: BCDState) -> dict[str, Tensor]:
-        """`objective`, `residual_l` and `activation_residual_l` (see `relative_residuals`) by layer, and `sigma_t`."""
+        """Return `objective`, `residual_l` and `activation_residual_l` (see `relative_residuals`), and `sigma_t`."""
         gamma, rho, _ = (p.flatten() for p in self._penalties(problem, len(state.seeds)))
-        layers = linear_layers(problem, state.theta, "bcd")
+        layers = linear_layers(problem, state.theta, "BCD")
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         affine, activation = square_residuals(x, layers, state.u, state.v, _SLICE)
         loss = problem.loss.value(state.v[-1], problem.y).sum(1, dtype=torch.float64)
@@ -118,7 +150,7 @@ class BCD(Options):
         }
 
     def _penalties(self, problem: Problem, replicas: int) -> tuple[Tensor, Tensor, Tensor]:
-        """γ, ρ and α, each [S, 1, 1]. Raises ValueError that names one that is not positive."""
+        """Return γ, ρ and α, [S, 1, 1] each. Raises ValueError that names one that is not positive."""
         gamma, rho, alpha = (
             positive(name, getattr(self, name), replicas).to(problem.x).view(-1, 1, 1)
             for name in ("gamma", "rho", "alpha")
@@ -126,27 +158,24 @@ class BCD(Options):
         return gamma, rho, alpha
 
     def _update_layer(self, problem: Problem, state: BCDState, layers: list[ParamDict], number: int) -> None:
-        """V_l, U_l, and W_l and b_l."""
+        """Update V_l, U_l, and W_l and b_l, for l = `number`."""
         gamma, rho, alpha = self._penalties(problem, len(state.seeds))
-        layer, last = layers[number - 1], number == len(layers)
+        loss, layer, last = check_prox(problem.loss, "BCD"), layers[number - 1], number == len(layers)
         weight, bias = layer["weight"], layer["bias"]
         if not last:
             above = layers[number]
-            above_gain = gain(above["weight"], gamma / rho)
+            above_gain = ridge_gain(above["weight"], gamma / rho)
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
         scratch, gram = Scratch(weight), None
         if number > 1:
             gram = zero_gram(len(weight), weight.shape[2], weight)
         for part in slices(len(problem.x), _SLICE):
-            before, u, v = (
-                _before(problem, state, number, part),
-                state.u[number - 1][:, part],
-                state.v[number - 1][:, part],
-            )
-            affine = pre_activation(layer, before)
+            layer_input = _layer_input(problem, state, number, part)
+            u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
+            affine = pre_activation(layer, layer_input)
             if last:
                 # V_L = argmin J(V) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_L‖²; U_L = (γ V_L + ρ (W_L V_{L−1} + b_L))/(γ + ρ)
-                v.copy_(problem.loss.prox((gamma * u + alpha * v) / (gamma + alpha), problem.y[part], gamma + alpha))
+                v.copy_(loss.prox((gamma * u + alpha * v) / (gamma + alpha), problem.y[part], gamma + alpha))
                 u.copy_((gamma * v + rho * affine) / (gamma + rho))
             else:
                 # V_l = (ρ WᵀW + γ I)⁻¹ (ρ Wᵀ(U_{l+1} − b) + γ h) with W = W_{l+1}, b = b_{l+1}, h = relu(U_l), which is
@@ -158,10 +187,10 @@ class BCD(Options):
                 u.lerp_(affine, rho / (rho + alpha))
                 relu_prox_(u, hidden.copy_(v), gamma / (rho + alpha), scratch.take("spare", hidden.shape))
             residual = affine.neg_().add_(u)
-            cross.baddbmm_(residual.mT, before)
+            cross.baddbmm_(residual.mT, layer_input)
             total += residual.sum(1)
             if gram is not None:
-                add_gram(gram, before, scratch)
+                add_gram(gram, layer_input, scratch)
         # With E = U_l − W_l V_{l−1} − b_l for the old W_l and b_l, the authors' updates of both are
         # W_l = (α W_l + ρ (U_l − b_l)ᵀV_{l−1}) (α I + ρ VᵀV)⁻¹ = W_l + EᵀV_{l−1} (α/ρ I + VᵀV)⁻¹ and
         # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for
@@ -173,12 +202,12 @@ class BCD(Options):
 
 
 def _epsilon(weight: Tensor) -> float:
-    """For `cholesky_with_ridge`: the precision of the sums has to show α/ρ beside the mean of VᵀV's eigenvalues."""
+    """Return the epsilon for `cholesky_with_ridge` with which α/ρ shows next to the mean eigenvalue of VᵀV."""
     return torch.finfo(weight.dtype).eps / weight.shape[2]
 
 
-def _before(problem: Problem, state: BCDState, number: int, part: slice) -> Tensor:
-    """V_{l−1} of a slice of samples, [S, n, d_{l−1}]; all replicas share V_0 = X."""
+def _layer_input(problem: Problem, state: BCDState, number: int, part: slice) -> Tensor:
+    """Return V_{l−1} of a slice of samples, [S, n, d_{l−1}]; all replicas share V_0 = X."""
     if number > 1:
         return state.v[number - 2][:, part]
     x = problem.x[part].flatten(1)

@@ -11,31 +11,31 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
+from admm.checks import at_least_one, check_batch_size, has_type, in_range, one_of
 from admm.minibatches import (
-    check_batch_size,
     flat_indices,
     gather_per_replica,
+    gather_shared,
     minibatches,
-    rows,
     scatter_per_replica,
     slices,
     stateless_rng,
 )
 from admm.numbers import Options, is_number
-from admm.optimizers.coupling import BlockOutputs, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
-from admm.optimizers.protocol import (
-    Problem,
-    at_least_one,
-    has_method,
-    in_range,
-    one_of,
-    same_samples,
-    spectral_norms,
-    whole_seeds,
+from admm.optimizers.checks import same_samples
+from admm.optimizers.coupling import (
+    BlockOutputs,
+    ZUpdate,
+    label_leak,
+    penalties,
+    probe,
+    refresh_schedule,
+    warn_of_lost_signal,
 )
+from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
-from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, refresh_schedule, schedule
-from admm.variables import PLACES, Place, allocate
+from admm.placement import PLACES, Place, allocate
+from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 
 
 @dataclass
@@ -73,11 +73,11 @@ class AdaptivePenalty(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_number(self.c) or not 0.0 < self.c < 1.0:
-            raise ValueError(f"optimizer.penalty.c: {self.c} is not between 0 and 1 (Eq. 6)")
-        in_range("penalty.bound", self.bound)
-        in_range("penalty.shrink", self.shrink)
+            raise ValueError(f"c: {self.c} is not between 0 and 1 (Eq. 6)")
+        in_range("bound", self.bound)
+        in_range("shrink", self.shrink)
         if self.largest != math.inf and (not is_number(self.largest) or self.largest <= 0.0):
-            raise ValueError(f"optimizer.penalty.largest: {self.largest} is not positive")
+            raise ValueError(f"largest: {self.largest} is not positive")
 
     def eta(self, iteration: int) -> float:
         """η_k, where iteration k is the k-th to be finished."""
@@ -90,7 +90,7 @@ class AdaptivePenalty(Options):
 
 
 @dataclass(frozen=True)
-class BlockADMM(Options):
+class BlockADMM(Options, Optimizer[BlockADMMState]):
     """Stochastic Block-ADMM, the paper's Algorithm 1, and what it leaves open as options.
 
     `sweep="batch"` is Algorithm 1: `primal_rounds` times the Z of all samples (`z_update`, in reverse order)
@@ -177,9 +177,6 @@ class BlockADMM(Options):
                 u.div_(broadcast(f, u))
         return state
 
-    def parameters(self, state: BlockADMMState) -> Parameters:
-        return state.theta
-
     def rounds(self, iteration: int) -> int:
         """Primal rounds of an iteration, counted from 0."""
         return self.primal_rounds + int((self.primal_growth or 0.0) * iteration)
@@ -243,8 +240,8 @@ class BlockADMM(Options):
         return named, block_schedules("z_step", self.z_step, blocks, replicas)
 
     def _check(self, problem: Problem) -> None:
-        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
-        has_method("z_update", self.z_update, "inverse_curvature", 'admm.optimizers.ZUpdate("gradient")')
+        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("sweep", self.sweep, ("batch", "minibatch"))
         one_of("variables", self.variables, PLACES)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
@@ -253,15 +250,13 @@ class BlockADMM(Options):
         in_range("dual_init", self.dual_init)
         in_range("primal_growth", self.primal_growth or 0.0)
         if not is_number(self.theta_passes) or self.theta_passes <= 0.0:
-            raise ValueError(f"optimizer.theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
+            raise ValueError(f"theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
-            raise ValueError(
-                f"optimizer.theta_passes: {self.theta_passes}, but sweep=minibatch has one step of Θ per visit"
-            )
+            raise ValueError(f"theta_passes: {self.theta_passes}, but sweep=minibatch has one step of Θ per visit")
         if self.sweep == "batch" and self.epoch_parts is not None:
-            raise ValueError(f"optimizer.epoch_parts: {self.epoch_parts}, but sweep=batch moves all samples at a time")
+            raise ValueError(f"epoch_parts: {self.epoch_parts}, but sweep=batch moves all samples at a time")
         if self.primal_growth is not None and self.epoch_parts is not None:
-            raise ValueError(f"optimizer.primal_growth: {self.primal_growth} goes by epochs; epoch_parts must be null")
+            raise ValueError(f"primal_growth: {self.primal_growth} goes by epochs; epoch_parts must be null")
 
     def _draw_duals(self, u: Sequence[Tensor], seeds: Sequence[int]) -> None:
         if not self.dual_init:
@@ -393,8 +388,8 @@ class _Sweep:
         state, own = self.state, flat_indices(batch, len(self.problem.x))
         gathered = [state.z, state.u, *(state.z_moments if moments else [])]
         z, u, *z_moments = ([gather_per_replica(v, own) for v in variables] for variables in gathered)
-        chain = BlockOutputs(self.problem.blocks, self.theta, rows(self.problem.x, batch), z)
-        return _Visit(chain, rows(self.problem.y, batch), u, z_moments)
+        chain = BlockOutputs(self.problem.blocks, self.theta, gather_shared(self.problem.x, batch), z)
+        return _Visit(chain, gather_shared(self.problem.y, batch), u, z_moments)
 
     def _scatter(self, batch: Tensor, visit: _Visit) -> None:
         own = flat_indices(batch, len(self.problem.x))

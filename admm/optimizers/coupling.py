@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
+from admm.checks import at_least_one, in_range, one_of
 from admm.losses import Loss
 from admm.numbers import Options
+from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import cholesky_with_ridge
-from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
-from admm.schedules import BlockValue, Schedule, block_values, broadcast, positive
+from admm.optimizers.protocol import Problem
+from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
 
 Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t, in a new tensor
 
@@ -65,7 +67,7 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
         if first["iteration"] < newest:
             return
         warnings.warn(
-            f"optimizer.z_step: the label shows in the coupling variables: after iteration {first['iteration']:g} the "
+            f"z_step: the label shows in the coupling variables: after iteration {first['iteration']:g} the "
             f"loss is {first['loss_moved']:.3g} where these have moved, on which the last block is trained, and "
             f"{first['loss_forward']:.3g} after a forward pass, as in evaluation; lower z_step (ζ)",
             stacklevel=3,
@@ -78,7 +80,7 @@ def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dt
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
     if 0.0 < signal < torch.finfo(dtype).eps:
         warnings.warn(
-            f"optimizer.z_step: block 1 gets the part {signal:.0e} of the loss's gradient, as each block hands on "
+            f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient, as each block hands on "
             "z_step times beta (or rho) of it, and will hardly learn; raise z_step or beta, or cut fewer blocks",
             stacklevel=4,
         )
@@ -118,7 +120,7 @@ class BlockOutputs:
         assert output is not None
         block, views = self.blocks[t - 1], self.theta.blocks[t - 1]
         if grad_params is None:
-            return block.vjp(views, record, grad_output)  # type: ignore[no-any-return]
+            return block.vjp(views, record, grad_output)
         block.vjp(views, record, grad_output, grad_params.blocks[t - 1], needs_input_grad=False)
         if self._recomputes(t):
             self._evaluations[t - 1] = output, None
@@ -177,18 +179,18 @@ class ZUpdate(Options):
     def check(self, problem: Problem, theta: Parameters) -> None:
         """Raises ValueError for an unknown name, or where blocks or loss do not have what the update needs."""
         blocks = problem.blocks
-        one_of("z_update.name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
-        one_of("z_update.last", self.last, ("prox", "step"))
-        at_least_one("z_update.steps", self.steps)
+        one_of("name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
+        one_of("last", self.last, ("prox", "step"))
+        at_least_one("steps", self.steps)
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf)):
-            in_range(f"z_update.{name}", getattr(self, name), below)
+            in_range(name, getattr(self, name), below)
         if self.last == "prox":
-            check_prox(problem.loss, "optimizer.z_update.last=prox")
+            check_prox(problem.loss, "last='prox'")
         if self.name in ("lipschitz", "majorised"):
             for t, (block, views) in enumerate(zip(blocks, theta.blocks, strict=True), start=1):
                 if t > 1 and block.linear_weight(views) is None:
                     raise ValueError(
-                        f"optimizer.z_update.name: {self.name!r} needs blocks of one linear layer, with or without a "
+                        f"name: {self.name!r} needs blocks of one linear layer, with or without a "
                         f"ReLU; block {t} is {list(blocks.names[t - 1])}; use gradient or adam, or split "
                         "per_layer"
                     )
@@ -261,7 +263,7 @@ class ZUpdate(Options):
             count += 1
             if self.last == "prox":
                 anchor = chain.output(blocks) - dual
-                chain.move(blocks, loss.prox(anchor, y, broadcast(beta[-1], anchor)))
+                chain.move(blocks, check_prox(loss, "last='prox'").prox(anchor, y, broadcast(beta[-1], anchor)))
             else:
                 move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
             for t in range(blocks - 1, 0, -1):
@@ -286,3 +288,14 @@ class ZUpdate(Options):
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1.0 - self.beta2)
         scale = (square / (1.0 - self.beta2**count)).sqrt_().add_(self.epsilon)
         return (mean / (1.0 - self.beta1**count)).div_(scale)
+
+
+def refresh_schedule(value: Value, replicas: int) -> Schedule:
+    """Return the schedule of the part of the way to the forward pass that coupling variables are moved.
+
+    Raises ValueError for more than 1, and as `schedule` does.
+    """
+    refresh = schedule("refresh", value, replicas)
+    if refresh.largest > 1.0:
+        raise ValueError(f"refresh: {value} is more than the whole way to the forward pass, 1")
+    return refresh

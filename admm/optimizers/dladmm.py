@@ -1,4 +1,4 @@
-"""dlADMM (Wang et al. 2019, "ADMM for efficient deep learning with global convergence", KDD; Algorithm 1)."""
+"""dlADMM (Wang et al. 2019): ADMM for deep learning with one dual variable and line searches."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
+from admm.checks import at_least_one
 from admm.losses import CrossEntropy, Loss, SquaredError
 from admm.minibatches import slices
 from admm.numbers import Options
+from admm.optimizers.checks import same_samples
 from admm.optimizers.fully_connected import (
     Start,
-    draw,
+    check_initial_names,
     forward,
-    known,
     linear_layers,
     pre_activation,
-    put,
     relu_prox_,
+    sample_initial_values,
+    set_initial_values,
     squared_norm,
 )
-from admm.optimizers.protocol import Problem, at_least_one, same_samples, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, whole_seeds
 from admm.schedules import Number, positive, replica_values
 
-BACKWARD, FORWARD = 0, 1  # the two sweeps of an iteration
+_BACKWARD, _FORWARD = 0, 1  # the two sweeps of an iteration
 _SLICE = 2000  # samples that the training cost's forward pass holds at a time
 
 
@@ -35,13 +37,19 @@ _SLICE = 2000  # samples that the training cost's forward pass holds at a time
 class DLADMMState:
     """dlADMM's variables for L layers, N samples, S replicas.
 
-    theta: parameters [S, P], with W_l [S, d_l, d_{l−1}] and b_l [S, d_l]. z: pre-activations Z_1..Z_L, [S, N, d_l].
-    a: activations A_1..A_{L−1}, [S, N, d_l]. u: one tensor, the dual of the last layer, [S, N, C], unscaled.
-    error: E_l = A_{l−1} W_lᵀ + b_l − Z_l (− u/ρ for l = L), so that φ_l = ρ/2 ‖E_l‖²; each update corrects it by the
-    product that its own line search needs, layers 1 and L evaluate it afresh in every iteration.
-    gram: [XᵀX], [1, d_0, d_0]. rho, theta_start, tau_start: [S], the penalty and where the searches start.
-    cost, rises: [S], the training cost, and how many times in a row it has risen.
-    accepted_theta, accepted_tau: of W_1..W_L and A_1..A_{L−1}, [S, 2] each: the backward and the forward sweep's.
+    Attributes:
+        seeds, iteration: see `admm.optimizers.protocol.State`.
+        theta: parameters [S, P], with W_l [S, d_l, d_{l−1}] and b_l [S, d_l].
+        z: pre-activations Z_1..Z_L, [S, N, d_l].
+        a: activations A_1..A_{L−1}, [S, N, d_l].
+        u: one tensor, the dual of the last layer, [S, N, C], unscaled.
+        error: E_l = A_{l−1} W_lᵀ + b_l − Z_l (− u/ρ for l = L), so that φ_l = ρ/2 ‖E_l‖². Each update corrects it by
+            the product that its line search needs; those of layers 1 and L are evaluated again in every iteration.
+        gram: [XᵀX], [1, d_0, d_0].
+        rho, theta_start, tau_start: [S], the penalty and where the line searches start.
+        cost: [S], the training cost.
+        rises: [S], how many times in a row it has risen.
+        accepted_theta, accepted_tau: of W_1..W_L and A_1..A_{L−1}, [S, 2] each: the backward and the forward sweep's.
     """
 
     seeds: tuple[int, ...]
@@ -62,11 +70,15 @@ class DLADMMState:
 
 
 @dataclass(frozen=True)
-class DLADMM(Options):
+class DLADMM(Options, Optimizer[DLADMMState]):
     """dlADMM: a backward sweep, in the order Z_l, b_l, W_l, A_{l−1}, a forward one, W_l, b_l, Z_l, A_l, and the dual.
 
-    min J(Z_L, Y) + Σ_l φ_l + ρ/2 Σ_{l<L} ‖A_l − relu(Z_l)‖², φ_l = ρ/2 ‖Z_l − A_{l−1} W_lᵀ − b_l + u_l/ρ‖², u_l = 0 for
-    l < L; J is summed over the samples. Where the paper leaves something open, the authors' program decides.
+    It is for fully connected ReLU networks with biases, and the problem
+
+        min J(Z_L, Y) + Σ_l φ_l + ρ/2 Σ_{l<L} ‖A_l − relu(Z_l)‖², φ_l = ρ/2 ‖Z_l − A_{l−1} W_lᵀ − b_l + u_l/ρ‖²
+
+    with u_l = 0 for l < L and J summed over the samples. Where the paper leaves something open, the authors' program
+    decides.
 
     W_l and A_l take one gradient step of 1/θ and 1/τ, where θ and τ double from their start until the quadratic model
     bounds the objective from above. The objective is quadratic, so that a trial is a comparison of two numbers: with
@@ -76,19 +88,49 @@ class DLADMM(Options):
     the left side above; this one decides by q ≤ θ, to within q's own rounding.
 
     Z_L is FISTA's on J + φ_L: it stops before a step when the objective has changed by less than `fista_tolerance`, and
-    returns the extrapolated point, as the authors' program does. `fista_curvature` is the inverse of its step. None
-    stands for 1/4 times the scale of the cross-entropy, as the authors have it, and for the scale of the squared error,
-    of which the first step is then exact.
+    returns the extrapolated point, as the authors' program does.
 
     The training cost is the mean loss of a plain forward pass at the end of an iteration. When it has risen
     `rises` times in a row, ρ becomes min(rho_factor ρ, rho_max) and, where the widest hidden layer has at least `wide`
-    units, the searches start at start_factor times their start.
+    units, the line searches start at start_factor times their start.
+
+    Args:
+        rho: ρ > 0 at the start, a number or one per replica, as all numbers below but those said to be whole.
+        theta: where the line search for the curvature θ of W_l starts.
+        tau: where the line search for the curvature τ of A_l starts.
+        deviation: W, b ~ N(0, deviation²) at the start.
+        rises: a whole number.
+        rho_factor, rho_max, start_factor: see above.
+        wide: a whole number.
+        fista_steps: the most steps of FISTA, a whole number.
+        fista_tolerance: see above.
+        fista_curvature: the inverse of FISTA's step. None stands for 1/4 times the scale of the cross-entropy, as the
+            authors have it, and for the scale of the squared error, of which the first step is then exact.
+
+    References:
+        Wang, Yu, Chen & Zhao, "ADMM for efficient deep learning with global convergence", KDD 2019, Algorithm 1,
+        https://arxiv.org/abs/1905.13611
+
+    >>> from admm.blocks import split
+    >>> from admm.losses import SquaredError
+    >>> from admm.models import initialiser, mlp
+    >>> from admm.training import evaluate
+    >>> x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    >>> blocks = split(mlp(1, hidden=[8], classes=1), per_layer=True)
+    >>> problem = Problem(x, x.abs(), blocks, SquaredError(), initialiser("normal", std=0.5))
+    >>> optimizer = DLADMM(rho=1e-2, theta=1e-3, tau=1e-3)
+    >>> state = optimizer.init(problem, seeds=[0])
+    >>> loss = evaluate(problem, state.theta, test=None)["train_loss"]
+    >>> for _ in range(10):
+    ...     state = optimizer.step(problem, state)
+    >>> bool(evaluate(problem, state.theta, test=None)["train_loss"] < loss)
+    True
     """
 
     rho: Number = 1e-6
-    theta: Number = 1.0  # where the search for W's curvature starts
-    tau: Number = 1.0  # and A's
-    deviation: Number = 0.1  # W, b ~ normal(0, deviation²)
+    theta: Number = 1.0
+    tau: Number = 1.0
+    deviation: Number = 0.1
     rises: int = 3
     rho_factor: Number = 10.0
     rho_max: Number = 0.1
@@ -99,31 +141,37 @@ class DLADMM(Options):
     fista_curvature: Number | None = None
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> DLADMMState:
-        """W and b normal, Z and A by a forward pass, Z_L = +1 for the true class and −1 elsewhere, u = 0.
+        """Return W and b normal, Z and A by a forward pass, Z_L = +1 for the true class and −1 elsewhere, and u = 0.
 
-        start: any of `weight`, `bias` (L tensors each), `z` (L), `a` (L − 1) and `u` (1), shaped as in the state.
-        Raises ValueError for another network than Linear, ReLU, …, Linear with biases, for a loss whose FISTA step is
-        not known or would diverge, and for hyperparameters that are not positive.
+        Args:
+            problem: what is trained on.
+            seeds: one per replica.
+            start: initial values in place of these: any of `weight`, `bias` (L tensors each), `z` (L), `a` (L − 1) and
+                `u` (1), shaped as in the state.
+
+        Raises:
+            ValueError: for another network than Linear, ReLU, …, Linear with biases, for a loss whose FISTA step is not
+                known or would diverge, and for hyperparameters that are not positive.
         """
         seeds = whole_seeds(seeds)
-        known(start, ("weight", "bias", "z", "a", "u"))
+        check_initial_names(start, ("weight", "bias", "z", "a", "u"))
         self._check(problem.loss, len(seeds))
         theta = problem.initial(seeds)
-        layers = linear_layers(problem, theta, "dladmm")
+        layers = linear_layers(problem, theta, "DLADMM")
         deviation = replica_values("deviation", self.deviation, len(seeds))
         for name in ("weight", "bias"):
-            draw(name, [layer[name] for layer in layers], seeds, deviation, "normal")
-        put("weight", [layer["weight"] for layer in layers], start)
-        put("bias", [layer["bias"] for layer in layers], start)
+            sample_initial_values(name, [layer[name] for layer in layers], seeds, deviation, "normal")
+        set_initial_values("weight", [layer["weight"] for layer in layers], start)
+        set_initial_values("bias", [layer["bias"] for layer in layers], start)
 
         x = problem.x.flatten(1)
         z = [x.new_empty(len(seeds), len(x), layer["weight"].shape[1]) for layer in layers]
-        a = [torch.empty_like(own) for own in z[:-1]]
+        a = [torch.empty_like(z_l) for z_l in z[:-1]]
         forward(layers, x, z, a, _SLICE)
         z[-1].copy_(torch.where(problem.y == 0, -1.0, 1.0))
         u = [torch.zeros_like(z[-1])]
         for name, variables in (("z", z), ("a", a), ("u", u)):
-            put(name, variables, start)
+            set_initial_values(name, variables, start)
 
         rho, theta_start, tau_start = (self._number(name, z[0]) for name in ("rho", "theta", "tau"))
         state = DLADMMState(
@@ -150,47 +198,44 @@ class DLADMM(Options):
         return state
 
     def step(self, problem: Problem, state: DLADMMState) -> DLADMMState:
-        """Algorithm 1: one iteration, and the schedule of ρ, θ and τ."""
+        """Do one iteration of Algorithm 1, and change ρ, θ and τ by their schedule."""
         same_samples(problem, state.z[0])
         sweep, last = _Sweep(self, problem, state), len(state.z)
         for layer in range(last, 0, -1):
             sweep.update_z(layer)
             sweep.update_b(layer)
-            sweep.update_w(layer, BACKWARD)
+            sweep.update_w(layer, _BACKWARD)
             if layer > 1:
-                sweep.update_a(layer - 1, BACKWARD)
+                sweep.update_a(layer - 1, _BACKWARD)
         for layer in range(1, last + 1):
-            sweep.update_w(layer, FORWARD)
+            sweep.update_w(layer, _FORWARD)
             sweep.update_b(layer)
             sweep.update_z(layer)
             if layer < last:
-                sweep.update_a(layer, FORWARD)
+                sweep.update_a(layer, _FORWARD)
         sweep.update_u()
         self._schedule(state, sweep.training_cost())
         sweep.add_dual_to_error()
         state.iteration += 1
         return state
 
-    def parameters(self, state: DLADMMState) -> Parameters:
-        return state.theta
-
     def diagnostics(self, problem: Problem, state: DLADMMState) -> dict[str, Tensor]:
-        """`residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖, the last constraint's is the one with a dual; `theta_l` and
-        `tau_l`, accepted in the last forward sweep; `rho`."""
+        """Return `residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖, where the last constraint is the one with a dual;
+        `theta_l` and `tau_l`, accepted in the last forward sweep; and `rho`."""
         values = {"rho": state.rho.clone()}
-        layers = linear_layers(problem, state.theta, "dladmm")
+        layers = linear_layers(problem, state.theta, "DLADMM")
         for number, (z, error) in enumerate(zip(state.z, state.error, strict=True), start=1):
             if number == len(state.z):  # its error contains the dual
-                before = state.a[-1] if state.a else problem.x.flatten(1).expand(len(z), -1, -1)
-                error = pre_activation(layers[-1], before) - z
+                layer_input = state.a[-1] if state.a else problem.x.flatten(1).expand(len(z), -1, -1)
+                error = pre_activation(layers[-1], layer_input) - z
             values[f"residual_{number}"] = (_square(error) / _square(z)).sqrt()
         for name, accepted in (("theta", state.accepted_theta), ("tau", state.accepted_tau)):
             for number, curvature in enumerate(accepted, start=1):
-                values[f"{name}_{number}"] = curvature[:, FORWARD].clone()
+                values[f"{name}_{number}"] = curvature[:, _FORWARD].clone()
         return values
 
     def curvature(self, loss: Loss) -> Number:
-        """FISTA's L, the inverse of its step. Raises ValueError where it is not known."""
+        """Return FISTA's L, the inverse of its step. Raises ValueError where it is not known."""
         if self.fista_curvature is not None:
             return self.fista_curvature
         if isinstance(loss, CrossEntropy):
@@ -198,7 +243,7 @@ class DLADMM(Options):
         if isinstance(loss, SquaredError):
             return loss.scale
         raise ValueError(
-            f"optimizer.fista_curvature: null is for cross_entropy and squared_error; give a number for "
+            f"fista_curvature: None is for CrossEntropy and SquaredError; give a number for "
             f"{type(loss).__name__}, the largest second derivative"
         )
 
@@ -209,17 +254,18 @@ class DLADMM(Options):
         curvature = positive("fista_curvature", self.curvature(loss), replicas)
         if isinstance(loss, SquaredError) and not bool((curvature >= loss.scale).all()):
             raise ValueError(
-                f"optimizer.fista_curvature: {self.fista_curvature} is below {loss.scale}, the scale of squared_error, "
-                "where FISTA diverges; use null"
+                f"fista_curvature: {self.fista_curvature} is below {loss.scale}, the scale of SquaredError, "
+                "where FISTA diverges; use None"
             )
         for name in ("rho", "theta", "tau", "rho_factor", "rho_max", "start_factor"):
             positive(name, getattr(self, name), replicas)
 
     def _number(self, name: str, like: Tensor) -> Tensor:
-        """A hyperparameter [S]."""
+        """Return a hyperparameter [S]."""
         return replica_values(name, getattr(self, name), len(like)).to(like)
 
     def _schedule(self, state: DLADMMState, cost: Tensor) -> None:
+        """Raise ρ and where the line searches start, in replicas whose cost has risen too often."""
         state.rises.copy_(torch.where(cost > state.cost, state.rises + 1.0, 0.0))
         state.cost.copy_(cost)
         rise = state.rises >= self.rises
@@ -236,24 +282,25 @@ class _Sweep:
 
     def __init__(self, options: DLADMM, problem: Problem, state: DLADMMState) -> None:
         self.options, self.problem, self.state = options, problem, state
-        self.layers = linear_layers(problem, state.theta, "dladmm")
+        self.layers = linear_layers(problem, state.theta, "DLADMM")
         self.x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)  # not copied
         self.rho = _column(state.rho)
         self._buffers: dict[str, Tensor] = {}
-        self._pulled: dict[int, Tensor] = {}  # E_{l+1} W_{l+1}, from the backward to the forward update of A_l
+        self._error_w: dict[int, Tensor] = {}  # E_{l+1} W_{l+1}, from the backward to the forward update of A_l
         self._first_gradient = torch.empty(0)  # of φ_1, from one update of W_1 to the next
 
     def update_w(self, layer: int, sweep: int) -> None:
-        """One step of 1/θ for W_l; G here is ∇φ/ρ = Eᵀ A."""
-        before, weight, error = self._before(layer), self.layers[layer - 1]["weight"], self.state.error[layer - 1]
+        """Take one step of 1/θ for W_l; G here is ∇φ/ρ = Eᵀ A."""
+        weight, error = self.layers[layer - 1]["weight"], self.state.error[layer - 1]
+        layer_input = self._layer_input(layer)
         if layer == 1:
             # G and ‖X Gᵀ‖² = ⟨G XᵀX, G⟩ of both sweeps by one pass over the data: nothing else moves in between.
-            gradient = torch.bmm(error.mT, before) if sweep == BACKWARD else self._first_gradient
+            gradient = torch.bmm(error.mT, layer_input) if sweep == _BACKWARD else self._first_gradient
             image = torch.bmm(gradient, self.state.gram[0].expand(len(gradient), -1, -1))
             square = (image.flatten(1) * gradient.flatten(1)).sum(1)
         else:
-            gradient = torch.bmm(error.mT, before)
-            image = torch.bmm(before, gradient.mT, out=self._buffer("image", error))
+            gradient = torch.bmm(error.mT, layer_input)
+            image = torch.bmm(layer_input, gradient.mT, out=self._buffer("image", error))
             square = _square(image)
         theta = _doubled(self.state.theta_start, self.state.rho * square / _square(gradient))
         self.state.accepted_theta[layer - 1][:, sweep] = theta
@@ -261,7 +308,7 @@ class _Sweep:
         weight.addcmul_(gradient, step)
         if layer > 1:
             error.addcmul_(image, step)  # by linearity
-        elif sweep == BACKWARD:
+        elif sweep == _BACKWARD:
             self._first_gradient = gradient.addcmul_(image, step)
         else:
             self.evaluate_error(1)
@@ -269,16 +316,16 @@ class _Sweep:
                 self.add_dual_to_error()
 
     def update_a(self, layer: int, sweep: int) -> None:
-        """One step of 1/τ for A_l on φ_{l+1} + ρ/2 ‖A_l − relu(Z_l)‖²; G here is the gradient over ρ."""
+        """Take one step of 1/τ for A_l on φ_{l+1} + ρ/2 ‖A_l − relu(Z_l)‖²; G here is the gradient over ρ."""
         a, error, weight = self.state.a[layer - 1], self.state.error[layer], self.layers[layer]["weight"]
         narrows = weight.shape[1] < weight.shape[2]
-        pulled = self._pulled.pop(layer) if layer in self._pulled else torch.bmm(error, weight)  # E_{l+1} W
+        error_w = self._error_w.pop(layer) if layer in self._error_w else torch.bmm(error, weight)  # E_{l+1} W
         relu = torch.clamp(self.state.z[layer - 1], min=0.0, out=self._buffer("image", a))
-        gradient = torch.add(pulled, a, out=self._buffer("gradient", a)).sub_(relu)
-        image = self._buffer("image", a if sweep == BACKWARD and not narrows else error)
+        gradient = torch.add(error_w, a, out=self._buffer("gradient", a)).sub_(relu)
+        image = self._buffer("image", a if sweep == _BACKWARD and not narrows else error)
         if narrows:
             square = _square(torch.bmm(gradient, weight.mT, out=image))
-        elif sweep == BACKWARD:
+        elif sweep == _BACKWARD:
             # G WᵀW gives ‖G Wᵀ‖² too, and corrects E_{l+1} W, in which nothing else moves before the forward sweep.
             torch.bmm(gradient, torch.bmm(weight.mT, weight), out=image)
             square = torch.linalg.vecdot(gradient.flatten(1), image.flatten(1))
@@ -290,29 +337,29 @@ class _Sweep:
         a.addcmul_(gradient, step)
         if narrows:
             error.addcmul_(image, step)  # by linearity
-        elif sweep == BACKWARD:
-            self._pulled[layer] = pulled.addcmul_(image, step)
+        elif sweep == _BACKWARD:
+            self._error_w[layer] = error_w.addcmul_(image, step)
         else:
             self.evaluate_error(layer + 1)
             if layer + 1 == len(self.state.z):
                 self.add_dual_to_error()
 
     def _square_of_image(self, gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """‖G Wᵀ‖², or its bound ‖G‖² ‖W‖², which needs no pass over the data, where that accepts the first τ."""
+        """Return ‖G Wᵀ‖², or its bound ‖G‖² ‖W‖², which needs no pass over the data, where that accepts the first τ."""
         bound = _square(weight)
         accepts = self.state.rho * (bound + 1.0) <= self.state.tau_start
         bound *= _square(gradient)
         return bound if accepts.all() else torch.where(accepts, bound, _square(torch.bmm(gradient, weight.mT, out=out)))
 
     def update_b(self, layer: int) -> None:
-        """b − (mean over the samples of ∇φ)/ρ."""
+        """Set b_l to b_l − (mean over the samples of ∇φ)/ρ."""
         error = self.state.error[layer - 1]
         mean = error.mean(1)
         self.layers[layer - 1]["bias"].sub_(mean)
         error.sub_(mean.unsqueeze(1))
 
     def update_z(self, layer: int) -> None:
-        """The minimiser of φ_l + ρ/2 ‖A_l − relu(Z_l)‖², or for the last layer FISTA's point."""
+        """Set Z_l to the minimiser of φ_l + ρ/2 ‖A_l − relu(Z_l)‖², or for the last layer to FISTA's point."""
         z, target = self.state.z[layer - 1], self.state.error[layer - 1]
         target.add_(z)  # A_{l−1} W_lᵀ + b_l − u_l/ρ
         if layer == len(self.state.z):
@@ -323,21 +370,22 @@ class _Sweep:
         target.sub_(z)
 
     def update_u(self) -> None:
-        """u + ρ (Z_L − A_{L−1} W_Lᵀ − b_L); leaves the last error without its dual."""
+        """Set u to u + ρ (Z_L − A_{L−1} W_Lᵀ − b_L); leave the last error without its dual."""
         self.evaluate_error(len(self.state.z))
         self.state.u[0].sub_(self.rho * self.state.error[-1])
 
     def evaluate_error(self, layer: int) -> None:
-        """A_{l−1} W_lᵀ + b_l − Z_l, afresh."""
+        """Evaluate E_l = A_{l−1} W_lᵀ + b_l − Z_l again."""
         views, error = self.layers[layer - 1], self.state.error[layer - 1]
-        torch.bmm(self._before(layer), views["weight"].mT, out=error)
+        torch.bmm(self._layer_input(layer), views["weight"].mT, out=error)
         error.add_(views["bias"].unsqueeze(1)).sub_(self.state.z[layer - 1])
 
     def add_dual_to_error(self) -> None:
+        """Subtract u/ρ from E_L."""
         self.state.error[-1].sub_(self.state.u[0] / self.rho)
 
     def training_cost(self) -> Tensor:
-        """The mean loss of a plain forward pass, [S], whose first layer is already known: Z_1 + E_1 (without dual)."""
+        """Return the mean loss [S] of a plain forward pass, whose first layer is known: Z_1 + E_1 (without dual)."""
         total = torch.zeros_like(self.state.rho)
         for part in slices(len(self.problem.x), _SLICE):
             z = self.state.z[0][:, part] + self.state.error[0][:, part]
@@ -348,45 +396,45 @@ class _Sweep:
         return total.div_(len(self.problem.x))
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
-        """Minimises J(z) + ρ/2 ‖z − target‖², from z. Samples are columns here, for fast sums over the classes."""
+        """Minimise J(z) + ρ/2 ‖z − target‖², from z. Samples are columns here, for fast sums over the classes."""
         options, loss = self.options, self.problem.loss
         curvature = _column(replica_values("fista_curvature", options.curvature(loss), len(z)).to(z))
         tolerance = replica_values("fista_tolerance", options.fista_tolerance, len(z)).to(z.device)
         z, target, y = z.mT.contiguous(), target.mT.contiguous(), self.problem.y.mT.contiguous()
         result, proximal, momentum = torch.empty_like(z), z, 1.0
-        before = torch.full_like(self.state.rho, math.inf, dtype=torch.float64)  # float32 cannot tell `tolerance`
-        running = torch.ones_like(before, dtype=torch.bool)
-        pull, total = self.rho * target, self.rho + curvature
+        last_value = torch.full_like(self.state.rho, math.inf, dtype=torch.float64)  # float32 is too coarse
+        running = torch.ones_like(last_value, dtype=torch.bool)
+        rho_target, total = self.rho * target, self.rho + curvature
         for _ in range(options.fista_steps):
             value, gradient = _value_and_gradient(loss, z, y)
             value += 0.5 * self.state.rho * squared_norm(z - target)
             # A replica stops by itself and goes on without effect; one that has diverged stops too.
-            stops = running & ~((value - before).abs() >= tolerance)
+            stops = running & ~((value - last_value).abs() >= tolerance)
             if stops.any():
                 result[stops] = z[stops]
                 running &= ~stops
                 if not running.any():
                     return result.mT
-            before, old, last_momentum = value, proximal, momentum
+            last_value, last_proximal, last_momentum = value, proximal, momentum
             momentum = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * momentum**2))
-            proximal = (z * curvature).sub_(gradient).add_(pull).div_(total)
-            z = torch.lerp(proximal, old, (1.0 - last_momentum) / momentum)
+            proximal = (z * curvature).sub_(gradient).add_(rho_target).div_(total)
+            z = torch.lerp(proximal, last_proximal, (1.0 - last_momentum) / momentum)
         result[running] = z[running]
         return result.mT
 
-    def _before(self, layer: int) -> Tensor:
-        """A_{l−1}, where A_0 = X."""
+    def _layer_input(self, layer: int) -> Tensor:
+        """Return A_{l−1}, where A_0 = X."""
         return self.x if layer == 1 else self.state.a[layer - 2]
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of that shape, to be overwritten; those of one name share their memory."""
+        """Return a tensor of the shape of `like`, to be overwritten; those of one name share their memory."""
         if name not in self._buffers:
             self._buffers[name] = like.new_empty(max(v.numel() for v in self.state.z))
         return self._buffers[name][: like.numel()].view(like.shape)
 
 
 def _value_and_gradient(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """J summed over samples [S], in float64, and its gradient [S, C, N], for z [S, C, N] and y [C, N]."""
+    """Return J summed over samples [S], in float64, and its gradient [S, C, N], for z [S, C, N] and y [C, N]."""
     if isinstance(loss, CrossEntropy):  # both need the same exponentials
         log_p = torch.log_softmax(z, 1)
         return (log_p * y).sum((1, 2), dtype=torch.float64).mul_(-loss.scale), log_p.exp_().sub_(y).mul_(loss.scale)
@@ -395,7 +443,7 @@ def _value_and_gradient(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
 
 def _doubled(start: Tensor, least: Tensor) -> Tensor:
-    """The first of start, 2 start, 4 start, … that is at least `least`; start for NaN. All [S]."""
+    """Return the first of start, 2 start, 4 start, … that is at least `least`; start for NaN. All are [S]."""
     value = start.clone()
     while (less := least > value).any():
         value = torch.where(less, 2.0 * value, value)
@@ -403,11 +451,11 @@ def _doubled(start: Tensor, least: Tensor) -> Tensor:
 
 
 def _square(value: Tensor) -> Tensor:
-    """‖·‖² of each replica, [S], in the data's own precision and without a copy of it: enough for a search."""
+    """Return ‖·‖² of each replica, [S], in the data's own precision and without a copy: enough for a line search."""
     norm: Tensor = torch.linalg.vector_norm(value, dim=(1, 2))
     return norm.square_()
 
 
 def _column(value: Tensor) -> Tensor:
-    """[S] as [S, 1, 1]."""
+    """Return a tensor [S] as [S, 1, 1]."""
     return value.view(-1, 1, 1)

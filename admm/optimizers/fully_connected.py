@@ -1,5 +1,5 @@
-"""What the algorithms for fully connected ReLU networks share: the network's form, starting values, the ReLU's prox,
-the constraints' residuals.
+"""What the algorithms for fully connected ReLU networks share: the network's form, initial values, the ReLU's prox, the
+residuals of the constraints.
 
 Notation: layer l = 1..L has a weight W_l [S, d_l, d_{l−1}] and, if the algorithm knows it, a bias b_l [S, d_l];
 Z_l = A_{l−1} W_lᵀ + b_l is the pre-activation [S, N, d_l], A_l = relu(Z_l), and A_0 = X. Python lists start at 0.
@@ -14,97 +14,101 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import ParamDict, Parameters, has_hooks, leaves
+from admm.blocks import Parameters
+from admm.layers import ParamDict, has_hooks
 from admm.minibatches import slices, stateless_rng
 from admm.optimizers.protocol import Problem
+from admm.splitting import layer_names, modules_by_name
 
-Start = Mapping[str, Sequence[Tensor]]  # starting values by the name of a state's variable
+Start = Mapping[str, Sequence[Tensor]]  # initial values by the name of a state's variable
 
 
 def linear_layers(problem: Problem, theta: Parameters, algorithm: str, biases: bool = True) -> list[ParamDict]:
-    """`weight` and `bias` of layers 1..L, as views into theta.
+    """Return `weight` and `bias` of layers 1..L, as views into theta.
 
-    Raises ValueError unless the network is `Linear, ReLU, Linear, …, Linear`, after a `Flatten` or not, and if `biases`
-    are needed, all of its layers have one; and for an augmentation.
+    Raises ValueError, which names the algorithm, unless the network is `Linear, ReLU, Linear, …, Linear`, after a
+    `Flatten` or not, without hooks and, if `biases` are needed, with one in each layer; and for an augmentation.
     """
     problem.refuse_augmentation(algorithm)
     network = problem.blocks.network
-    modules = dict(network.named_modules(remove_duplicate=False))
-    kinds = [type(modules[name]) for name in leaves(network)]
-    if hooked := [name for name in leaves(network) if has_hooks(modules[name])]:
-        raise ValueError(f"optimizer: {algorithm} would not call the hooks of layer {hooked[0]!r}; remove them")
+    modules = modules_by_name(network)
+    kinds = [type(modules[name]) for name in layer_names(network)]
+    if hooked := [name for name in layer_names(network) if has_hooks(modules[name])]:
+        raise ValueError(f"network: {algorithm} would not call the hooks of layer {hooked[0]!r}; remove them")
     body = kinds[1:] if kinds[0] is nn.Flatten else kinds
     if len(body) % 2 == 0 or body != [nn.Linear, nn.ReLU] * (len(body) // 2) + [nn.Linear]:
         raise ValueError(
-            f"optimizer: {algorithm} supports fully connected ReLU networks (Linear, ReLU, …, Linear), not "
+            f"network: {algorithm} supports fully connected ReLU networks (Linear, ReLU, …, Linear), not "
             f"{', '.join(kind.__name__ for kind in kinds)}"
         )
     layers = [views for block in theta.blocks for views in block if views]
     if biases and not all("bias" in layer for layer in layers):
-        raise ValueError(f"optimizer: {algorithm} supports fully connected ReLU networks with a bias in every layer")
+        raise ValueError(f"network: {algorithm} supports fully connected ReLU networks with a bias in every layer")
     return layers
 
 
-def put(name: str, variables: Sequence[Tensor], start: Start | None) -> None:
-    """Overwrite variables by the starting values of that name, if there are any.
+def set_initial_values(name: str, variables: Sequence[Tensor], start: Start | None) -> None:
+    """Overwrite variables by the initial values of that name, if there are any.
 
     Raises ValueError for another number of tensors or another shape.
     """
     if start is None or name not in start:
         return
-    given = [torch.as_tensor(value) for value in start[name]]
-    if [v.shape for v in given] != [v.shape for v in variables]:
+    values = [torch.as_tensor(value) for value in start[name]]
+    if [v.shape for v in values] != [v.shape for v in variables]:
         raise ValueError(
-            f"start[{name!r}]: shapes {[list(v.shape) for v in given]}, expected {[list(v.shape) for v in variables]}"
+            f"start[{name!r}]: shapes {[list(v.shape) for v in values]}, expected {[list(v.shape) for v in variables]}"
         )
-    for variable, value in zip(variables, given, strict=True):
+    for variable, value in zip(variables, values, strict=True):
         variable.copy_(value)
 
 
-def known(start: Mapping[str, Any] | None, names: Sequence[str]) -> None:
-    """Raises ValueError for a starting value that the algorithm does not have."""
+def check_initial_names(start: Mapping[str, Any] | None, names: Sequence[str]) -> None:
+    """Raise ValueError for an initial value of a variable that the algorithm does not have."""
     if unknown := set(start or ()) - set(names):
         raise ValueError(f"start: no variable {sorted(unknown)}; the variables are {', '.join(names)}")
 
 
-def draw(
+def sample_initial_values(
     name: str,
     variables: Sequence[Tensor],
     seeds: Sequence[int],
     spread: Tensor,
     distribution: Literal["normal", "uniform"],
 ) -> None:
-    """Overwrite replica s of each variable by draws from N(0, spread_s²) or U(0, spread_s), each by a generator of its
-    own that follows from the seed and the name."""
+    """Overwrite replica s of each variable by samples of N(0, spread_s²) or U(0, spread_s).
+
+    Each replica of a variable has its own generator, which follows from the seed, the name and the variable's place.
+    """
     for number, variable in enumerate(variables, start=1):
         for replica, seed, width in zip(variable, seeds, spread.tolist(), strict=True):
-            random, drawn = stateless_rng(seed, name, number), torch.empty_like(replica, device="cpu")
+            rng, values = stateless_rng(seed, name, number), torch.empty_like(replica, device="cpu")
             if distribution == "normal":
-                drawn.normal_(0.0, width, generator=random)
+                values.normal_(0.0, width, generator=rng)
             else:
-                drawn.uniform_(0.0, width, generator=random)
-            replica.copy_(drawn)
+                values.uniform_(0.0, width, generator=rng)
+            replica.copy_(values)
 
 
 def pre_activation(layer: ParamDict, a: Tensor, out: Tensor | None = None) -> Tensor:
-    """Z = A Wᵀ + b [S, n, d_l] of A [S, n, d_{l−1}], in a new tensor or in `out`; b is 0 if the layer has none."""
+    """Return Z = A Wᵀ + b [S, n, d_l] for A [S, n, d_{l−1}], in a new tensor or in `out`; b is 0 if there is none."""
     if "bias" not in layer:
         return torch.bmm(a, layer["weight"].mT, out=out)
     return torch.baddbmm(layer["bias"].unsqueeze(1), a, layer["weight"].mT, out=out)
 
 
 def forward(layers: Sequence[ParamDict], x: Tensor, z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int) -> None:
-    """A forward pass of x [N, d_0], which all replicas share, into Z_1..Z_L and A_1..A_{L−1}, [S, N, d_l] each."""
+    """Overwrite Z_1..Z_L and A_1..A_{L−1} [S, N, d_l] by a forward pass of x [N, d_0], which all replicas share."""
     for part in slices(len(x), slice_size):
-        before = x[part].expand(len(z[0]), -1, -1)
-        for layer, own, activation in zip_longest(layers, z, a):
-            own[:, part] = pre_activation(layer, before)
-            if activation is not None:
-                before = torch.clamp(own[:, part], min=0.0, out=activation[:, part])
+        layer_input = x[part].expand(len(z[0]), -1, -1)
+        for layer, z_l, a_l in zip_longest(layers, z, a):
+            z_l[:, part] = pre_activation(layer, layer_input)
+            if a_l is not None:
+                layer_input = torch.clamp(z_l[:, part], min=0.0, out=a_l[:, part])
 
 
 def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> None:
-    """argmin_z ½ (z − p)² + ratio/2 (q − max(z, 0))² of each element, into p; the negative one of two minima.
+    """Write argmin_z ½ (z − p)² + ratio/2 (q − max(z, 0))² of each element into p; of two minima the negative one.
 
     ratio > 0 is a number or [S, 1, 1]; q and spare, of p's shape, are overwritten. On z > 0 the minimiser is
     z⁺ = (p + ratio q)/(1 + ratio), on z ≤ 0 it is min(p, 0). For p > 0, z⁺ is better wherever it is positive; for
@@ -117,35 +121,35 @@ def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> No
 
 
 def squared_norm(values: Tensor) -> Tensor:
-    """‖·‖² of each replica, [S], summed in float64."""
+    """Return ‖·‖² of each replica, [S], summed in float64."""
     return values.square().sum(tuple(range(1, values.ndim)), dtype=torch.float64)
 
 
 def square_residuals(
     x: Tensor, layers: Sequence[ParamDict], z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int
 ) -> tuple[Tensor, Tensor]:
-    """‖Z_l − A_{l−1} W_lᵀ − b_l‖² [L, S] and ‖A_l − relu(Z_l)‖² [len(a), S], of an A_L that there is ‖A_L − Z_L‖².
+    """Return ‖Z_l − A_{l−1} W_lᵀ − b_l‖² [L, S] and ‖A_l − relu(Z_l)‖² [len(a), S], in float64.
 
-    Of x [S, N, d_0], L tensors z and L − 1 or L tensors a, in float64.
+    If there is an A_L, its residual is ‖A_L − Z_L‖². x is [S, N, d_0], z has L tensors, and a has L − 1 or L.
     """
     affine, activation = (torch.zeros(len(v), len(x), dtype=torch.float64, device=x.device) for v in (z, a))
     for part in slices(x.shape[1], slice_size):
-        for number, (layer, before, own) in enumerate(zip(layers, [x, *a], z, strict=False)):
-            own = own[:, part]
-            affine[number] += squared_norm(own - pre_activation(layer, before[:, part]))
+        for number, (layer, layer_input, variable) in enumerate(zip(layers, [x, *a], z, strict=False)):
+            z_l = variable[:, part]
+            affine[number] += squared_norm(z_l - pre_activation(layer, layer_input[:, part]))
             if number < len(a):
-                activation[number] += squared_norm(a[number][:, part] - (own.relu() if number + 1 < len(z) else own))
+                activation[number] += squared_norm(a[number][:, part] - (z_l.relu() if number + 1 < len(z) else z_l))
     return affine, activation
 
 
 def relative_residuals(
     affine: Tensor, activation: Tensor, z: Sequence[Tensor], a: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """`residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖ and `activation_residual_l` = ‖A_l − relu(Z_l)‖/‖A_l‖, of what
-    `square_residuals` returns."""
+    """Return `residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖ and `activation_residual_l` = ‖A_l − relu(Z_l)‖/‖A_l‖, [S]
+    each, from what `square_residuals` has returned."""
     named = {"residual": (affine, z), "activation_residual": (activation, a)}
     return {
-        f"{name}_{number}": (own / squared_norm(variable)).sqrt()
+        f"{name}_{number}": (square / squared_norm(variable)).sqrt()
         for name, (squares, variables) in named.items()
-        for number, (own, variable) in enumerate(zip(squares, variables, strict=True), start=1)
+        for number, (square, variable) in enumerate(zip(squares, variables, strict=True), start=1)
     }

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
+from admm.checks import at_least_one, check_batch_size, has_type
 from admm.losses import Loss
-from admm.minibatches import check_batch_size, rows
+from admm.minibatches import gather_shared
 from admm.numbers import Options
 from admm.optimizers.coupling import BlockOutputs, label_leak, probe, warn_of_lost_signal
-from admm.optimizers.fully_connected import Start, known, put
-from admm.optimizers.protocol import Problem, at_least_one, has_method, spectral_norms, whole_seeds
+from admm.optimizers.fully_connected import Start, check_initial_names, set_initial_values
+from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, UpdateRule
 from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, positive, schedule
 
@@ -31,7 +32,7 @@ class GotmareState:
 
 
 @dataclass(frozen=True)
-class Gotmare(Options):
+class Gotmare(Options, Optimizer[GotmareState]):
     """BlockProp on mini-batches: with gluing variables z_1..z_{T−1}, z_0 = x, and J summed over the mini-batch,
 
         J(block_T(z_{T−1}), y) + Σ_{t<T} ρ/2 ‖z_t − block_t(z_{t−1})‖²
@@ -62,18 +63,18 @@ class Gotmare(Options):
         Raises ValueError that names a hyperparameter, or for a starting variable of another name or shape.
         """
         seeds = whole_seeds(seeds)
-        known(start, ("theta",))
+        check_initial_names(start, ("theta",))
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)
         at_least_one("z_rounds", self.z_rounds)
-        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
-        has_method("z_update", self.z_update, "apply", "admm.optimizers.SGD()")
+        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
         _, z_steps = self._schedules(len(problem.blocks), len(seeds))
         rho = self._penalty(problem.x, len(seeds))
         if isinstance(self.z_update, SGD):
             warn_of_lost_signal(z_steps, [rho] * len(z_steps), problem.x.dtype)
         theta = problem.initial(seeds)
-        put("theta", [theta.flat], start)
+        set_initial_values("theta", [theta.flat], start)
         return GotmareState(seeds, 0, theta, self.update.init(theta.flat))
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
@@ -92,9 +93,6 @@ class Gotmare(Options):
         state.iteration += 1
         return state
 
-    def parameters(self, state: GotmareState) -> Parameters:
-        return state.theta
-
     def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
         """The spectral norms `sigma_t`; of more than one block `loss_forward` and `loss_moved`, see `label_leak`, of
         `batch_size` training samples with the last iteration's ζ."""
@@ -105,7 +103,8 @@ class Gotmare(Options):
         if last == 1:
             return {}
         batch = probe(len(problem.x), self.batch_size, replicas, problem.x.device)
-        chain, y = BlockOutputs(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
+        x, y = gather_shared(problem.x, batch), gather_shared(problem.y, batch)
+        chain = BlockOutputs(problem.blocks, state.theta, x)
         forward, (_, z_steps) = chain.output(last), self._schedules(last, replicas)
         terms = _Terms(problem.loss, chain, y, self._penalty(problem.x, replicas))
         self._update_z(terms, [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.minibatches import check_batch_size, rows
+from admm.checks import at_least_one, check_batch_size, has_type, in_range, one_of
+from admm.minibatches import gather_shared
 from admm.numbers import Options
 from admm.optimizers.coupling import BlockOutputs, Force, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
-from admm.optimizers.protocol import Problem, at_least_one, has_method, in_range, one_of, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 
@@ -33,7 +34,7 @@ class OnlineBlockADMMState:
 
 
 @dataclass(frozen=True)
-class OnlineBlockADMM(Options):
+class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     """Algorithm 2. For each mini-batch: Z by a forward pass, `z_update` in reverse order, one step of Θ, and the
     dual. An iteration is an epoch, or a part of one.
 
@@ -114,9 +115,6 @@ class OnlineBlockADMM(Options):
         state.iteration += 1
         return state
 
-    def parameters(self, state: OnlineBlockADMMState) -> Parameters:
-        return state.theta
-
     def diagnostics(self, problem: Problem, state: OnlineBlockADMMState) -> dict[str, Tensor]:
         """The scalar duals `dual_t` and the spectral norms `sigma_t`; of more than one block `loss_forward` and
         `loss_moved`, see `label_leak`, of `batch_size` training samples with the last iteration's ζ."""
@@ -127,7 +125,8 @@ class OnlineBlockADMM(Options):
         if len(problem.blocks) == 1:
             return {}
         batch = probe(len(problem.x), self.batch_size, len(state.seeds), problem.x.device)
-        chain, y = BlockOutputs(problem.blocks, state.theta, rows(problem.x, batch)), rows(problem.y, batch)
+        x, y = gather_shared(problem.x, batch), gather_shared(problem.y, batch)
+        chain = BlockOutputs(problem.blocks, state.theta, x)
         forward, (_, z_steps) = chain.z[-1], self._schedules(len(problem.blocks), len(state.seeds))
         steps = [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps]
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
@@ -159,8 +158,8 @@ class OnlineBlockADMM(Options):
         )
 
     def _check(self, problem: Problem) -> None:
-        has_method("update", self.update, "apply", "admm.optimizers.Adam()")
-        has_method("z_update", self.z_update, "inverse_curvature", 'admm.optimizers.ZUpdate("gradient")')
+        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)
@@ -168,8 +167,8 @@ class OnlineBlockADMM(Options):
         in_range("dual_decay", self.dual_decay)
         if self.dual != "none" and (self.z_update.last == "prox" or self.z_update.name in ("lipschitz", "majorised")):
             raise ValueError(
-                f"optimizer.dual={self.dual} is not quadratic in Z: it needs optimizer.z_update.last=step and "
-                "optimizer.z_update.name=adam or gradient"
+                f"dual: {self.dual!r} is not quadratic in Z: it needs a z_update with last='step' and name 'adam' or "
+                "'gradient'"
             )
 
     def _force(self, state: OnlineBlockADMMState, chain: BlockOutputs, beta: Tensor, t: int) -> Tensor:

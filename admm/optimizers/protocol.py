@@ -1,14 +1,14 @@
-"""What an optimizer is given, what it promises, and how its state is saved."""
+"""What an optimizer is given, and what it promises."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,19 +16,36 @@ from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
-from admm.minibatches import minibatches, rows, stateless_rng
-from admm.numbers import is_number, is_whole, plain
+from admm.minibatches import gather_shared, minibatches, stateless_rng
+from admm.numbers import plain
 
 
 @dataclass(frozen=True)
 class Problem:
     """Training data, a network cut into blocks, and a loss.
 
-    x: inputs [N, ...], of floating point. y: targets [N, ...], as `loss.targets` takes them: for classes, class indices
-    [N], which become one-hot, or distributions [N, C]. Both are tensors on one device, or what `torch.as_tensor` takes.
-    loss: a `Loss`, or a plain function as `FunctionLoss` takes it. `initialise` fills a network's parameters in place
-    from PyTorch's global random state. `augmentation` changes the inputs of mini-batches, for optimizers whose
-    variables are none of the samples' own.
+    Args:
+        x: inputs [N, ...] of floating point, a tensor or what `torch.as_tensor` takes.
+        y: targets [N, ...] on the same device, as `loss.targets` takes them: for classes, class indices [N], which
+            become one-hot, or distributions [N, C].
+        blocks: the network, cut by `admm.blocks.split`.
+        loss: a `Loss`, or a plain function as `FunctionLoss` takes it.
+        initialise: fills a network's parameters in place from PyTorch's global random state, such as
+            `admm.models.initialiser("pytorch")`.
+        augmentation: changes the inputs of mini-batches, for optimizers that keep no variables of each sample.
+
+    Raises:
+        ValueError: for inputs or targets that the network or the loss cannot take, a loss that has no value per sample
+            or no gradient in the shape of the outputs, and as `admm.comparison.outputs_of` does.
+
+    >>> from admm.blocks import split
+    >>> from admm.losses import SquaredError
+    >>> from admm.models import initialiser, mlp
+    >>> blocks = split(mlp(input_shape=2, hidden=[3], classes=2), per_layer=True)
+    >>> problem = Problem([[0.0, 1.0], [1.0, 0.0]], [1, 0], blocks, SquaredError(), initialiser("pytorch"))
+    >>> problem.y
+    tensor([[0., 1.],
+            [1., 0.]])
     """
 
     x: Tensor
@@ -39,17 +56,16 @@ class Problem:
     augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for inputs or targets that the network or the loss cannot take, and as
-        `admm.comparison.outputs_of` does."""
-        if not hasattr(self.loss, "value") and callable(self.loss):
-            object.__setattr__(self, "loss", FunctionLoss(self.loss))
+        object.__setattr__(self, "loss", as_loss(self.loss))
         object.__setattr__(self, "x", self._inputs(self.x))
         object.__setattr__(self, "y", self.targets(self.x, self.y))
         self._check_loss()
 
     def samples(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-        """Other inputs [M, ...] and targets, such as a test set, in the form of these. Raises ValueError as for
-        these."""
+        """Return other inputs [M, ...] and targets, such as a test set, in the form of the training samples.
+
+        Raises ValueError for samples of another shape or on another device, and for targets of another kind.
+        """
         x = self._inputs(x).to(self.x.dtype)
         if x.shape[1:] != self.x.shape[1:] or x.device != self.x.device:
             raise ValueError(
@@ -63,31 +79,27 @@ class Problem:
             raise ValueError("y: these targets are class indices, and those of training are not classes")
         return x, targets
 
-    def targets(self, x: Tensor, given: Any) -> Tensor:
-        """Targets of inputs x [M, ...], as `loss.targets` makes them of what a caller has. Raises ValueError."""
-        y = as_tensor("y", given, x.device)
+    def targets(self, x: Tensor, y: Any) -> Tensor:
+        """Return the targets of inputs x [M, ...] in the form that the loss takes. Raises ValueError."""
+        y = as_tensor("y", y, x.device)
         if not y.ndim or len(x) != len(y):
             raise ValueError(f"problem: {len(x)} inputs x, but {len(y) if y.ndim else 'no'} targets y")
         if y.device != x.device:
             raise ValueError(f"y: is on {y.device}, x on {x.device}; both must be on one device")
-        outputs = outputs_of(self.blocks, x)
-        if callable(make := getattr(self.loss, "targets", None)):
-            return make(y, outputs, like=x)  # type: ignore[no-any-return]
-        return y.to(x.dtype) if y.is_floating_point() else y
+        return self.loss.targets(y, outputs_of(self.blocks, x), like=x)
 
     @cached_property
     def has_classes(self) -> bool:
-        """Whether the targets say one class per sample, or per position of it, so that accuracy means something."""
+        """Whether the targets are one class per sample, or per position of it, so that accuracy is defined."""
         return isinstance(self.loss, CrossEntropy) or is_one_hot(self.y)
 
     @cached_property
     def threshold(self) -> float | None:
-        """Of targets that each say yes or no: the loss's threshold, outputs above which say yes."""
-        threshold: float | None = getattr(self.loss, "threshold", None)
-        return None if threshold is None or not bool(((self.y == 0) | (self.y == 1)).all()) else threshold
+        """The loss's threshold, above which outputs mean yes, where all targets are 0 or 1; else None."""
+        return self.loss.threshold if bool(((self.y == 0) | (self.y == 1)).all()) else None
 
-    def _inputs(self, given: Any) -> Tensor:
-        x = as_tensor("x", given).detach()
+    def _inputs(self, inputs: Any) -> Tensor:
+        x = as_tensor("x", inputs).detach()
         if not x.is_floating_point():
             raise ValueError(
                 f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(); a "
@@ -102,236 +114,160 @@ class Problem:
         return x
 
     def _check_loss(self) -> None:
-        """Raises ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
-        if not hasattr(self.loss, "gradient"):
-            raise ValueError(f"loss: a {type(self.loss).__name__} has no `value` and `gradient`, and is no function")
+        """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
         y = self.y[:2].expand(2, *self.y[:2].shape)
         z = self.x.new_zeros(*y.shape[:2], *outputs_of(self.blocks, self.x))
         shapes = f"outputs {list(z.shape)} and targets {list(y.shape)}"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
-        except Exception as error:  # whatever a function of one's own raises
+        except Exception as error:  # whatever the caller's function raises
             raise ValueError(f"loss: cannot be evaluated on {shapes}: {type(error).__name__}: {error}") from error
         if value.shape[:2] != z.shape[:2]:
             raise ValueError(
-                f"loss: the value for {shapes} is {list(value.shape)}; J of each sample is wanted, "
+                f"loss: the value for {shapes} is {list(value.shape)}; expected J of each sample, "
                 f"{list(z.shape[:2])}, or of each of its parts"
             )
         if gradient.shape != z.shape:
-            raise ValueError(f"loss: the gradient for {shapes} is {list(gradient.shape)}; the outputs' is wanted")
+            raise ValueError(f"loss: the gradient for {shapes} is {list(gradient.shape)}, expected the outputs'")
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
-        """Freshly initialised parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
+        """Return freshly initialised parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
         return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.x)
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
     ) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """The mini-batches of an iteration, an epoch or one of its `parts`: the part of it that is over, inputs
-        [S, B, ...], augmented, and targets [S, B, C]. Raises ValueError as `admm.minibatches.minibatches` does."""
+        """Yield the mini-batches of an iteration, which is an epoch or one of its `parts`.
+
+        Each is the fraction of the iteration before it, the inputs [S, B, ...], augmented, and the targets [S, B, C].
+        Raises ValueError as `admm.minibatches.minibatches` does.
+        """
         distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, gathered once
         place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.x.device)
         batches = minibatches(len(self.x), batch_size, distinct, iteration, self.x.device, parts)
         if self.augmentation is not None:
-            draws = [stateless_rng(seed, "augmentation", iteration // (parts or 1)) for seed in distinct]
-            drawn = torch.stack([self.augmentation.draw(len(self.x), random) for random in draws]).to(self.x.device)
+            generators = [stateless_rng(seed, "augmentation", iteration // (parts or 1)) for seed in distinct]
+            draws = torch.stack([self.augmentation.draw(len(self.x), rng) for rng in generators]).to(self.x.device)
         for number, batch in enumerate(batches):
-            x = rows(self.x, batch)
+            x = gather_shared(self.x, batch)
             if self.augmentation is not None:
-                changes = drawn.take_along_dim(batch.unsqueeze(2), 1)
+                changes = draws.take_along_dim(batch.unsqueeze(2), 1)
                 x = self.augmentation.apply(x.flatten(0, 1), changes.flatten(0, 1)).unflatten(0, batch.shape)
-            y = rows(self.y, batch)
+            y = gather_shared(self.y, batch)
             if len(distinct) < len(seeds):
                 x, y = x.index_select(0, place), y.index_select(0, place)
             yield number / len(batches), x, y
 
     def refuse_augmentation(self, optimizer: str) -> None:
-        """Raises ValueError if there is one: `optimizer` keeps variables of each sample."""
+        """Raise ValueError if there is an augmentation: `optimizer` keeps variables of each sample."""
         if self.augmentation is not None:
             raise ValueError(
-                f"augmentation: {optimizer} keeps variables of each sample as it is; take augmentation=none, or "
-                "online_block_admm, gotmare, sgd or adam"
+                f"augmentation: {optimizer} keeps variables of each sample as it is; take augmentation=None, or one of "
+                "OnlineBlockADMM, Gotmare and Backprop"
             )
 
 
-State = TypeVar("State")
+class State(Protocol):
+    """The variables of an optimizer for S replicas: a dataclass with these fields, and whatever else it needs.
 
+    Further fields are tensors, `Parameters`, numbers, text, None, and lists, tuples, dictionaries and dataclasses of
+    these, which `admm.checkpoints.save` can store. Tensors have the replica axis S in front unless the state's
+    docstring says otherwise.
 
-class Optimizer(Protocol[State]):
-    """An algorithm: an immutable object with hyperparameters, over an explicit state of tensors.
-
-    All variables have a replica axis S, one replica per seed, in front unless a state says otherwise. `step` works in
-    place and returns the state; it never prints, logs, evaluates or reads a clock, and depends on nothing but the
-    problem and the state.
+    Attributes:
+        seeds: one whole number per replica, from which all its random numbers follow.
+        iteration: the number of finished iterations; `Optimizer.step` counts it.
+        theta: the blocks' parameters [S, P], the state's own tensors, which `Optimizer.step` changes in place.
+            `Blocks.export` makes a copy.
     """
 
-    def init(self, problem: Problem, seeds: Sequence[int]) -> State:
-        """The state before the first iteration. Raises ValueError for what the algorithm cannot do."""
-
-    def step(self, problem: Problem, state: State) -> State:
-        """One iteration over all N samples (an epoch or a part of one, for mini-batch methods)."""
-
-    def parameters(self, state: State) -> Parameters:
-        """The blocks' parameters: the state's own tensors, which `step` changes. `Blocks.export` makes a copy."""
-
-    def diagnostics(self, problem: Problem, state: State) -> dict[str, Tensor]:
-        """Named quantities [S] for the history, such as constraint residuals."""
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
 
 
-def as_tensor(name: str, given: Any, device: torch.device | None = None) -> Tensor:
-    """A tensor as it is, or of an array or a list of numbers, on the device. Raises ValueError for anything else."""
-    if isinstance(given, Tensor):
-        return given
+StateT = TypeVar("StateT", bound=State)
+
+
+class Optimizer(ABC, Generic[StateT]):
+    """An algorithm: an immutable object with hyperparameters, over an explicit state of tensors.
+
+    Replica s of a state depends on its own seed alone, so that a stack of replicas equals runs of one seed each. An
+    optimizer never prints, logs, evaluates or reads a clock.
+    """
+
+    @abstractmethod
+    def init(self, problem: Problem, seeds: Sequence[int]) -> StateT:
+        """Return the state before the first iteration.
+
+        Raises ValueError that names the hyperparameter, for one that is out of range, or what else of the problem the
+        algorithm cannot take.
+        """
+
+    @abstractmethod
+    def step(self, problem: Problem, state: StateT) -> StateT:
+        """Do one iteration over all N samples (an epoch or a part of one, for mini-batch methods).
+
+        The state is changed in place and returned, its `iteration` counted. The result depends on nothing but the
+        problem and the state. Raises ValueError for a problem with other samples than the state was made for, if it
+        keeps variables of them.
+        """
+
+    def diagnostics(self, problem: Problem, state: StateT) -> dict[str, Tensor]:
+        """Return named quantities [S] for the history, such as constraint residuals; the state stays as it is."""
+        return {}
+
+
+def check_state(optimizer: object, state: Any) -> None:
+    """Raise TypeError that names the first field of `State` which an optimizer's state lacks."""
+    for name, kind in (("seeds", tuple), ("iteration", int), ("theta", Parameters)):
+        if not isinstance(getattr(state, name, None), kind):
+            raise TypeError(
+                f"state: a {type(state).__name__}, the state of {type(optimizer).__name__}, has no field {name!r} that "
+                f"is a {kind.__name__}; a state has seeds, iteration and theta, see admm.optimizers.protocol.State"
+            )
+
+
+def as_loss(loss: Any) -> Loss:
+    """Return a loss as it is, or a plain function as a `FunctionLoss`. Raises ValueError for anything else."""
+    if isinstance(loss, Loss):
+        return loss
+    if callable(loss) and not isinstance(loss, type):
+        return FunctionLoss(loss)
+    name = loss.__name__ if isinstance(loss, type) else type(loss).__name__
+    raise ValueError(f"loss: {name} is neither an object of a subclass of admm.losses.Loss nor a function")
+
+
+def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """Return a tensor as it is, or one made of an array or a list of numbers, on the device.
+
+    Raises ValueError that names the argument `name` for anything else.
+    """
+    if isinstance(value, Tensor):
+        return value
     try:
-        return torch.as_tensor(given, device=device)
+        return torch.as_tensor(value, device=device)
     except Exception as error:  # of whatever type it is
         raise ValueError(
-            f"{name}: a {type(given).__name__} is no tensor, nor an array or a list of numbers ({error}); of several "
+            f"{name}: a {type(value).__name__} is no tensor, nor an array or a list of numbers ({error}); of several "
             "inputs, or of a data loader's batches, make one tensor"
         ) from None
 
 
 def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """The seeds as integers of Python's. Raises ValueError for other ones than whole numbers from 0 up to 2⁶⁴ − 1."""
-    given = plain(seeds)
-    is_sequence = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
-    if not is_sequence or not all(isinstance(s, int) and 0 <= s < 2**64 for s in given):
-        raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]")
-    return tuple(map(int, given))
+    """Return the seeds as a tuple of Python's integers.
 
-
-def save(state: Any) -> dict[str, Any]:
-    """The state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`. The tensors are
-    the state's own, which `step` changes in place; `copy.deepcopy(save(state))` keeps what they hold now, for
-    `restore`.
-
-    Raises TypeError for what `restore` could not bring back.
+    Raises ValueError unless they are a sequence of one or more whole numbers from 0 up to 2⁶⁴ − 1.
     """
-    return {field.name: _storable(getattr(state, field.name), field.name) for field in fields(state)}
-
-
-def size(saved: Any) -> int:
-    """Bytes of all tensors in what `save` has made."""
-    if isinstance(saved, Tensor):
-        return saved.nbytes
-    items = saved.values() if isinstance(saved, dict) else saved if isinstance(saved, list) else ()
-    return sum(map(size, items))
-
-
-def restore(state: Any, saved: dict[str, Any]) -> None:
-    """Overwrite a freshly initialised state, in place, by what `save` made. Raises ValueError on a mismatch, and for
-    other seeds."""
-    for field in fields(state):
-        if field.name not in saved:
-            raise ValueError(f"checkpoint: no {field.name!r}; it was made by another optimizer or version")
-        value = getattr(state, field.name)
-        if field.name == "seeds" and list(value) != list(saved["seeds"]):
-            raise ValueError(f"checkpoint: seeds is {saved['seeds']}, expected {list(value)}")
-        setattr(state, field.name, _restored(value, saved[field.name], field.name))
-
-
-def _storable(value: Any, name: str) -> Any:
-    match value:
-        case Parameters():
-            return [value.flat, value.buffers] if value.buffers.numel() else value.flat
-        case Tensor():
-            return value.detach()
-        case np.generic():
-            return value.item()
-        case bool() | None:
-            return value
-        case int() | float() | str():  # also of classes derived from these, which PyTorch would not load
-            return next(kind(value) for kind in (int, float, str) if isinstance(value, kind))
-        case list() | tuple():
-            return [_storable(item, name) for item in value]
-        case dict():
-            return {key: _storable(item, name) for key, item in value.items()}
-    if is_dataclass(value):
-        return save(value)
-    raise TypeError(
-        f"state: {name} holds a {type(value).__name__}, which cannot be saved; a state holds tensors, numbers and "
-        "text, and lists, tuples, dictionaries and dataclasses of them"
-    )
-
-
-def _restored(value: Any, saved: Any, name: str) -> Any:
-    """`value` with what was saved of it: tensors are overwritten in place; what was empty is what was saved."""
-    if isinstance(value, Parameters):
-        _restored(_storable(value, name), saved, name)
-        return value
-    if isinstance(value, Tensor):
-        found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
-        if found != list(value.shape):
-            raise ValueError(f"checkpoint: {name} has shape {found}, expected {list(value.shape)}")
-        if saved.dtype != value.dtype:
-            raise ValueError(f"checkpoint: {name} is of {saved.dtype}, expected {value.dtype}")
-        value.data.copy_(saved)
-        return value
-    if value is None or value == [] or value == {}:
-        return saved
-    if isinstance(value, list | tuple):
-        if not isinstance(saved, list | tuple) or len(value) != len(saved):
-            entries = len(saved) if isinstance(saved, list | tuple) else "no"
-            raise ValueError(f"checkpoint: {name} has {entries} entries, expected {len(value)}")
-        items = [_restored(*pair, name) for pair in zip(value, saved, strict=True)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        if not isinstance(saved, dict) or value.keys() != saved.keys():
-            raise ValueError(f"checkpoint: {name} has the keys {list(saved)}, expected {list(value)}")
-        return {key: _restored(item, saved[key], name) for key, item in value.items()}
-    if is_dataclass(value):
-        restore(value, saved)
-        return value
-    if isinstance(saved, Tensor | list | dict):
-        raise ValueError(f"checkpoint: {name} is a {type(saved).__name__}, expected a {type(value).__name__}")
-    return saved
-
-
-def one_of(key: str, value: object, valid: Sequence[str]) -> None:
-    """Raises ValueError that names the key and the valid choices."""
-    if value not in valid:
-        raise ValueError(f"optimizer.{key}: {value!r} is not one of {', '.join(valid)}")
-
-
-def at_least_one(key: str, value: int) -> None:
-    """Raises ValueError that names the key."""
-    if not is_whole(value, 1):
-        raise ValueError(f"optimizer.{key}: {value!r} is not a whole number from 1 up")
-
-
-def in_range(key: str, value: object, below: float = math.inf) -> None:
-    """Raises ValueError that names the key, unless 0 <= value < below."""
-    if not is_number(value) or not 0.0 <= value < below:
-        bound = "" if below == math.inf else f" and below {below}"
-        raise ValueError(f"optimizer.{key}: {value!r} is not a number from 0 up{bound}")
-
-
-def has_method(key: str, value: object, method: str, such_as: str) -> None:
-    """Raises ValueError that names the key, unless `value` is an object with this method."""
-    if isinstance(value, type) or not callable(getattr(value, method, None)):
-        raise ValueError(f"optimizer.{key}: {value!r} is no object such as {such_as}")
-
-
-def same_samples(problem: Problem, variables: Tensor) -> None:
-    """Raises ValueError unless variables [S, N, ...] of a state are of as many samples as the problem has."""
-    if variables.shape[1] != len(problem.x):
-        raise ValueError(
-            f"problem: {len(problem.x)} samples, but the state has variables of {variables.shape[1]}; a step takes the "
-            "problem that the state was made for"
-        )
-
-
-def check_prox(loss: Loss, algorithm: str) -> None:
-    """Raises ValueError for a loss without a proximal operator."""
-    if not callable(getattr(loss, "prox", None)):
-        raise ValueError(
-            f"loss: {type(loss).__name__} has no prox; {algorithm} supports losses with one: "
-            "squared_error, cross_entropy, binary_cross_entropy, hinge"
-        )
+    values = plain(seeds)
+    is_sequence = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not is_sequence or not all(isinstance(s, int) and 0 <= s < 2**64 for s in values):
+        raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]")
+    return tuple(map(int, values))
 
 
 def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
-    """`sigma_t` [S]: the largest singular value of block t's weight, for blocks of one linear layer."""
+    """Return `sigma_t` [S], the largest singular value of block t's weight, for each block of one linear layer."""
     weights = [block.linear_weight(views) for block, views in zip(problem.blocks, theta.blocks, strict=True)]
     return {
         f"sigma_{t}": largest_singular_value(weight) for t, weight in enumerate(weights, start=1) if weight is not None
@@ -339,11 +275,12 @@ def spectral_norms(problem: Problem, theta: Parameters) -> dict[str, Tensor]:
 
 
 def largest_singular_value(weight: Tensor) -> Tensor:
-    """[S], by the eigenvalues of the smaller of WWᵀ and WᵀW, faster than an SVD; not finite where the weight is not.
+    """Return the largest singular value [S] of a weight [S, d', d]; it is not finite where the weight is not.
 
-    Of the weight over its largest entry, whose products cannot overflow.
+    It is the root of the largest eigenvalue of the smaller of WWᵀ and WᵀW, which is faster than an SVD. W is divided by
+    its largest entry before, so that the products cannot overflow.
     """
-    weight = weight if weight.dtype == torch.float64 else weight.float()  # of halves there are no eigenvalues
+    weight = weight if weight.dtype == torch.float64 else weight.float()  # PyTorch has no eigenvalues of half precision
     largest = weight.abs().amax((1, 2))
     scale = torch.where(largest.isfinite() & (largest > 0), largest, torch.inf)  # then the quotient is 0
     short = (weight if weight.shape[1] <= weight.shape[2] else weight.mT).nan_to_num() / scale.view(-1, 1, 1)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from admm.data import DatasetError, kept
+from admm.data import DatasetError, cached_npy
 from admm.numbers import is_whole
 
 ATTRIBUTES = tuple(  # in CelebA's order
@@ -354,7 +354,7 @@ def _cached(cache: Path, files: list[Path], box: Box, size: int) -> Bytes:
     except OSError as error:
         raise DatasetError(f"expected an image, found a file that cannot be read ({error})") from error
     key = hashlib.sha256(repr((DECODED, box and tuple(box), size, states)).encode()).hexdigest()[:16]
-    return kept(cache / f"faces-{key}.npy", lambda: _decoded(files, box, size))
+    return cached_npy(cache / f"faces-{key}.npy", lambda: _decoded(files, box, size))
 
 
 def _decoded(files: list[Path], box: Box, size: int) -> Bytes:

@@ -18,9 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from admm.checkpoints import History, Row, save, size
 from admm.data import load
-from admm.optimizers.protocol import Optimizer, Problem, save, size
-from admm.training import History, Row
+from admm.optimizers.protocol import Optimizer, Problem
 from experiments.classification import TASK, Job, build_problem, ended, find_device, find_job, logger_of, trained
 from experiments.launching.failures import TOLD, in_words
 from experiments.loggers import Guarded, Logger

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 from plotly.offline import get_plotlyjs
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.paths import in_full
 from experiments.reports.report import (
     COLOURS,
@@ -88,7 +88,7 @@ def main() -> None:
         sys.exit(f"error: there is no folder {options.store}; it should be a results store, such as results or outputs")
     store = examined(options.store)
     text = page(store)
-    with failed_writes_in_words(), whole(options.out, "the page") as part:
+    with failed_writes_in_words(), atomic_write(options.out, "the page") as part:
         part.write_text(text, encoding="utf-8")
     for path, problem in store.damaged.items():
         print(f"warning: {path} is damaged and left out: {problem}", file=sys.stderr)

@@ -338,7 +338,7 @@ def report(experiment: str, runs: list[Run], figures: Path, tables: Path) -> pd.
     with ExitStack() as files:
 
         def new(path: Path) -> Path:
-            return files.enter_context(whole(path, "the report"))
+            return files.enter_context(atomic_write(path, "the report"))
 
         for name, table in ({experiment: result} | further_tables(experiment, runs)).items():
             table.to_csv(new(tables / f"{name}.csv"), index=False)

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.paths import in_full
 from experiments.reports.report import content, curves, further_tables, markdown, paper, place
 from experiments.reports.searches import read
@@ -40,7 +40,7 @@ def store_of_the_command(description: str | None) -> Path:
 
 def main(root: Path) -> None:
     page, text = root / "README.md", "\n\n".join(sections(root)) + "\n"
-    with whole(page, "the page") as part:
+    with atomic_write(page, "the page") as part:
         part.write_text(text, encoding="utf-8")
     print(f"written: {page}")
 

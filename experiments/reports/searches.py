@@ -108,7 +108,7 @@ def words_first(value: str) -> float:
 def write(name: str, ranked: pd.DataFrame, folder: Path) -> None:
     """Print a ranking, and write it and its picture to <folder>/searches/<name>.csv and .png. Raises WriteError."""
     path = folder / "searches" / f"{name}.csv"
-    with whole(path, "what was found") as part:
+    with atomic_write(path, "what was found") as part:
         ranked.to_csv(part, index=False, float_format="%.7g")
     draw(path)
     print(ranked.to_string(index=False))
@@ -147,5 +147,5 @@ def draw(path: Path) -> None:
     samples, seeds = (", ".join(map(str, sorted(found[key].unique()))) for key in ("samples held out", "seeds"))
     text = f"{path.stem}: {len(found)} configurations, {samples} training samples held out; seeds: {seeds}"
     drawn.supxlabel(textwrap.fill(text, int(13 * width)), fontsize=8)
-    with whole(path.with_suffix(".png"), "the picture") as part:
+    with atomic_write(path.with_suffix(".png"), "the picture") as part:
         drawn.savefig(part, dpi=150)

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from admm.blocks import Parameters, split
-from admm.data import kept
+from admm.checkpoints import Row
+from admm.checks import at_least_one
+from admm.data import cached_npy
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, warm_start
 from admm.deepfacto.training import DeepFacto
 from admm.files import writing
 from admm.minibatches import minibatches
 from admm.optimizers import Problem
-from admm.optimizers.protocol import at_least_one
-from admm.training import Row
 from experiments.classification import (
     NO_LOGGER,
     Job,
@@ -158,7 +158,7 @@ class Features:
     def frozen(self) -> Tensor:
         """Of all faces, [N, C, H, W]; kept in the data set's folder, where that can be written."""
         return torch.from_numpy(
-            kept(
+            cached_npy(
                 self._kept,
                 lambda: self.applied(self._frozen, self.faces.images).numpy(),
                 lambda error: log.warning("the features are not kept: %s", error),
@@ -250,7 +250,7 @@ class PostHocNMF:
 def execute(config: DictConfig, job: Job) -> Run:
     """Represent the faces and probe what represents them, each attribute once."""
     faces: Faces = job.dataset
-    with bad_input_in_words():
+    with bad_input_in_words(config):
         features, task = Features(config, faces), Verification(faces, **config.verification)
         probe, method = (instantiate(config[key], _convert_="all") for key in ("probe", "optimizer"))
         if not isinstance(method, DeepFacto) and not hasattr(method, "represent"):
@@ -282,7 +282,7 @@ def jointly(
 ) -> tuple[Iterator[Represented], list[Row], dict[str, Any]]:
     """The paper's: backbone, factorisation and embedding trained together, from the frozen features on. Returns what
     represents the faces, the rows of the history, and how it ended."""
-    with bad_input_in_words():
+    with bad_input_in_words(config):
         problem = build_problem(config, features)
     test = (features, features.frozen[task.images], task)
     state, history = trained(
@@ -321,7 +321,7 @@ def verified(problem: Problem, theta: Parameters, test: tuple[Features, Tensor, 
     """Verification accuracy on the test pairs, and the triplet loss of a mini-batch of training faces, each [R]."""
     features, x, task = test
     size = min(BATCH, len(problem.x))
-    batch = minibatches(len(problem.x), size, [0], 0, problem.x.device, groups=problem.y, together=4)[0][0]
+    batch = minibatches(len(problem.x), size, [0], 0, problem.x.device, groups=problem.y, group_size=4)[0][0]
     found, losses = [], []
     for replica in range(len(theta.flat)):
         network = problem.blocks.export(theta, replica)
@@ -385,7 +385,7 @@ def probed_attributes(
                 "majority": max(share, 100.0 - share),
             }
             row |= probe(x[kept], y[kept], people[kept], x[tested], y[tested])
-            with writing(done, "what was probed"), done.open("a", encoding="utf-8") as file:
+            with explain_write_errors(done, "what was probed"), done.open("a", encoding="utf-8") as file:
                 file.write(f"\n{sealed(row)}\n")  # in a line of its own, also after one that was cut off
         yield {"replica": found.replica, "seed": found.seed} | {key: row[key] for key in row if key != "scores"}
 

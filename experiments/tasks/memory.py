@@ -16,10 +16,10 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
+from admm.checkpoints import save, size
 from admm.files import MIB
 from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import BlockOutputs
-from admm.optimizers.protocol import save, size
 from experiments.checks import DTYPES
 from experiments.classification import (
     Job,
@@ -44,7 +44,7 @@ def run(config: DictConfig) -> None:
 
 def measure(config: DictConfig, job: Job) -> Run:
     """Bytes by variable for one seed, and the peak of a training iteration in a process of its own."""
-    with bad_input_in_words():
+    with bad_input_in_words(config, "optimizer"):
         sizes = variables(config, build_problem(config, job.dataset), config.seeds[0])
     note_start(job.slot, job.info)
     rows: list[dict[str, Any]] = [{"quantity": name, "bytes": size} for name, size in sizes.items()]

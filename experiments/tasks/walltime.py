@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from admm.files import whole
+from admm.checkpoints import Row
+from admm.files import atomic_write
 from admm.optimizers import Optimizer, Problem
-from admm.training import Row, accuracy, timed_step
+from admm.training import accuracy, timed_step
 from experiments.classification import (
     Job,
     bad_input_in_words,
@@ -53,7 +54,7 @@ class Contestant:
         self.evaluate()
 
     def evaluate(self) -> None:
-        theta, data = self.optimizer.parameters(self.state), self.job.dataset
+        theta, data = self.state.theta, self.job.dataset
         row = {"iteration": self.state.iteration, "seed": self.state.seeds[0], "seconds": self.seconds}
         if torch.isfinite(theta.flat).all():
             right = accuracy(self.problem.blocks, theta, data.x_test, data.y_test)
@@ -71,7 +72,7 @@ def run(config: DictConfig) -> None:
 
     A run of each is put into the store when all have ended. An interrupted race goes on with the seed it was at.
     """
-    with bad_input_in_words():
+    with bad_input_in_words(config):
         check_race(config)
         jobs = {method: find_job(method_config(method), method) for method in config.optimizers}
     slots = sorted((job.slot for job in jobs.values()), key=lambda slot: slot.identity)
@@ -124,7 +125,7 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
     for replica in range(len(histories[first.info["method"]]), len(config.seeds)):
         for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
-        with whole(kept, "the seeds raced so far") as part:
+        with atomic_write(kept, "the seeds raced so far") as part:
             part.write_text(sealed({"conditions": conditions, "histories": histories}), encoding="utf-8")
     # the first, which keeps the race, is completed last
     return [complete(job, histories[method]) for method, job in reversed(jobs.items())]
@@ -157,7 +158,7 @@ def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, l
 def contestant(job: Job, seed: int) -> Contestant:
     """Ready to start, warmed up by an iteration of a twin."""
     config = OmegaConf.create(job.config)
-    with bad_input_in_words():
+    with bad_input_in_words(config, "optimizer"):
         problem = build_problem(config, job.dataset)
         optimizer = instantiate(config.optimizer, _convert_="all")
         optimizer.step(problem, optimizer.init(problem, (seed,)))

@@ -9,9 +9,9 @@ import torch
 from simulated_gpu import simulated_gpu
 from torch import Tensor
 
-from admm import variables
+from admm import placement
 from admm.optimizers import SGD, AdaptivePenalty, BlockADMM, ZUpdate
-from admm.variables import PLACES, allocate
+from admm.placement import PLACES, allocate
 
 SEEDS = (3, 1)
 BASE = BlockADMM(
@@ -86,7 +86,7 @@ def test_the_host_s_memory_is_page_locked_for_a_gpu_and_counted_as_it_is_rounded
     for like in (torch.empty(0, device=gpu), torch.empty(0)):
         allocate("host", [(100,)], like)
     assert [(options["device"], options["pin_memory"]) for options in made] == [("cpu", True), ("cpu", False)]
-    monkeypatch.setattr(variables, "free", lambda name, device: 511)
+    monkeypatch.setattr(placement, "free_bytes", lambda name, device: 511)
     with pytest.raises(ValueError, match=r"\(512 bytes\)"):
         allocate("host", [(100,)], like=torch.empty(0, device=gpu))
 
@@ -108,7 +108,7 @@ def test_files_have_no_name_that_could_stay_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_what_does_not_fit_is_refused_with_the_bytes_it_needs(resnet_problem, monkeypatch, place):
-    monkeypatch.setattr(variables, "free", lambda name, device: 10_000 if name == place else 5_000)
+    monkeypatch.setattr(placement, "free_bytes", lambda name, device: 10_000 if name == place else 5_000)
     problem = resnet_problem()
     # Z_1 [4, 4, 4] and Z_2 [3], each with a dual and two moments, 12 samples and 2 replicas in float64
     needed = 4 * 12 * 2 * 8 * (4 * 4 * 4 + 3)
@@ -117,5 +117,5 @@ def test_what_does_not_fit_is_refused_with_the_bytes_it_needs(resnet_problem, mo
 
 
 def test_an_unknown_place_is_refused_by_name(mlp_problem):
-    with pytest.raises(ValueError, match=r"optimizer\.variables: 'cloud' is not one of device, host, disk"):
+    with pytest.raises(ValueError, match=r"variables: 'cloud' is not one of device, host, disk"):
         replace(BASE, variables="cloud").init(mlp_problem(), SEEDS)

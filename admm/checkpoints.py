@@ -1,0 +1,251 @@
+"""What a run leaves behind: its history, and its state as a checkpoint from which it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from admm.blocks import Parameters
+from admm.files import atomic_write
+from admm.optimizers.protocol import Optimizer, Problem, State
+
+Row = dict[str, float]  # one evaluation of one replica
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or of another run."""
+
+
+@dataclass
+class History:
+    """What a run has measured so far.
+
+    Attributes:
+        rows: one per evaluation and replica, with `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
+            whole stack), what `measure` returns (see `admm.training.train`), and the optimizer's diagnostics.
+        seconds: the time of all steps.
+        diverged: by replica, the iteration after which it was found not to be finite. Such a replica has no rows from
+            there on, except for that before the first iteration.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    diverged: dict[int, int] = field(default_factory=dict)
+
+
+# PyTorch's pytrees would flatten a state, but know neither its dataclasses nor field names for the errors, and cannot
+# overwrite tensors in place; so `save` and `restore` walk through states themselves.
+def save(state: Any) -> dict[str, Any]:
+    """Return a state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`.
+
+    The tensors are the state's own, which `Optimizer.step` changes in place; `copy.deepcopy(save(state))` keeps what
+    they hold now.
+
+    Raises:
+        TypeError: for a value that `restore` could not bring back.
+
+    >>> @dataclass
+    ... class Momentum:
+    ...     iteration: int
+    ...     velocity: Tensor
+    >>> state = Momentum(iteration=3, velocity=torch.ones(2))
+    >>> save(state)
+    {'iteration': 3, 'velocity': tensor([1., 1.])}
+    >>> fresh = Momentum(iteration=0, velocity=torch.zeros(2))
+    >>> restore(fresh, save(state))
+    >>> fresh
+    Momentum(iteration=3, velocity=tensor([1., 1.]))
+    >>> size(save(state))
+    8
+    """
+    return {f.name: _storable(getattr(state, f.name), f.name) for f in fields(state)}
+
+
+def size(saved: Any) -> int:
+    """Return the bytes of all tensors in what `save` has returned."""
+    if isinstance(saved, Tensor):
+        return saved.nbytes
+    items = saved.values() if isinstance(saved, dict) else saved if isinstance(saved, list) else ()
+    return sum(map(size, items))
+
+
+def restore(state: Any, saved: dict[str, Any]) -> None:
+    """Overwrite a freshly initialised state, in place, by what `save` has returned.
+
+    Raises:
+        ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds.
+    """
+    for name in [f.name for f in fields(state)]:
+        if name not in saved:
+            raise ValueError(f"checkpoint: no {name!r}; it was made by another optimizer or version")
+        value = getattr(state, name)
+        if name == "seeds" and list(value) != list(saved["seeds"]):
+            raise ValueError(f"checkpoint: seeds is {saved['seeds']}, expected {list(value)}")
+        setattr(state, name, _restored(value, saved[name], name))
+
+
+def _storable(value: Any, name: str) -> Any:
+    """Return the value of a field as tensors, numbers, text, lists and dictionaries."""
+    match value:
+        case Parameters():
+            return [value.flat, value.buffers] if value.buffers.numel() else value.flat
+        case Tensor():
+            return value.detach()
+        case np.generic():
+            return value.item()
+        case bool() | None:
+            return value
+        case int() | float() | str():  # also of subclasses, which PyTorch would not load
+            return next(kind(value) for kind in (int, float, str) if isinstance(value, kind))
+        case list() | tuple():
+            return [_storable(item, name) for item in value]
+        case dict():
+            return {key: _storable(item, name) for key, item in value.items()}
+    if is_dataclass(value):
+        return save(value)
+    raise TypeError(
+        f"state: {name} holds a {type(value).__name__}, which cannot be saved; a state holds tensors, numbers and "
+        "text, and lists, tuples, dictionaries and dataclasses of them"
+    )
+
+
+def _restored(value: Any, saved: Any, name: str) -> Any:
+    """Return `value` with what was saved of it: tensors are overwritten in place; an empty value is replaced."""
+    if isinstance(value, Parameters):
+        _restored(_storable(value, name), saved, name)
+        return value
+    if isinstance(value, Tensor):
+        shape = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
+        if shape != list(value.shape):
+            raise ValueError(f"checkpoint: {name} has shape {shape}, expected {list(value.shape)}")
+        if saved.dtype != value.dtype:
+            raise ValueError(f"checkpoint: {name} is of {saved.dtype}, expected {value.dtype}")
+        value.data.copy_(saved)
+        return value
+    if value is None or value == [] or value == {}:
+        return saved
+    if isinstance(value, list | tuple):
+        if not isinstance(saved, list | tuple) or len(value) != len(saved):
+            entries = len(saved) if isinstance(saved, list | tuple) else "no"
+            raise ValueError(f"checkpoint: {name} has {entries} entries, expected {len(value)}")
+        items = [_restored(*pair, name) for pair in zip(value, saved, strict=True)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        if not isinstance(saved, dict) or value.keys() != saved.keys():
+            raise ValueError(f"checkpoint: {name} has the keys {list(saved)}, expected {list(value)}")
+        return {key: _restored(item, saved[key], name) for key, item in value.items()}
+    if is_dataclass(value):
+        restore(value, saved)
+        return value
+    if isinstance(saved, Tensor | list | dict):
+        raise ValueError(f"checkpoint: {name} is a {type(saved).__name__}, expected a {type(value).__name__}")
+    return saved
+
+
+def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **others: Any) -> dict[str, str]:
+    """Describe what determines the numbers of a run besides its seeds, as text by name.
+
+    That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data, and
+    `others`; of the initialisation the mean and the mean size of the parameters, to three digits. What a network's own
+    modules compute is not seen.
+    """
+    names: list[str] = [f.name for f in fields(optimizer)] if is_dataclass(optimizer) else []
+    values = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
+    values |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
+    values |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")} | others
+    flat = state.theta.flat.double()
+    start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
+    texts = {name: _text(value) for name, value in values.items()}
+    return {"optimizer": type(optimizer).__name__} | texts | {"seeds": _text(state.seeds), "initialisation": start}
+
+
+def _text(value: Any) -> str:
+    """Return a value as text without addresses in memory: of a tensor its type, its shape and a hash of its numbers, of
+    a function a hash of its code and what it refers to."""
+    match value:
+        case Tensor():
+            numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return f"{value.dtype} {list(value.shape)} {hashlib.sha256(numbers.data).hexdigest()[:12]}"
+        case int() | float() if not isinstance(value, bool):
+            return str(float(value))
+        case list() | tuple():
+            return f"({', '.join(map(_text, value))})"
+        case dict():
+            return f"{{{', '.join(f'{key}: {_text(item)}' for key, item in value.items())}}}"
+        case partial():
+            return f"partial({_text((value.func, value.args, value.keywords))})"
+        case FunctionType():
+            code = value.__code__.co_code + repr(value.__code__.co_names).encode()
+            referred = [cell.cell_contents for cell in value.__closure__ or ()], value.__defaults__
+            constants = [c for c in value.__code__.co_consts if not isinstance(c, CodeType)]
+            return f"{value.__qualname__} {hashlib.sha256(code).hexdigest()[:12]} {_text((constants, referred))}"
+    if is_dataclass(value) and not isinstance(value, type):
+        items = (f"{f.name}={_text(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__name__}({', '.join(items)})"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def write_checkpoint(path: Path, made_by: dict[str, str], state: Any, history: History) -> None:
+    """Write a state and its history to a file, whole or not at all; `made_by` is the run's `fingerprint`.
+
+    Raises WriteError if the file cannot be written.
+    """
+    saved = save(state)
+    content = {"made_by": made_by, "state": saved, "history": vars(history)}
+    with atomic_write(path, "the checkpoint", size(saved)) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return `made_by`, `state` and `history` of a checkpoint.
+
+    Raises CheckpointError for a damaged file, or one that is no checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums, and reads none
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # whatever a damaged file raises
+        raise CheckpointError(f"{path}: is damaged ({error}); delete the file to start again") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("state", "history")):
+        raise CheckpointError(f"{path}: is no checkpoint of `admm.training.train`; give another path")
+    return content
+
+
+def load_checkpoint(path: Path, made_by: dict[str, str], state: Any, history: History, iterations: int) -> None:
+    """Overwrite a fresh state and history, in place, by those of a checkpoint.
+
+    Raises CheckpointError if the file is damaged, of another run than `made_by`, or after more than `iterations`.
+    """
+    content = read_checkpoint(path)
+    try:
+        # Checkpoints of former versions have the optimizer's class alone, or nothing.
+        maker = content.get("made_by") or {"optimizer": content.get("optimizer", made_by["optimizer"])}
+        for name, was in maker.items():
+            if (now := made_by.get(name, "nothing")) != was:
+                raise ValueError(f"it is of another run: {_difference(name, was, now)}")
+        if (done := content["state"].get("iteration", 0)) > iterations:
+            raise ValueError(f"it is after iteration {done}, of {iterations} that are asked for")
+        restore(state, content["state"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; delete the file to start again, or give another path") from None
+    vars(history).update(content["history"])
+
+
+def _difference(name: str, was: str, now: str) -> str:
+    """Say in one line what a text was and is; of long texts, such as of networks, the first line that differs."""
+    if "\n" in was + now:
+        pairs = zip(was.splitlines(), now.splitlines(), strict=False)
+        was, now = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("shorter", "longer"))
+    return f"{name} was {was}, is {now}"

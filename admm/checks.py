@@ -1,0 +1,48 @@
+"""Validation of arguments: each check raises ValueError that names the argument, its value and what would be right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from admm.numbers import is_number, is_whole
+
+
+def one_of(name: str, value: object, valid: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the valid choices."""
+    if value not in valid:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(valid)}")
+
+
+def at_least_one(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number from 1 up."""
+    if not is_whole(value, 1):
+        raise ValueError(f"{name}: {value!r} is not a whole number from 1 up")
+
+
+def in_range(name: str, value: object, below: float = math.inf) -> None:
+    """Raise ValueError unless 0 <= value < below."""
+    if not is_number(value) or not 0.0 <= value < below:
+        bound = "" if below == math.inf else f" and below {below}"
+        raise ValueError(f"{name}: {value!r} is not a number from 0 up{bound}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a number above 0."""
+    if not is_number(value) or not value > 0:
+        raise ValueError(f"{name}: {value!r} is not a positive number")
+
+
+def has_type(name: str, value: object, kind: type, such_as: str) -> None:
+    """Raise ValueError unless `value` is an instance of `kind`; `such_as` is how to make one."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: {value!r} is no {kind.__name__}, such as {such_as}")
+
+
+def check_batch_size(batch_size: int, samples: int, parts: int | None = None) -> None:
+    """Raise ValueError unless 1 <= batch_size <= samples, and each of an epoch's `parts` has a mini-batch."""
+    if not is_whole(batch_size, 1) or batch_size > samples:
+        raise ValueError(f"batch_size: {batch_size!r} is not between 1 and the {samples} training samples")
+    batches = math.ceil(samples / batch_size)
+    if parts is not None and (not is_whole(parts, 1) or parts > batches):
+        raise ValueError(f"epoch_parts: {parts!r} is not None or between 1 and an epoch's {batches} batches")

@@ -1,0 +1,27 @@
+"""What an algorithm needs of a problem: each check raises ValueError that says what is missing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from admm.losses import Loss, ProximalLoss
+from admm.optimizers.protocol import Problem
+
+
+def check_prox(loss: Loss, algorithm: str) -> ProximalLoss:
+    """Return the loss, for `algorithm`. Raises ValueError if it has no proximal operator."""
+    if not isinstance(loss, ProximalLoss):
+        raise ValueError(
+            f"loss: {type(loss).__name__} has no prox; {algorithm} needs an admm.losses.ProximalLoss, such as "
+            "SquaredError, CrossEntropy, BinaryCrossEntropy or Hinge"
+        )
+    return loss
+
+
+def same_samples(problem: Problem, variables: Tensor) -> None:
+    """Raise ValueError unless variables [S, N, ...] of a state are of as many samples as the problem has."""
+    if variables.shape[1] != len(problem.x):
+        raise ValueError(
+            f"problem: {len(problem.x)} samples, but the state has variables of {variables.shape[1]}; a step takes the "
+            "problem that the state was made for"
+        )

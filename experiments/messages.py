@@ -1,0 +1,38 @@
+"""The library's messages name an argument; a user of the suite needs the path of the key that sets it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def with_key_path(message: str, config: DictConfig, first: str = "") -> str:
+    """Return a message "name: …" with the path of the key of that name, such as "optimizer.batch_size: …".
+
+    The key is looked for in the group `first` and its own groups, and then in the whole configuration and its groups;
+    among groups of one level, the one that has it, or else the one that has the value in the message. Any other message
+    stays as it is.
+    """
+    name, colon, value = message.partition(": ")
+    if not colon or not (match := re.match(r"\w+(?=[.\[]|$)", name)):
+        return message
+    key = match[0]
+    for level in _levels(config, first):
+        groups = {path: group for path, group in level.items() if key in group}
+        if len(groups) > 1:
+            groups = {path: group for path, group in groups.items() if value.startswith(f"{group[key]!r} ")}
+        for path in groups:
+            return f"{path}.{message}".lstrip(".")
+    return message
+
+
+def _levels(config: DictConfig, first: str) -> Iterator[dict[str, DictConfig]]:
+    """Yield the groups to look in, by path, one level after the other."""
+    for path in dict.fromkeys((first, "")):
+        node = OmegaConf.select(config, path) if path else config
+        if isinstance(node, DictConfig):
+            groups = {str(key): group for key, group in node.items() if isinstance(group, DictConfig)}
+            yield {path: node}
+            yield {f"{path}.{key}".lstrip("."): group for key, group in groups.items()}

@@ -1,0 +1,66 @@
+"""What the library says of an argument becomes what the suite says of a key."""
+
+from typing import Any
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.classification import bad_input_in_words
+from experiments.failures import BadInput
+from experiments.messages import with_key_path
+
+SGD = {"_target_": "admm.optimizers.SGD", "momentum": 0.0}
+GOTMARE = {
+    "_target_": "admm.optimizers.Gotmare",
+    "iterations": "${iterations}",
+    "theta_step": 0.1,
+    "batch_size": 64,
+    "z_update": SGD,
+    "update": {"_target_": "admm.optimizers.Adam", "beta1": 0.9},
+}
+
+
+def config(**changes: Any) -> DictConfig:
+    groups = {"init": {"name": "normal"}, "dataset": {"name": "digits", "holdout": 0}, "split": {"after": "fc1"}}
+    made = OmegaConf.create({"iterations": 3, "seeds": [0], "optimizer": GOTMARE, **groups})
+    for key, value in changes.items():
+        OmegaConf.update(made, key.replace("__", "."), value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("message", "group", "expected"),
+    [
+        ("batch_size: 99 is not", "optimizer", "optimizer.batch_size: 99 is not"),
+        ("batch_size: 99 is not", "", "optimizer.batch_size: 99 is not"),
+        ("iterations: 0 is not", "optimizer", "optimizer.iterations: 0 is not"),
+        ("iterations: 0 is not", "", "iterations: 0 is not"),
+        ("theta_step.start: 2 values", "optimizer", "optimizer.theta_step.start: 2 values"),
+        ("momentum: 2 is not", "optimizer", "optimizer.z_update.momentum: 2 is not"),
+        ("after: no layer 'x'", "optimizer", "split.after: no layer 'x'"),
+        ("name: 'digits' is not", "", "dataset.name: 'digits' is not"),
+        ("name: 'normal' is not", "", "init.name: 'normal' is not"),
+        ("name: 'other' is not", "", "name: 'other' is not"),
+        ("dataset.holdout: 0 is", "", "dataset.holdout: 0 is"),
+        ("network: a layer", "optimizer", "network: a layer"),
+        ("an error without a name", "optimizer", "an error without a name"),
+        ("/a/folder/batch_size: is damaged", "optimizer", "/a/folder/batch_size: is damaged"),
+    ],
+)
+def test_the_name_of_an_argument_becomes_the_path_of_its_key(message: str, group: str, expected: str) -> None:
+    assert with_key_path(message, config(), group) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("optimizer__z_update__momentum", 2, "optimizer.z_update.momentum: 2 is not a number from 0 up and below 1.0"),
+        ("optimizer__update__beta1", -1, "optimizer.update.beta1: -1 is not a number from 0 up"),
+    ],
+)
+def test_a_nested_object_of_the_configuration_is_named_with_its_path(key: str, value: Any, expected: str) -> None:
+    made = config(**{key: value})
+    with pytest.raises(BadInput) as error, bad_input_in_words(made):
+        instantiate(made.optimizer, _convert_="all")
+    assert str(error.value).startswith(expected)
