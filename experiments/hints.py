@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from admm.files import ADVICE, WriteError, writing
+from admm.files import ADVICE, WriteError, explain_write_errors
 from experiments.launching import failures
 from experiments.rows import CONF
 

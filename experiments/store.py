@@ -33,7 +33,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
 
-from admm.files import WriteError, sync, writing
+from admm.files import WriteError, explain_write_errors, fsync_path
 from experiments.identity import CHOICES, identity_config, row_identity, with_todays_names
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.reports.report import markdown, report, show, title
 from experiments.reports.results_page import store_of_the_command
 from experiments.reports.searches import draw

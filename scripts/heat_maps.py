@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.paths import in_full
 from experiments.reports.faces import heat_maps
 from experiments.store import Run, failed_writes_in_words

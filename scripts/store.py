@@ -30,22 +30,11 @@ from filelock import Timeout
 
 from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.files import MIB
-from admm.training import CheckpointError, read_checkpoint
 from experiments.identity import SCHEMA, identity, with_todays_names, without_nulls
 from experiments.migration import migrate
 from experiments.paths import in_full
 from experiments.reports.report import curves, show
-from experiments.store import (
-    SUMS,
-    Run,
-    Slot,
-    delete,
-    experiments_in,
-    lock_of,
-    slot_of,
-    sums,
-    unsealed,
-)
+from experiments.store import SUMS, Run, Slot, delete, experiments_in, lock_of, slot_of, sums, unsealed
 
 PARTS = ("config.yaml", "history.csv", "run.json")  # of every run
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, yaml.YAMLError, zipfile.BadZipFile, zlib.error)

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
+from experiments.failures import BadInput
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.classification import bad_input_in_words
-from experiments.failures import BadInput
 from experiments.messages import with_key_path
 
 SGD = {"_target_": "admm.optimizers.SGD", "momentum": 0.0}

@@ -27,8 +27,7 @@ from stores import info, put
 
 from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.data import load
-from admm.files import WriteError, whole
-from admm.training import CheckpointError, read_checkpoint
+from admm.files import WriteError, atomic_write
 from experiments.classification import Job, execute
 from experiments.identity import identity
 from experiments.provenance import commit

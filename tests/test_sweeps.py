@@ -38,8 +38,6 @@ from admm.checkpoints import History, save, size
 from admm.data import load
 from admm.files import WriteError, atomic_write, explain_write_errors
 from admm.optimizers import Problem
-from admm.optimizers.protocol import save, size
-from admm.training import History
 from experiments import classification
 from experiments.classification import bad_input_in_words
 from experiments.hints import hints

@@ -16,9 +16,9 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
+from admm.checkpoints import CheckpointError
 from admm.data import DatasetError
 from admm.files import WriteError
-from admm.training import CheckpointError
 from experiments.faces.backbones import BackboneError
 from experiments.store import RESUME
 

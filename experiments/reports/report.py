@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.launching.failures import failed, failures_end_the_program, run_task
 from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
 

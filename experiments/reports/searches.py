@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import RangeSweep
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, read_write
 
-from admm.files import whole
+from admm.files import atomic_write
 from experiments.launching.failures import BadInput
 from experiments.reports.report import in_figure
 from experiments.store import Run, scores

@@ -28,7 +28,7 @@ from admm.checks import at_least_one
 from admm.data import cached_npy
 from admm.deepfacto.nmf import NMF, feature_maps, matrix, warm_start
 from admm.deepfacto.training import DeepFacto
-from admm.files import writing
+from admm.files import explain_write_errors
 from admm.minibatches import minibatches
 from admm.optimizers import Problem
 from experiments.classification import (

@@ -21,14 +21,7 @@ from admm.checkpoints import Row
 from admm.files import atomic_write
 from admm.optimizers import Optimizer, Problem
 from admm.training import accuracy, timed_step
-from experiments.classification import (
-    Job,
-    bad_input_in_words,
-    build_problem,
-    find_job,
-    note_start,
-    report_to_launch,
-)
+from experiments.classification import Job, bad_input_in_words, build_problem, find_job, note_start, report_to_launch
 from experiments.progress import RunProgress
 from experiments.reports.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines, table
 from experiments.store import Run, sealed, unsealed

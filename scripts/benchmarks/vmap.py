@@ -35,6 +35,7 @@ def ours(network: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], Gra
     def step() -> Gradients:
         _, saved = blocks[0].linearize(theta.blocks[0], x, training=True)
         grad_input = blocks[0].vjp(theta.blocks[0], saved, grad_output, gradient.blocks[0])
+        assert grad_input is not None
         return gradient.flat, grad_input
 
     return step
