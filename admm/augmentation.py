@@ -17,7 +17,7 @@ class Augmentation(ABC):
 
     @abstractmethod
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Draw the changes [N, k] of all samples in an epoch; they are whole numbers, or numbers."""
+        """Draw the changes [N, k] of all samples in an epoch, in numbers that `apply` understands."""
 
     @abstractmethod
     def apply(self, x: Tensor, changes: Tensor) -> Tensor:

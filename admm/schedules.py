@@ -129,7 +129,7 @@ def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:
 
 def warn_beyond_horizon(optimizer: object, iterations: int) -> None:
     """Warn if training goes on for more iterations than the optimizer's own, at which its schedules end."""
-    options = vars(optimizer)
+    options = getattr(optimizer, "__dict__", {})
     horizon = options.get("iterations", iterations)
     scheduled = [name for name, value in options.items() if _is_scheduled(value)]
     if iterations > horizon and scheduled:

@@ -57,7 +57,7 @@ def names_by_block(
     _check_network(network, names)
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=True, n_blocks=T")
-    one_of("activation", activation or "end", ("end", "start"))
+    one_of("activation", "end" if activation is None else activation, ("end", "start"))
     if after is not None:
         if activation is not None:
             raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")

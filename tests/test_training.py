@@ -394,9 +394,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
     named = {name: other[name] for name in ("loss", "initialise") if name in other}
     changed = replace(problem, blocks=blocks, x=problem.x + other.get("shift", 0), **named)
     test = test_of(problem) if "test" in other else None
-    with pytest.raises(
-        CheckpointError, match=rf"c\.pt: .*{message}.*; delete the file to start again, or give another"
-    ):
+    with pytest.raises(CheckpointError, match=rf"c\.pt: .*{message}.*; delete the file to start again, or give"):
         optimizer, iterations = other.get("optimizer", OPTIMIZERS["sgd"]), other.get("iterations", 3)
         run(changed, optimizer, other.get("seeds", (0,)), iterations, test, 1, checkpoint, 0.0)
     assert checkpoint.read_bytes() == before

@@ -227,12 +227,8 @@ class _Epoch:
         state, problem = self.state, self.problem
         own = flat_indices(batch, len(problem.x))
         z, u = ([gather_per_replica(v, own) for v in variables] for variables in (state.z, state.u))
-        visit = _Visit(
-            self,
-            BlockOutputs(problem.blocks, state.theta, gather_shared(problem.x, batch), z),
-            gather_shared(problem.y, batch),
-            u,
-        )
+        x, y = gather_shared(problem.x, batch), gather_shared(problem.y, batch)
+        visit = _Visit(self, BlockOutputs(problem.blocks, state.theta, x, z), y, u)
         at = {name: [schedule(progress) for schedule in values] for name, values in self.schedules.items()}
         visit.refresh(at["refresh"][0])
         for _ in range(self.options.primal_rounds):

@@ -1,4 +1,4 @@
-"""The training algorithms, one file each, behind the protocol `Optimizer`."""
+"""The training algorithms, one per file, with the interface `Optimizer`."""
 
 from admm.optimizers.backprop import Backprop
 from admm.optimizers.bcd import BCD
@@ -7,8 +7,8 @@ from admm.optimizers.coupling import ZUpdate
 from admm.optimizers.dladmm import DLADMM
 from admm.optimizers.gotmare import Gotmare
 from admm.optimizers.online_block_admm import OnlineBlockADMM
-from admm.optimizers.protocol import Optimizer, Problem
-from admm.optimizers.rules import SGD, Adam
+from admm.optimizers.protocol import Optimizer, Problem, State
+from admm.optimizers.rules import SGD, Adam, UpdateRule
 from admm.optimizers.standard_admm import StandardADMM
 from admm.optimizers.taylor import Taylor
 
@@ -25,6 +25,8 @@ __all__ = [
     "Optimizer",
     "Problem",
     "StandardADMM",
+    "State",
     "Taylor",
+    "UpdateRule",
     "ZUpdate",
 ]
