@@ -261,7 +261,7 @@ def test_what_the_blocks_would_not_follow_is_refused_by_name(make, message):
 
 def test_the_first_block_that_differs_is_named(monkeypatch):
     """Of a layer that the blocks would evaluate wrongly, whatever it is."""
-    monkeypatch.setattr("admm.blocks.ReLULayer.forward", lambda self, theta, x, inplace, training: x)
+    monkeypatch.setattr("admm.layers.ReLULayer.forward", lambda self, theta, x, inplace, training: x)
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"network: in evaluation mode block 2, \['1', '2'\], has other outputs"):
         problem(network, per_layer=True)
