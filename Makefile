@@ -51,8 +51,8 @@ reproduce-gpu: ## the same on a GPU, Figure 7 at full size
 	$(MAKE) reproduce CIFAR10=cifar10_resnet18 ARGS="device=cuda $(ARGS)"
 
 bench: env ## measure speed and memory into results/bench.csv (on an idle machine)
-	$(BIN)/python -m scripts.bench
-	$(BIN)/python -m scripts.bench_rivals
+	$(BIN)/python -m scripts.benchmarks.bench
+	$(BIN)/python -m scripts.benchmarks.bench_rivals
 
 clean: ## remove .venv and caches, keep data/, results/ and outputs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -58,7 +58,7 @@ from experiments.launching.study import held, take_up, wait_for
 from experiments.loggers import Guarded, WandbLogger
 from experiments.reports.searches import rankings, write
 from experiments.store import LEFT, Run, Slot, launched_runs, mean_score, slot_of
-from scripts import faults
+from scripts.benchmarks import kill_a_sweep
 
 ROOT = Path(__file__).parents[1]
 GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
@@ -955,21 +955,21 @@ def test_an_error_of_writing_names_the_file(tmp_path: Path, name: str | None) ->
 
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.faults", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "scripts.benchmarks.kill_a_sweep", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.count("runs finished") == 2
     assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_sweep_that_ended_before_its_kill_is_none_of_the_kills(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = faults.psutil.Popen([sys.executable, "-c", ""])
-    assert faults.kill(ended, 60.0, random.Random(0)) is None
+    ended = kill_a_sweep.psutil.Popen([sys.executable, "-c", ""])
+    assert kill_a_sweep.kill(ended, 60.0, random.Random(0)) is None
     outcomes = [None, "the launcher", None, "a worker"]
-    monkeypatch.setattr(faults, "kill", lambda *_: outcomes.pop(0))
-    monkeypatch.setattr(faults, "sweep", lambda *_: SimpleNamespace(wait=lambda: 0))
-    monkeypatch.setattr(faults, "histories", lambda _: dict.fromkeys(range(faults.CELLS)))
-    monkeypatch.setattr(faults, "compare", lambda *_: [])
-    monkeypatch.setattr(sys, "argv", ["faults", "--kills", "2"])
+    monkeypatch.setattr(kill_a_sweep, "kill", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr(kill_a_sweep, "sweep", lambda *_: SimpleNamespace(wait=lambda: 0))
+    monkeypatch.setattr(kill_a_sweep, "histories", lambda _: dict.fromkeys(range(kill_a_sweep.CELLS)))
+    monkeypatch.setattr(kill_a_sweep, "compare", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["kill_a_sweep", "--kills", "2"])
     with pytest.raises(SystemExit) as end:
-        faults.main()
+        kill_a_sweep.main()
     assert end.value.code == 0 and outcomes == []
