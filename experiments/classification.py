@@ -30,8 +30,10 @@ from experiments.launching.failures import TOLD, BadInput, in_words
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
 from experiments.provenance import changed, changed_since, provenance
+from experiments.records import kind_of
+from experiments.reports.scores import mean_score
 from experiments.rows import check_place, row_of
-from experiments.store import LEFT, Run, Slot, identity, mean_score, runs_of_row
+from experiments.store import LEFT, PROBES, Run, Slot, identity, runs_of_row
 
 log = logging.getLogger(__name__)
 TASK = "experiments.classification.run"
@@ -69,7 +71,7 @@ def run_once(
     join it.
 
     A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
-    its other jobs, and comes back to it at the end (`experiments.reports.report.Report`).
+    its other jobs, and comes back to it at the end (`experiments.reports.callback.Report`).
 
     Raises BadInput, or another error whose message is for the user (`experiments.launching.failures`).
     """
@@ -135,6 +137,7 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
         "seeds": plain["seeds"],
         "of_seeds": len(row.seeds),
         "iterations": config.iterations,
+        "kind": kind_of(plain),
         "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": dataset.sha256},
     }
     own = Run(slot.folder)
@@ -270,10 +273,10 @@ def ended(history: History) -> dict[str, Any]:
 
 def note_start(slot: Slot, info: dict[str, Any]) -> None:
     """Write down what begins a run; warn if a run is resumed by another version of the code or libraries."""
-    note = slot.partial / "started.json"
+    note = slot.started
     if slot.checkpoint.exists():
         log.info("resuming from %s", slot.checkpoint)
-    if slot.checkpoint.exists() or (slot.partial / "probes.jsonl").exists():
+    if slot.checkpoint.exists() or slot.journal(PROBES).exists():
         started = json.loads(note.read_text(encoding="utf-8"))
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:

@@ -17,6 +17,7 @@ from typing import Any
 import launches
 import pandas as pd
 import pytest
+from experiments.reports.report import curves, figure, markdown
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -33,7 +34,6 @@ from experiments.launching.failures import BadInput
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
 from experiments.provenance import changed_since, sources
-from experiments.reports.report import curves, figure, markdown
 from experiments.reports.results_page import search
 from experiments.reports.searches import rankings, read, without_end, write
 from experiments.rows import check_names, check_place, seeds_of_row, setting_of_row

@@ -12,6 +12,7 @@ from statistics import mean
 
 import pandas as pd
 import pytest
+from experiments.reports.report import content, curves, paper
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from launches import Launch
@@ -21,7 +22,6 @@ from admm.data import load
 from admm.training import train
 from experiments.classification import build_problem
 from experiments.reports.convergence import row
-from experiments.reports.report import content, curves, paper
 from experiments.reports.results_page import not_run, papers_numbers, rows_of, search, sections, store_of_the_command
 from experiments.rows import inherited
 from experiments.store import Run, experiments_in, finished_runs, sealed

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from experiments.reports.report import further_tables
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from launches import Launch
@@ -33,7 +34,6 @@ from experiments.faces.probes import Probe
 from experiments.launching.failures import BadInput
 from experiments.reports.faces import chosen_factors, report
 from experiments.reports.faces import heat_maps as draw_heat_maps
-from experiments.reports.report import further_tables
 from experiments.reports.results_page import experiment as experiment_section
 from experiments.reports.results_page import rows_of
 from experiments.store import Run, Slot, finished_runs, identity, sealed, unsealed

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-
 from experiments.reports.report import cells, content, curves
+
 from experiments.store import Run, Slot, finished_runs
 
 page = pytest.importorskip("experiments.reports.html_page")  # of the extra `report`

@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from experiments.reports.report import curves, report
 from hydra import compose, initialize_config_dir
 from launches import Launch, places
 from omegaconf import DictConfig, OmegaConf
@@ -30,7 +31,6 @@ from admm.files import WriteError, whole
 from admm.training import CheckpointError, read_checkpoint
 from experiments.classification import Job, execute
 from experiments.provenance import commit
-from experiments.reports.report import curves, report
 from experiments.store import Run, Slot, determining, finished_runs, identity, oldest_first, slot_of
 from experiments.tasks import walltime
 from scripts import store

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from experiments.reports.report import curves, report
 from launches import Launch, places, single
 from stores import info, put
 
@@ -25,7 +26,6 @@ from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 from admm.training import train
-from experiments.reports.report import curves, report
 from experiments.reports.results_page import falls_short, papers_numbers
 from experiments.rows import check_groups
 from experiments.store import Run, Slot, experiments_in, finished_runs

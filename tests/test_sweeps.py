@@ -955,7 +955,10 @@ def test_an_error_of_writing_names_the_file(tmp_path: Path, name: str | None) ->
 
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.benchmarks.kill_a_sweep", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "scripts.benchmarks.kill_a_sweep", "--kills", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.count("runs finished") == 2
     assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr

@@ -19,6 +19,8 @@ from experiments.reports.paper import PaperEntry, entry_of
 from experiments.rows import CONF
 from experiments.store import Run
 
+TEST_ACCURACY = "test accuracy in percent"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -45,7 +47,7 @@ class ExperimentReport(ABC):
 
     experiment: str
     caption: str
-    quantity: str = "test accuracy in percent"
+    quantity: str = TEST_ACCURACY
     panels: Mapping[str, str] = field(default_factory=dict)
     reduced: str | None = None
     needs: str | None = None
@@ -53,6 +55,7 @@ class ExperimentReport(ABC):
 
     unit: ClassVar[str] = "%"  # of the paper's numbers and ours
     measure: ClassVar[str] = "test accuracy, %"  # what they are
+    has_curves: ClassVar[bool] = True  # whether a run's history is by iteration
 
     @abstractmethod
     def score(self, run: Run) -> dict[int, float]:
@@ -61,6 +64,13 @@ class ExperimentReport(ABC):
     @abstractmethod
     def headline(self, run: Run) -> tuple[float, str]:
         """The one number of a run alone, and its unit."""
+
+    def numbers(self, run: Run) -> dict[str, float]:
+        """All that was measured at the end of a run, by name: means over the replicas that have not diverged."""
+        history = run.history
+        ended = history[~history["replica"].isin(run.record.diverged)]
+        means = ended.groupby("replica").tail(1).mean(numeric_only=True).drop(["replica", "seed"])
+        return {str(name): float(mean) for name, mean in means.items()}
 
     @abstractmethod
     def compare(self, runs: list[Run]) -> list[Comparison]:

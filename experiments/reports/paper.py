@@ -57,8 +57,6 @@ def _read(file: Path) -> Mapping[str, PaperEntry]:
     return {experiment: _entry(**numbers) for experiment, numbers in content.items()}
 
 
-def _entry(
-    beyond: list[str] | None = None, attributes: dict[str, Any] | None = None, **numbers: Any
-) -> PaperEntry:
+def _entry(beyond: list[str] | None = None, attributes: dict[str, Any] | None = None, **numbers: Any) -> PaperEntry:
     table = AttributeTable(tuple(attributes["columns"]), attributes["values"]) if attributes else None
     return PaperEntry(beyond=tuple(beyond or ()), attributes=table, **numbers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pandas as pd
 
 from admm.files import whole
 from experiments.reports.base import ExperimentReport
+from experiments.reports.text import markdown
 from experiments.store import Run
 
 
@@ -31,3 +34,20 @@ def write_report(report: ExperimentReport, runs: list[Run], figures: Path, table
             # without its date, the same bytes each time
             figure.savefig(new(figures / f"{name}.pdf"), metadata={"CreationDate": None})
     return table
+
+
+def update_tables(page: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write the experiments' tables into a Markdown page, see `with_tables`. Raises WriteError."""
+    text = with_tables(page.read_text(encoding="utf-8"), tables)
+    with whole(page, "the page") as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def with_tables(text: str, tables: Mapping[str, pd.DataFrame]) -> str:
+    """Markdown with the experiments' tables in their places, `<!-- table: experiment -->` to `<!-- end -->`."""
+
+    def filled(place: re.Match[str]) -> str:
+        table = markdown(tables[place[2]]) if place[2] in tables else "Not run."
+        return f"{place[1]}{table}\n{place[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", filled, text, flags=re.DOTALL)
