@@ -66,7 +66,7 @@ def _frozen(value: Any) -> Any:
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """The kind of the report that a configuration declares, such as accuracy for `experiments.reports.accuracy.Accuracy`;
+    """The kind of the report that a configuration declares, such as memory for `experiments.reports.memory.Memory`;
     accuracy where it declares none."""
     target = str((config.get("report") or {}).get("_target_", "accuracy"))
     return target.rpartition(".")[2].lower()

@@ -7,6 +7,8 @@ import sys
 
 from admm.files import whole
 from experiments.paths import in_full
+from experiments.reports.base import report_on
+from experiments.reports.faces import Faces
 from experiments.store import Run, failed_writes_in_words
 
 

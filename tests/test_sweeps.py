@@ -56,8 +56,10 @@ from experiments.launching.stacking import (
 )
 from experiments.launching.study import held, take_up, wait_for
 from experiments.loggers import Guarded, WandbLogger
-from experiments.reports.searches import rankings, write
-from experiments.store import LEFT, Run, Slot, launched_runs, mean_score, slot_of
+from experiments.reports.base import report_on
+from experiments.reports.scores import mean_score
+from experiments.reports.searches import rankings, write_ranking
+from experiments.store import LEFT, Run, Slot, launched_runs, slot_of
 from scripts.benchmarks import kill_a_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +188,10 @@ def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
     assert re.search(r"sgd-tuned-stack: seed 1 of \w{12} \(.*optimizer.step_size=1e\+30.*\) diverged", output)
     trained, diverged = sorted(stored(tmp_path).values(), key=lambda run: len(run.info["diverged"]))
     assert trained.info["diverged"] == {} and set(diverged.info["diverged"]) == {"0", "1"}
-    assert diverged.scores == {0: 0.0, 1: 0.0} and min(trained.scores.values()) > 0.0
+    assert (
+        report_on(diverged).score(diverged) == {0: 0.0, 1: 0.0}
+        and min(report_on(trained).score(trained).values()) > 0.0
+    )
 
 
 def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
@@ -683,7 +688,7 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in study.trials if t.value}
     for run in stored(tmp_path).values():
         value = scores[next(o for o in run.info["overrides"] if "step_size" in o)]
-        assert fmean(run.scores.values()) == pytest.approx(value)
+        assert fmean(report_on(run).score(run).values()) == pytest.approx(value)
     printed = launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
     assert len(stored(tmp_path)) == 4
     *_, last = sorted(
@@ -843,9 +848,9 @@ def test_seeds_run_at_different_times_are_one_configuration_of_a_ranking(tmp_pat
     assert list(table["seeds"]) == [2, 2]
     for value, held_out in table["held-out"].items():
         of_row = [run for run in runs if f"optimizer.step_size={value}" in run.info["overrides"]]
-        assert held_out == pytest.approx(fmean(score for run in of_row for score in run.scores.values()))
+        assert held_out == pytest.approx(fmean(score for run in of_row for score in report_on(run).score(run).values()))
         assert mean_score(of_row, [0, 1]) == pytest.approx(held_out)
-        assert mean_score(of_row, [1]) == next(run.scores[1] for run in of_row if 1 in run.seeds)
+        assert mean_score(of_row, [1]) == next(report_on(run).score(run)[1] for run in of_row if 1 in run.seeds)
     slot_of(runs[0].folder).remove()
     assert len(launched_runs(last.parents[1])) == 3  # of those that are still there
 
@@ -856,7 +861,7 @@ def test_a_sweep_over_experiments_has_a_table_of_each(tmp_path: Path) -> None:
         multirun("experiment=digits_shallow,mnist_shallow", *few, *places(tmp_path))
     tables = {path.stem: pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/*.csv")}
     runs = [Run(path.parent) for path in tmp_path.glob("outputs/runs/*/*/run.json")]
-    found = {run.info["experiment"]: run.scores[0] for run in runs}
+    found = {run.info["experiment"]: report_on(run).score(run)[0] for run in runs}
     assert len(found) == 2 and tables.keys() == found.keys()
     assert all(list(tables[name]["mean"]) == [pytest.approx(score, abs=0.01)] for name, score in found.items())
 
@@ -874,7 +879,7 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
         for n, o in enumerate(overrides)
     ]
     ((name, ranked),) = rankings([*runs, *runs]).items()
-    write(name, ranked, tmp_path)
+    write_ranking(name, ranked, tmp_path)
     assert name == "mnist_shallow_sgd" and (tmp_path / "searches/mnist_shallow_sgd.png").exists()
     table = pd.read_csv(tmp_path / "searches/mnist_shallow_sgd.csv")
     assert list(table.columns) == ["setting", "a.b", "c", "d", "held-out", "seeds", "iterations", "samples held out"]

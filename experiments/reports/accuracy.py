@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from experiments.reports.base import Comparison, ExperimentReport
+from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
 from experiments.reports.curves import Curve, curves, ordered_settings, place, table_of
 from experiments.reports.methods import method_of
 from experiments.reports.text import in_figure
@@ -27,10 +27,9 @@ class Accuracy(ExperimentReport):
         """Raises ValueError where a seed has not diverged and lacks its last evaluation."""
         record, history = run.record, run.history
         final = history[history["iteration"] == record.iterations].set_index("replica")["test_accuracy"].dropna()
-        by_replica = final.to_dict() | dict.fromkeys(record.diverged, 0.0)
-        if len(by_replica) < len(record.seeds):
+        if len(final) + len(record.diverged) < len(record.seeds):
             raise ValueError(f"history.csv has the last iteration of {len(final)} of {len(record.seeds)} seeds only")
-        return {record.seeds[replica]: float(score) for replica, score in by_replica.items()}
+        return score_by_seed(record, final)
 
     def headline(self, run: Run) -> tuple[float, str]:
         (curve,) = curves([run])

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from experiments.records import RunRecord
 from experiments.reports.paper import PaperEntry, entry_of
 from experiments.rows import CONF
 from experiments.store import Run
@@ -59,7 +60,7 @@ class ExperimentReport(ABC):
 
     @abstractmethod
     def score(self, run: Run) -> dict[int, float]:
-        """What a search maximises, percent, by seed; 0 for a seed that has diverged, nothing where nothing is scored."""
+        """What a search maximises, percent, by seed: 0 for one that has diverged, nothing where nothing is scored."""
 
     @abstractmethod
     def headline(self, run: Run) -> tuple[float, str]:
@@ -89,6 +90,11 @@ class ExperimentReport(ABC):
         return {}
 
     @property
+    def kind(self) -> str:
+        """The kind's name, as run.json has it."""
+        return type(self).__name__.lower()
+
+    @property
     def paper(self) -> PaperEntry:
         """The paper's numbers for the experiment."""
         return entry_of(self.experiment)
@@ -110,6 +116,13 @@ class ExperimentReport(ABC):
         return f"{self.experiment}: {quantity}"
 
 
+def score_by_seed(record: RunRecord, by_replica: pd.Series[float]) -> dict[int, float]:
+    """The scores of a run's seeds; 0 for one that has diverged. by_replica: of the others, percent."""
+    scores = dict(zip(by_replica.index.tolist(), by_replica.tolist(), strict=True))
+    scores |= dict.fromkeys(record.diverged, 0.0)
+    return {record.seeds[replica]: score for replica, score in scores.items()}
+
+
 def report_of(experiment: str, kind: str = "") -> ExperimentReport:
     """The report that conf/experiment/<experiment>.yaml declares. An experiment that is not in conf has one of this
     kind, accuracy by default, with its name as the caption."""
@@ -128,8 +141,8 @@ def declared_reports() -> Mapping[str, ExperimentReport]:
 
 @cache
 def _read(folder: Path) -> Mapping[str, ExperimentReport]:
-    nodes = ((path.stem, OmegaConf.load(path).get("report")) for path in sorted(folder.glob("*.yaml")))
-    reports = [_make(experiment, node) for experiment, node in nodes if node]
+    nodes = {path.stem: OmegaConf.select(OmegaConf.load(path), "report") for path in sorted(folder.glob("*.yaml"))}
+    reports = [_make(experiment, node) for experiment, node in nodes.items() if node]
     return {report.experiment: report for report in sorted(reports, key=lambda report: report.order or inf)}
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from experiments.reports.base import Comparison, ExperimentReport
+from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
 from experiments.reports.methods import method_of
 from experiments.reports.text import in_figure
 from experiments.store import Run
@@ -31,10 +31,7 @@ class Faces(ExperimentReport):
     measure: ClassVar[str] = "balanced test accuracy, %"
 
     def score(self, run: Run) -> dict[int, float]:
-        record = run.record
-        by_replica = run.table("probes").groupby("replica")["balanced_accuracy"].mean()
-        scores = by_replica.to_dict() | dict.fromkeys(record.diverged, 0.0)
-        return {record.seeds[replica]: float(score) for replica, score in scores.items()}
+        return score_by_seed(run.record, run.table("probes").groupby("replica")["balanced_accuracy"].mean())
 
     def headline(self, run: Run) -> tuple[float, str]:
         return float(run.table("probes")["balanced_accuracy"].mean()), "% balanced"
@@ -114,8 +111,8 @@ class Faces(ExperimentReport):
         return figures
 
     def further_tables(self, runs: list[Run]) -> dict[str, pd.DataFrame]:
-        """Table 2: by attribute, ours, named with what their labels are, beside the paper's and what it cites, which are
-        of LFWA's own labels."""
+        """Table 2: by attribute, ours, named with what their labels are, beside the paper's and what it cites, which
+        are of LFWA's own labels."""
         columns: dict[str, Any] = {}
         for run in in_order(runs):
             name = f"{method_of(run.record.method).label} {setting(run)}"
@@ -153,9 +150,9 @@ class Faces(ExperimentReport):
         return figure
 
     def heat_maps(self, run: Run, factors: Sequence[int] | None = None) -> Figure:
-        """Figure 8: rows of S, up-sampled bilinearly, over faces of different people; `chosen_factors` if None are given.
+        """Figure 8: rows of S, up-sampled bilinearly, over faces of different people.
 
-        Raises ValueError for a factor that is not there.
+        factors: None for `chosen_factors`. Raises ValueError for a factor that is not there.
         """
         arrays = run.arrays
         if absent := [factor for factor in factors or () if not 0 <= factor < len(arrays["maps"])]:
@@ -163,7 +160,8 @@ class Faces(ExperimentReport):
         remark = "those asked for"
         if factors is None:
             factors = chosen_factors(arrays)
-            remark = "the most consistent (the share of energy common to all test faces), one for each place of its largest mean"
+            remark = "the most consistent (the share of energy common to all test faces), one for each place of its "
+            remark += "largest mean"
         faces, maps = arrays["faces"].transpose(0, 2, 3, 1), torch.from_numpy(arrays["maps"][list(factors)])
         large = functional.interpolate(maps, faces.shape[1:3], mode="bilinear", align_corners=False).numpy()
         figure = Figure(figsize=(1.1 * len(faces) + 0.6, 1.15 * (len(factors) + 1) + 0.7), layout="constrained")
@@ -177,8 +175,9 @@ class Faces(ExperimentReport):
             panel.set(xticks=[], yticks=[])
         for row, factor in enumerate(factors, start=1):
             panels[row, 0].set_ylabel(f"factor {factor}\n{arrays['consistency'][factor]:.2f}", fontsize=8)
-        text = f"Factors of {run.info['setting']}, seed {arrays['seed']}: {remark}; below its number, a factor's consistency"
-        figure.supxlabel(self._caption([run], text), fontsize=8)
+        of_run = f"Factors of {run.record.setting}, seed {arrays['seed']}"
+        text = self._caption([run], f"{of_run}: {remark}; below its number, a factor's consistency")
+        figure.supxlabel(text, fontsize=8)
         return figure
 
     def _caption(self, runs: list[Run], remark: str) -> str:

@@ -25,10 +25,10 @@ class AttributeTable:
 class PaperEntry:
     """What the paper has on an experiment.
 
-    source: the figure, table or section; None for an experiment that is not the paper's. accuracy: final test accuracy by
-    method, percent. ratio: by method, how many times less memory than the batch form. beyond: settings that the paper
-    does not have. authors: percent, as a baseline's own authors publish it, by method. ranks, cited, attributes: Tables 1
-    and 2 on faces, percent by rank of DeepFacto, by cited work and by attribute.
+    source: the figure, table or section; None for an experiment that is not the paper's. accuracy: final test accuracy
+    by method, percent. ratio: by method, how many times less memory than the batch form. beyond: settings that the
+    paper does not have. authors: percent, as a baseline's own authors publish it, by method. ranks, cited, attributes:
+    Tables 1 and 2 on faces, percent by rank of DeepFacto, by cited work and by attribute.
     """
 
     source: str | None = None

@@ -1,5 +1,5 @@
-"""The results page: every number of the paper with ours beside it; then, for each experiment, its figures, its table, the
-training time that it took, and the command that reproduces it."""
+"""The results page: every number of the paper with ours beside it; then, for each experiment, its figures, its table,
+the training time that it took, and the command that reproduces it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def sections(root: Path) -> Iterator[str]:
     numbers = papers_numbers(runs)
     yield "# Results"
     yield (
-        "Written by `make results-page` from the runs in this folder. Accuracies are test accuracies in percent after the "
-        "last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
+        "Written by `make results-page` from the runs in this folder. Accuracies are test accuracies in percent after "
+        "the last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
         "*reduced* is less than the paper's experiment, *default* has no file of settings, and `1 of 3 seeds` counts "
         "those run so far. A commit with + had uncommitted changes."
     )
@@ -111,7 +111,17 @@ def missing_rows(runs: RunsByExperiment) -> pd.DataFrame:
 
 
 def rows_of(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of an experiment's sweep or race, and of its other settings of single optimizers."""
+    """(optimizer, setting) of an experiment's sweep or race, then those of `further_rows`."""
+    swept, further = _rows(experiment)
+    return [*swept, *further]
+
+
+def further_rows(experiment: str) -> list[tuple[str, str]]:
+    """(optimizer, setting) of an experiment's other settings of single optimizers, which a launch names."""
+    return _rows(experiment)[1]
+
+
+def _rows(experiment: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     config = inherited(CONF / "experiment" / f"{experiment}.yaml")
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
@@ -123,7 +133,7 @@ def rows_of(experiment: str) -> list[tuple[str, str]]:
         for optimizer in optimizers
         for path in CONF.glob(f"settings/*/{experiment}_{optimizer}.yaml")
     }
-    return [*swept, *sorted(own - set(swept))]
+    return swept, sorted(own - set(swept))
 
 
 def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from experiments.store import Run
 
 
 def scores(runs: Sequence[Run]) -> dict[int, float]:
-    """The score of each seed of runs that differ in their seeds alone, percent; the last run's where several have it."""
+    """By seed the score of runs that differ in their seeds alone, percent; the last run's where several have it."""
     return {seed: score for run in runs for seed, score in report_on(run).score(run).items()}
 
 

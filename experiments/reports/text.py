@@ -41,8 +41,9 @@ def print_table(table: pd.DataFrame, title: str) -> None:
     """Print a table to the terminal."""
     printed = Table(title=escape(title))
     for column in table.columns:
-        justify = "right" if is_numeric_dtype(table[column]) else "left"
-        printed.add_column(escape(column), justify=justify, overflow="fold")
+        printed.add_column(
+            escape(column), justify="right" if is_numeric_dtype(table[column]) else "left", overflow="fold"
+        )
     for row in cells(table):
         printed.add_row(*map(escape, row))
     Console(width=None if Console().is_terminal else 140).print(printed)

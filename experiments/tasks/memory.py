@@ -48,7 +48,8 @@ def measure(config: DictConfig, job: Job) -> Run:
 
 
 def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]:
-    """Bytes of a seed's training variables by name: those of `VARIABLES` in its state, for the online form of a mini-batch.
+    """Bytes of a seed's training variables by name: those of `VARIABLES` in its state, of a mini-batch for the online
+    form.
 
     Raises ValueError for another optimizer.
     """
