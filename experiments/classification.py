@@ -273,7 +273,7 @@ def ended(history: History) -> dict[str, Any]:
 
 def note_start(slot: Slot, info: dict[str, Any]) -> None:
     """Write down what begins a run; warn if a run is resumed by another version of the code or libraries."""
-    note = slot.started
+    note = slot.start_note
     if slot.checkpoint.exists():
         log.info("resuming from %s", slot.checkpoint)
     if slot.checkpoint.exists() or slot.journal(PROBES).exists():

@@ -211,7 +211,7 @@ class Slot:
         return self.partial / "checkpoint.pt"
 
     @property
-    def started(self) -> Path:
+    def start_note(self) -> Path:
         """The note of what began the run, in JSON."""
         return self.partial / "started.json"
 
@@ -224,16 +224,16 @@ class Slot:
         """Where a finished run is while another one takes its place."""
         return self.partial / "former"
 
-    def start(self) -> RunRecord | None:
+    def started(self) -> RunRecord | None:
         """The record of an interrupted run, which has not finished; None if its note is damaged."""
         try:
-            return RunRecord.read({"finished": ""} | json.loads(self.started.read_text(encoding="utf-8")))
+            return RunRecord.read({"finished": ""} | json.loads(self.start_note.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError):
             return None
 
     def progress(self) -> str:
         """How far an interrupted run goes on from."""
-        if (start := self.start()) is None:
+        if (start := self.started()) is None:
             return "damaged"
         try:
             if self.journal(RACE).exists():
@@ -424,7 +424,7 @@ class Store:
 
     def _interrupted(self, identity: str) -> Slot:
         slot = Slot(self.root, "", "", identity)
-        start = slot.start()
+        start = slot.started()
         return replace(slot, experiment=start.experiment, name=f"{start.method}-{start.setting}") if start else slot
 
 

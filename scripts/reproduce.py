@@ -23,9 +23,7 @@ DATA = Path(os.environ.get("ADMM_DATA", "data"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--full", action="store_true", help="instead of a reduced experiment the one that it is less than"
-    )
+    parser.add_argument("--full", action="store_true", help="of a reduced experiment the one that it is less than")
     options, overrides = parser.parse_known_args()
     for launch in launches(options.full):
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), *launch, *overrides])

@@ -516,4 +516,4 @@ def test_the_page_lists_the_experiment(faces: Faces, tmp_path: Path) -> None:
         assert getattr(method, "rank", options.model.rank) == options.model.rank
     run = executed(tmp_path, faces, "raw", "default")
     text = "\n\n".join(experiment_section(report_of("lfw_proxy"), [run]))
-    assert "made-up labels" in text and "paper, LFWA: rank 256" in text
+    assert "made-up labels" in text and "[lfw_proxy_attributes.csv](tables/lfw_proxy_attributes.csv)" in text

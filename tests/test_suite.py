@@ -280,9 +280,8 @@ def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> N
 
 def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Path) -> None:
     put(tmp_path, "mine-default", [90.0], info("mine", "default", "2001", seeds=[0]))
-    table = write_report(
-        report_of("mnist_shallow"), Store(tmp_path).runs("mnist_shallow"), tmp_path / "f", tmp_path / "t"
-    )
+    runs = Store(tmp_path).runs("mnist_shallow")
+    table = write_report(report_of("mnist_shallow"), runs, tmp_path / "f", tmp_path / "t")
     assert table[["method", "setting", "mean", "seeds"]].to_numpy().tolist() == [["mine", "default", 90.0, 1]]
 
 
@@ -344,9 +343,8 @@ def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
     put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
     put(tmp_path, "block_admm-faithful", [80.0, 0.0], info("block_admm", "faithful", "2001"))
     assert Store(tmp_path).experiments() == ["mnist_shallow"]
-    table = write_report(
-        report_of("mnist_shallow"), Store(tmp_path).runs("mnist_shallow"), tmp_path / "f", tmp_path / "t"
-    )
+    runs = Store(tmp_path).runs("mnist_shallow")
+    table = write_report(report_of("mnist_shallow"), runs, tmp_path / "f", tmp_path / "t")
     assert table.iloc[0].to_dict() | {"std": None} == {
         "method": "Stochastic Block-ADMM",
         "setting": "faithful, 1 of 2 seeds diverged",

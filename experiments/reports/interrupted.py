@@ -10,7 +10,7 @@ from experiments.store import Slot
 
 def interrupted_row(slot: Slot) -> dict[str, str]:
     """What a table says of a run that has not ended: what it is, how far it got, and whether a process is at work."""
-    start = slot.start()
+    start = slot.started()
     return {
         "experiment": start.experiment if start else "–",
         "method": start.method if start else "–",

@@ -26,7 +26,6 @@ RunsByExperiment = Mapping[str, list[Run]]  # from the oldest to the newest
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
 COLUMNS += ["std", "seeds", "iterations"]
 BELOW = ["experiment", "method", "setting", "paper", "ours", "difference"]  # columns
-WIDEST = 20  # columns of a table that is shown; of a wider one there is a link
 GPU_TFLOPS = 14.0  # assumed in `estimate`
 
 
@@ -142,8 +141,8 @@ def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[st
     yield report.text if report.quantity == TEST_ACCURACY else f"{report.text} In the table: {report.quantity}."
     yield "\n".join(f"![{report.experiment}](figures/{name}.png)" for name in report.figures(runs))
     yield markdown(report.table(runs))
-    for name, table in report.further_tables(runs).items():
-        yield markdown(table) if len(table.columns) <= WIDEST else f"By attribute: [{name}.csv](tables/{name}.csv)."
+    for name in report.further_tables(runs):
+        yield f"Further table: [{name}.csv](tables/{name}.csv)."
     yield f"    python run.py experiment={report.experiment}"
     yield provenance_sentence(runs)
 

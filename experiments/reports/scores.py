@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 
 from experiments.reports.base import report_on
@@ -14,7 +14,7 @@ def scores(runs: Sequence[Run]) -> dict[int, float]:
     return {seed: score for run in runs for seed, score in report_on(run).score(run).items()}
 
 
-def mean_score(runs: Sequence[Run], seeds: Sequence[int]) -> float | None:
+def mean_score(runs: Sequence[Run], seeds: Collection[int]) -> float | None:
     """The mean over those seeds that `scores` has; None without runs."""
     return fmean(score for seed, score in scores(runs).items() if seed in seeds) if runs else None
 
