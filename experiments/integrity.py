@@ -46,17 +46,17 @@ def problems(folder: Path) -> Iterator[str]:
 def unreadable(folder: Path) -> Iterator[str]:
     """Files that are missing, changed or cut off."""
     try:
-        known = recorded_sums(folder)
+        written = recorded_sums(folder)
     except ValueError:
         yield f"{SUMS}: does not parse"
         return
-    there = sums(folder)
-    for name in sorted({*PARTS, *known, *there}):
-        if name not in there:
+    present = sums(folder)
+    for name in sorted({*PARTS, *written, *present}):
+        if name not in present:
             yield f"{name}: is missing"
-        elif known and name not in known:
+        elif written and name not in written:
             yield f"{name}: is not in {SUMS}"
-        elif known and there[name] != known[name]:
+        elif written and present[name] != written[name]:
             yield f"{name}: was changed, its SHA-256 is not that in {SUMS}"
         elif Path(name).suffix not in READERS:
             yield f"{name}: is not of a run"

@@ -55,10 +55,10 @@ class RunRecord:
         required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
         for name in sorted(required - content.keys()):
             raise KeyError(name)
-        known = {f.name: _frozen(content[f.name]) for f in fields(cls) if f.name in content}
+        values = {f.name: _frozen(content[f.name]) for f in fields(cls) if f.name in content}
         data = {f.name: content["dataset"][f.name] for f in fields(DatasetRecord) if f.name in content["dataset"]}
         diverged = {int(replica): iteration for replica, iteration in content.get("diverged", {}).items()}
-        return cls(**known | {"dataset": DatasetRecord(**data), "diverged": diverged})
+        return cls(**values | {"dataset": DatasetRecord(**data), "diverged": diverged})
 
 
 def _frozen(value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.reports.base import report_of
+from experiments.reports.base import report_on
 from experiments.reports.searches import plot_ranking
 from experiments.reports.text import print_table
 from experiments.reports.writing import update_tables, write_report
@@ -28,7 +28,7 @@ def redraw(root: Path) -> None:
     store, tables = Store(root), {}
     for experiment in store.experiments():
         runs = store.runs(experiment)
-        report = report_of(experiment, runs[-1].record.kind)
+        report = report_on(runs[-1])
         tables[experiment] = write_report(report, runs, root / "figures", root / "tables")
         print_table(tables[experiment], report.title(runs))
     for path in sorted(root.glob("searches/*.csv")):

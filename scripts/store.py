@@ -42,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--store", type=in_full, default=Path("results"), help="its folder (default: results)")
     of_one = argparse.ArgumentParser(add_help=False)
     of_one.add_argument("--experiment", help="its runs alone")
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m scripts.store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = made.add_subparsers(required=True, metavar="{list,check,compare,remove}")
+    commands = parser.add_subparsers(required=True, metavar="{list,check,compare,remove}")
 
     def add(command: Callable[[argparse.Namespace], int], *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         name, text = command.__name__.removesuffix("_"), command.__doc__
@@ -61,20 +61,20 @@ def parser() -> argparse.ArgumentParser:
     removed.add_argument("runs", nargs="*", metavar="run", help="beginning of an identity, or a folder")
     removed.add_argument("--interrupted", action="store_true", help="what interrupted runs have left, instead")
     removed.add_argument("--yes", action="store_true", help="do not ask")
-    return made
+    return parser
 
 
 def named(name: str, folders: list[Path]) -> Path:
     """The one of these folders. Ends the program where there is none, or more than one."""
     if Path(name).is_dir():
-        found = [path for path in folders if path.samefile(name)]
+        matches = [path for path in folders if path.samefile(name)]
     else:
-        found = [path for path in folders if path.name.rpartition("-")[2].startswith(name)]
-    if len(found) != 1:
-        which = "".join(f"\n  {path}" for path in found)
-        what = f"{len(found)} runs of this store" if found else "no run of this store"
+        matches = [path for path in folders if path.name.rpartition("-")[2].startswith(name)]
+    if len(matches) != 1:
+        which = "".join(f"\n  {path}" for path in matches)
+        what = f"{len(matches)} runs of this store" if matches else "no run of this store"
         sys.exit(f"error: {name!r} is {what}{which}\nname one: the beginning of its identity, as `list` has it")
-    return found[0]
+    return matches[0]
 
 
 # --- list
@@ -149,8 +149,8 @@ def compare(options: argparse.Namespace) -> int:
 
 def side_by_side(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:
     """Two dictionaries' values as text, by key."""
-    lines = [(key, str(first.get(key, "–")), str(second.get(key, "–"))) for key in {**first, **second}]
-    return pd.DataFrame(lines, columns=["key", "1", "2"])
+    rows = [(key, str(first.get(key, "–")), str(second.get(key, "–"))) for key in {**first, **second}]
+    return pd.DataFrame(rows, columns=["key", "1", "2"])
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -158,12 +158,10 @@ def settings(run: Run) -> dict[str, Any]:
     return flat(without_nulls(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))))
 
 
-def flat(node: dict[str, Any], group: str = "") -> dict[str, Any]:
+def flat(node: dict[str, Any]) -> dict[str, Any]:
     """A nested dictionary's values by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        found |= flat(value, f"{group}{key}.") if isinstance(value, dict) else {f"{group}{key}": value}
-    return found
+    (row,) = pd.json_normalize(node).to_dict("records")
+    return {str(key): value for key, value in row.items()}
 
 
 def numbers(run: Run) -> dict[str, str]:

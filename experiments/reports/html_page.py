@@ -27,7 +27,7 @@ from plotly.offline import get_plotlyjs
 
 from experiments.records import RunRecord
 from experiments.reports.accuracy import accuracy_label, accuracy_range, colours, lengths_differ
-from experiments.reports.base import Comparison, ExperimentReport, report_of, report_on
+from experiments.reports.base import Comparison, ExperimentReport, report_on
 from experiments.reports.curves import Curve, curves
 from experiments.reports.interrupted import interrupted_row
 from experiments.reports.methods import method_of, methods
@@ -68,7 +68,7 @@ class Contents:
         return {run.name: run for runs in self.by_experiment.values() for run in runs}
 
     def report(self, experiment: str) -> ExperimentReport:
-        return report_of(experiment, self.by_experiment[experiment][-1].record.kind)
+        return report_on(self.by_experiment[experiment][-1])
 
 
 def read_store(root: Path) -> Contents:
@@ -156,12 +156,12 @@ def newest_runs(contents: Contents) -> pd.DataFrame:
     rows = {}
     for name, runs in contents.by_experiment.items():
         report = contents.report(name)
-        shown = {comparison.run: comparison for comparison in report.compare(runs)}
+        of_rows = {comparison.run: comparison for comparison in report.compare(runs)}
         joined = {run for curve in curves(runs) if len(curve.runs) > 1 for run in curve.runs}
         for run in runs:
             alone = contents.alone[run.name]
-            comparison = alone if run.name in joined else shown.get(run.name, alone)
-            remark = "" if run.name in joined or run.name in shown else ", replaced by a newer run"
+            comparison = alone if run.name in joined else of_rows.get(run.name, alone)
+            remark = "" if run.name in joined or run.name in of_rows else ", replaced by a newer run"
             rows[run] = _newest_row(report, run.record, comparison, remark)
     newest = sorted(rows, key=age, reverse=True)
     table = pd.DataFrame([rows[run] for run in newest], index=[run.name for run in newest])
@@ -235,7 +235,7 @@ def section(name: str, contents: Contents) -> dict[str, Any]:
         "provenance": provenance_sentence(runs),
         "plot": interactive_plot(by_row) if report.has_curves else None,
         "tables": [html_table(caption, table, contents.runs, name) for caption, table in tables.items()],
-        "figures": {figure: png(drawn) for figure, drawn in report.figures(runs).items()},
+        "figures": {title: png(figure) for title, figure in report.figures(runs).items()},
         "runs": [run_summary(run, of_row.get(run.name, ())) for run in reversed(runs)],
     }
 

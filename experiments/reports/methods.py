@@ -39,5 +39,5 @@ def method_of(name: str) -> Method:
 @cache
 def _read(folder: Path) -> Mapping[str, Method]:
     files = ((path.stem, OmegaConf.load(path)) for path in folder.glob("*.yaml"))
-    found = [Method(name, **content.method) for name, content in files if "method" in content]
-    return {method.name: method for method in sorted(found, key=lambda method: method.order)}
+    declared = [Method(name, **content.method) for name, content in files if "method" in content]
+    return {method.name: method for method in sorted(declared, key=lambda method: method.order)}

@@ -13,7 +13,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from admm.files import whole
-from experiments.reports.base import TEST_ACCURACY, ExperimentReport, report_of
+from experiments.reports.base import TEST_ACCURACY, ExperimentReport, report_of, report_on
 from experiments.reports.curves import place
 from experiments.reports.methods import method_of
 from experiments.reports.paper import paper
@@ -55,7 +55,7 @@ def sections(root: Path) -> Iterator[str]:
         yield f"### {title}"
         yield markdown(table) if len(table) else "None."
     for name in in_order(runs):
-        yield from experiment_section(report_of(name, runs[name][-1].record.kind), runs[name])
+        yield from experiment_section(report_on(runs[name][-1]), runs[name])
     if (root / "bench.csv").exists():
         yield from estimate(runs, pd.read_csv(root / "bench.csv").set_index("name")["value"])
     searches = sorted((root / "searches").glob("*.csv"))
