@@ -433,7 +433,7 @@ def test_memory_is_compared_with_the_batch_form_of_its_setting(tmp_path: Path) -
 
 
 def test_faces_are_scored_by_balanced_accuracy(tmp_path: Path) -> None:
-    rows = [{"iteration": 2, "replica": 0, "seed": 3, "verification": 90.0}]
+    rows = [{"iteration": i, "replica": 0, "seed": 3, "verification": 86.0 + 2 * i} for i in (0, 2)]
     measured = {"positives": 3, "majority": 60.0, "accuracy": 70.0, "auc": 80.0}
     probes = [
         {"replica": 0, "seed": 3, "attribute": name, "balanced_accuracy": value} | measured
@@ -443,13 +443,15 @@ def test_faces_are_scored_by_balanced_accuracy(tmp_path: Path) -> None:
     tables, report = {"probes": pd.DataFrame(probes)}, report_of("lfwa_deepfacto")
     run = finish(tmp_path, "lfwa_deepfacto deepfacto rank32", rows, tables, **said)
     assert report.score(run) == {3: 82.0, 4: 0.0} and report.headline(run) == (82.0, "% balanced")
-    columns = ["method", "setting", "paper", "balanced accuracy", "verification by scores", "after"]
+    columns = ["method", "setting", "paper", "balanced accuracy", "verification by scores"]
+    columns += ["verification before", "after"]
     assert report.table([run]).iloc[0][columns].tolist() == [
         "DeepFacto",
         "rank32, LFWA, 1 of 2 seeds diverged",
         81.39,
         82.0,
         88.0,
+        86.0,
         90.0,
     ]
     attributes = report.further_tables([run])["lfwa_deepfacto_attributes"].set_index("attribute")
