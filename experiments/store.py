@@ -456,10 +456,10 @@ def age(run: Run) -> tuple[str, str]:
 
 
 def launched_runs(launch: Path) -> list[Run]:
-    """The runs that the jobs of a launch have left notes of in Hydra's folder, but those removed since."""
+    """The runs that the jobs of a launch have left notes of in Hydra's folder, each once, but those removed since."""
     notes = sorted(launch.rglob("runs.txt"))
-    runs = [Run(Path(folder)) for note in notes for folder in note.read_text(encoding="utf-8").splitlines()]
-    return [run for run in runs if run.folder.exists()]
+    folders = dict.fromkeys(line for note in notes for line in note.read_text(encoding="utf-8").splitlines())
+    return [Run(Path(folder)) for folder in folders if Path(folder).exists()]
 
 
 @contextmanager
