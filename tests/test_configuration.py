@@ -319,7 +319,7 @@ def test_pages_are_utf_8_in_any_locale_and_what_a_terminal_lacks_ends_nothing(tm
 from pathlib import Path
 from experiments.reports.text import print_table
 from experiments.store import Run
-from experiments.reports.results_page import write_results_page
+from scripts.results_page import write_results_page
 write_results_page(Path(sys.argv[1]))
 print_table(__import__("pandas").DataFrame([{"note": Run(Path(sys.argv[2])).info["note"]}]), "a note")
 """

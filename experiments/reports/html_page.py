@@ -89,10 +89,9 @@ def read_store(root: Path) -> Contents:
 
 
 def checked(run: Run) -> Comparison:
-    """The number of a run alone. Raises where the run is not complete."""
-    run_summary(run)
+    """The number of a run alone. Raises whatever a report of the run raises, and where the run is not complete."""
     report = report_on(run)
-    report.score(run)
+    run_summary(run), report.score(run), report.table([run]), report.figures([run]), report.further_tables([run])
     (comparison,) = report.compare([run])
     return comparison
 
