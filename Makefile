@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint figures tables report reproduce reproduce-gpu bench clean
+.PHONY: help env demo test lint figures results-page html reproduce reproduce-gpu bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,29 +30,23 @@ lint: env ## ruff, format and types
 figures: env ## redraw every figure and the README's tables from results/ alone
 	$(BIN)/python -m scripts.figures
 
-tables: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
-	$(BIN)/python -m experiments.reports.results_page
+results-page: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
+	$(BIN)/python -m scripts.results_page
 
-report: env ## write outputs/report.html, a page of all of results/ to look through (STORE=outputs: of other runs)
-	$(BIN)/python -m experiments.reports.html_page $(STORE)
-
-# in the order that gives results early
-CIFAR10 := cifar10_resnet18_narrow
-EXPERIMENTS := memory mnist_shallow mnist_deep10 mnist_deep20 mnist_walltime convergence fashion_mnist $(CIFAR10) bcd_zeng dladmm_wang_mnist dladmm_wang_fashion bcd_zeng_deep
+html: env ## write outputs/report.html, a page of all of results/ to look through (STORE=outputs: of other runs)
+	$(BIN)/python -m scripts.html_page $(STORE)
 
 reproduce: env ## run every experiment that has not been run, then figures and tables (ARGS="key=value ...")
-	for name in $(EXPERIMENTS); do $(BIN)/python run.py experiment=$$name $(ARGS) || exit 1; done
-	$(BIN)/python run.py experiment=$(CIFAR10) optimizer=online_block_admm setting=faithful $(ARGS)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faces]'
-	@[ ! -e $${ADMM_DATA:-data}/lfwa/lfw_attributes_proxy.csv.gz ] || $(BIN)/python run.py experiment=lfw_proxy $(ARGS)
-	$(MAKE) figures tables
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faces]' # of the faces alone
+	$(BIN)/python -m scripts.reproduce $(ARGS)
+	$(MAKE) figures results-page
 
 reproduce-gpu: ## the same on a GPU, Figure 7 at full size
-	$(MAKE) reproduce CIFAR10=cifar10_resnet18 ARGS="device=cuda $(ARGS)"
+	$(MAKE) reproduce ARGS="--full device=cuda $(ARGS)"
 
 bench: env ## measure speed and memory into results/bench.csv (on an idle machine)
-	$(BIN)/python -m scripts.bench
-	$(BIN)/python -m scripts.bench_rivals
+	$(BIN)/python -m scripts.benchmarks.bench
+	$(BIN)/python -m scripts.benchmarks.bench_rivals
 
 clean: ## remove .venv and caches, keep data/, results/ and outputs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -34,8 +34,10 @@ from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.messages import with_key_path
 from experiments.progress import RunProgress
 from experiments.provenance import changed, changed_since, provenance
+from experiments.records import kind_of
+from experiments.reports.scores import mean_score
 from experiments.rows import check_place, row_of
-from experiments.store import LEFT, Run, Slot, mean_score, runs_of_row
+from experiments.store import LEFT, PROBES, Run, Slot, runs_of_row
 
 log = logging.getLogger(__name__)
 TASK = "experiments.classification.run"
@@ -74,7 +76,7 @@ def run_once(
     join it.
 
     A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
-    its other jobs, and comes back to it at the end (`experiments.reports.report.Report`).
+    its other jobs, and comes back to it at the end (`experiments.reports.callback.Report`).
 
     Raises BadInput, or another error whose message is for the user (`experiments.launching.failures`).
     """
@@ -126,7 +128,7 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
     slot = Slot(root, row.experiment, f"{method}-{row.setting}", identity(plain, choices, dataset.sha256))
     found = [Run(slot.folder)] if slot.folder.exists() else []
     if by_seed:
-        found = runs_of_row(slot, plain, choices | {"dataset": data})
+        found = runs_of_row(slot, plain, choices, dataset.sha256)
     there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
     if by_seed and not config.force:
         missing = [seed for seed in config.seeds if not any(seed in run.seeds for run in there)]
@@ -141,6 +143,7 @@ def find_job(config: DictConfig, method: str, load: Callable[..., Any] = load_on
         "seeds": plain["seeds"],
         "of_seeds": len(row.seeds),
         "iterations": config.iterations,
+        "kind": kind_of(plain),
         "dataset": data,
     }
     own = Run(slot.folder)
@@ -276,10 +279,10 @@ def ended(history: History) -> dict[str, Any]:
 
 def note_start(slot: Slot, info: dict[str, Any]) -> None:
     """Write down what begins a run; warn if a run is resumed by another version of the code or libraries."""
-    note = slot.partial / "started.json"
+    note = slot.start_note
     if slot.checkpoint.exists():
         log.info("resuming from %s", slot.checkpoint)
-    if slot.checkpoint.exists() or (slot.partial / "probes.jsonl").exists():
+    if slot.checkpoint.exists() or slot.journal(PROBES).exists():
         started = json.loads(note.read_text(encoding="utf-8"))
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from experiments.identity import SCHEMA, identity, identity_config, with_todays_names, without_nulls
-from experiments.store import SUMS, Run, choices_of, delete, slot_of, sums
+from experiments.store import SUMS, Run, delete, slot_of, sums
 
 # What schema 1 took for granted where a configuration did not say it.
 IMPLIED = {"precision": "fp32"}
@@ -37,7 +37,7 @@ def migrate(root: Path) -> Iterator[str]:
     """
     for note in sorted((root / "runs").glob("[!.]*/*/run.json")):
         run = Run(note.parent)
-        if run.info.get("schema", 1) < SCHEMA:
+        if run.record.schema < SCHEMA:
             yield f"{run.name} -> {_migrated(run).name}"
 
 
@@ -71,7 +71,7 @@ def _migrated(run: Run) -> Run:
     if (expected := former_identity(stored, data)) != slot.identity:
         raise ValueError(f"{run.folder}: config.yaml hashes to {expected}, not to {slot.identity}; see `check`")
     config = _explicit(identity_config(with_todays_names(stored)))
-    record = {"schema": SCHEMA} | info | {"identity": identity(config, choices_of(info), data)}
+    record = {"schema": SCHEMA} | info | {"identity": identity(config, run.record.choices, data)}
     target = run.folder.with_name(f"{slot.name}-{record['identity']}")
     if not target.exists():  # as it does after an interruption
         with tempfile.TemporaryDirectory(dir=run.folder.parent, prefix=".") as folder:

@@ -86,9 +86,9 @@ def sources(config: dict[str, Any]) -> dict[str, str]:
 
 
 def named_modules(config: dict[str, Any]) -> Iterator[str]:
-    """The modules of the objects that a configuration names, but for its logger's."""
+    """The modules of the objects that a configuration names, but for its logger's and its report's."""
     for key, value in config.items():
-        if key == "logger" or not value:
+        if key in ("logger", "report") or not value:
             continue
         if isinstance(value, dict):
             yield from named_modules(value)

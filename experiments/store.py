@@ -4,7 +4,7 @@
         config.yaml   all that determines the numbers
         history.csv   one row an evaluation and replica, see `admm.training.History`; or what its task measures
         probes.csv, arrays.npz   of DeepFacto: what probes found, and what heat maps show
-        run.json      what was run, from where, and how it ended
+        run.json      what was run, from where, and how it ended, see `experiments.records.RunRecord`
         SHA256SUMS    of the others, for `sha256sum -c`; the oldest runs have none
 
 A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/` and holds the lock beside that folder.
@@ -20,12 +20,11 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,15 @@ import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
 
+from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.files import WriteError, explain_write_errors, fsync_path
-from experiments.identity import CHOICES, identity_config, row_identity, with_todays_names
+from experiments.identity import identity_config, row_identity, with_todays_names
+from experiments.records import RunRecord
 
 log = logging.getLogger(__name__)
 RESUME = "The same command goes on from what was saved; outputs=… and results=… choose other folders."
 SUMS = "SHA256SUMS"
+RACE, PROBES = "race.json", "probes.jsonl"  # journals of tasks
 LEFT = "left_to_another_process"  # a note in Hydra's folder of a job
 
 
@@ -69,11 +71,17 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
+        """The content of run.json, as it was written."""
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     @property
+    def record(self) -> RunRecord:
+        """The same, typed."""
+        return RunRecord.read(self.info)
+
+    @property
     def seeds(self) -> set[int]:
-        return set(self.info["seeds"])
+        return set(self.record.seeds)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -83,8 +91,8 @@ class Run:
     @property
     def row(self) -> str:
         """See `row_identity`."""
-        info = self.info
-        return row_identity(self.config, choices_of(info), info["dataset"]["sha256"])
+        record = self.record
+        return row_identity(self.config, record.choices, record.dataset.sha256)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -94,32 +102,13 @@ class Run:
         return pd.read_csv(self.folder / f"{name}.csv")
 
     @property
-    def scores(self) -> dict[int, float]:
-        """By seed what a search maximises, percent: the probes' mean balanced accuracy of DeepFacto, else the last
-        accuracy on the test set or what is held out; 0 of a seed that has diverged."""
-        info = self.info
-        if (self.folder / "probes.csv").exists():
-            by_replica = self.table("probes").groupby("replica")["balanced_accuracy"].mean()
-        else:
-            history = self.history
-            by_replica = history[history["iteration"] == info["iterations"]].set_index("replica")["test_accuracy"]
-        found = by_replica.to_dict() | {int(replica): 0.0 for replica in info.get("diverged", {})}
-        return {info["seeds"][replica]: float(score) for replica, score in found.items()}
+    def has_arrays(self) -> bool:
+        return (self.folder / "arrays.npz").exists()
 
     @property
     def arrays(self) -> dict[str, Any]:
         with np.load(self.folder / "arrays.npz") as content:
             return dict(content)
-
-
-def scores(runs: Sequence[Run]) -> dict[int, float]:
-    """By seed, `Run.scores` of runs that differ in their seeds alone; of a seed that several have, the last one's."""
-    return {seed: score for run in runs for seed, score in run.scores.items()}
-
-
-def mean_score(runs: Sequence[Run], seeds: Sequence[int]) -> float | None:
-    """Of those seeds that `scores` has; None without runs."""
-    return fmean(score for seed, score in scores(runs).items() if seed in seeds) if runs else None
 
 
 @dataclass(frozen=True)
@@ -144,9 +133,64 @@ class Slot:
         return self.partial / "checkpoint.pt"
 
     @property
+    def start_note(self) -> Path:
+        """The note of what began the run, in JSON."""
+        return self.partial / "started.json"
+
+    def journal(self, name: str) -> Path:
+        """Where a task keeps what it has measured so far: `RACE`, `PROBES`."""
+        return self.partial / name
+
+    @property
     def former(self) -> Path:
         """Where a finished run is while another one takes its place."""
         return self.partial / "former"
+
+    def started(self) -> RunRecord | None:
+        """The record of an interrupted run, which has not finished; None if its note is damaged."""
+        try:
+            return RunRecord.read({"finished": ""} | json.loads(self.start_note.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def progress(self) -> str:
+        """How far an interrupted run goes on from."""
+        if (start := self.started()) is None:
+            return "damaged"
+        try:
+            if self.journal(RACE).exists():
+                histories = unsealed(self.journal(RACE).read_text(encoding="utf-8"))["histories"]
+                return f"seed {len(next(iter(histories.values())))} of {len(start.seeds)}"
+            if not self.checkpoint.exists():
+                return "the start"
+            return f"iteration {read_checkpoint(self.checkpoint)['state']['iteration']} of {start.iterations}"
+        except (CheckpointError, ValueError, KeyError):
+            return "damaged"
+
+    def displaced(self) -> Slot | None:
+        """The place of a finished run that is among what an interrupted one has left, as a kill while the one was to
+        take the other's place leaves it; None if there is no such run, or if it is in its place."""
+        try:
+            record = Run(self.former).record
+        except (OSError, ValueError, KeyError):
+            return None
+        slot = Slot(self.root, record.experiment, f"{record.method}-{record.setting}", self.identity)
+        return None if slot.folder.exists() else slot
+
+    def last_written(self) -> float:
+        """When an interrupted run saved something, in seconds since the epoch."""
+        return max(path.stat().st_mtime for path in (self.partial, *self.partial.glob("[!.]*.*")))
+
+    def is_held(self) -> bool:
+        """Whether a living process is at work on the run."""
+        lock = lock_of(self.partial)
+        if not Path(lock.lock_file).exists():
+            return False
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
 
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
@@ -219,7 +263,7 @@ class Slot:
         own = Run(self.folder)
         for other in runs_named(self.folder.parent, self.name):
             folder = other.folder
-            if any(other.info[key] != own.info[key] for key in ("method", "setting")):
+            if (other.record.method, other.record.setting) != (own.record.method, own.record.setting):
                 continue  # as sgd with the setting a-b, and sgd-a with b
             if folder != self.folder and (other.seeds <= own.seeds or other.row != own.row):
                 with explain_write_errors(place / folder.name, "the run of former settings"):
@@ -236,10 +280,14 @@ class Slot:
             if folder.exists():
                 delete(folder, self.partial)
 
+    def remove_left(self) -> None:
+        """Delete what an interrupted run has left. Raises OSError."""
+        delete(self.partial, self.partial)
+
     def discard(self) -> None:
-        """Forget what an interrupted run has left."""
+        """Delete what an interrupted run has left, or leave it where that fails."""
         with suppress(OSError):
-            delete(self.partial, self.partial)
+            self.remove_left()
 
 
 def slot_of(folder: Path) -> Slot:
@@ -270,9 +318,36 @@ def sums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def finished_runs(root: Path, experiment: str) -> list[Run]:
-    """The finished runs of an experiment, from the oldest to the newest."""
-    return oldest_first((root / "runs" / experiment).glob("*/run.json"))
+@dataclass(frozen=True)
+class Store:
+    """A results store, the folder `root`."""
+
+    root: Path
+
+    def experiments(self) -> list[str]:
+        """Names of the experiments that have finished runs."""
+        return sorted({path.parent.parent.name for path in (self.root / "runs").glob("*/*/run.json")})
+
+    def runs(self, experiment: str) -> list[Run]:
+        """The finished runs of an experiment, from the oldest to the newest."""
+        return oldest_first((self.root / "runs" / experiment).glob("*/run.json"))
+
+    def folders(self, experiment: str | None = None) -> list[Path]:
+        """Folders of the finished runs, of one experiment or of all, damaged ones too."""
+        folders = sorted(path for path in (self.root / "runs").glob("[!.]*/*") if path.is_dir())
+        return [path for path in folders if experiment in (None, path.parent.name)]
+
+    def interrupted(self, experiment: str | None = None) -> list[Slot]:
+        """The places of runs that have begun and not ended, of one experiment or of all; without names where the note
+        of the start is damaged."""
+        folders = sorted(path for path in (self.root / "runs/.partial").glob("*") if path.is_dir())
+        slots = [self._interrupted(folder.name) for folder in folders]
+        return [slot for slot in slots if experiment in (None, slot.experiment)]
+
+    def _interrupted(self, identity: str) -> Slot:
+        slot = Slot(self.root, "", "", identity)
+        start = slot.started()
+        return replace(slot, experiment=start.experiment, name=f"{start.method}-{start.setting}") if start else slot
 
 
 def runs_named(folder: Path, name: str) -> list[Run]:
@@ -281,16 +356,10 @@ def runs_named(folder: Path, name: str) -> list[Run]:
     return oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
 
 
-def choices_of(info: Mapping[str, Any]) -> dict[str, str]:
-    """The choices that enter the identity of a run, from what `run.json` says."""
-    return {key: info[key] for key in CHOICES}
-
-
-def runs_of_row(slot: Slot, config: dict[str, Any], info: Mapping[str, Any]) -> list[Run]:
+def runs_of_row(slot: Slot, config: dict[str, Any], choices: Mapping[str, str], data_sha256: str) -> list[Run]:
     """The finished runs of a slot's name that make one row with its own and have some of its seeds, from the oldest to
-    the newest. info: what `run.json` says of the slot's run."""
-    same = runs_named(slot.folder.parent, slot.name)
-    row = row_identity(config, choices_of(info), info["dataset"]["sha256"])
+    the newest. config, choices, data_sha256: of the slot's run, as `identity` takes them."""
+    same, row = runs_named(slot.folder.parent, slot.name), row_identity(config, choices, data_sha256)
     return [run for run in same if not run.seeds.isdisjoint(config["seeds"]) and run.row == row]
 
 
@@ -305,14 +374,14 @@ def oldest_first(notes: Iterable[Path]) -> list[Run]:
 
 def age(run: Run) -> tuple[str, str]:
     """To sort runs from the oldest to the newest."""
-    return run.info["finished"], run.folder.name
+    return run.record.finished, run.folder.name
 
 
 def launched_runs(launch: Path) -> list[Run]:
-    """The runs that the jobs of a launch have left notes of in Hydra's folder, but those removed since."""
+    """The runs that the jobs of a launch have left notes of in Hydra's folder, each once, but those removed since."""
     notes = sorted(launch.rglob("runs.txt"))
-    runs = [Run(Path(folder)) for note in notes for folder in note.read_text(encoding="utf-8").splitlines()]
-    return [run for run in runs if run.folder.exists()]
+    folders = dict.fromkeys(line for note in notes for line in note.read_text(encoding="utf-8").splitlines())
+    return [Run(Path(folder)) for folder in folders if Path(folder).exists()]
 
 
 @contextmanager
@@ -327,8 +396,3 @@ def failed_writes_in_words(then: str = "") -> Iterator[None]:
         if log.isEnabledFor(logging.DEBUG):
             raise
         raise SystemExit(f"error: {error}.\n{then}".rstrip()) from None
-
-
-def experiments_in(root: Path) -> list[str]:
-    """Names of the experiments that have finished runs."""
-    return sorted({path.parent.parent.name for path in (root / "runs").glob("*/*/run.json")})

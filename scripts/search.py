@@ -1,7 +1,7 @@
 """What launches of a search have found: python -m scripts.search <folder of a launch> ... [--results results]
 
-Writes <results>/searches/<experiment>_<optimizer>.csv, a line for each configuration tried, the best held-out score
-first, and beside it a picture of the score against each hyperparameter; prints the lines. The same is in the launch's
+Writes <results>/searches/<experiment>_<optimizer>.csv, a row for each configuration tried, the best held-out score
+first, and beside it a figure of the score against each hyperparameter; prints the rows. The same is in the launch's
 folder at its end; this collects several launches, and what is to be kept. The best configuration goes to
 conf/settings/<setting>/<experiment>_<optimizer>.yaml.
 """
@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from experiments.paths import in_full
-from experiments.reports.searches import is_of_a_search, rankings, write
+from experiments.reports.scores import is_of_a_search
+from experiments.reports.searches import rankings, write_ranking
 from experiments.store import failed_writes_in_words, launched_runs
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     if not all(map(is_of_a_search, runs)):
         sys.exit(f"error: {places}: a search needs dataset.holdout=10000 or so")
     for name, ranked in rankings(runs).items():
-        write(name, ranked, options.results)
+        write_ranking(name, ranked, options.results)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ from experiments.launching.failures import BadInput
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
 from experiments.provenance import changed_since, sources
-from experiments.reports.report import curves, figure, markdown
-from experiments.reports.results_page import search
-from experiments.reports.searches import rankings, read, without_end, write
+from experiments.reports.accuracy import Accuracy
+from experiments.reports.curves import curves
+from experiments.reports.results_page import best_of_search
+from experiments.reports.searches import rankings, read_ranking, without_end, write_ranking
+from experiments.reports.text import markdown
 from experiments.rows import check_names, check_place, seeds_of_row, setting_of_row
-from experiments.store import Run, Slot, finished_runs
+from experiments.store import Run, Slot, Store
 
 ROOT = Path(__file__).parents[1]
 MINE = "# @package _global_\ndefaults: [override /dataset: digits]\niterations: 1\nthreads: 1\n"
@@ -154,7 +156,7 @@ def test_a_run_does_not_supersede_one_whose_name_and_setting_are_divided_otherwi
     for method, setting in (("sgd", "a-b"), ("sgd-a", "b")):
         run = put(tmp_path, "sgd-a-b", [90.0], info(method, setting, f"2001 {method}", seeds=[0]))
         Slot(tmp_path, "mnist_shallow", "sgd-a-b", run.folder.name.removeprefix("sgd-a-b-")).supersede(tmp_path / "s")
-    assert {run.info["method"] for run in finished_runs(tmp_path, "mnist_shallow")} == {"sgd", "sgd-a"}
+    assert {run.info["method"] for run in Store(tmp_path).runs("mnist_shallow")} == {"sgd", "sgd-a"}
 
 
 def test_a_copy_of_the_suite_without_its_configuration_is_named(
@@ -276,13 +278,13 @@ def test_null_is_a_value_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyP
     drawn: list[Figure] = []
     real = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), real(self, *a, **k))[1])
-    write("mnist_shallow_sgd", rankings(runs)["mnist_shallow_sgd"], tmp_path)
+    write_ranking("mnist_shallow_sgd", rankings(runs)["mnist_shallow_sgd"], tmp_path)
     path = tmp_path / "searches/mnist_shallow_sgd.csv"
-    assert list(read(path)["a.b"]) == ["null", "0.1", "0.4"]
+    assert list(read_ranking(path)["a.b"]) == ["null", "0.1", "0.4"]
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["null", "0.1", "0.4"]
     assert axes.collections[0].get_offsets().tolist() == [[0, 90], [1, 70], [2, 50]]
-    assert [line["best"] for line in search(path)] == ["a.b=null"]
+    assert [line["best"] for line in best_of_search(path)] == ["a.b=null"]
 
 
 # --- Texts
@@ -315,11 +317,11 @@ def test_pages_are_utf_8_in_any_locale_and_what_a_terminal_lacks_ends_nothing(tm
     run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", note=note, commit="c"))
     code = """import sys
 from pathlib import Path
-from experiments.reports.report import show
+from experiments.reports.text import print_table
 from experiments.store import Run
-from experiments.reports.results_page import main
-main(Path(sys.argv[1]))
-show(__import__("pandas").DataFrame([{"note": Run(Path(sys.argv[2])).info["note"]}]), "a note")
+from scripts.results_page import write_results_page
+write_results_page(Path(sys.argv[1]))
+print_table(__import__("pandas").DataFrame([{"note": Run(Path(sys.argv[2])).info["note"]}]), "a note")
 """
     narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
     command = [sys.executable, "-c", code, str(tmp_path), str(run.folder)]
@@ -340,7 +342,7 @@ def test_a_character_that_the_output_lacks_is_a_question_mark(monkeypatch: pytes
 def test_a_note_stays_in_its_cell_and_is_no_formula(tmp_path: Path) -> None:
     assert markdown(pd.DataFrame({"a|b": ["x | y\nz", "c"]})) == "| a\\|b |\n| --- |\n| x \\| y z |\n| c |"
     run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", note="$x_{$ of 5$"))
-    picture = figure("mnist_shallow", curves([run]))
+    picture = Accuracy("mnist_shallow", "").figures([run])["mnist_shallow"]
     picture.savefig(tmp_path / "a.png")
     (text,) = picture.axes[0].get_legend().get_texts()  # type: ignore[union-attr]
     assert r"\$x_{\$ of 5\$" in text.get_text()
@@ -358,7 +360,8 @@ def test_the_sources_of_a_run_are_those_of_what_its_configuration_names() -> Non
     assert next(iter(found)) == "admm/optimizers/backprop.py"
     assert {"admm/models.py", "admm/blocks.py", "admm/training.py", "experiments/classification.py"} <= set(found)
     others = {"admm/optimizers/block_admm.py", "admm/optimizers/taylor.py", "admm/optimizers/__init__.py"}
-    assert not (others | {"experiments/report.py", "experiments/store.py", "experiments/loggers.py"}) & set(found)
+    others |= {"experiments/reports/accuracy.py", "experiments/store.py", "experiments/loggers.py"}
+    assert not others & set(found)
     assert "admm/deepfacto/nmf.py" in of("experiment=lfw_proxy", "optimizer=nmf", "setting=rank4")
     assert "experiments/classification.py" in of("experiment=memory")
     assert all(len(sha) == 12 for sha in found.values())

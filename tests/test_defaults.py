@@ -37,7 +37,8 @@ def assert_defaults(configured: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_a_file_of_conf_optimizer_has_the_defaults_of_its_class(name):
-    config = OmegaConf.create({"iterations": 5, "model": {"rank": 4}, "file": OmegaConf.load(CONF / f"{name}.yaml")})
+    values = OmegaConf.load(CONF / f"{name}.yaml")["optimizer"]
+    config = OmegaConf.create({"iterations": 5, "model": {"rank": 4}, "file": values})
     configured = instantiate(config, _convert_="all")["file"]
     missing = {f.name for f in fields(configured)} - set(config.file)
     assert not missing, "options that the file does not show"

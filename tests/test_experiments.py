@@ -9,6 +9,8 @@ import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,20 +18,29 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from launches import Launch
 from omegaconf import OmegaConf
+from stores import info
 
 from admm.data import load
 from admm.training import train
 from experiments.classification import build_problem
+from experiments.identity import identity
+from experiments.integrity import problems
+from experiments.reports import base
+from experiments.reports import paper as papers
+from experiments.reports.base import declared_reports, report_of, report_on
 from experiments.reports.convergence import row
-from experiments.reports.report import content, curves, paper
-from experiments.reports.results_page import not_run, papers_numbers, rows_of, search, sections, store_of_the_command
+from experiments.reports.curves import curves
+from experiments.reports.memory import VARIABLES
+from experiments.reports.methods import method_of, methods
+from experiments.reports.paper import entry_of, paper
+from experiments.reports.results_page import best_of_search, missing_rows, papers_numbers, rows_of, sections
+from experiments.reports.walltime import seconds_to
+from experiments.reports.writing import with_tables
 from experiments.rows import inherited
-from experiments.store import Run, experiments_in, finished_runs, sealed
-from experiments.tasks.memory import NAMES
-from experiments.tasks.walltime import seconds_to
+from experiments.store import Run, Slot, Store, sealed
+from scripts import reproduce
 from scripts import search as collect
-from scripts.figures import with_tables
-from scripts.store import problems
+from scripts.arguments import store_of_the_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -156,7 +167,7 @@ def test_training_variables_are_counted_by_hand(measured: dict[str, Run]) -> Non
     }
     for name, numbers in expected.items():
         found = measured[name].history.set_index("quantity")["bytes"]
-        assert [found.get(key, 0) for key in NAMES] == [4 * count for count in numbers]
+        assert [found.get(key, 0) for key in VARIABLES] == [4 * count for count in numbers]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is known on Linux alone")
@@ -174,7 +185,8 @@ def test_residuals_and_growing_rounds_are_drawn(tmp_path: Path) -> None:
     launch(tmp_path, "experiment=convergence", "iterations=12", "seeds=[0,1]", "evaluate_every=1")
     runs = stored(tmp_path)
     assert set(runs) == {"block_admm constant", "block_admm adaptive", "block_admm growing"}
-    table, figures = content("convergence", list(runs.values()))
+    report = report_of("convergence")
+    table, figures = report.table(list(runs.values())), report.figures(list(runs.values()))
     assert set(figures) == {"convergence", "convergence_rounds"} and len(table) == 3
     growing = runs["block_admm growing"].history
     assert growing.groupby("iteration")["primal_rounds"].first().tolist() == [1] * 11 + [2] * 2
@@ -200,7 +212,7 @@ def test_a_search_tries_its_whole_grid_and_puts_the_best_first(tmp_path: Path, m
     assert len(found) == len(found.drop_duplicates(searched)) == 18
     assert found["held-out"].is_monotonic_decreasing and set(found["samples held out"]) == {200}
     assert set(found["iterations"]) == {1}
-    (line,) = search(tmp_path / "searches/mnist_shallow_block_admm.csv")
+    (line,) = best_of_search(tmp_path / "searches/mnist_shallow_block_admm.csv")
     assert line["configurations"] == 18 and f"loss.scale={found['loss.scale'][0]}" in line["best"]
     accuracies = [Run(path.parent).history["test_accuracy"].iloc[-1] for path in tmp_path.glob("runs/*/*/run.json")]
     assert max(accuracies) == pytest.approx(found["held-out"][0], abs=1e-4)
@@ -214,11 +226,11 @@ def raw(run: Run) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-@pytest.mark.parametrize("name", experiments_in(RESULTS))
+@pytest.mark.parametrize("name", Store(RESULTS).experiments())
 def test_a_cell_of_every_table_from_the_raw_history(name: str) -> None:
     """Of the newest run, with those of other seeds, without the report's code."""
-    runs = finished_runs(RESULTS, name)
-    run, label = runs[-1], paper()["labels"][runs[-1].info["method"]]
+    runs = Store(RESULTS).runs(name)
+    run, label = runs[-1], method_of(runs[-1].record.method).label
     rows = [row for same in runs if same.row == run.row for row in raw(same)]
     table = pd.read_csv(RESULTS / "tables" / f"{name}.csv", dtype=str)
     line = table[table["method"] == label] if "method" in table else table
@@ -237,11 +249,11 @@ def test_a_cell_of_every_table_from_the_raw_history(name: str) -> None:
 
 
 def test_the_page_sets_every_number_of_the_paper_beside_ours() -> None:
-    found = {name: finished_runs(RESULTS, name) for name in experiments_in(RESULTS)}
+    found = {name: Store(RESULTS).runs(name) for name in Store(RESULTS).experiments()}
     numbers = papers_numbers(found)
-    for name, known in paper()["experiments"].items():
-        for method, value in known["accuracy"].items() if known["source"] else ():
-            lines = numbers[(numbers["experiment"] == name) & (numbers["method"] == paper()["labels"][method])]
+    for name, entry in paper().items():
+        for method, value in entry.accuracy.items() if entry.source else ():
+            lines = numbers[(numbers["experiment"] == name) & (numbers["method"] == method_of(method).label)]
             assert set(lines["paper"]) == {value}
     run = next(
         run for run in found["mnist_shallow"] if (run.info["method"], run.info["setting"]) == ("sgd", "faithful")
@@ -252,7 +264,7 @@ def test_the_page_sets_every_number_of_the_paper_beside_ours() -> None:
 
 
 def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], tmp_path: Path) -> None:
-    assert "Not run: " in "".join(sections(tmp_path))
+    assert "| mnist_shallow | SGD | tuned, faithful |" in "\n".join(sections(tmp_path))
     for run in [*stored(race).values(), *measured.values()]:
         experiment = run.info["experiment"]
         shutil.copytree(run.folder, tmp_path / "runs" / experiment / run.folder.name)
@@ -284,7 +296,7 @@ def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimiz
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("conf/optimizer/*.yaml")), ids=lambda path: path.stem)
 def test_an_optimizer_of_the_library_has_the_defaults_of_the_command_line(path: Path) -> None:
-    config = OmegaConf.merge({"iterations": 20, "model": {"rank": 4}}, {"optimizer": OmegaConf.load(path)})
+    config = OmegaConf.merge({"iterations": 20, "model": {"rank": 4}}, OmegaConf.load(path))
     optimizer = instantiate(config.optimizer, _convert_="all")
     given = {
         option.name: getattr(optimizer, option.name)
@@ -312,27 +324,193 @@ def test_a_setting_that_changes_a_group_counts_as_an_override(tmp_path: Path) ->
 
 
 def test_a_row_without_a_run_is_named() -> None:
-    runs = finished_runs(RESULTS, "mnist_deep10")
+    runs = Store(RESULTS).runs("mnist_deep10")
     without = [run for run in runs if (run.info["method"], run.info["setting"]) != ("sgd", "kaiming")]
-    missing = "SGD in mnist_deep10, kaiming"
-    assert missing in not_run({"mnist_deep10": without}) and missing not in not_run({"mnist_deep10": runs})
+    missing = ["mnist_deep10", "SGD", "kaiming"]
+    assert missing in missing_rows({"mnist_deep10": without}).to_numpy().tolist()
+    assert "mnist_deep10" not in set(missing_rows({"mnist_deep10": runs})["experiment"])
 
 
 def test_a_setting_that_the_paper_does_not_have_is_not_set_beside_its_number() -> None:
-    runs = finished_runs(RESULTS, "mnist_deep10")
-    stated = {curve.info["setting"]: curve.reference for curve in curves(runs) if curve.info["method"] == "sgd"}
+    runs = Store(RESULTS).runs("mnist_deep10")
+    stated = {c.record.setting: c.reference for c in curves(runs) if c.record.method == "sgd"}
     assert stated == {"normal": 10.28, "kaiming": None}
-    _, figures = content("mnist_deep10", runs)
-    panels = [axes.get_title() for axes in figures["mnist_deep10"].axes]
-    assert panels == list(paper()["experiments"]["mnist_deep10"]["panels"].values())
+    report = report_of("mnist_deep10")
+    panels = [axes.get_title() for axes in report.figures(runs)["mnist_deep10"].axes]
+    assert panels == list(report.panels.values())
 
 
-def test_every_experiment_to_reproduce_is_there() -> None:
-    text = (ROOT / "Makefile").read_text()
-    (names,), (cifar10,) = (re.findall(rf"^{name} := (.*)$", text, re.MULTILINE) for name in ("EXPERIMENTS", "CIFAR10"))
-    names = names.replace("$(CIFAR10)", cifar10)
-    missing = [name for name in names.split() if not (ROOT / "conf/experiment" / f"{name}.yaml").exists()]
-    assert names and not missing
+def test_what_reproduces_everything_is_launched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "DATA", tmp_path)
+    first, *rest = reproduce.launches()
+    assert first == ("experiment=memory",) and ("experiment=lfw_proxy",) not in rest
+    faithful = ("experiment=cifar10_resnet18_narrow", "optimizer=online_block_admm", "setting=faithful")
+    assert rest[rest.index(faithful) - 1] == ("experiment=cifar10_resnet18_narrow",)
+    names = [name for (name, *more) in (first, *rest) if not more]
+    assert len(names) == 12 and rest[-1] == ("experiment=bcd_zeng_deep",)
+    (tmp_path / "lfwa").mkdir()
+    (tmp_path / "lfwa/lfw_attributes_proxy.csv.gz").touch()
+    full = [tuple(argument.replace("_narrow", "") for argument in launch) for launch in reproduce.launches()]
+    assert list(reproduce.launches(full=True)) == full and full[-1] == ("experiment=lfw_proxy",)
+    started: list[list[str]] = []
+    monkeypatch.setattr(reproduce, "launches", lambda full: [("experiment=memory",)] * (2 + full))
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr("subprocess.run", lambda command: (started.append(command[2:]), done)[1])
+    monkeypatch.setattr("sys.argv", ["reproduce", "--full", "seeds=[0]", "device=cuda"])
+    reproduce.main()
+    assert started == [["experiment=memory", "seeds=[0]", "device=cuda"]] * 3
+    done.returncode = 7
+    with pytest.raises(SystemExit, match="7"):
+        reproduce.main()
+    assert len(started) == 4
+
+
+# --- Reports by kind
+
+
+def history(*finals: float | None) -> list[dict[str, float]]:
+    """Two iterations of replicas that end at these accuracies; None: diverged in the second."""
+    ends = enumerate(finals)
+    return [
+        {"iteration": i, "replica": r, "seed": 3 + r, "seconds": 10.0 * i, "test_accuracy": (end or 92.0) * i / 2}
+        | {"kkt": 0.5 / i, "residual_1": 0.25 / i}
+        for r, end in ends
+        for i in ((1, 2) if end is not None else (1,))
+    ]
+
+
+def finish(root: Path, name: str, rows: list[dict[str, Any]], tables: Any = None, **said: Any) -> Run:
+    experiment, method, setting = name.split()
+    told = info(method, setting, "2001", experiment=experiment, seeds=[3, 4], iterations=2, **said)
+    slot = Slot(root, experiment, f"{method}-{setting}", f"{len(list(root.glob('runs/*/*'))):012x}")
+    return slot.complete({"optimizer": {}}, rows, told, tables)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "setting", "columns", "row"),
+    [
+        ("mnist_shallow", "tuned", ["paper", "mean", "seeds"], [95.29, 91.0, 1]),
+        ("convergence", "constant", ["kkt", "residual_1", "mean"], ["2.50e-01", "1.25e-01", 91.0]),
+    ],
+)
+def test_accuracy_scores_the_last_iteration(
+    tmp_path: Path, experiment: str, setting: str, columns: list[str], row: list[Any]
+) -> None:
+    report = report_of(experiment)
+    run = finish(tmp_path, f"{experiment} sgd {setting}", history(91.0, None), diverged={"1": 1})
+    assert report.kind == ("convergence" if experiment == "convergence" else "accuracy")
+    assert report.score(run) == {3: 91.0, 4: 0.0} and report.headline(run) == (91.0, "%")
+    assert report.table([run])[columns].to_numpy().tolist() == [row]
+    (comparison,) = report.compare([run])
+    assert (comparison.ours, comparison.paper) == (91.0, 95.29 if experiment == "mnist_shallow" else None)
+    assert report.numbers(run)["test_accuracy"] == 91.0
+    unfinished = finish(tmp_path, f"{experiment} adam {setting}", history(91.0, None))
+    with pytest.raises(ValueError, match=r"history.csv has the last iteration of 1 of 2 seeds only"):
+        report.score(unfinished)
+
+
+def test_walltime_has_the_seconds_to_each_target(tmp_path: Path) -> None:
+    run, report = finish(tmp_path, "mnist_walltime sgd tuned", history(91.0, 94.0)), report_of("mnist_walltime")
+    assert report.score(run) == {3: 91.0, 4: 94.0} and report.headline(run) == (92.5, "%")
+    row = report.table([run]).iloc[0]
+    assert row["90 %"] == 20.0 and row["total s"] == 20.0 and pd.isna(row["93 %"])
+
+
+def test_memory_is_compared_with_the_batch_form_of_its_setting(tmp_path: Path) -> None:
+    report, runs = report_of("memory"), {}
+    for method, size in (("block_admm", 30), ("online_block_admm", 3)):
+        rows = [{"quantity": name, "bytes": size * 2**20} for name in ("theta", "z", "peak")]
+        runs[method] = finish(tmp_path, f"memory {method} tuned", rows)
+    assert report.score(runs["block_admm"]) == {} and report.headline(runs["online_block_admm"]) == (6.0, "MiB")
+    table = report.table(list(runs.values()))
+    assert table[["Θ", "Z", "U", "total", "peak of the process", "batch/this", "paper"]].to_numpy().tolist() == [
+        [30, 30, 0, 60, 30, 1, 1],
+        [3, 3, 0, 6, 3, 10, 10],
+    ]
+    assert pd.isna(report.compare([runs["online_block_admm"]])[0].ours)
+    assert report.numbers(runs["block_admm"]) == {"theta (MiB)": 30, "z (MiB)": 30, "peak (MiB)": 30} | dict.fromkeys(
+        ["moments (MiB)", "u (MiB)", "z_moments (MiB)"], 0
+    )
+
+
+def test_faces_are_scored_by_balanced_accuracy(tmp_path: Path) -> None:
+    rows = [{"iteration": i, "replica": 0, "seed": 3, "verification": 86.0 + 2 * i} for i in (0, 2)]
+    measured = {"positives": 3, "majority": 60.0, "accuracy": 70.0, "auc": 80.0}
+    probes = [
+        {"replica": 0, "seed": 3, "attribute": name, "balanced_accuracy": value} | measured
+        for name, value in (("Male", 81.0), ("Young", 83.0))
+    ]
+    said = {"labels": "LFWA", "diverged": {"1": 2}, "scores_verification": [88.0]}
+    tables, report = {"probes": pd.DataFrame(probes)}, report_of("lfwa_deepfacto")
+    run = finish(tmp_path, "lfwa_deepfacto deepfacto rank32", rows, tables, **said)
+    assert report.score(run) == {3: 82.0, 4: 0.0} and report.headline(run) == (82.0, "% balanced")
+    columns = ["method", "setting", "paper", "balanced accuracy", "verification by scores"]
+    columns += ["verification before", "after"]
+    assert report.table([run]).iloc[0][columns].tolist() == [
+        "DeepFacto",
+        "rank32, LFWA, 1 of 2 seeds diverged",
+        81.39,
+        82.0,
+        88.0,
+        86.0,
+        90.0,
+    ]
+    attributes = report.further_tables([run])["lfwa_deepfacto_attributes"].set_index("attribute")
+    assert attributes.loc["Male", "paper, LFWA: rank 32"] == 76.6 and attributes.loc["Male", "positives"] == 3
+
+
+def test_an_experiment_is_a_file_and_the_paper_s_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiment").mkdir()
+    node = (
+        "report:\n  _target_: experiments.reports.accuracy.Accuracy\n  caption: A new one\n  panels: {mine: My own}\n"
+    )
+    (tmp_path / "experiment/new.yaml").write_text(f"# @package _global_\niterations: 2\n\n{node}")
+    (tmp_path / "paper.yaml").write_text("new:\n  source: Figure 99\n  accuracy: {sgd: 93.0}\n")
+    monkeypatch.setattr(base, "CONF", tmp_path)
+    monkeypatch.setattr(papers, "FILE", tmp_path / "paper.yaml")
+    run, report = finish(tmp_path, "new sgd mine", history(91.0, 92.0)), report_of("new")
+    assert report.table([run])[["paper", "mean"]].to_numpy().tolist() == [[93.0, 91.5]]
+    figure = report.figures([run])["new"]
+    assert figure.axes[0].get_title() == "My own" and figure.get_supxlabel().startswith("Reproduction of Figure 99: A")
+    monkeypatch.setattr("experiments.reports.results_page.rows_of", lambda _: [("sgd", "mine"), ("adam", "mine")])
+    page = "\n".join(sections(tmp_path))
+    assert "| Figure 99 | new | SGD | mine | % | 93.00 | 91.50 | -1.50 |" in page
+    assert "| new | SGD | mine | 93.00 | 91.50 | -1.50 |" in page and "| new | Adam | mine |" in page
+
+
+def test_an_experiment_that_is_not_committed_has_a_report_of_its_runs_kind() -> None:
+    assert (report_of("mine").kind, report_of("mine").caption) == ("accuracy", "mine")
+    assert report_of("mine", "memory").kind == "memory" and report_of("memory", "accuracy").kind == "memory"
+    kinds = {name: report.kind for name, report in declared_reports().items()}
+    assert set(kinds) == {path.stem for path in ROOT.glob("conf/experiment/*.yaml")}
+    for run in (Run(path.parent) for path in RESULTS.glob("runs/*/*/run.json")):
+        assert report_on(run).kind == kinds[run.record.experiment]
+    assert entry_of("mine").source is None
+
+
+def test_a_new_run_says_its_kind(race: Path, measured: dict[str, Run]) -> None:
+    assert {run.record.kind for run in stored(race).values()} == {"walltime"}
+    assert {run.record.kind for run in measured.values()} == {"memory"}
+
+
+def test_a_method_has_its_name_and_colour_beside_its_configuration(tmp_path: Path) -> None:
+    committed = {path.stem for path in ROOT.glob("conf/optimizer/*.yaml")}
+    assert methods().keys() == committed and list(methods())[:2] == ["block_admm", "online_block_admm"]
+    assert (method_of("sgd").label, method_of("sgd").colour) == ("SGD", "#000000")
+    assert (method_of("mine").label, method_of("mine").colour) == ("mine", None)
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer/mine.yaml").write_text("_target_: admm.optimizers.Taylor\nbeta: 2.0\n")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        mine = compose("config", [f"hydra.searchpath=[{tmp_path}]", "optimizer=mine"])
+        sgd = compose("config", ["optimizer=sgd", "optimizer.step_size=0.5"])
+    assert mine.optimizer == {"_target_": "admm.optimizers.Taylor", "beta": 2.0} and "method" not in mine
+    assert sgd.optimizer.step_size == 0.5 and sgd.method.label == "SGD"
+    plain: Any = OmegaConf.to_container(sgd, resolve=True)
+    bare = {key: value for key, value in plain.items() if key not in ("method", "report")}
+    assert identity(plain, {}, "") == identity(bare, {}, "")
+
+
+# --- The committed pages
 
 
 def test_the_committed_page_is_what_the_store_says() -> None:
@@ -344,7 +522,7 @@ def test_the_committed_page_is_what_the_store_says() -> None:
 
 def test_the_readme_s_tables_are_what_the_store_says() -> None:
     page = (ROOT / "README.md").read_text()
-    tables = {name: content(name, finished_runs(RESULTS, name))[0] for name in experiments_in(RESULTS)}
+    tables = {name: report_of(name).table(Store(RESULTS).runs(name)) for name in Store(RESULTS).experiments()}
     assert page == with_tables(page, tables) and "| Stochastic Block-ADMM | " in page
     assert "| Stochastic Block-ADMM | " not in with_tables(page, {})
 

@@ -31,13 +31,12 @@ from experiments.faces.backbones import BACKBONES, Backbone
 from experiments.faces.data import ATTRIBUTES, Faces
 from experiments.faces.probes import Probe
 from experiments.identity import identity
+from experiments.integrity import problems
 from experiments.launching.failures import BadInput
-from experiments.reports.faces import chosen_factors, report
-from experiments.reports.faces import heat_maps as draw_heat_maps
-from experiments.reports.report import further_tables
-from experiments.reports.results_page import experiment as experiment_section
-from experiments.reports.results_page import rows_of
-from experiments.store import Run, Slot, choices_of, finished_runs, sealed, unsealed
+from experiments.reports.base import report_of
+from experiments.reports.faces import chosen_factors
+from experiments.reports.results_page import experiment_section, rows_of
+from experiments.store import Run, Slot, Store, sealed, unsealed
 from experiments.tasks import deepfacto
 from experiments.tasks.deepfacto import (
     Features,
@@ -48,7 +47,6 @@ from experiments.tasks.deepfacto import (
     heat_maps,
     load,
 )
-from scripts.store import problems
 
 ROOT = Path(__file__).parents[1]
 PEOPLE = 24
@@ -120,6 +118,7 @@ def job(options: DictConfig, faces: Faces, folder: Path, method: str) -> Job:
         "commit": "c",
         "versions": {},
         "note": None,
+        "dataset": {"sha256": faces.sha256},
     }
     return Job(faces, Slot(folder, "lfw_proxy", f"{method}-{setting}", f"{method}{setting}"), info, {})
 
@@ -146,7 +145,8 @@ def test_every_representation_is_probed_and_reported(faces: Faces, tmp_path: Pat
         assert (probes["positives"] == 18).all() and (probes["majority"] == 50.0).all()
         assert (probes["balanced_accuracy"] > 75.0).all()  # red faces
     assert list(runs[3].history["iteration"].unique()) == [0, 1, 2, 3]
-    table, figures = report("lfw_proxy", runs)
+    report = report_of("lfw_proxy")
+    table, figures = report.table(runs), report.figures(runs)
     assert list(table["method"]) == ["activations", "PCA", "NMF afterwards (Collins et al.)", "DeepFacto"]
     assert table["setting"].str.endswith("made-up labels").all() and table["paper"].isna().all()
     assert set(figures) == {"lfw_proxy", "lfw_proxy_rank4_heat_maps"}
@@ -155,13 +155,13 @@ def test_every_representation_is_probed_and_reported(faces: Faces, tmp_path: Pat
     assert table["verification before"].iloc[3] == pytest.approx(by_iteration[1])
     assert table["above NMF"].iloc[3] == table["balanced accuracy"].iloc[3] - table["balanced accuracy"].iloc[2]
     assert table["above NMF"].iloc[:3].isna().all()
-    of_attributes = further_tables("lfw_proxy", runs)["lfw_proxy_attributes"]
+    of_attributes = report_of("lfw_proxy").further_tables(runs)["lfw_proxy_attributes"]
     assert len(of_attributes) == 40 and "DeepFacto rank4, made-up labels: AUC" in of_attributes
     male = of_attributes.set_index("attribute").loc["Male"]
     assert male["paper, LFWA: rank 256"] == 81.3 and male["paper, LFWA: Zhang et al. 2014"] == 92
     with pytest.raises(ValueError, match="factors: there is no 4, only 0 to 3"):
-        draw_heat_maps("lfw_proxy", runs[3], [0, 4])
-    assert len(draw_heat_maps("lfw_proxy", runs[3], [3, 1]).axes) == 3 * 8
+        report.heat_maps(runs[3], [0, 4])
+    assert len(report.heat_maps(runs[3], [3, 1]).axes) == 3 * 8
 
 
 def test_seeds_that_have_diverged_have_a_score_of_0_and_are_told(faces: Faces, tmp_path: Path) -> None:
@@ -171,11 +171,11 @@ def test_seeds_that_have_diverged_have_a_score_of_0_and_are_told(faces: Faces, t
     )
     both = executed(tmp_path / "2", faces, "deepfacto", "rank4", *small, "optimizer.theta_step.blocks=[1e300,0,1e300]")
     (measured,) = one.table("probes").groupby("replica")["balanced_accuracy"].mean()
-    assert sorted(one.scores.values()) == [0.0, pytest.approx(measured)]
-    assert list(both.scores.values()) == [0.0, 0.0]
+    assert sorted(report_of("lfw_proxy").score(one).values()) == [0.0, pytest.approx(measured)]
+    assert list(report_of("lfw_proxy").score(both).values()) == [0.0, 0.0]
     nmf = executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=5")
     for run, seeds in ((both, 0), (one, 1)):
-        table, _ = report("lfw_proxy", [nmf, run])
+        table = report_of("lfw_proxy").table([nmf, run])
         assert table["setting"].iloc[1] == f"rank4, made-up labels, {2 - seeds} of 2 seeds diverged"
         assert list(table["seeds"]) == [2, seeds]
         difference = table["balanced accuracy"].iloc[1] - table["balanced accuracy"].iloc[0]
@@ -190,14 +190,14 @@ def test_runs_of_one_rank_with_values_of_their_own_are_told_apart(faces: Faces, 
         told = run.info | {"overrides": [f"optimizer.theta_step={step}"], "identity": step}
         (run.folder / "run.json").write_text(json.dumps(told))
         runs.append(Run(run.folder))
-    _, figures = report("lfw_proxy", runs)
+    figures = report_of("lfw_proxy").figures(runs)
     axes = figures["lfw_proxy"].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         f"DeepFacto, rank4, optimizer.theta_step={step}" for step in ("0.001", "0.002")
     ]
     assert len({bar.get_y() for bar in axes.patches}) == 2
     assert {f"lfw_proxy_rank4_{step}_heat_maps" for step in ("0.001", "0.002")} < set(figures)
-    columns = further_tables("lfw_proxy", runs)["lfw_proxy_attributes"].columns
+    columns = report_of("lfw_proxy").further_tables(runs)["lfw_proxy_attributes"].columns
     assert sum("optimizer.theta_step=0.002" in column for column in columns) == 3
 
 
@@ -216,7 +216,7 @@ def test_the_paper_s_numbers_stand_beside_lfwa_s_labels_alone(faces: Faces, tmp_
         options = config(tmp_path, "optimizer=deepfacto", "setting=rank4", *SMALL)
         options.seeds = [0]
         found = job(options, replace(faces, labels=labels), tmp_path / labels.split()[0], "deepfacto")
-        table, _ = report("lfwa_deepfacto", [execute(options, found)])
+        table = report_of("lfwa_deepfacto").table([execute(options, found)])
         assert table["paper"].iloc[0] == expected or (expected is None and pd.isna(table["paper"].iloc[0]))
         assert list(table["paper"].iloc[1:]) == [81.0, 84.0, 83.16]  # what the paper cites
 
@@ -292,7 +292,7 @@ def test_runs_of_faces_check_clean(faces: Faces, tmp_path: Path) -> None:
         options = config(tmp_path, f"optimizer={method}", "setting=rank4", *more)
         plain: Any = OmegaConf.to_container(options, resolve=True)
         found = job(options, faces, tmp_path, method)
-        sha = identity(plain, choices_of(found.info), faces.sha256)
+        sha = identity(plain, {key: found.info[key] for key in ("experiment", "method", "setting")}, faces.sha256)
         given = {"schema": 2, "identity": sha, "dataset": {"sha256": faces.sha256}}
         found = replace(found, config=plain, slot=replace(found.slot, identity=sha), info=found.info | given)
         run = execute(options, found)
@@ -494,7 +494,7 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
     def launch(*arguments: str) -> list[Run]:
         done = Launch(*faces, *arguments, script=driver, folder=tmp_path).wait()
         assert done.returncode == 0, done.stderr
-        return finished_runs(tmp_path / "outputs", "lfw_proxy")
+        return Store(tmp_path / "outputs").runs("lfw_proxy")
 
     (raw,) = launch("optimizer=raw", "setting=rank4,rank32")  # which it does not have
     assert len(raw.table("probes")) == 40
@@ -517,5 +517,5 @@ def test_the_page_lists_the_experiment(faces: Faces, tmp_path: Path) -> None:
         assert f"rank{options.model.rank}" == setting or optimizer == "raw"
         assert getattr(method, "rank", options.model.rank) == options.model.rank
     run = executed(tmp_path, faces, "raw", "default")
-    text = "\n\n".join(experiment_section("lfw_proxy", [run]))
-    assert "made-up labels" in text and "paper, LFWA: rank 256" in text
+    text = "\n\n".join(experiment_section(report_of("lfw_proxy"), [run]))
+    assert "made-up labels" in text and "[lfw_proxy_attributes.csv](tables/lfw_proxy_attributes.csv)" in text

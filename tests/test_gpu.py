@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from admm.checkpoints import restore, save
 from admm.optimizers import Problem
 from admm.training import evaluate
-from experiments.store import finished_runs
+from experiments.store import Store
 
 SEEDS = (3, 1)
 
@@ -73,7 +73,7 @@ def test_the_suite_s_runs_on_a_gpu_have_the_numbers_of_the_processor(tmp_path: P
     def launch(device: str, folder: Path) -> dict[str, pd.DataFrame]:
         with redirect_stdout(StringIO()):
             multirun(*grid, *places(folder), f"device={device}", f"hydra/launcher={launcher}")
-        runs = finished_runs(folder / "outputs", "digits_shallow")
+        runs = Store(folder / "outputs").runs("digits_shallow")
         assert all((run.info["machine"] == NAME) == (device != "cpu") for run in runs)
         return {run.name: run.history.drop(columns="seconds") for run in runs}
 

@@ -15,10 +15,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.reports.report import cells, content, curves
-from experiments.store import Run, Slot, finished_runs
+from experiments.reports.base import report_of
+from experiments.reports.curves import curves
+from experiments.reports.text import cells
+from experiments.store import Run, Slot, Store
 
 page = pytest.importorskip("experiments.reports.html_page")  # of the extra `report`
+command = pytest.importorskip("scripts.html_page")
 ROOT = Path(__file__).parents[1]
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
@@ -105,7 +108,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def written(root: Path) -> str:
-    return page.page(page.examined(root))  # type: ignore[no-any-return]
+    return page.html_page(page.read_store(root))  # type: ignore[no-any-return]
 
 
 def rows(html: str, part: str) -> list[tuple[str, list[str]]]:
@@ -119,7 +122,7 @@ def rows(html: str, part: str) -> list[tuple[str, list[str]]]:
 def test_each_table_is_the_report_s_and_each_row_leads_to_its_run(root: Path) -> None:
     html = written(root)
     for experiment in ("mnist_shallow", "mnist_deep10", "memory"):
-        table = content(experiment, finished_runs(root, experiment))[0]
+        table = report_of(experiment).table(Store(root).runs(experiment))
         shown = rows(html, experiment)
         assert [texts[:-1] for _, texts in shown] == cells(table)
         for run, texts in shown:
@@ -164,7 +167,7 @@ def test_runs_that_make_one_row_replace_one_another_in_nothing(root: Path) -> No
     newest = {run: texts[3:6] for run, texts in rows(html, "newest") if "sgd" in run}
     (first, second) = (
         run.name
-        for run in finished_runs(root, "mnist_shallow")
+        for run in Store(root).runs("mnist_shallow")
         if run.info["finished"][:10] in ("2026-01-01", "2026-01-02")
     )
     assert newest == {
@@ -207,15 +210,15 @@ def test_what_is_under_way_and_searched_for_is_shown(root: Path) -> None:
 
 
 def test_plots_have_every_quantity_of_a_history(root: Path) -> None:
-    runs = finished_runs(root, "mnist_shallow")
-    plot = page.plot(curves(runs))
+    runs = Store(root).runs("mnist_shallow")
+    plot = page.interactive_plot(curves(runs))
     assert list(plot["quantities"]) == ["test_accuracy", "kkt", "residual_1"]
     admm, sgd = plot["curves"]
     assert (admm["colour"], sgd["colour"], sgd["paper"]) == ("#0072b2", "#000000", 95.29)
     assert sgd["iteration"] == [0, 1, 2] and sgd["seconds"] == [0.0, 1.5, 3.0]
     assert sgd["measured"]["test_accuracy"]["mean"] == [0.0, 45.75, 91.5]
     assert sgd["measured"]["test_accuracy"]["std"][2] == pytest.approx(2.12132)
-    assert page.plot(curves(finished_runs(root, "memory"))) is None
+    assert not report_of("memory").has_curves
     assert page.numbers([float("nan"), float("inf"), 1 / 3]) == [None, None, 0.333333]
 
 
@@ -240,7 +243,7 @@ def test_a_damaged_run_is_named_and_left_out(
     run = put(root, history(11.11, 11.11), info("mnist_shallow", "adam", "tuned", "2026-02-01"))
     damage(run, file, content)
     monkeypatch.setattr("sys.argv", ["page", str(root), "--out", str(tmp_path / "deep/er/page.html")])
-    page.main()
+    command.main()
     html = unescape((tmp_path / "deep/er/page.html").read_text())
     assert re.search(f"<li><code>{run.folder}</code>: .*{problem}", html) and "11.11" not in html
     assert f"warning: {run.folder} is damaged and left out: " in capsys.readouterr().err
@@ -257,7 +260,7 @@ def test_an_empty_store_says_so_and_a_missing_one_is_an_error(tmp_path: Path, mo
     assert "There is no finished run in" in written(tmp_path)
     monkeypatch.setattr("sys.argv", ["page", str(tmp_path / "reslts")])
     with pytest.raises(SystemExit, match=r"error: there is no folder .*reslts"):
-        page.main()
+        command.main()
 
 
 def test_what_a_store_says_is_escaped(root: Path) -> None:

@@ -30,12 +30,14 @@ from admm.data import load
 from admm.files import WriteError, atomic_write
 from experiments.classification import Job, execute
 from experiments.identity import identity
+from experiments.integrity import problems, unreadable
 from experiments.provenance import commit
-from experiments.reports.report import curves, report
-from experiments.store import Run, Slot, finished_runs, oldest_first, slot_of
+from experiments.reports.base import report_of, report_on
+from experiments.reports.curves import curves
+from experiments.reports.writing import write_report
+from experiments.store import Run, Slot, Store, oldest_first, slot_of
 from experiments.tasks import walltime
 from scripts import store
-from scripts.store import problems, unreadable
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("experiment=digits_shallow", "optimizer=sgd", "iterations=2", "seeds=[0,1]", "checkpoint_seconds=0")
@@ -102,7 +104,7 @@ def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:
         tmp_path / "s"
     )
     assert not former.folder.exists() and (tmp_path / "s" / former.folder.name / "run.json").exists()
-    assert {run.folder for run in finished_runs(tmp_path, "mnist_shallow")} == {other.folder, newest.folder}
+    assert {run.folder for run in Store(tmp_path).runs("mnist_shallow")} == {other.folder, newest.folder}
 
 
 def test_an_interrupted_completion_leaves_the_former_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_an_interrupted_completion_leaves_the_former_run(tmp_path: Path, monkeyp
                 put(tmp_path, "sgd-tuned", [1.0, 2.0], info("sgd", "tuned", "2001"))
         assert (run.folder / "run.json").read_text() == before
         assert run.history["test_accuracy"].max() == 92.0
-        assert len(finished_runs(tmp_path, "mnist_shallow")) == 1
+        assert len(Store(tmp_path).runs("mnist_shallow")) == 1
 
 
 # --- What is written when a disk is full
@@ -206,7 +208,7 @@ def test_a_full_disk_at_any_write_of_a_run_leaves_a_store_from_which_it_goes_on(
     expected, reached = numbers(made(tmp_path / "expected")), set()
     for root in each_write(monkeypatch, tmp_path, made):
         slot = job(root).slot
-        assert [list(problems(folder)) for folder in store.finished(root, None)] == [[]] * bool(slot.finished())
+        assert [list(problems(folder)) for folder in Store(root).folders()] == [[]] * bool(slot.finished())
         left = {path.name for path in slot.partial.rglob("*")}
         assert left <= {"started.json", "checkpoint.pt"}
         has_checkpoint = "checkpoint.pt" in left
@@ -222,7 +224,7 @@ def test_a_full_disk_at_any_write_of_a_run_leaves_the_former_one(
 ) -> None:
     before, replaced = content(made(tmp_path / "former").folder), set()
     for root in each_write(monkeypatch, tmp_path, made, partial(shutil.copytree, tmp_path / "former")):
-        (run,) = finished_runs(root, "digits_shallow")
+        (run,) = Store(root).runs("digits_shallow")
         assert list(problems(run.folder)) == []
         replaced.add(content(run.folder) != before)
     assert replaced == {False, True}
@@ -235,7 +237,7 @@ def test_a_full_disk_at_any_write_of_a_report_leaves_its_files_whole(
     older = replace_history(newest, tmp_path / "older")
 
     def draw(place: Path, run: Run = newest) -> None:
-        report("mnist_shallow", [run], place / "figures", place / "tables")
+        write_report(report_of("mnist_shallow"), [run], place / "figures", place / "tables")
 
     draw(tmp_path / "a", older)
     draw(tmp_path / "b", newest)
@@ -273,7 +275,7 @@ def test_a_full_disk_at_any_write_of_a_move_leaves_the_run_in_one_place(
         move(root)
         assert [folder.name for folder in (root / "outputs").iterdir()] == [other]
         assert list(problems(job(root).slot.folder)) == [] == list(unreadable(root / "outputs" / other))
-        assert len(store.finished(root, None)) == 1 and not list((root / "runs/.partial").glob("*.removed"))
+        assert len(Store(root).folders()) == 1 and not list((root / "runs/.partial").glob("*.removed"))
 
 
 def test_the_commit_of_a_run_says_whether_code_was_changed_not_results(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_a_launch_that_may_not_write_so_much_says_so_and_goes_on_later(tmp_path:
     assert not list((tmp_path / "a").rglob("checkpoint*"))
     for name in "ab":
         assert launch(tmp_path / name, wide).returncode == 0
-    first, second = (finished_runs(tmp_path / name, "digits_shallow")[0] for name in "ab")
+    first, second = (Store(tmp_path / name).runs("digits_shallow")[0] for name in "ab")
     pd.testing.assert_frame_equal(numbers(first), numbers(second), check_exact=True)
 
 
@@ -381,7 +383,7 @@ def test_a_report_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
     done = Launch(*row).wait()
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search("error: .*results/figures/digits_shallow.*The runs are in the store", done.stderr, re.DOTALL)
-    (folder,) = store.finished(tmp_path / "results", None)
+    (folder,) = Store(tmp_path / "results").folders()
     assert list(problems(folder)) == [] and not list((tmp_path / "results/tables").iterdir())
     (tmp_path / "results/figures").unlink()
     assert Launch(*row).wait().returncode == 0
@@ -612,7 +614,7 @@ def test_a_renamed_folder_and_garbled_hashes_are_found(tmp_path: Path) -> None:
 def test_what_begins_beyond_the_numbers_is_a_finished_run(tmp_path: Path) -> None:
     run = made(tmp_path, "init=normal", "init.std=1e30", "iterations=3")
     assert run.info["diverged"] == {"0": 0, "1": 0} and list(problems(run.folder)) == []
-    assert list(run.history["iteration"]) == [0, 0] and run.scores == {0: 0.0, 1: 0.0}
+    assert list(run.history["iteration"]) == [0, 0] and report_on(run).score(run) == {0: 0.0, 1: 0.0}
     assert "2 of 2 seeds diverged" in curves([run])[0].setting
 
 
@@ -694,7 +696,7 @@ def test_remove_asks(tmp_path: Path, command: Command, monkeypatch: pytest.Monke
     assert command("remove", "--experiment", "..", "--yes", *places)[0] == 1
     assert command("remove", tmp_path, "--yes", *places)[0] == 1 and other.folder.exists()
     assert command("remove", "--experiment", "digits_shallow", "--yes", *places)[0] == 0
-    assert store.finished(tmp_path, None) == [] and not list((tmp_path / "runs/.partial").glob("*.removed"))
+    assert Store(tmp_path).folders() == [] and not list((tmp_path / "runs/.partial").glob("*.removed"))
 
 
 def test_a_removal_that_fails_leaves_no_half_of_a_run(

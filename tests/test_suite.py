@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from admm.losses import SquaredError, one_hot
 from admm.models import initialiser, mlp
 from admm.optimizers import Problem
 from admm.training import train
-from experiments.reports.report import curves, report
-from experiments.reports.results_page import falls_short, papers_numbers
+from experiments.reports.base import report_of
+from experiments.reports.curves import curves
+from experiments.reports.results_page import below_paper, papers_numbers
+from experiments.reports.writing import write_report
 from experiments.rows import check_groups
-from experiments.store import Run, Slot, experiments_in, finished_runs
+from experiments.store import Run, Slot, Store
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
@@ -87,7 +90,7 @@ def test_a_launch_draws_its_figure_and_prints_its_table(
         lines = [line.split(",") for line in (run.folder / "history.csv").read_text().splitlines()]
         column = lines[0].index("test_accuracy")
         last = [float(line[column]) for line in lines[1:] if line[0] == "3"]
-        label = curves([run])[0].method
+        label = curves([run])[0].label
         assert table.loc[table["method"] == label, "mean"].item() == pytest.approx(sum(last) / 2, abs=0.006)
         assert f"{table.loc[table['method'] == label, 'mean'].item():.2f}" in done.stdout
 
@@ -147,7 +150,7 @@ def test_a_row_has_the_newest_run_of_each_seed_and_of_no_other_configuration(tmp
     (alone,) = curves([part("2004", [4, 5], [1.0, 2.0], lists, "a"), part("2005", [6, 7], [3.0, 4.0], lists, "a")])
     assert alone.history["seed"].tolist() == [6, 7]  # eta is given replica by replica
     Slot(tmp_path, "mnist_shallow", "sgd-tuned", "2003").supersede(tmp_path / "superseded")
-    assert finished_runs(tmp_path, "mnist_shallow") == [runs[0], runs[-1]]
+    assert Store(tmp_path).runs("mnist_shallow") == [runs[0], runs[-1]]
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
@@ -277,7 +280,8 @@ def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> N
 
 def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Path) -> None:
     put(tmp_path, "mine-default", [90.0], info("mine", "default", "2001", seeds=[0]))
-    table = report("mnist_shallow", finished_runs(tmp_path, "mnist_shallow"), tmp_path / "f", tmp_path / "t")
+    runs = Store(tmp_path).runs("mnist_shallow")
+    table = write_report(report_of("mnist_shallow"), runs, tmp_path / "f", tmp_path / "t")
     assert table[["method", "setting", "mean", "seeds"]].to_numpy().tolist() == [["mine", "default", 90.0, 1]]
 
 
@@ -302,11 +306,13 @@ def test_an_experiment_that_is_less_than_the_paper_s_is_called_reduced(
     }
     (curve,) = curves(runs["cifar10_resnet18_narrow"])
     assert curve.setting == "reduced tuned"
-    curve.info["overrides"] = ["precision=bf16"]
-    assert curve.setting == "reduced tuned, precision=bf16"
-    curve.info["overrides"] = []
-    text = falls_short(papers_numbers(runs))
-    assert text == "Below the paper (its number in brackets): SGD in cifar10_resnet18, tuned: 81.00 (92.70)."
+    other = replace(curve, record=replace(curve.record, overrides=("precision=bf16",)))
+    assert other.setting == "reduced tuned, precision=bf16"
+    below = below_paper(papers_numbers(runs))
+    assert below[["experiment", "method", "setting", "paper", "ours"]].to_numpy().tolist() == [
+        [name, "SGD", setting, 92.7, 81.0]
+        for name, setting in (("cifar10_resnet18", "tuned"), ("cifar10_resnet18_narrow", "reduced tuned"))
+    ]
 
 
 def test_the_optimizer_of_the_contributing_guide_trains() -> None:
@@ -336,8 +342,9 @@ def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
     put(tmp_path, "sgd-tuned", [10.0, 20.0], info("sgd", "tuned", "2001"))
     put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
     put(tmp_path, "block_admm-faithful", [80.0, 0.0], info("block_admm", "faithful", "2001"))
-    assert experiments_in(tmp_path) == ["mnist_shallow"]
-    table = report("mnist_shallow", finished_runs(tmp_path, "mnist_shallow"), tmp_path / "f", tmp_path / "t")
+    assert Store(tmp_path).experiments() == ["mnist_shallow"]
+    runs = Store(tmp_path).runs("mnist_shallow")
+    table = write_report(report_of("mnist_shallow"), runs, tmp_path / "f", tmp_path / "t")
     assert table.iloc[0].to_dict() | {"std": None} == {
         "method": "Stochastic Block-ADMM",
         "setting": "faithful, 1 of 2 seeds diverged",
@@ -354,9 +361,9 @@ def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
 
 def test_figures_are_functions_of_the_store(tmp_path: Path) -> None:
     put(tmp_path, "adam-tuned", [90.0, 92.0], info("adam", "tuned", "2001"))
-    runs = finished_runs(tmp_path, "mnist_shallow")
-    report("mnist_shallow", runs, tmp_path / "a", tmp_path / "a")
-    report("mnist_shallow", runs, tmp_path / "b", tmp_path / "b")
+    runs = Store(tmp_path).runs("mnist_shallow")
+    write_report(report_of("mnist_shallow"), runs, tmp_path / "a", tmp_path / "a")
+    write_report(report_of("mnist_shallow"), runs, tmp_path / "b", tmp_path / "b")
     for kind in ("png", "pdf", "csv"):
         first, second = ((tmp_path / side / f"mnist_shallow.{kind}").read_bytes() for side in "ab")
         assert first == second

@@ -55,9 +55,10 @@ from experiments.launching.stacking import (
 )
 from experiments.launching.study import held, take_up, wait_for
 from experiments.loggers import Guarded, WandbLogger
-from experiments.reports.searches import rankings, write
-from experiments.store import LEFT, Run, Slot, launched_runs, mean_score, slot_of
-from scripts import faults
+from experiments.reports.scores import mean_score, scores
+from experiments.reports.searches import rankings, write_ranking
+from experiments.store import LEFT, Run, Slot, launched_runs, slot_of
+from scripts.benchmarks import kill_a_sweep
 
 ROOT = Path(__file__).parents[1]
 GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
@@ -185,7 +186,7 @@ def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
     assert re.search(r"sgd-tuned-stack: seed 1 of \w{12} \(.*optimizer.step_size=1e\+30.*\) diverged", output)
     trained, diverged = sorted(stored(tmp_path).values(), key=lambda run: len(run.info["diverged"]))
     assert trained.info["diverged"] == {} and set(diverged.info["diverged"]) == {"0", "1"}
-    assert diverged.scores == {0: 0.0, 1: 0.0} and min(trained.scores.values()) > 0.0
+    assert scores([diverged]) == {0: 0.0, 1: 0.0} and min(scores([trained]).values()) > 0.0
 
 
 def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
@@ -679,16 +680,16 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     (study,) = studies(tmp_path)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[3].params == dead.params
-    scores = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in study.trials if t.value}
+    by_step = {f"optimizer.step_size={t.params['optimizer.step_size']}": t.value for t in study.trials if t.value}
     for run in stored(tmp_path).values():
-        value = scores[next(o for o in run.info["overrides"] if "step_size" in o)]
-        assert fmean(run.scores.values()) == pytest.approx(value)
+        value = by_step[next(o for o in run.info["overrides"] if "step_size" in o)]
+        assert mean_score([run], run.seeds) == pytest.approx(value)
     printed = launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
     assert len(stored(tmp_path)) == 4
     *_, last = sorted(
         tmp_path.glob("outputs/logs/*/*/searches/digits_shallow_sgd.csv"), key=lambda p: p.stat().st_mtime
     )
-    assert list(pd.read_csv(last)["held-out"]) == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-4)
+    assert list(pd.read_csv(last)["held-out"]) == pytest.approx(sorted(by_step.values(), reverse=True), abs=1e-4)
     assert last.with_suffix(".png").exists() and f"written: {last}" in printed
 
 
@@ -842,9 +843,9 @@ def test_seeds_run_at_different_times_are_one_configuration_of_a_ranking(tmp_pat
     assert list(table["seeds"]) == [2, 2]
     for value, held_out in table["held-out"].items():
         of_row = [run for run in runs if f"optimizer.step_size={value}" in run.info["overrides"]]
-        assert held_out == pytest.approx(fmean(score for run in of_row for score in run.scores.values()))
+        assert held_out == pytest.approx(fmean(score for run in of_row for score in scores([run]).values()))
         assert mean_score(of_row, [0, 1]) == pytest.approx(held_out)
-        assert mean_score(of_row, [1]) == next(run.scores[1] for run in of_row if 1 in run.seeds)
+        assert mean_score(of_row, [1]) == next(scores([run])[1] for run in of_row if 1 in run.seeds)
     slot_of(runs[0].folder).remove()
     assert len(launched_runs(last.parents[1])) == 3  # of those that are still there
 
@@ -855,7 +856,7 @@ def test_a_sweep_over_experiments_has_a_table_of_each(tmp_path: Path) -> None:
         multirun("experiment=digits_shallow,mnist_shallow", *few, *places(tmp_path))
     tables = {path.stem: pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/*.csv")}
     runs = [Run(path.parent) for path in tmp_path.glob("outputs/runs/*/*/run.json")]
-    found = {run.info["experiment"]: run.scores[0] for run in runs}
+    found = {run.info["experiment"]: scores([run])[0] for run in runs}
     assert len(found) == 2 and tables.keys() == found.keys()
     assert all(list(tables[name]["mean"]) == [pytest.approx(score, abs=0.01)] for name, score in found.items())
 
@@ -873,7 +874,7 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
         for n, o in enumerate(overrides)
     ]
     ((name, ranked),) = rankings([*runs, *runs]).items()
-    write(name, ranked, tmp_path)
+    write_ranking(name, ranked, tmp_path)
     assert name == "mnist_shallow_sgd" and (tmp_path / "searches/mnist_shallow_sgd.png").exists()
     table = pd.read_csv(tmp_path / "searches/mnist_shallow_sgd.csv")
     assert list(table.columns) == ["setting", "a.b", "c", "d", "held-out", "seeds", "iterations", "samples held out"]
@@ -953,22 +954,21 @@ def test_an_error_of_writing_names_the_file(tmp_path: Path, name: str | None) ->
 
 
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.faults", "--kills", "2"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "scripts.benchmarks.kill_a_sweep", "--kills", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.count("runs finished") == 2
     assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_sweep_that_ended_before_its_kill_is_none_of_the_kills(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = faults.psutil.Popen([sys.executable, "-c", ""])
-    assert faults.kill(ended, 60.0, random.Random(0)) is None
+    ended = kill_a_sweep.psutil.Popen([sys.executable, "-c", ""])
+    assert kill_a_sweep.kill(ended, 60.0, random.Random(0)) is None
     outcomes = [None, "the launcher", None, "a worker"]
-    monkeypatch.setattr(faults, "kill", lambda *_: outcomes.pop(0))
-    monkeypatch.setattr(faults, "sweep", lambda *_: SimpleNamespace(wait=lambda: 0))
-    monkeypatch.setattr(faults, "histories", lambda _: dict.fromkeys(range(faults.CELLS)))
-    monkeypatch.setattr(faults, "compare", lambda *_: [])
-    monkeypatch.setattr(sys, "argv", ["faults", "--kills", "2"])
+    monkeypatch.setattr(kill_a_sweep, "kill", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr(kill_a_sweep, "sweep", lambda *_: SimpleNamespace(wait=lambda: 0))
+    monkeypatch.setattr(kill_a_sweep, "histories", lambda _: dict.fromkeys(range(kill_a_sweep.CELLS)))
+    monkeypatch.setattr(kill_a_sweep, "compare", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["kill_a_sweep", "--kills", "2"])
     with pytest.raises(SystemExit) as end:
-        faults.main()
+        kill_a_sweep.main()
     assert end.value.code == 0 and outcomes == []

@@ -209,7 +209,7 @@ def _train_stack(cells: Sequence[Cell], slot: Slot, slots: dict[str, Slot], wait
         free = {identity for identity in sorted(slots) if held.enter_context(slots[identity].lock(wait))}
         todo = [cell for cell in cells if cell.job.slot.identity in free and not cell.job.slot.finished()]
         if slot.checkpoint.exists():
-            begun = json.loads((slot.partial / "started.json").read_text(encoding="utf-8"))["cells"]
+            begun = json.loads(slot.start_note.read_text(encoding="utf-8"))["cells"]
             stack = [cell for cell in cells if cell.job.slot.identity in begun]
         else:
             stack = todo = [cell for cell in todo if not cell.job.slot.checkpoint.exists()]

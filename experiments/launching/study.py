@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from experiments.checks import check_search
 from experiments.identity import identity
 from experiments.launching.failures import BadInput, failures_end_the_program
-from experiments.reports.searches import as_in_a_grid, is_of_a_search, rankings, write
+from experiments.reports.scores import is_of_a_search
+from experiments.reports.searches import as_in_a_grid, rankings, write_ranking
 from experiments.store import failed_writes_in_words, launched_runs
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Study(Callback):
         with failed_writes_in_words("The runs are in the store; the same command ranks them."):
             for name, ranked in rankings(filter(is_of_a_search, launched)).items():
                 if len(ranked) > 1:
-                    write(name, ranked, launch)
+                    write_ranking(name, ranked, launch)
 
 
 def searched(config: DictConfig) -> str:

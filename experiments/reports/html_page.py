@@ -1,16 +1,13 @@
-"""Everything in a results store as one page, in one file that needs neither server nor network:
-python -m experiments.reports.html_page [results] [--out outputs/report.html]
+"""Everything in a results store as one page, in one file that needs neither server nor network.
 
 The newest runs first, runs under way, searches; then for each experiment its curves, tables, figures and runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from html import escape
 from io import BytesIO
@@ -28,108 +25,81 @@ from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 from plotly.offline import get_plotlyjs
 
-from admm.files import atomic_write
-from experiments.paths import in_full
-from experiments.reports.report import (
-    COLOURS,
-    Content,
-    Curve,
-    accuracy_range,
-    cells,
-    colours,
-    content,
-    curves,
-    further_tables,
-    lengths_differ,
-    measure,
-    paper,
-    place,
-    title,
+from experiments.records import RunRecord
+from experiments.reports.accuracy import accuracy_label, accuracy_range, colours, lengths_differ
+from experiments.reports.base import Comparison, ExperimentReport, report_on
+from experiments.reports.curves import Curve, curves
+from experiments.reports.interrupted import interrupted_row
+from experiments.reports.methods import method_of, methods
+from experiments.reports.results_page import (
+    below_paper,
+    best_of_search,
+    in_order,
+    missing_rows,
+    papers_numbers,
+    provenance_sentence,
 )
-from experiments.reports.results_page import falls_short, in_order, made, not_run, papers_numbers, search
-from experiments.reports.searches import is_of_a_search, ranking, read
-from experiments.store import Run, age, failed_writes_in_words
-from scripts.store import interrupted, line_of_interrupted, written
+from experiments.reports.scores import is_of_a_search
+from experiments.reports.searches import ranking, read_ranking
+from experiments.reports.text import cells
+from experiments.store import Run, Store, age
 
 DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")  # of the settings; the paper's numbers are dotted
-MEASURED = {  # the column of an experiment's table that is a run's one number, and what it is
-    "mean": "test accuracy, %",
-    "balanced accuracy": "balanced test accuracy, %",
-    "batch/this": "times less than batch",
-}
 NOT_MEASURED = ("iteration", "replica", "seed", "seconds")  # columns of a history
+GREY = "#888888"  # of a method without a colour of its own
 
 
 @dataclass(frozen=True)
-class Store:
+class Contents:
     """What is in a results store.
 
-    found: sound runs by experiment, from the oldest to the newest. alone: by its name, what is made of a run alone.
-    damaged: by folder or file, what is wrong with it. under_way: lines of a table, the newest checkpoint first.
+    by_experiment: sound runs, from the oldest to the newest. alone: by its name, the number of a run alone. damaged: by
+    folder or file, what is wrong with it. under_way: rows of a table, the newest checkpoint first.
     """
 
     root: Path
-    found: dict[str, list[Run]]
-    alone: dict[str, pd.DataFrame]
+    by_experiment: dict[str, list[Run]]
+    alone: dict[str, Comparison]
     damaged: dict[Path, str]
-    under_way: list[dict[str, Any]]
+    under_way: list[dict[str, str]]
 
     @property
     def runs(self) -> dict[str, Run]:
-        return {run.name: run for runs in self.found.values() for run in runs}
+        return {run.name: run for runs in self.by_experiment.values() for run in runs}
+
+    def report(self, experiment: str) -> ExperimentReport:
+        return report_on(self.by_experiment[experiment][-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=in_full, nargs="?", default=Path("results"), help="such as results or outputs")
-    parser.add_argument("--out", type=in_full, default=Path("outputs/report.html"), help="what to write")
-    options = parser.parse_args()
-    if not options.store.is_dir():
-        sys.exit(f"error: there is no folder {options.store}; it should be a results store, such as results or outputs")
-    store = examined(options.store)
-    text = page(store)
-    with failed_writes_in_words(), atomic_write(options.out, "the page") as part:
-        part.write_text(text, encoding="utf-8")
-    for path, problem in store.damaged.items():
-        print(f"warning: {path} is damaged and left out: {problem}", file=sys.stderr)
-    size = options.out.stat().st_size / 1e6
-    print(f"written: {options.out}, {len(store.runs)} runs of {len(store.found)} experiments, {size:.1f} MB")
-
-
-def examined(root: Path) -> Store:
+def read_store(root: Path) -> Contents:
     """Read a store, setting aside what cannot be reported."""
-    under_way = sorted(interrupted(root, None), key=written, reverse=True)
-    store = Store(root, {}, {}, {}, [line_of_interrupted(partial) for partial in under_way])
-    for folder in sorted(root.glob("runs/[!.]*/*/")):
+    store = Store(root)
+    under_way = sorted(store.interrupted(), key=lambda slot: slot.last_written(), reverse=True)
+    contents = Contents(root, {}, {}, {}, [interrupted_row(slot) for slot in under_way])
+    for folder in store.folders():
         run = Run(folder)
         try:
-            store.alone[run.name] = checked(run)
-            store.found.setdefault(folder.parent.name, []).append(run)
+            contents.alone[run.name] = checked(run)
+            contents.by_experiment.setdefault(folder.parent.name, []).append(run)
         except Exception as error:  # whatever a damaged file can raise anywhere in a report
-            store.damaged[folder] = f"{type(error).__name__}: {error}"
-    for runs in store.found.values():
+            contents.damaged[folder] = f"{type(error).__name__}: {error}"
+    for runs in contents.by_experiment.values():
         runs.sort(key=age)
-    return store
+    return contents
 
 
-def checked(run: Run) -> pd.DataFrame:
-    """The table of a run alone. Raises where the run is not complete."""
-    info, history = run.info, run.history
-    described(run)
-    if "test_accuracy" in history:
-        ended = history.loc[history["iteration"] == info["iterations"], "test_accuracy"].notna().sum()
-        if ended + len(info.get("diverged", {})) < len(info["seeds"]):
-            raise ValueError(f"history.csv has the last iteration of {ended} of {len(info['seeds'])} seeds only")
-    return content(run.folder.parent.name, [run])[0]
+def checked(run: Run) -> Comparison:
+    """The number of a run alone. Raises whatever a report of the run raises, and where the run is not complete."""
+    report = report_on(run)
+    run_summary(run), report.score(run), report.table([run]), report.figures([run]), report.further_tables([run])
+    (comparison,) = report.compare([run])
+    return comparison
 
 
-def page(store: Store) -> str:
+def html_page(contents: Contents) -> str:
     """The page's HTML."""
-    made_of = {name: content(name, store.found[name]) for name in in_order(store.found)}
-    of_curves = {name: curves(store.found[name]) for name in made_of}
-    numbers = papers_numbers(store.found)
-    legend = list(paper()["labels"])
-    methods = sorted({run.info["method"] for run in store.runs.values()}, key=lambda name: place(name, legend))
+    numbers, runs = papers_numbers(contents.by_experiment), contents.runs
+    used = sorted({run.record.method for run in runs.values()}, key=lambda name: (method_of(name).order, name))
     folder = Path(__file__).parent / "template"
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -139,81 +109,77 @@ def page(store: Store) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    benchmarks = {path.name: pd.read_csv(path, dtype=str) for path in sorted(contents.root.glob("bench*.csv"))}
+    missing, below = missing_rows(contents.by_experiment), below_paper(numbers)
     return environment.get_template("page.html").render(
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         script=Markup((folder / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        store=store,
+        store=contents,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        methods=[(name, label(name), COLOURS.get(name, "#888888")) for name in methods],
-        newest=table("Finished runs, the newest first", newest(store, made_of, of_curves), store),
-        under_way=table("Runs under way", pd.DataFrame(store.under_way), store),
-        numbers=table("Each number of the paper beside ours", numbers, store),
-        remarks=[falls_short(numbers), not_run(store.found)],
+        methods=[(name, method_of(name).label, method_of(name).colour or GREY) for name in used],
+        newest=html_table("Finished runs, the newest first", newest_runs(contents), runs),
+        under_way=html_table("Runs under way", pd.DataFrame(contents.under_way), runs),
+        numbers=html_table("Each number of the paper beside ours", numbers, runs),
+        remarks=[html_table("Below the paper", below, runs), html_table("Not run", missing, runs)],
         has_numbers=bool(numbers["ours"].notna().any()),
-        searches=searches(store),
-        benchmarks=[
-            table(path.name, pd.read_csv(path, dtype=str), store) for path in sorted(store.root.glob("bench*.csv"))
-        ],
-        sections=[section(name, store, of_curves[name], *made_of[name]) for name in made_of],
+        searches=search_tables(contents),
+        benchmarks=[html_table(name, table, runs) for name, table in benchmarks.items()],
+        sections=[section(name, contents) for name in in_order(contents.by_experiment)],
     )
 
 
-def label(method: str) -> str:
-    return str(paper()["labels"].get(method, method))
-
-
-def table(caption: str, result: pd.DataFrame, store: Store, experiment: str = "") -> dict[str, Any]:
+def html_table(caption: str, table: pd.DataFrame, runs: dict[str, Run], experiment: str = "") -> dict[str, Any]:
     """A table for the template; a row whose index is the name of a run leads to it.
 
     experiment: of rows that are of no run and do not say it.
     """
-    keys, runs, rows = {label(name): name for name in paper()["labels"]}, store.runs, []
-    for index, record, texts in zip(result.index, result.to_dict("records"), cells(result), strict=True):
-        method = record.get("method", "")
-        of_none = {"experiment": record.get("experiment", experiment), "method": keys.get(method, method)}
-        info = runs[index].info if index in runs else of_none
-        key = {"experiment": info["experiment"], "method": info["method"], "run": index if index in runs else ""}
-        rows.append(key | {"cells": texts})
-    numeric = [is_numeric_dtype(result[column]) for column in result.columns]
+    names, rows = {method.label: method.name for method in methods().values()}, []
+    for index, content, texts in zip(table.index, table.to_dict("records"), cells(table), strict=True):
+        label, run = content.get("method", ""), runs.get(index)
+        row = {"experiment": content.get("experiment", experiment), "method": names.get(label, label), "run": ""}
+        if run:
+            row = {"experiment": run.record.experiment, "method": run.record.method, "run": run.name}
+        rows.append(row | {"cells": texts})
+    numeric = [is_numeric_dtype(table[column]) for column in table.columns]
     return {
         "caption": caption,
-        "columns": list(zip(result.columns, numeric, strict=True)),
+        "columns": list(zip(table.columns, numeric, strict=True)),
         "rows": rows,
         "leads": any(row["run"] for row in rows),
     }
 
 
-def newest(store: Store, made_of: dict[str, Content], of_curves: dict[str, list[Curve]]) -> pd.DataFrame:
-    """A line for each run, of its own seeds."""
-    lines, names = [], []
-    for run in sorted(store.runs.values(), key=age, reverse=True):
-        name = run.folder.parent.name
-        shown, is_part = made_of[name][0], any(run.name in c.runs and len(c.runs) > 1 for c in of_curves[name])
-        is_shown = is_part or run.name in shown.index
-        rows = shown if is_shown and not is_part else store.alone[run.name]
-        for row in rows.loc[[run.name]].to_dict("records"):
-            lines.append(summary(run, row, "" if is_shown else ", replaced by a newer run"))
-            names.append(run.name)
-    return pd.DataFrame(lines, index=names).astype({"seeds": "Int64"} if lines else {})
+def newest_runs(contents: Contents) -> pd.DataFrame:
+    """A row for each run, of its own seeds."""
+    rows = {}
+    for name, runs in contents.by_experiment.items():
+        report = contents.report(name)
+        of_rows = {comparison.run: comparison for comparison in report.compare(runs)}
+        joined = {run for curve in curves(runs) if len(curve.runs) > 1 for run in curve.runs}
+        for run in runs:
+            alone = contents.alone[run.name]
+            comparison = alone if run.name in joined else of_rows.get(run.name, alone)
+            remark = "" if run.name in joined or run.name in of_rows else ", replaced by a newer run"
+            rows[run] = _newest_row(report, run.record, comparison, remark)
+    newest = sorted(rows, key=age, reverse=True)
+    table = pd.DataFrame([rows[run] for run in newest], index=[run.name for run in newest])
+    return table.astype({"seeds": "Int64"} if rows else {})
 
 
-def summary(run: Run, row: dict[Any, Any], remark: str) -> dict[str, Any]:
-    """When a run was finished, what it was, its number and the paper's; `row` of its experiment's table."""
-    info = run.info
-    column = next((name for name in MEASURED if name in row), "")
-    what = MEASURED.get(column, "see its table")
+def _newest_row(report: ExperimentReport, record: RunRecord, comparison: Comparison, remark: str) -> dict[str, Any]:
+    """When a run was finished, what it was, its number and the paper's."""
     return {
-        "finished": moment(info["finished"]),
-        "experiment": info["experiment"],
-        "method": label(info["method"]),
-        "setting": f"{row['setting']}{remark}",
-        "measured": row.get(column, np.nan),
-        "std": row.get("std", np.nan),
-        "paper": row.get("paper", np.nan),
-        "what": what.replace("test", "held-out") if info["dataset"]["holdout"] else what,
-        "seeds": row.get("seeds"),
-        "training": duration(info.get("seconds")),
+        "finished": moment(record.finished),
+        "experiment": record.experiment,
+        "method": method_of(record.method).label,
+        "setting": f"{comparison.setting}{remark}",
+        "measured": comparison.ours,
+        "std": comparison.std,
+        "paper": comparison.paper,
+        "what": report.measure.replace("test", "held-out") if record.dataset.holdout else report.measure,
+        "seeds": comparison.seeds,
+        "training": duration(record.seconds),
     }
 
 
@@ -229,51 +195,47 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / unit:.1f} {name}"
 
 
-def searches(store: Store) -> list[dict[str, Any]]:
+def search_tables(contents: Contents) -> list[dict[str, Any]]:
     """A table for each search: those that are kept as files, and runs of this store on held-out data."""
-    tables = []
-    for path in sorted((store.root / "searches").glob("*.csv")):
-        method = max((m for m in paper()["labels"] if path.stem.endswith(f"_{m}")), key=len, default="")
+    tables, runs = [], contents.runs
+    for path in sorted((contents.root / "searches").glob("*.csv")):
+        method = max((name for name in methods() if path.stem.endswith(f"_{name}")), key=len, default="")
         key = {"experiment": path.stem.removesuffix(f"_{method}"), "method": method}
-        kept = table(f"{path.stem}: {best(path)}", read(path, dtype=str), store)
-        tables.append(kept | key | {"rows": [row | key for row in kept["rows"]]})
-    held_out = [run for run in store.runs.values() if is_of_a_search(run)]
+        table = html_table(f"{path.stem}: {best_in_words(path)}", read_ranking(path, dtype=str), runs)
+        tables.append(table | key | {"rows": [row | key for row in table["rows"]]})
 
-    def of(run: Run) -> tuple[str, str]:
-        return run.folder.parent.name, run.info["method"]
+    def searched(run: Run) -> tuple[str, str]:
+        return run.folder.parent.name, run.record.method
 
-    for (experiment, method), group in groupby(sorted(held_out, key=of), of):
-        found = ranking(list(group))
-        shown = table(
-            f"{experiment}, {label(method)}: {len(found)} configurations of this store on held-out data", found, store
-        )
-        tables.append({"experiment": experiment, "method": method} | shown)
+    held_out = sorted(filter(is_of_a_search, runs.values()), key=searched)
+    for (experiment, method), group in groupby(held_out, searched):
+        ranked = ranking(group)
+        what = f"{experiment}, {method_of(method).label}: {len(ranked)} configurations of this store on held-out data"
+        tables.append({"experiment": experiment, "method": method} | html_table(what, ranked, runs))
     return tables
 
 
-def best(path: Path) -> str:
-    """What a search has found, in words."""
-    found = [f"{s['setting']}: {s['best']}, {s['held-out']:.2f} % of {s['configurations']} tried" for s in search(path)]
-    return "; ".join(found)
+def best_in_words(path: Path) -> str:
+    """The best configuration of each setting that a search has tried."""
+    best = best_of_search(path)
+    return "; ".join(f"{b['setting']}: {b['best']}, {b['held-out']:.2f} % of {b['configurations']} tried" for b in best)
 
 
-def section(
-    name: str, store: Store, shown: list[Curve], result: pd.DataFrame, figures: dict[str, Figure]
-) -> dict[str, Any]:
+def section(name: str, contents: Contents) -> dict[str, Any]:
     """What the template shows of an experiment."""
-    known, runs = paper()["experiments"].get(name, {}), store.found[name]
-    of_row = {run: curve.runs for curve in shown for run in curve.runs}
-    source = f"The paper's {known['source']}. " if known.get("source") else ""
-    tables = {title(name, runs): result}
-    tables |= {f"{further}: of all runs below": frame for further, frame in further_tables(name, runs).items()}
+    report, runs = contents.report(name), contents.by_experiment[name]
+    by_row = curves(runs)
+    of_row = {run: curve.runs for curve in by_row for run in curve.runs}
+    tables = {report.title(runs): report.table(runs)}
+    tables |= {f"{further}: of all runs below": table for further, table in report.further_tables(runs).items()}
     return {
         "name": name,
-        "text": f"{source}{known.get('caption', name)}.",
-        "made": made(runs),
-        "plot": plot(shown),
-        "tables": [table(caption, frame, store, name) for caption, frame in tables.items()],
-        "figures": {figure: png(drawn) for figure, drawn in figures.items()},
-        "runs": [described(run, of_row.get(run.name, ())) for run in reversed(runs)],
+        "text": report.text,
+        "provenance": provenance_sentence(runs),
+        "plot": interactive_plot(by_row) if report.has_curves else None,
+        "tables": [html_table(caption, table, contents.runs, name) for caption, table in tables.items()],
+        "figures": {title: png(figure) for title, figure in report.figures(runs).items()},
+        "runs": [run_summary(run, of_row.get(run.name, ())) for run in reversed(runs)],
     }
 
 
@@ -284,54 +246,54 @@ def png(figure: Figure) -> str:
     return f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
 
 
-def described(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
+def run_summary(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
     """Where a run's numbers come from. of_row: names of the runs that make a row of the tables with it."""
-    info = run.info
-    seeds = info["seeds"]
+    record = run.record
     others = [name for name in of_row if name != run.name]
-    diverged = [f"seed {seeds[int(r)]} after iteration {i}" for r, i in info.get("diverged", {}).items()]
+    diverged = [f"seed {record.seeds[replica]} after iteration {i}" for replica, i in record.diverged.items()]
     facts = {
         "folder": str(run.folder),
-        "identity": info["identity"],
-        "commit": info["commit"],
-        "seeds": ", ".join(map(str, seeds)),
+        "identity": record.identity,
+        "commit": record.commit,
+        "seeds": ", ".join(map(str, record.seeds)),
         "diverged": "; ".join(diverged) or "none",
         "in one row with": ", ".join(others) or "–",
-        "iterations": info["iterations"],
-        "training": f"{info['seconds']} s" if "seconds" in info else "–",
-        "finished": moment(info["finished"]),
-        "machine": info["machine"],
-        "versions": ", ".join(f"{name} {version}" for name, version in info["versions"].items()),
-        "data": ", ".join(f"{key} {value}" for key, value in info["dataset"].items()),
-        "overrides": " ".join(info["overrides"]) or "none",
-        "note": info["note"] or "–",
+        "iterations": record.iterations,
+        "training": "–" if record.seconds is None else f"{record.seconds} s",
+        "finished": moment(record.finished),
+        "machine": record.machine,
+        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+        "data": ", ".join(f"{key} {value}" for key, value in asdict(record.dataset).items()),
+        "overrides": " ".join(record.overrides) or "none",
+        "note": record.note or "–",
     }
-    title = ", ".join([label(info["method"]), info["setting"], *info["overrides"]])
-    config = (run.folder / "config.yaml").read_text(encoding="utf-8")
-    return {"name": run.name, "title": title, "facts": facts, "config": config} | {
-        key: info[key] for key in ("experiment", "method")
-    }
-
-
-def plot(shown: list[Curve]) -> dict[str, Any] | None:
-    """Every measured quantity of the curves, for the script to draw; None of runs without iterations."""
-    shown = [curve for curve in shown if "iteration" in curve.history]
-    if not shown:
-        return None
-    settings = list(dict.fromkeys(curve.info["setting"] for curve in shown))
-    groups = {name: [curve for curve in shown if curve.info["setting"] == name] for name in settings}
-    painted = {id(c): paint for group in groups.values() for c, paint in zip(group, colours(group), strict=True)}
-    drawn = [
-        drawable(curve, to_hex(painted[id(curve)]), DASHES[settings.index(curve.info["setting"]) % len(DASHES)])
-        for curve in shown
-    ]
-    quantities = sorted({name for curve in drawn for name in curve["measured"]}, key=lambda name: quantity_order(name))
-    has_accuracy = "test_accuracy" in quantities
     return {
-        "curves": drawn,
-        "quantities": {name: measure(shown) if name == "test_accuracy" else in_words(name) for name in quantities},
-        "log": lengths_differ(shown),
-        "range": numbers(accuracy_range(shown)) if has_accuracy else None,
+        "name": run.name,
+        "experiment": record.experiment,
+        "method": record.method,
+        "title": ", ".join([method_of(record.method).label, record.setting, *record.overrides]),
+        "facts": facts,
+        "config": (run.folder / "config.yaml").read_text(encoding="utf-8"),
+    }
+
+
+def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
+    """Every measured quantity of the curves, for the script to plot."""
+    settings = list(dict.fromkeys(curve.record.setting for curve in curves))
+    groups = {name: [curve for curve in curves if curve.record.setting == name] for name in settings}
+    colour_of = {id(c): colour for group in groups.values() for c, colour in zip(group, colours(group), strict=True)}
+    plotted = [
+        plotted_curve(curve, to_hex(colour_of[id(curve)]), DASHES[settings.index(curve.record.setting) % len(DASHES)])
+        for curve in curves
+    ]
+    quantities = sorted(
+        {name for curve in plotted for name in curve["measured"]}, key=lambda name: quantity_order(name)
+    )
+    return {
+        "curves": plotted,
+        "quantities": {n: accuracy_label(curves) if n == "test_accuracy" else in_words(n) for n in quantities},
+        "log": lengths_differ(curves),
+        "range": numbers(accuracy_range(curves)) if "test_accuracy" in quantities else None,
     }
 
 
@@ -351,14 +313,15 @@ def in_words(name: str) -> str:
     return name.replace("_", " ") + (" (%)" if name.endswith("accuracy") else "")
 
 
-def drawable(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
+def plotted_curve(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
     """A curve's means and standard deviations over the seeds, by iteration."""
     by_name = {name: curve.by_iteration(name) for name in curve.history.select_dtypes("number").columns}
-    parts = [curve.method, curve.info["setting"], *curve.info["overrides"]]
+    record = curve.record
+    parts = [curve.label, record.setting, *record.overrides]
     return {
         "run": curve.run,
-        "experiment": curve.info["experiment"],
-        "method": curve.info["method"],
+        "experiment": record.experiment,
+        "method": record.method,
         "name": "<br>".join(escape(text, quote=False) for text in wrap(", ".join(filter(None, parts)), 120)),
         "colour": colour,
         "dash": dash,
@@ -376,7 +339,3 @@ def drawable(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
 def numbers(values: Iterable[float]) -> list[float | None]:
     """Six digits; null for what JSON does not have."""
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
-
-
-if __name__ == "__main__":
-    main()

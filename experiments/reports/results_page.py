@@ -1,14 +1,10 @@
-"""Write results/README.md from the results store alone: python -m experiments.reports.results_page [results]
-
-Every number of the paper with ours beside it; then, for each experiment, its figures, its table, the training time that
-it took, and the command that reproduces it.
-"""
+"""The results page: every number of the paper with ours beside it; then, for each experiment, its figures, its table,
+the training time that it took, and the command that reproduces it."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,127 +13,114 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from admm.files import atomic_write
-from experiments.paths import in_full
-from experiments.reports.report import content, curves, further_tables, markdown, paper, place
-from experiments.reports.searches import read
+from experiments.reports.base import TEST_ACCURACY, ExperimentReport, report_of, report_on
+from experiments.reports.curves import place
+from experiments.reports.methods import method_of
+from experiments.reports.paper import paper
+from experiments.reports.searches import read_ranking
+from experiments.reports.text import markdown
 from experiments.rows import CONF, inherited
-from experiments.store import Run, experiments_in, failed_writes_in_words, finished_runs
+from experiments.store import Run, Store
 
+RunsByExperiment = Mapping[str, list[Run]]  # from the oldest to the newest
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
 COLUMNS += ["std", "seeds", "iterations"]
+BELOW = ["experiment", "method", "setting", "paper", "ours", "difference"]  # columns
 GPU_TFLOPS = 14.0  # assumed in `estimate`
 
 
-def store_of_the_command(description: str | None) -> Path:
-    """The results store that a command of one argument is for; ends the program where there is none."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=in_full, nargs="?", default=Path("results"), help="a results store")
-    root: Path = parser.parse_args().results
-    if not (root / "runs").is_dir():
-        sys.exit(f"error: {root} is no results store, which has a folder runs")
-    return root
-
-
-def main(root: Path) -> None:
+def write_results_page(root: Path) -> Path:
+    """Write <root>/README.md from the results store alone. Returns its path; raises WriteError."""
     page, text = root / "README.md", "\n\n".join(sections(root)) + "\n"
     with atomic_write(page, "the page") as part:
         part.write_text(text, encoding="utf-8")
-    print(f"written: {page}")
+    return page
 
 
 def sections(root: Path) -> Iterator[str]:
     """The page, part by part."""
-    found = {name: finished_runs(root, name) for name in experiments_in(root)}
-    numbers = papers_numbers(found)
+    store = Store(root)
+    runs = {name: store.runs(name) for name in store.experiments()}
+    numbers = papers_numbers(runs)
     yield "# Results"
     yield (
-        "Written by `make tables` from the runs in this folder. Accuracies are test accuracies in percent after the "
-        "last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
+        "Written by `make results-page` from the runs in this folder. Accuracies are test accuracies in percent after "
+        "the last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
         "*reduced* is less than the paper's experiment, *default* has no file of settings, and `1 of 3 seeds` counts "
         "those run so far. A commit with + had uncommitted changes."
     )
     yield "## The paper's numbers"
     yield markdown(numbers)
-    yield f"{falls_short(numbers)} {not_run(found)}"
-    for name in in_order(found):
-        yield from experiment(name, found[name])
+    for title, table in (("Below the paper", below_paper(numbers)), ("Not run", missing_rows(runs))):
+        yield f"### {title}"
+        yield markdown(table) if len(table) else "None."
+    for name in in_order(runs):
+        yield from experiment_section(report_on(runs[name][-1]), runs[name])
     if (root / "bench.csv").exists():
-        yield from estimate(found, pd.read_csv(root / "bench.csv").set_index("name")["value"])
+        yield from estimate(runs, pd.read_csv(root / "bench.csv").set_index("name")["value"])
     searches = sorted((root / "searches").glob("*.csv"))
     if searches:
         yield "## Searches"
         yield "Grids, scored on held-out training data; `searches/` has all of their configurations."
-        yield markdown(pd.DataFrame([line for path in searches for line in search(path)]))
+        yield markdown(pd.DataFrame([row for path in searches for row in best_of_search(path)]))
         yield "\n".join(f"![{path.stem}](searches/{path.stem}.png)" for path in searches)
 
 
 def in_order(experiments: Iterable[str]) -> list[str]:
-    """As `paper.yaml` has them, those that it does not have last."""
-    order = list(paper()["experiments"])
+    """The experiments in the paper's order, those that it does not have last."""
+    order = list(paper())
     return sorted(experiments, key=lambda name: place(name, order))
 
 
-def papers_numbers(found: dict[str, list[Run]]) -> pd.DataFrame:
+def papers_numbers(runs: RunsByExperiment) -> pd.DataFrame:
     """Each number of the paper beside each of our settings; without one if it has not been run.
 
     The index has the names of the runs.
     """
     rows: list[dict[str, Any]] = []
-    for name, known in paper()["experiments"].items():
-        stated = known["accuracy"] or known.get("ratio", {})
-        if not known["source"] or not stated:
+    for name, entry in paper().items():
+        report, of_name = report_of(name), runs.get(name, [])
+        if not (entry.source and report.stated):
             continue
-        runs, unit = found.get(name, []), "%" if known["accuracy"] else "times less"
-        ours = measured_accuracies(runs) if known["accuracy"] else measured_ratios(name, runs)
-        for method, value in stated.items():
-            stated_of = {
-                "in the paper": known["source"],
-                "experiment": name,
-                "method": paper()["labels"][method],
-                "unit": unit,
-            }
-            for line in [line for line in ours if line["method"] == stated_of["method"]] or [{"setting": "not run"}]:
-                rows.append(stated_of | {"paper": float(value)} | line)
-    result = pd.DataFrame(rows, columns=["run", *COLUMNS]).set_index("run")
-    result["difference"] = result["ours"] - result["paper"]
-    return result.astype({"seeds": "Int64", "iterations": "Int64"})
+        compared = [asdict(row) for row in report.compare(of_name) if row.paper is not None]
+        for method, value in report.stated.items():
+            stated = {"in the paper": entry.source, "experiment": name, "unit": report.unit, "paper": float(value)}
+            ours = [row for row in compared if row["method"] == method] or [{"setting": "not run"}]
+            rows += [row | stated | {"method": method_of(method).label} for row in ours]
+    table = pd.DataFrame(rows, columns=["run", *COLUMNS]).set_index("run")
+    table["difference"] = table["ours"] - table["paper"]
+    return table.astype({"seeds": "Int64", "iterations": "Int64"})
 
 
-def measured_accuracies(runs: list[Run]) -> list[dict[str, Any]]:
-    rows = [{"run": curve.run} | curve.row() for curve in curves(runs) if curve.reference is not None]
-    kept = ("run", "method", "setting", "mean", "std", "seeds", "iterations")
-    return [{"ours" if key == "mean" else key: row[key] for key in kept} for row in rows]
+def below_paper(numbers: pd.DataFrame) -> pd.DataFrame:
+    """Our numbers that are below the paper's, those that fall shortest of it first."""
+    return numbers[numbers["difference"] < 0].sort_values("difference")[BELOW]
 
 
-def measured_ratios(name: str, runs: list[Run]) -> list[dict[str, Any]]:
-    """Of an experiment whose number in the paper is a ratio of memory."""
-    if not runs:
-        return []
-    lines = content(name, runs)[0].iterrows()
-    return [{"run": i, "method": r["method"], "setting": r["setting"], "ours": r["batch/this"]} for i, r in lines]
-
-
-def falls_short(numbers: pd.DataFrame) -> str:
-    """In words, which of our numbers are below the paper's; not those of reduced experiments."""
-    short = [
-        f"{row['method']} in {row['experiment']}, {row['setting']}: {row['ours']:.2f} ({row['paper']:.2f})"
-        for row in numbers[numbers["difference"] < 0].to_dict("records")
-        if not row["setting"].startswith("reduced")
-    ]
-    return f"Below the paper (its number in brackets): {'; '.join(short)}." if short else "None is below the paper."
-
-
-def not_run(found: dict[str, list[Run]]) -> str:
-    """In words, which rows of the paper's experiments have no run."""
-    labels, missing = paper()["labels"], []
-    for name in [name for name, known in paper()["experiments"].items() if known["source"] or name in found]:
-        there = {(run.info["method"], run.info["setting"]) for run in found.get(name, [])}
-        missing += [f"{labels[m]} in {name}, {setting}" for m, setting in rows_of(name) if (m, setting) not in there]
-    return f"Not run: {'; '.join(missing)}." if missing else "Everything has been run."
+def missing_rows(runs: RunsByExperiment) -> pd.DataFrame:
+    """By experiment of the paper and method, the settings without a run."""
+    settings: dict[tuple[str, str], list[str]] = {}
+    for name in [name for name, entry in paper().items() if entry.source or name in runs]:
+        there = {(run.record.method, run.record.setting) for run in runs.get(name, [])}
+        for method, setting in rows_of(name):
+            if (method, setting) not in there:
+                settings.setdefault((name, method_of(method).label), []).append(setting)
+    rows = [(name, method, ", ".join(missing)) for (name, method), missing in settings.items()]
+    return pd.DataFrame(rows, columns=["experiment", "method", "settings"])
 
 
 def rows_of(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of an experiment's sweep or race, and of its other settings of single optimizers."""
+    """(optimizer, setting) of an experiment's sweep or race, then those of `further_rows`."""
+    swept, further = _rows(experiment)
+    return [*swept, *further]
+
+
+def further_rows(experiment: str) -> list[tuple[str, str]]:
+    """(optimizer, setting) of an experiment's other settings of single optimizers, which a launch names."""
+    return _rows(experiment)[1]
+
+
+def _rows(experiment: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     config = inherited(CONF / "experiment" / f"{experiment}.yaml")
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
@@ -149,43 +132,40 @@ def rows_of(experiment: str) -> list[tuple[str, str]]:
         for optimizer in optimizers
         for path in CONF.glob(f"settings/*/{experiment}_{optimizer}.yaml")
     }
-    return [*swept, *sorted(own - set(swept))]
+    return swept, sorted(own - set(swept))
 
 
-def experiment(name: str, runs: list[Run]) -> Iterator[str]:
+def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[str]:
     """The part of one experiment."""
-    known = paper()["experiments"].get(name, {})
-    result, figures = content(name, runs)
-    yield f"## {name}"
-    source = f"The paper's {known['source']}. " if known.get("source") else ""
-    quantity = f" In the table: {known['quantity']}." if "quantity" in known else ""
-    yield f"{source}{known.get('caption', name)}.{quantity}"
-    yield "\n".join(f"![{name}](figures/{figure}.png)" for figure in figures)
-    yield markdown(result)
-    for table in further_tables(name, runs).values():
-        yield markdown(table)
-    yield f"    python run.py experiment={name}"
-    yield made(runs)
+    yield f"## {report.experiment}"
+    yield report.text if report.quantity == TEST_ACCURACY else f"{report.text} In the table: {report.quantity}."
+    yield "\n".join(f"![{report.experiment}](figures/{name}.png)" for name in report.figures(runs))
+    yield markdown(report.table(runs))
+    for name in report.further_tables(runs):
+        yield f"Further table: [{name}.csv](tables/{name}.csv)."
+    yield f"    python run.py experiment={report.experiment}"
+    yield provenance_sentence(runs)
 
 
-def made(runs: list[Run]) -> str:
-    """In words, how long runs have trained, where and by which code."""
-    seconds = sum(run.info.get("seconds", 0.0) for run in runs)  # a run that does not train has none
-    machines = " and ".join(sorted({run.info["machine"] for run in runs}))
-    commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
+def provenance_sentence(runs: list[Run]) -> str:
+    """How long runs have trained, where and by which code."""
+    records = [run.record for run in runs]
+    seconds = sum(record.seconds or 0.0 for record in records)  # a run that does not train has none
+    machines = " and ".join(sorted({record.machine for record in records}))
+    commits = ", ".join(sorted({str(record.commit) for record in records}))
     took = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     time = f"Training time of these runs, evaluation not counted: {took}. " if seconds else ""
     return f"{time}Machine: {machines}. Commits: {commits}."
 
 
-def estimate(found: dict[str, list[Run]], bench: pd.Series[float]) -> Iterator[str]:
+def estimate(runs: RunsByExperiment, bench: pd.Series[float]) -> Iterator[str]:
     """What Figure 7 at full size would take on a GPU, from the FLOPs that `make bench` has counted, until it is run."""
-    parts = ["cifar_sgd_flops", "cifar_online_flops", "cifar_evaluation_flops"]
-    if "cifar10_resnet18" in found or not set(parts) <= set(bench.index):
+    names = ["cifar_sgd_flops", "cifar_online_flops", "cifar_evaluation_flops"]
+    if "cifar10_resnet18" in runs or not set(names) <= set(bench.index):
         return
     config = OmegaConf.load(CONF / "experiment/cifar10_resnet18.yaml")
     epochs, seeds = config.iterations, len(OmegaConf.load(CONF / "config.yaml").seeds)
-    sgd, online, evaluation = (bench[part] for part in parts)
+    sgd, online, evaluation = (bench[name] for name in names)
     each = [(flops + evaluation) * epochs * seeds / GPU_TFLOPS / 3600 for flops in (sgd, online)]
     yield "## Figure 7 at full size: an estimate"
     yield (
@@ -199,20 +179,15 @@ def estimate(found: dict[str, list[Run]], bench: pd.Series[float]) -> Iterator[s
     yield "    python run.py experiment=cifar10_resnet18 device=cuda"
 
 
-def search(path: Path) -> list[dict[str, Any]]:
+def best_of_search(path: Path) -> list[dict[str, Any]]:
     """For each setting, how many configurations a search has tried, and the best one, which its file has first."""
-    found = read(path, dtype=str)
-    searched = found.columns[1 : found.columns.get_loc("held-out")]
+    ranking = read_ranking(path, dtype=str)
+    searched = ranking.columns[1 : ranking.columns.get_loc("held-out")]
 
     def best(setting: str, tried: pd.DataFrame) -> dict[str, Any]:
         first = tried.iloc[0]
         values = ", ".join(f"{key}={first[key]}" for key in searched if pd.notna(first[key]))
-        kept = {"held-out": float(first["held-out"])} | dict(first["seeds":])
-        return {"search": path.stem, "setting": setting, "configurations": len(tried), "best": values} | kept
+        results = {"held-out": float(first["held-out"])} | dict(first["seeds":])
+        return {"search": path.stem, "setting": setting, "configurations": len(tried), "best": values} | results
 
-    return [best(str(setting), tried) for setting, tried in found.groupby("setting", sort=False)]
-
-
-if __name__ == "__main__":
-    with failed_writes_in_words():
-        main(store_of_the_command(__doc__))
+    return [best(str(setting), tried) for setting, tried in ranking.groupby("setting", sort=False)]

@@ -48,7 +48,8 @@ from experiments.faces.data import Faces, load_faces, pairs, split_people
 from experiments.faces.probes import Probe, verification
 from experiments.launching.failures import BadInput
 from experiments.loggers import Logger
-from experiments.store import Run, mean_score, sealed, unsealed
+from experiments.reports.scores import mean_score
+from experiments.store import PROBES, Run, sealed, unsealed
 
 log = logging.getLogger(__name__)
 SLICE = 256  # images that a network is applied to at a time
@@ -271,7 +272,7 @@ def execute(config: DictConfig, job: Job) -> Run:
         for found in represented:
             history += [found.row] if found.row else []
             info["scores_verification"].append(task.accuracy(found.scores[task.images].flatten(1)))
-            probed += probed_attributes(found, faces, probe, columns, job.slot.partial / "probes.jsonl")
+            probed += probed_attributes(found, faces, probe, columns, job.slot.journal(PROBES))
             if isinstance(method, DeepFacto):
                 shown = shown or heat_maps(found, faces)
         return job.slot.complete(job.config, history, info, {"probes": pd.DataFrame(probed, columns=PROBED)}, shown)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from hydra.utils import instantiate
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from admm.checkpoints import save, size
-from admm.files import MIB
 from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import BlockOutputs
 from experiments.checks import DTYPES
@@ -30,11 +26,10 @@ from experiments.classification import (
     note_start,
     run_once,
 )
-from experiments.reports.report import COLOURS, Content, in_figure, paper
+from experiments.reports.memory import VARIABLES
 from experiments.store import Run
 
 WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the libraries' own memory is nobody's
-NAMES = {"theta": "Θ", "moments": "moments of Θ", "z": "Z", "u": "U", "z_moments": "moments of Z"}
 
 
 def run(config: DictConfig) -> None:
@@ -53,7 +48,8 @@ def measure(config: DictConfig, job: Job) -> Run:
 
 
 def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]:
-    """Bytes of a seed's training variables by name: those of `NAMES` in its state, for the online form of a mini-batch.
+    """Bytes of a seed's training variables by name: those of `VARIABLES` in its state, of a mini-batch for the online
+    form.
 
     Raises ValueError for another optimizer.
     """
@@ -63,7 +59,7 @@ def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]
             f"optimizer: memory is measured of block_admm and online_block_admm, not {config.optimizer._target_}"
         )
     state = optimizer.init(problem, (seed,))
-    sizes = {name: size(variable) for name, variable in save(state).items() if name in NAMES}
+    sizes = {name: size(variable) for name, variable in save(state).items() if name in VARIABLES}
     if isinstance(optimizer, OnlineBlockADMM):
         chain = BlockOutputs(problem.blocks, state.theta, problem.x[None, : optimizer.batch_size])
         sizes |= {"z": size(chain.z), "z_moments": size(optimizer.z_update.moments(chain.z))}
@@ -121,53 +117,3 @@ def resident(name: str) -> int:
 def reset_high_water_mark() -> None:
     """From here on VmHWM is counted anew (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def report(experiment: str, runs: list[Run]) -> Content:
-    """MiB by variable, how many times more the batch form takes than each, and the bars."""
-    shown = sorted(runs, key=lambda run: (run.info["setting"], run.info["method"]))
-    result = pd.DataFrame([row(run) for run in shown], index=[run.name for run in shown])
-    batch = {run.info["setting"]: size for run, size in zip(shown, result["total"], strict=True) if _is_batch(run)}
-    result["batch/this"] = [batch.get(run.info["setting"], float("nan")) for run in shown] / result["total"]
-    result["paper"] = [paper()["experiments"][experiment]["ratio"].get(run.info["method"], 1.0) for run in shown]
-    result["machine"] = [run.info["machine"] for run in shown]
-    return result, {experiment: figure(experiment, result)}
-
-
-def row(run: Run) -> dict[str, Any]:
-    """A run's line of the table, MiB a seed."""
-    sizes = run.history.set_index("quantity")["bytes"] / MIB
-    named = {label: float(sizes.get(name, 0.0)) for name, label in NAMES.items()}
-    info = run.info
-    setting = ", ".join([info["setting"], *info["overrides"]])
-    named |= {"total": sum(named.values()), "peak of the process": float(sizes["peak"])}
-    return {"method": paper()["labels"].get(info["method"], info["method"]), "setting": setting} | named
-
-
-def figure(experiment: str, result: pd.DataFrame) -> Figure:
-    """A stacked bar for each run, its total and the process's peak in figures."""
-    drawn = Figure(figsize=(8.0, 1.6 + 0.6 * len(result)), layout="constrained")
-    axes = drawn.subplots()
-    labels = [
-        in_figure(f"{method}\n{setting}") for method, setting in zip(result["method"], result["setting"], strict=True)
-    ]
-    left = 0.0 * result["total"]
-    for colour, name in zip(COLOURS.values(), NAMES.values(), strict=False):
-        axes.barh(labels, result[name], left=left, color=colour, label=name)
-        left = left + result[name]
-    for height, line in enumerate(result.to_dict("records")):
-        less = f", {line['batch/this']:.0f} times less" if line["batch/this"] > 1 else ""
-        text = f" {line['total']:.1f} MiB{less}; process {line['peak of the process']:.1f} MiB"
-        axes.text(line["total"], height, text, va="center", fontsize=8)
-    axes.set(xlabel="training variables of one seed (MiB)", xlim=(0, 1.6 * result["total"].max()))
-    axes.invert_yaxis()
-    axes.legend(fontsize=8, loc="lower right")
-    known = paper()["experiments"][experiment]
-    less = f"{known['ratio']['online_block_admm']:g} times less online"
-    remark = f"process: the most that an iteration takes beyond the data; the paper: {less}"
-    drawn.supxlabel(textwrap.fill(f"{known['caption']}; {remark}.", 120), fontsize=8)
-    return drawn
-
-
-def _is_batch(run: Run) -> bool:
-    return bool(run.info["method"] == "block_admm")

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.checkpoints import Row
@@ -23,12 +20,10 @@ from admm.optimizers import Optimizer, Problem
 from admm.training import accuracy, timed_step
 from experiments.classification import Job, bad_input_in_words, build_problem, find_job, note_start, report_to_launch
 from experiments.progress import RunProgress
-from experiments.reports.report import COLOURS, Content, Curve, caption, curves, draw_curve, legend_lines, table
-from experiments.store import Run, sealed, unsealed
+from experiments.store import RACE, Run, sealed, unsealed
 
 log = logging.getLogger(__name__)
 SAME = ("identity", "commit", "sources", "machine", "versions")  # of all seeds of a race
-TARGETS = (90, 93, 95, 97)  # test accuracy, percent
 
 
 @dataclass
@@ -103,7 +98,7 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
     A race that was begun with other settings, code or machine is not gone on with.
     """
     first = next(iter(jobs.values()))
-    kept = first.slot.partial / "race.json"
+    kept = first.slot.journal(RACE)
     conditions = {method: {key: job.info[key] for key in SAME} for method, job in jobs.items()}
     histories: dict[str, list[list[Row]]] = {method: [] for method in jobs}
     if kept.exists():
@@ -159,38 +154,3 @@ def contestant(job: Job, seed: int) -> Contestant:
     made = Contestant(job, problem, optimizer, state)
     made.evaluate()
     return made
-
-
-def report(experiment: str, runs: list[Run]) -> Content:
-    """Seconds to reach each target, and accuracy against seconds."""
-    shown = curves(runs)
-    drawn = Figure(figsize=(7.5, 4.6 + 0.2 * legend_lines(shown)), layout="constrained")
-    axes = drawn.subplots()
-    for number, curve in enumerate(shown):
-        trained = curve.after_training()  # no 0 on a logarithmic axis
-        colour = COLOURS.get(curve.info["method"], f"C{number}")
-        draw_curve(axes, trained, "test_accuracy", colour, curve.legend, "seconds", highest=100.0)
-    axes.set(xlabel="training time of one seed (s)", ylabel="test accuracy (%)", xscale="log", ylim=(70, 100.3))
-    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    remark = ". Set-up, data and evaluation excluded; the optimizers take turns in one process"
-    drawn.supxlabel(caption(experiment, shown, remark), fontsize=8)
-    return table(shown, times), {experiment: drawn}
-
-
-def times(curve: Curve) -> dict[str, Any]:
-    """Mean training seconds of a seed until an iteration ends at a target or above, if every seed gets there."""
-    row = curve.row()
-    reached = {f"{target} %": seconds_to(curve.history, target) for target in TARGETS}
-    ends = curve.history.groupby("replica")["seconds"].max()
-    named = {name: row[name] for name in ("method", "setting")}
-    kept = {name: row[name] for name in ("mean", "std", "seeds", "iterations", "machine")}
-    return named | reached | {"total s": ends.mean()} | kept
-
-
-def seconds_to(history: pd.DataFrame, target: float) -> float:
-    """Mean over the seeds, NaN unless all reach it."""
-    first = history[history["test_accuracy"] >= target].groupby("replica")["seconds"].min()
-    return float(first.mean()) if len(first) == history["replica"].nunique() else float("nan")

@@ -1,0 +1,1 @@
+"""Speed, memory, and what a kill leaves: measured by hand, not by the tests."""

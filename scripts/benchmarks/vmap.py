@@ -17,7 +17,7 @@ from torch.func import functional_call, replace_all_batch_norm_modules_, vjp, vm
 
 from admm.blocks import split
 from admm.models import initialiser, mlp, resnet18
-from scripts.bench import ratio, turns
+from scripts.benchmarks.bench import ratio, turns
 
 REPLICAS = (1, 5, 45)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float, int]] = {  # network, mini-batch, …

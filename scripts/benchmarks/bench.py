@@ -1,4 +1,4 @@
-"""Speed and memory, as ratios measured in one run: python -m scripts.bench [results/bench.csv]
+"""Speed and memory, as ratios measured in one run: python -m scripts.benchmarks.bench [results/bench.csv]
 
 The networks, the losses and the optimizers are those of experiment=mnist_shallow and, in the rows of CIFAR-10, of
 experiment=cifar10_resnet18_narrow; the data are generated, 60,000 x 784 and 20 mini-batches of 128 images.

@@ -1,4 +1,4 @@
-"""The rivals as published over ours: python -m scripts.bench_rivals [results/bench.csv] [--only NAME] [--samples N]
+"""The rivals as published over ours: python -m scripts.benchmarks.bench_rivals [results/bench.csv]
 
 Seconds of an iteration of the literal transcription (`scripts.literal`) over ours, one replica: generated data, the
 same starting variables, the contestants take turns. Then by how much their weights differ, the peak memory of each, and
@@ -34,12 +34,12 @@ from admm.optimizers.fully_connected import linear_layers
 from admm.optimizers.standard_admm import StandardADMM, StandardADMMState
 from admm.optimizers.taylor import Taylor, TaylorState
 from experiments.tasks.memory import reset_high_water_mark, resident
-from scripts.bench import CLASSES, FEATURES, Row, Task, ratio, turns, write
+from scripts.benchmarks.bench import CLASSES, FEATURES, Row, Task, ratio, turns, write
 from scripts.literal import bcd, dladmm, standard_admm, taylor
 
 DIFFERENCE_SAMPLES = 2_000  # where the differences are measured in float64
 WARM_SAMPLES = 64  # of the iterations before the baseline of the peak memory
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ RIVALS = {
 
 def _in_fresh_process(name: str, side: str, samples: int) -> float:
     """`peak` in a process of its own, whose allocator returns every tensor of 1 MiB or more to the system at once."""
-    program = f"from scripts.bench_rivals import peak; print(peak({name!r}, {side!r}, {samples}))"
+    program = f"from scripts.benchmarks.bench_rivals import peak; print(peak({name!r}, {side!r}, {samples}))"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     arguments = [sys.executable, "-c", program]
     return float(subprocess.run(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout)

@@ -1,4 +1,4 @@
-"""Kill a sweep again and again: python -m scripts.faults [--kills 30] [--launcher basic]
+"""Kill a sweep again and again: python -m scripts.benchmarks.kill_a_sweep [--kills 30] [--launcher basic]
 
 A sweep of twelve cells on the digits is started, and one of its processes is ended by SIGKILL after a random time, so
 many times; then it is left to end. Its runs and its table must be those of a sweep that nothing has disturbed, bit for
@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEP = [
     *("experiment=digits_shallow", "optimizer=online_block_admm", "setting=tuned", "seeds=[0,1]", "iterations=8"),
     *("optimizer.theta_step=1e-3,3e-3,1e-2", "optimizer.beta=0.5,1", "optimizer.batch_size=64,128"),

@@ -1,0 +1,80 @@
+"""What a finished run's `run.json` says, typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from experiments.identity import CHOICES
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """The data of a run. holdout: how many training samples were its test set; 0 where it is the data set's own."""
+
+    name: str = ""
+    holdout: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What was run, from where, and how it ended. A default stands for a key that not every run has.
+
+    overrides: those of the command line that change the numbers. of_seeds: how many seeds the row has, 0 in old runs.
+    seconds: of training; None where nothing was trained. diverged: by replica, the iteration after which it was not
+    finite. kind: of the report, see `kind_of`; empty in old runs, which the experiment's declaration answers. labels,
+    scores_verification, frozen: of faces. stack: how many replicas were trained together.
+    """
+
+    experiment: str
+    method: str
+    setting: str
+    note: str | None
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    iterations: int
+    dataset: DatasetRecord
+    machine: str
+    finished: str
+    identity: str = ""
+    schema: int = 1
+    of_seeds: int = 0
+    kind: str = ""
+    commit: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    diverged: Mapping[int, int] = field(default_factory=dict)
+    stack: int | None = None
+    labels: str = ""
+    scores_verification: tuple[float, ...] = ()
+    frozen: int = 0
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The choices that enter the run's identity."""
+        return {key: getattr(self, key) for key in CHOICES}
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> RunRecord:
+        """The record of a parsed `run.json`, whose other keys do not count. Raises KeyError for a missing key."""
+        required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+        for name in sorted(required - content.keys()):
+            raise KeyError(name)
+        values = {f.name: _frozen(content[f.name]) for f in fields(cls) if f.name in content}
+        data = {f.name: content["dataset"][f.name] for f in fields(DatasetRecord) if f.name in content["dataset"]}
+        diverged = {int(replica): iteration for replica, iteration in content.get("diverged", {}).items()}
+        return cls(**values | {"dataset": DatasetRecord(**data), "diverged": diverged})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The kind of the report that a configuration declares, such as memory for `experiments.reports.memory.Memory`;
+    accuracy where it declares none."""
+    target = str((config.get("report") or {}).get("_target_", "accuracy"))
+    return target.rpartition(".")[2].lower()

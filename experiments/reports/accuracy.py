@@ -1,0 +1,161 @@
+"""Test accuracy against iteration."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
+from experiments.reports.curves import Curve, curves, ordered_settings, place, table_of
+from experiments.reports.methods import method_of
+from experiments.reports.text import in_figure
+from experiments.store import Run
+
+
+@dataclass(frozen=True)
+class Accuracy(ExperimentReport):
+    """The table and the figure of test accuracy; the score is the last one, on what is held out in a search."""
+
+    def score(self, run: Run) -> dict[int, float]:
+        """Raises ValueError where a seed has not diverged and lacks its last evaluation."""
+        record, history = run.record, run.history
+        final = history[history["iteration"] == record.iterations].set_index("replica")["test_accuracy"].dropna()
+        if len(final) + len(record.diverged) < len(record.seeds):
+            raise ValueError(f"history.csv has the last iteration of {len(final)} of {len(record.seeds)} seeds only")
+        return score_by_seed(record, final)
+
+    def headline(self, run: Run) -> tuple[float, str]:
+        (curve,) = curves([run])
+        return curve.row()["mean"], "%"
+
+    def compare(self, runs: list[Run]) -> list[Comparison]:
+        return [_comparison(curve) for curve in curves(runs)]
+
+    def table(self, runs: list[Run]) -> pd.DataFrame:
+        return table_of(curves(runs))
+
+    def figures(self, runs: list[Run]) -> dict[str, Figure]:
+        return {self.experiment: self.figure(curves(runs))}
+
+    def figure(self, curves: list[Curve]) -> Figure:
+        """Mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
+
+        One panel for each setting, with the legend below it.
+        """
+        names, order = {curve.record.setting for curve in curves}, ordered_settings(self)
+        settings = sorted(names, key=lambda name: place(name, order))
+        groups = [[curve for curve in curves if curve.record.setting == setting] for setting in settings]
+        size = 6.0 * len(settings) + 1.5, 4.6 + 0.2 * max(map(legend_lines, groups))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axes, setting, group in zip(panels, settings, groups, strict=True):
+            _plot_panel(axes, group)
+            title = in_figure(self.panels.get(setting, setting))
+            axes.set(title=title, xlabel="iteration", ylabel=accuracy_label(curves), ylim=accuracy_range(group))
+        remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in curves) else ""
+        disagree = any(curve.seeds_disagree for curve in curves)
+        remark += "; thin: the seeds of a method in which they disagree" if disagree else ""
+        figure.supxlabel(caption(self, curves, remark), fontsize=8)
+        return figure
+
+
+def _comparison(curve: Curve) -> Comparison:
+    row, record = curve.row(), curve.record
+    return Comparison(
+        curve.run,
+        record.method,
+        row["setting"],
+        ours=row["mean"],
+        paper=row["paper"],
+        std=row["std"],
+        seeds=row["seeds"],
+        iterations=row["iterations"],
+    )
+
+
+def accuracy_label(curves: Sequence[Curve]) -> str:
+    """What the column `test_accuracy` holds: held-out accuracy where that is what all curves have."""
+    held_out = all(curve.record.dataset.holdout for curve in curves)
+    return f"{'held-out' if held_out else 'test'} accuracy (%)"
+
+
+def colours(curves: Sequence[Curve]) -> list[str]:
+    """The methods' own; in turn where a method has several curves."""
+    one_each = len({curve.record.method for curve in curves}) == len(curves)
+    return [(one_each and method_of(curve.record.method).colour) or f"C{n}" for n, curve in enumerate(curves)]
+
+
+def lengths_differ(curves: Sequence[Curve]) -> bool:
+    """Whether the numbers of iterations are so different that their axis should be logarithmic."""
+    iterations = [curve.record.iterations for curve in curves]
+    return max(iterations) > 4 * min(iterations)
+
+
+def plot_curve(
+    axes: Axes,
+    curve: Curve,
+    column: str,
+    colour: str,
+    label: str,
+    x: str = "iteration",
+    highest: float = np.inf,
+    line: str = "-",
+) -> None:
+    """Plot the mean of a column of the history over the seeds, by iteration, with ±1 standard deviation shaded.
+
+    x: the column, or `iteration`, whose mean is the abscissa. highest: what the shading does not exceed.
+    """
+    statistics = curve.by_iteration(column)
+    mean, std = (statistics[name].to_numpy() for name in ("mean", "std"))
+    at = statistics.index.to_numpy() if x == "iteration" else curve.by_iteration(x)["mean"].to_numpy()
+    axes.plot(at, mean, color=colour, label=in_figure(label), linewidth=1.6, linestyle=line)
+    axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
+
+
+def legend_lines(curves: Sequence[Curve]) -> int:
+    """How many lines the legends of these curves take."""
+    return sum(1 + curve.legend.count("\n") for curve in curves)
+
+
+def _plot_panel(axes: Axes, curves: Sequence[Curve]) -> None:
+    for curve, colour in zip(curves, colours(curves), strict=True):
+        plot_curve(axes, curve, "test_accuracy", colour, curve.legend, highest=100.0)
+        if curve.seeds_disagree:
+            for _, seed in curve.history.groupby("replica"):
+                axes.plot(seed["iteration"], seed["test_accuracy"], color=colour, linewidth=0.5)
+        if curve.reference is not None:
+            axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
+    if lengths_differ(curves):
+        axes.set(xscale="log", xlim=(1, max(curve.record.iterations for curve in curves)))
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    else:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def accuracy_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The accuracies to show: from below the worst final one, or 0 if one has not learnt, to above the best."""
+    finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in curves]
+    finals += [curve.reference for curve in curves if curve.reference is not None]
+    missing = 100.0 - min(finals)
+    return 99.0 - 1.4 * missing if missing < 50.0 else 0.0, min(100.3, max(finals) + 0.25 * missing)
+
+
+def caption(report: ExperimentReport, curves: Sequence[Curve], remark: str = "") -> str:
+    """What a figure shows, of how many seeds, on which machine."""
+    of_the_paper = all(curve.is_of_the_paper for curve in curves)
+    source = f"Reproduction of {report.paper.source}: " if of_the_paper and report.paper.source else ""
+    seeds = sorted({curve.row()["seeds"] for curve in curves})
+    several = f"Mean over {' or '.join(map(str, seeds))} seeds, shaded ±1 standard deviation"
+    mean, machines = "One seed" if seeds == [1] else several, sorted({curve.record.machine for curve in curves})
+    shows = report.caption if of_the_paper else report.experiment
+    return textwrap.fill(f"{source}{shows}. {mean}{remark}. {', '.join(machines)}.", 120)

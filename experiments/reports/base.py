@@ -1,0 +1,154 @@
+"""What every kind of report on an experiment can do, and which experiment has which."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import inf
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from experiments.records import RunRecord
+from experiments.reports.paper import PaperEntry, entry_of
+from experiments.rows import CONF
+from experiments.store import Run
+
+TEST_ACCURACY = "test accuracy in percent"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The one number of a row of a table, and the paper's. run: the name of the newest of the row's runs."""
+
+    run: str
+    method: str
+    setting: str
+    ours: float
+    paper: float | None
+    std: float | None = None
+    seeds: int | None = None
+    iterations: int | None = None
+
+
+@dataclass(frozen=True)
+class ExperimentReport(ABC):
+    """The figures and tables of an experiment, functions of its runs.
+
+    caption: what the figures show. quantity: what the table holds. panels: titles of the settings, in their order.
+    reduced: the experiment of which this is less, None if this is none of that sort. needs: a file in the data sets'
+    folder without which the experiment cannot be reproduced. order: when `make reproduce` launches it; None: never.
+    """
+
+    experiment: str
+    caption: str
+    quantity: str = TEST_ACCURACY
+    panels: Mapping[str, str] = field(default_factory=dict)
+    reduced: str | None = None
+    needs: str | None = None
+    order: int | None = None
+
+    unit: ClassVar[str] = "%"  # of the paper's numbers and ours
+    measure: ClassVar[str] = "test accuracy, %"  # what they are
+    has_curves: ClassVar[bool] = True  # whether a run's history is by iteration
+
+    @abstractmethod
+    def score(self, run: Run) -> dict[int, float]:
+        """What a search maximises, percent, by seed: 0 for one that has diverged, nothing where nothing is scored."""
+
+    @abstractmethod
+    def headline(self, run: Run) -> tuple[float, str]:
+        """The one number of a run alone, and its unit."""
+
+    def numbers(self, run: Run) -> dict[str, float]:
+        """All that was measured at the end of a run, by name: means over the replicas that have not diverged."""
+        history = run.history
+        ended = history[~history["replica"].isin(run.record.diverged)]
+        means = ended.groupby("replica").tail(1).mean(numeric_only=True).drop(["replica", "seed"])
+        return {str(name): float(mean) for name, mean in means.items()}
+
+    @abstractmethod
+    def compare(self, runs: list[Run]) -> list[Comparison]:
+        """The number of each row of the table, with the paper's where it has one for this row."""
+
+    @abstractmethod
+    def table(self, runs: list[Run]) -> pd.DataFrame:
+        """The table; its index has the name of each row's newest run. runs: from the oldest to the newest."""
+
+    @abstractmethod
+    def figures(self, runs: list[Run]) -> dict[str, Figure]:
+        """The figures by name."""
+
+    def further_tables(self, runs: list[Run]) -> dict[str, pd.DataFrame]:
+        """Other tables by name."""
+        return {}
+
+    @property
+    def kind(self) -> str:
+        """The kind's name, as run.json has it."""
+        return type(self).__name__.lower()
+
+    @property
+    def paper(self) -> PaperEntry:
+        """The paper's numbers for the experiment."""
+        return entry_of(self.experiment)
+
+    @property
+    def stated(self) -> Mapping[str, float]:
+        """Those of the paper's numbers that `compare` sets ours beside, by method."""
+        return self.paper.accuracy
+
+    @property
+    def text(self) -> str:
+        """Where the experiment is in the paper, and the caption."""
+        return f"The paper's {self.paper.source}. {self.caption}." if self.paper.source else f"{self.caption}."
+
+    def title(self, runs: Sequence[Run]) -> str:
+        """The title of the table of these runs."""
+        held_out = all(run.record.dataset.holdout for run in runs)
+        quantity = self.quantity.replace("test accuracy", "held-out accuracy") if held_out else self.quantity
+        return f"{self.experiment}: {quantity}"
+
+
+def score_by_seed(record: RunRecord, by_replica: pd.Series[float]) -> dict[int, float]:
+    """The scores of a run's seeds; 0 for one that has diverged. by_replica: of the others, percent."""
+    scores = dict(zip(by_replica.index.tolist(), by_replica.tolist(), strict=True))
+    scores |= dict.fromkeys(record.diverged, 0.0)
+    return {record.seeds[replica]: score for replica, score in scores.items()}
+
+
+def report_of(experiment: str, kind: str = "") -> ExperimentReport:
+    """The report that conf/experiment/<experiment>.yaml declares. An experiment that is not in conf has one of this
+    kind, accuracy by default, with its name as the caption."""
+    return declared_reports().get(experiment) or _make(experiment, {"_target_": _target(kind or "accuracy")})
+
+
+def report_on(run: Run) -> ExperimentReport:
+    """The report of a run's experiment."""
+    return report_of(run.record.experiment, run.record.kind)
+
+
+def declared_reports() -> Mapping[str, ExperimentReport]:
+    """The reports of the committed experiments by name, in the order of `make reproduce`."""
+    return _read(CONF / "experiment")
+
+
+@cache
+def _read(folder: Path) -> Mapping[str, ExperimentReport]:
+    nodes = {path.stem: OmegaConf.select(OmegaConf.load(path), "report") for path in sorted(folder.glob("*.yaml"))}
+    reports = [_make(experiment, node) for experiment, node in nodes.items() if node]
+    return {report.experiment: report for report in sorted(reports, key=lambda report: report.order or inf)}
+
+
+def _make(experiment: str, node: Any) -> ExperimentReport:
+    return instantiate({"caption": experiment, **node}, experiment=experiment, _convert_="all")  # type: ignore[no-any-return]
+
+
+def _target(kind: str) -> str:
+    return f"experiments.reports.{kind}.{kind.capitalize()}"

@@ -1,0 +1,164 @@
+"""Runs as the rows of a table and the curves of a figure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from experiments.records import RunRecord
+from experiments.reports.base import ExperimentReport, report_of
+from experiments.reports.methods import method_of, methods
+from experiments.reports.paper import PaperEntry
+from experiments.store import Run
+
+REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides that make less of an experiment
+OF_THE_PAPER = ("iterations=", "seeds=", "evaluate_every=", "dtype=", "optimizer.")  # those that leave it the paper's
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run, or several that differ in their seeds alone. runs: their names in the store, the newest first."""
+
+    runs: tuple[str, ...]
+    record: RunRecord
+    history: pd.DataFrame
+
+    @property
+    def run(self) -> str:
+        """The newest, which the row leads to."""
+        return self.runs[0]
+
+    @property
+    def report(self) -> ExperimentReport:
+        return report_of(self.record.experiment, self.record.kind)
+
+    @property
+    def label(self) -> str:
+        """The method's name in tables."""
+        return method_of(self.record.method).label
+
+    @property
+    def setting(self) -> str:
+        """The setting's name, whether it is reduced (less than the paper's), and what is to be known of the run."""
+        record, seeds = self.record, self.history["replica"].nunique()
+        is_reduced = self.report.reduced or any(override.startswith(REDUCING) for override in record.overrides)
+        name = f"{'reduced ' if is_reduced else ''}{record.setting}"
+        parts = [f"{name}: {record.note}" if record.note else name, *record.overrides]
+        parts += [f"{seeds} of {record.of_seeds} seeds"] if seeds < record.of_seeds else []
+        diverged = seeds - len(self._final())
+        return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
+
+    @property
+    def legend(self) -> str:
+        row = self.row()
+        published = {"paper": self.reference, "its authors": self.authors}
+        others = ", ".join(f"{who} {value}" for who, value in published.items() if value is not None)
+        others = f" ({others})" if others else ""
+        spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
+        remark = self.setting.removeprefix(self.record.setting).lstrip(":, ")
+        return textwrap.fill(f"{self.label}{f', {remark}' if remark else ''}: {row['mean']:.2f}{spread} %{others}", 100)
+
+    @property
+    def reference(self) -> float | None:
+        """The paper's number for this method in this experiment, percent; None in a setting that it does not have."""
+        is_beyond = self.record.setting in self._paper.beyond
+        return None if is_beyond else self._paper.accuracy.get(self.record.method)
+
+    @property
+    def authors(self) -> str | None:
+        """What a baseline's own authors publish for this experiment, percent."""
+        return self._paper.authors.get(self.record.method)
+
+    @property
+    def _paper(self) -> PaperEntry:
+        """The paper's numbers for the experiment, none if the run is not of it."""
+        return self.report.paper if self.is_of_the_paper else PaperEntry()
+
+    @property
+    def is_of_the_paper(self) -> bool:
+        """Whether the command line has left the data, the network and the loss as the experiment has them."""
+        return all(override.startswith(OF_THE_PAPER) for override in self.record.overrides)
+
+    def by_iteration(self, column: str) -> pd.DataFrame:
+        """Mean and sample standard deviation over the replicas, by iteration."""
+        return self.history.groupby("iteration")[column].agg(["mean", "std"]).fillna({"std": 0.0})
+
+    def after_training(self) -> Curve:
+        """Without the evaluation before the first iteration."""
+        return replace(self, history=self.history[self.history["iteration"] > 0])
+
+    def _final(self) -> pd.Series[float]:
+        is_last = self.history["iteration"] == self.record.iterations
+        final: pd.Series[float] = self.history.loc[is_last, "test_accuracy"]
+        return final
+
+    @property
+    def seeds_disagree(self) -> bool:
+        """Whether some seeds learn and others do not, so that their mean and deviation describe none."""
+        return bool(self._final().std() > 10.0)
+
+    def row(self) -> dict[str, Any]:
+        """Test accuracy of the replicas that reached the last iteration, in percent."""
+        final = self._final()
+        return {
+            "method": self.label,
+            "setting": self.setting,
+            "paper": self.reference,
+            **({"authors": self.authors} if self.authors else {}),
+            "mean": round(final.mean(), 2),
+            "std": round(final.std(), 2),
+            "seeds": len(final),
+            "iterations": self.record.iterations,
+            "machine": self.record.machine,
+        }
+
+
+def curves(runs: Sequence[Run]) -> list[Curve]:
+    """The newest run of each method, setting and overrides, with those that join it, in the order of the methods and of
+    the panels. runs: of one experiment, from the oldest to the newest."""
+    rows: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        record = run.record
+        rows.setdefault((record.method, record.setting, *record.overrides), []).append(run)
+
+    def rank(curve: Curve) -> tuple[Any, ...]:
+        record = curve.record
+        of_method = place(record.method, list(methods()))
+        return of_method, place(record.setting, ordered_settings(curve.report)), record.overrides
+
+    return sorted(map(_joined, rows.values()), key=rank)
+
+
+def _joined(runs: list[Run]) -> Curve:
+    """The last of these runs, with the seeds of those before it that differ from it in their seeds alone."""
+    *former, newest = runs
+    curve = Curve((newest.name,), newest.record, newest.history)
+    for run in reversed(former):
+        history, present = run.history, curve.history
+        more = history[~history["seed"].isin(present["seed"])] if "seed" in history else history[:0]
+        if len(more) and run.row == newest.row:
+            more = more.assign(replica=more["replica"] + present["replica"].max() + 1)
+            machines = dict.fromkeys((curve.record.machine, run.record.machine))
+            record = replace(curve.record, machine=", ".join(machines))
+            curve = Curve((*curve.runs, run.name), record, pd.concat([present, more]))
+    return curve
+
+
+def ordered_settings(report: ExperimentReport) -> list[str]:
+    """The settings that have a panel, else tuned, which comes first."""
+    return list(report.panels) or ["tuned"]
+
+
+def place(name: str, order: list[str]) -> tuple[int, str]:
+    """To sort names by an order, those that it does not have last and by themselves."""
+    return (order.index(name), "") if name in order else (len(order), name)
+
+
+def table_of(curves: Sequence[Curve], row: Callable[[Curve], dict[str, Any]] = Curve.row) -> pd.DataFrame:
+    """A row for each curve: paper and measured side by side, accuracies in percent, `std` over seeds; or what `row`
+    makes of it."""
+    return pd.DataFrame([row(curve) for curve in curves], index=[curve.run for curve in curves])

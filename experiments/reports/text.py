@@ -1,0 +1,49 @@
+"""Tables as text: of a page in Markdown, and of a terminal.
+
+Markdown is written here as `pandas.DataFrame.to_markdown` pads its cells, and neither escapes bars nor joins lines."""
+
+from __future__ import annotations
+
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def cells(table: pd.DataFrame) -> list[list[str]]:
+    """A table's values as text, row by row: two decimals, a dash for what is missing."""
+
+    def text(value: object) -> str:
+        return "–" if pd.isna(value) else f"{value:.2f}" if isinstance(value, float) else str(value)  # type: ignore[call-overload]
+
+    return [[text(value) for value in row] for row in table.itertuples(index=False)]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown."""
+    lines = [list(map(in_markdown, table.columns)), ["---"] * len(table.columns)]
+    lines += [list(map(in_markdown, row)) for row in cells(table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_markdown(text: str) -> str:
+    """A text as a cell of a table, on one line and without a bar that would end it."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def in_figure(text: str) -> str:
+    """A text for Matplotlib, whose dollars are not formulas."""
+    return text.replace("$", r"\$")
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """Print a table to the terminal."""
+    printed = Table(title=escape(title))
+    for column in table.columns:
+        printed.add_column(
+            escape(column), justify="right" if is_numeric_dtype(table[column]) else "left", overflow="fold"
+        )
+    for row in cells(table):
+        printed.add_row(*map(escape, row))
+    Console(width=None if Console().is_terminal else 140).print(printed)

@@ -1,0 +1,58 @@
+"""Figure 5: test accuracy against training seconds, drawn from the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from experiments.reports.accuracy import Accuracy, caption, legend_lines, plot_curve
+from experiments.reports.curves import Curve, curves, table_of
+from experiments.reports.methods import method_of
+from experiments.store import Run
+
+TARGETS = (90, 93, 95, 97)  # test accuracy, percent
+
+
+@dataclass(frozen=True)
+class Walltime(Accuracy):
+    """Seconds to reach each target, and accuracy against seconds."""
+
+    def table(self, runs: list[Run]) -> pd.DataFrame:
+        return table_of(curves(runs), times)
+
+    def figures(self, runs: list[Run]) -> dict[str, Figure]:
+        by_method = curves(runs)
+        figure = Figure(figsize=(7.5, 4.6 + 0.2 * legend_lines(by_method)), layout="constrained")
+        axes = figure.subplots()
+        for number, curve in enumerate(by_method):
+            trained = curve.after_training()  # no 0 on a logarithmic axis
+            colour = method_of(curve.record.method).colour or f"C{number}"
+            plot_curve(axes, trained, "test_accuracy", colour, curve.legend, "seconds", highest=100.0)
+        axes.set(xlabel="training time of one seed (s)", ylabel="test accuracy (%)", xscale="log", ylim=(70, 100.3))
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        remark = ". Set-up, data and evaluation excluded; the optimizers take turns in one process"
+        figure.supxlabel(caption(self, by_method, remark), fontsize=8)
+        return {self.experiment: figure}
+
+
+def times(curve: Curve) -> dict[str, Any]:
+    """Mean training seconds of a seed until an iteration ends at a target or above, if every seed gets there."""
+    row = curve.row()
+    to_targets = {f"{target} %": seconds_to(curve.history, target) for target in TARGETS}
+    ends = curve.history.groupby("replica")["seconds"].max()
+    named = {name: row[name] for name in ("method", "setting")}
+    of_accuracy = {name: row[name] for name in ("mean", "std", "seeds", "iterations", "machine")}
+    return named | to_targets | {"total s": ends.mean()} | of_accuracy
+
+
+def seconds_to(history: pd.DataFrame, target: float) -> float:
+    """Mean over the seeds, NaN unless all reach it."""
+    first = history[history["test_accuracy"] >= target].groupby("replica")["seconds"].min()
+    return float(first.mean()) if len(first) == history["replica"].nunique() else float("nan")

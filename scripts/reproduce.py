@@ -1,0 +1,46 @@
+"""Run every experiment that has not been run, in the order that gives results early:
+python -m scripts.reproduce [--full] [key=value ...]
+
+Each is `run.py experiment=<name> key=value ...`, and the rows of it that its sweep does not have. The order is
+`report.order` of conf/experiment/*.yaml; an experiment whose data (`report.needs`) are not there is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments.reports.base import declared_reports
+from experiments.reports.results_page import further_rows
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("ADMM_DATA", "data"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="of a reduced experiment the one that it is less than")
+    options, overrides = parser.parse_known_args()
+    for launch in launches(options.full):
+        done = subprocess.run([sys.executable, str(ROOT / "run.py"), *launch, *overrides])
+        if done.returncode:
+            sys.exit(done.returncode)
+
+
+def launches(full: bool = False) -> Iterator[Sequence[str]]:
+    """The arguments of each launch."""
+    for report in declared_reports().values():
+        if report.order is None or (report.needs and not (DATA / report.needs).exists()):
+            continue
+        name = report.reduced if full and report.reduced else report.experiment
+        yield (f"experiment={name}",)
+        for optimizer, setting in further_rows(name):
+            yield f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}"
+
+
+if __name__ == "__main__":
+    main()
