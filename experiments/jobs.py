@@ -103,10 +103,11 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     origin = provenance(device, plain)
     overrides, by_seed = own_overrides(config, launch), config.task == TASK
     slot = slot_of_job(config, launch, overrides, identity(plain, dataset.sha256))
-    if by_seed:
-        found = runs_of_row(slot, plain, dataset.sha256)
-    else:
-        found = [Run(slot.folder)] if slot.folder.exists() else []
+    found = (
+        runs_of_row(slot, plain, dataset.sha256)
+        if by_seed
+        else [run for run in [Run(slot.folder)] if run.folder.exists()]
+    )
     there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
     if by_seed and not config.force:
         plain["seeds"] = seeds_to_run(config.seeds, there)
@@ -115,6 +116,11 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     info = record(config, launch, overrides, plain["seeds"], slot, dataset.sha256) | origin
     joined = [run for run in there if run != own]
     return Job(dataset, slot, info, plain, joined, again=own in found and own not in there)
+
+
+def finished_in(slot: Slot) -> list[Run]:
+    """The one run of a place, if there is one."""
+    return [Run(slot.folder)] if slot.folder.exists() else []
 
 
 def check_job(config: DictConfig, launch: Launch) -> None:

@@ -73,7 +73,9 @@ class TableRows:
         if setting in (None, DEFAULT):
             return []
         of_method = f" of optimizer={method}" if method else ""
-        raise ValueError(f"setting: {setting!r} is no row{of_method} in experiment={self.experiment}; {self.in_words()}")
+        raise ValueError(
+            f"setting: {setting!r} is no row{of_method} in experiment={self.experiment}; {self.in_words()}"
+        )
 
     def in_words(self) -> str:
         """Which rows there are, for messages."""

@@ -61,6 +61,9 @@ NEUTRAL = (
     "outputs",
     "logger",
     "note",
+    "rows",
+    "committed_seeds",
+    "report",
 )
 
 

@@ -28,11 +28,12 @@ from stores import info, put
 from admm.data import load
 from admm.files import WriteError, whole
 from admm.training import CheckpointError, read_checkpoint
-from experiments.classification import Job, execute
+from experiments.jobs import Job
 from experiments.provenance import commit
 from experiments.reports.report import curves, report
 from experiments.store import Run, Slot, determining, finished_runs, identity, oldest_first, slot_of
 from experiments.tasks import walltime
+from experiments.tasks.classification import execute
 from scripts import store
 from scripts.store import problems, unreadable
 

@@ -39,11 +39,10 @@ from admm.files import WriteError, whole, writing
 from admm.optimizers import Problem
 from admm.optimizers.protocol import save, size
 from admm.training import History
-from experiments import classification
-from experiments.classification import bad_input_in_words
+from experiments import device, training
+from experiments.errors import BadInput, user_errors
 from experiments.hints import hints
 from experiments.launching import failures, stacking
-from experiments.launching.failures import BadInput
 from experiments.launching.stacking import (
     Cell,
     Share,
@@ -58,6 +57,7 @@ from experiments.launching.study import held, take_up, wait_for
 from experiments.loggers import Guarded, WandbLogger
 from experiments.reports.searches import rankings, write
 from experiments.store import LEFT, Run, Slot, launched_runs, mean_score, slot_of
+from experiments.tasks import classification
 from scripts import faults
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def test_a_limit_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_threads_of_one_job_are_not_the_next_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.classification.THREADS", 2)
+    monkeypatch.setattr(device, "THREADS", 2)
     former = torch.get_num_threads()
     for threads, recorded in (("1", "1 thread"), ("null", "2 threads")):
         launch(tmp_path / threads, "optimizer=sgd", f"threads={threads}", "iterations=1", "seeds=[0]")
@@ -478,14 +478,14 @@ def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
 
 def test_a_stack_that_fails_leaves_its_cells_to_their_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that is too large does; of the cells, one fails alone, too."""
-    real = classification.train
+    real = training.train
 
     def train(problem: Problem, optimizer: Any, state: Any, *rest: Any, **options: Any) -> History:
         if len(state.seeds) > 1 or optimizer.step_size == 0.1:
             raise torch.OutOfMemoryError("of the device")
         return real(problem, optimizer, state, *rest, **options)
 
-    monkeypatch.setattr(classification, "train", train)
+    monkeypatch.setattr(training, "train", train)
     with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit, match=r"error: .*OutOfMemoryError: of the"):
         multirun(*GRID, *places(tmp_path), *NEAR, "optimizer.step_size=0.1,0.2,0.3", "hydra/launcher=stacked")
     assert "sgd-tuned-stack failed, its cells are run one by one: " in printed.getvalue()
@@ -537,7 +537,7 @@ def broken(error: Exception) -> None:
     ],
 )  # fmt: skip
 def test_an_error_of_an_own_model_is_told_with_its_type(error: Exception, message: str) -> None:
-    with pytest.raises(BadInput) as told, bad_input_in_words():
+    with pytest.raises(BadInput) as told, user_errors():
         instantiate({"_target_": "test_sweeps.broken", "error": error})
     assert str(told.value) == message
 

@@ -14,22 +14,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from hydra.conf import HydraConf
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.utils import get_method
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from pandas.api.types import is_numeric_dtype
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from admm.files import whole
-from experiments.launching.failures import failed, failures_end_the_program, run_task
-from experiments.store import LEFT, Run, failed_writes_in_words, finished_runs, launched_runs
+from experiments.launching.failures import failures_end_the_program
+from experiments.overrides import keeps_the_paper_s_experiment, reduces
+from experiments.store import Run, failed_writes_in_words, finished_runs, launched_runs
 
 log = logging.getLogger(__name__)
 # Okabe & Ito's colours, told apart with any common colour blindness.
@@ -45,7 +44,6 @@ COLOURS = {
     "adam": "#CC79A7",
 }
 Content = tuple[pd.DataFrame, dict[str, Figure]]  # a table, its index the names of its rows' runs; figures by name
-REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides that make less of an experiment
 
 
 @cache
@@ -76,7 +74,7 @@ class Curve:
         """The setting's name, whether it is reduced (less than the paper's), and what is to be known of the run."""
         given = self.info["overrides"]
         experiment = paper()["experiments"].get(self.info["experiment"], {})
-        less = any(override.startswith(REDUCING) for override in given) or experiment.get("reduced", False)
+        less = any(map(reduces, given)) or experiment.get("reduced", False)
         name = f"{'reduced ' if less else ''}{self.info['setting']}"
         note = [f"{name}: {self.info['note']}" if self.info["note"] else name]
         parts = [*note, *given]
@@ -117,8 +115,7 @@ class Curve:
     @property
     def is_of_the_paper(self) -> bool:
         """Whether the command line has left the data, the network and the loss as the experiment has them."""
-        kept = ("iterations=", "seeds=", "evaluate_every=", "dtype=", "optimizer.")
-        return all(override.startswith(kept) for override in self.info["overrides"])
+        return all(map(keeps_the_paper_s_experiment, self.info["overrides"]))
 
     def by_iteration(self, column: str) -> pd.DataFrame:
         """Mean and sample standard deviation over the replicas, by iteration."""
@@ -395,7 +392,7 @@ def show(result: pd.DataFrame, title: str) -> None:
 
 
 class Report(Callback):
-    """At the end of a launch: runs that have been left to other processes, then the experiment's figure and table.
+    """At the end of a launch: the experiment's figure and table.
 
     They show the results store, in `<results>/figures` and `<results>/tables`; but where a run of the launch has
     values of its own from the command line, the launch's runs alone, in the launch's folder.
@@ -407,22 +404,7 @@ class Report(Callback):
 
     @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        launch = Path(config.hydra.sweep.dir)
-        for job in sorted(note.parent for note in launch.rglob(LEFT)):
-            try:
-                self._come_back_to(job)
-            except Exception as error:
-                failed(job, error, config.hydra.verbose)
-        self._report(config, launch)
-
-    def _come_back_to(self, job: Path) -> None:
-        """Wait for the run of a job whose folder in the launch this is, or make it if its process has died."""
-        folder, own = job / ".hydra", OmegaConf.create({"hydra": HydraConf})
-        with open_dict(own.hydra):
-            own.merge_with(OmegaConf.load(folder / "hydra.yaml"))
-        HydraConfig.instance().set_config(own)
-        config: Any = OmegaConf.load(folder / "config.yaml")
-        run_task(config)
+        self._report(config, Path(config.hydra.sweep.dir))
 
     def _report(self, config: DictConfig, launch: Path) -> None:
         by_experiment: dict[str, list[Run]] = {}

@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from admm.files import whole
 from experiments.paths import in_full
 from experiments.reports.report import content, curves, further_tables, markdown, paper, place
 from experiments.reports.searches import read
-from experiments.rows import CONF, inherited
+from experiments.rows import CONF, TableRows
 from experiments.store import Run, experiments_in, failed_writes_in_words, finished_runs
 
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
@@ -137,19 +137,10 @@ def not_run(found: dict[str, list[Run]]) -> str:
 
 
 def rows_of(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of an experiment's sweep or race, and of its other settings of single optimizers."""
-    config = inherited(CONF / "experiment" / f"{experiment}.yaml")
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
-    swept = list(product(optimizers, params.get("setting", "tuned").split(",")))
-    if "raw" in optimizers:  # which has no rank
-        swept = [("raw", "default"), *(row for row in swept if row[0] != "raw")]
-    own = {
-        (optimizer, path.parent.name)
-        for optimizer in optimizers
-        for path in CONF.glob(f"settings/*/{experiment}_{optimizer}.yaml")
-    }
-    return [*swept, *sorted(own - set(swept))]
+    """(optimizer, setting) of the rows that an experiment lists, and of the others in its own folder."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        table = TableRows.of(experiment, compose("config", [f"experiment={experiment}"]).rows)
+    return [(row.method, row.setting) for row in (*table.listed, *table.others)]
 
 
 def experiment(name: str, runs: list[Run]) -> Iterator[str]:
@@ -184,7 +175,7 @@ def estimate(found: dict[str, list[Run]], bench: pd.Series[float]) -> Iterator[s
     if "cifar10_resnet18" in found or not set(parts) <= set(bench.index):
         return
     config = OmegaConf.load(CONF / "experiment/cifar10_resnet18.yaml")
-    epochs, seeds = config.iterations, len(OmegaConf.load(CONF / "config.yaml").seeds)
+    epochs, seeds = config.iterations, len(OmegaConf.load(CONF / "config.yaml").committed_seeds)
     sgd, online, evaluation = (bench[part] for part in parts)
     each = [(flops + evaluation) * epochs * seeds / GPU_TFLOPS / 3600 for flops in (sgd, online)]
     yield "## Figure 7 at full size: an estimate"

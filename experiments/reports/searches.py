@@ -11,17 +11,16 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import RangeSweep
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, read_write
 
 from admm.files import whole
-from experiments.launching.failures import BadInput
+from experiments.errors import BadInput
+from experiments.overrides import is_searched, parse
 from experiments.reports.report import in_figure
 from experiments.store import Run, scores
 
-FIXED = ("dataset", "seeds=", "iterations=", "search=")  # overrides that are not what is searched for
 FOUND = ("held-out", "seeds", "iterations", "samples held out")  # columns after those that are
 FEW = 6  # values of a hyperparameter, which its axis names
 WIDE = 4.0  # the quotient of a hyperparameter's largest and smallest value from which on its axis is logarithmic
@@ -44,7 +43,7 @@ def without_end(override: str) -> str:
 
     Raises BadInput for a range without values.
     """
-    space = OverridesParser.create().parse_override(override).value()
+    space = parse([override])[0].value()
     if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
         return override
     first, step = Decimal(str(space.start)), Decimal(str(space.step))
@@ -84,7 +83,7 @@ def ranking(runs: Iterable[Run]) -> pd.DataFrame:
 def line(row: Sequence[Run]) -> dict[str, Any]:
     """A configuration: its setting, the values searched over, its score, and how many seeds have not diverged."""
     info, by_seed = row[-1].info, scores(row)
-    searched = [override for override in info["overrides"] if not override.startswith(FIXED)]
+    searched = filter(is_searched, info["overrides"])
     values: dict[str, Any] = {key: value for key, _, value in (override.partition("=") for override in searched)}
     diverged = {run.info["seeds"][int(replica)] for run in row for replica in run.info.get("diverged", ())}
     seeds = len(by_seed.keys() - diverged)
