@@ -103,11 +103,7 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     origin = provenance(device, plain)
     overrides, by_seed = own_overrides(config, launch), config.task == TASK
     slot = slot_of_job(config, launch, overrides, identity(plain, dataset.sha256))
-    found = (
-        runs_of_row(slot, plain, dataset.sha256)
-        if by_seed
-        else [run for run in [Run(slot.folder)] if run.folder.exists()]
-    )
+    found = runs_of_row(slot, plain, dataset.sha256) if by_seed else finished_in(slot)
     there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
     if by_seed and not config.force:
         plain["seeds"] = seeds_to_run(config.seeds, there)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
 from experiments.rows import DEFAULT, Row
 
@@ -39,7 +40,7 @@ class Launch:
         return cls.of(HydraConfig.get())
 
     @classmethod
-    def of(cls, hydra: DictConfig) -> Launch:
+    def of(cls, hydra: Any) -> Launch:
         """Of the node `hydra` of a job's configuration."""
         choices, sweeper = hydra.runtime.choices, hydra.sweeper._target_
         return cls(
@@ -68,6 +69,6 @@ class Launch:
         return self.row.setting if self.row else DEFAULT
 
 
-def conf_folders(hydra: DictConfig) -> tuple[Path, ...]:
+def conf_folders(hydra: Any) -> tuple[Path, ...]:
     """The folders that Hydra has searched for configuration."""
     return tuple(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")

@@ -433,9 +433,8 @@ def is_text_without_encoding(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     given = {word.arg: ast.unparse(word.value) for word in call.keywords}
     mode = given.get("mode", " ".join(ast.unparse(part) for part in call.args if isinstance(part, ast.Constant)))
-    is_file = name in ("read_text", "write_text") or (
-        name == "open" and "b" not in mode and ast.unparse(call.func) not in ("os.open", "Image.open", "logger.open")
-    )
+    is_text = "b" not in mode and not ast.unparse(call.func).endswith(("os.open", "Image.open", "logger.open"))
+    is_file = name in ("read_text", "write_text") or (name == "open" and is_text)
     return "encoding" not in given and (is_file or given.get("text") == "True")
 
 

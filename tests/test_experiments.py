@@ -9,6 +9,7 @@ import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -266,7 +267,7 @@ def test_a_row_has_its_values_and_starts(path: Path) -> None:
     row = [f"experiment={path.parent.name}", f"row={path.parent.name}/{path.stem}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", overrides=[*row, "dataset=digits", "dataset.first=null"])
-    own = OmegaConf.load(path)
+    own: Any = OmegaConf.load(path)
     del own["defaults"]
     assert OmegaConf.merge(config, own) == config  # every value has arrived
     if "epoch_parts" in config.optimizer:

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import launches
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from launches import Launch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from scipy.optimize import nnls
@@ -497,7 +497,7 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
     faces += [f"{key}={tmp_path}/{key}" for key in ("results", "outputs")] + [f"dataset.root={tmp_path}/data"]
 
     def launch(*arguments: str) -> list[Run]:
-        done = Launch(*faces, *arguments, script=driver, folder=tmp_path).wait()
+        done = launches.Launch(*faces, *arguments, script=driver, folder=tmp_path).wait()
         assert done.returncode == 0, done.stderr
         return finished_runs(tmp_path / "outputs", "lfw_proxy")
 
