@@ -102,7 +102,8 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     plain["setting"] = launch.setting
     origin = provenance(device, plain)
     overrides, by_seed = own_overrides(config, launch), config.task == TASK
-    slot = slot_of_job(config, launch, overrides, identity(plain, dataset.sha256))
+    root = Path(config.outputs if overrides else config.results)
+    slot = Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity(plain, dataset.sha256))
     found = runs_of_row(slot, plain, dataset.sha256) if by_seed else finished_in(slot)
     there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
     if by_seed and not config.force:
@@ -134,12 +135,6 @@ def own_overrides(config: DictConfig, launch: Launch) -> list[str]:
     if config.task == TASK and set(config.seeds) <= set(config.committed_seeds):
         return [override for override in own if key_of(override) != "seeds"]
     return own
-
-
-def slot_of_job(config: DictConfig, launch: Launch, overrides: Sequence[str], identity: str) -> Slot:
-    """The run's place: among the committed experiments only without values of its own."""
-    root = Path(config.outputs if overrides else config.results)
-    return Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity)
 
 
 def seeds_to_run(asked: Sequence[int], there: Sequence[Run]) -> list[int]:

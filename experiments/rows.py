@@ -13,14 +13,9 @@ DEFAULT = "default"  # the setting of a run without a row: the optimizer's own d
 
 @dataclass(frozen=True)
 class Row:
-    """A row, named as its file conf/row/<name>.yaml: <experiment>/<method>-<setting>."""
+    """A row, named as its file conf/row/<name>.yaml: <experiment>/<method>-<setting>. Other experiments may have it, too."""
 
     name: str
-
-    @property
-    def experiment(self) -> str:
-        """The folder of its file; other experiments may have the row, too."""
-        return self.name.rpartition("/")[0]
 
     @property
     def method(self) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,31 +59,33 @@ def train_or_resume(
     return state, history
 
 
+@dataclass(frozen=True)
 class Observer:
-    """Sees a run's rows as they come: sends them to the logger, shows progress, warns of replicas that diverge."""
+    """Sees a run's rows as they come: sends them to the logger, shows progress, warns of replicas that diverge.
 
-    def __init__(
-        self, logger: Logger = NO_LOGGER, shown: str = "test_accuracy", names: Sequence[str] | None = None
-    ) -> None:
-        """logger: is opened, and left open. shown: the quantity that the progress shows, in percent. names: of the
-        replicas, None for their seeds."""
-        self.logger, self.shown, self.names = logger, shown, names
-        self.reported: set[int] = set()
+    logger: is opened, and left open. shown: the quantity that the progress shows, in percent. names: of the replicas;
+    None for their seeds.
+    """
+
+    logger: Logger = NO_LOGGER
+    shown: str = "test_accuracy"
+    names: Sequence[str] | None = None
 
     @contextmanager
-    def watch(self, config: DictConfig, job: Job) -> Iterator[Any]:
-        """The function for `train`'s `observe`, while the run is trained."""
+    def watch(self, config: DictConfig, job: Job) -> Iterator[Callable[[list[Row], History], None]]:
+        """What `admm.training.train` calls as its `observe`, while a run is trained."""
         self.logger.open(job.info, job.config)
         write_start_record(job.slot, job.info)
         names = self.names or [f"seed {seed}" for seed in job.info["seeds"]]
+        reported: set[int] = set()
         shows = RunProgress(job.slot.name, config.iterations, config.progress, self.shown.replace("_", " "))
 
         def observe(rows: list[Row], history: History) -> None:
             self.logger.log(rows)
-            for replica in history.diverged.keys() - self.reported:
+            for replica in history.diverged.keys() - reported:
                 iteration = history.diverged[replica]
                 log.warning("%s: %s diverged (not finite after iteration %d)", job.slot.name, names[replica], iteration)
-                self.reported.add(replica)
+                reported.add(replica)
             if rows:
                 last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
                 mean = sum(row[self.shown] for row in last) / len(last)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def not_run(found: dict[str, list[Run]]) -> str:
     return f"Not run: {'; '.join(missing)}." if missing else "Everything has been run."
 
 
+@cache
 def rows_of(experiment: str) -> list[tuple[str, str]]:
     """(optimizer, setting) of the rows that an experiment lists, and of the others in its own folder."""
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -87,17 +87,17 @@ def run(config: DictConfig, launch: Launch) -> None:
 
 def check_race(config: DictConfig, launch: Launch) -> None:
     """Raises ValueError for what only a single optimizer's run can have."""
-    if any(key_of(override) == "optimizer" for override in launch.overrides):
+    if any(key_of(override) in ("optimizer", "row") for override in launch.overrides):
         raise ValueError("optimizer: a race has several; optimizers=[sgd,gotmare] chooses them")
     if not isinstance(config.optimizers, ListConfig) or not config.optimizers:
         raise ValueError(f"optimizers: {config.optimizers!r} is not a list of optimizers, such as [sgd,gotmare]")
 
 
 def job_of(method: str, config: DictConfig, launch: Launch) -> Job:
-    """Of an optimizer in the race: the first of its rows, with the command line's overrides."""
+    """Of an optimizer in the race: its first row that fits, with the command line's overrides."""
     table = TableRows.of(launch.experiment, config.rows, launch.conf)
     row = next(iter(table.chosen(method, config.setting)), None)
-    own = [override for override in launch.overrides if key_of(override) not in ("row", "setting")]
+    own = [override for override in launch.overrides if key_of(override) != "setting"]
     chosen = compose("config", [*own, f"row={row.name}" if row else f"optimizer={method}"])
     return find_job(chosen, replace(launch, method=method, row=row))
 
