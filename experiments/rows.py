@@ -13,7 +13,7 @@ DEFAULT = "default"  # the setting of a run without a row: the optimizer's own d
 
 @dataclass(frozen=True)
 class Row:
-    """A row, named as its file conf/row/<name>.yaml: <experiment>/<method>-<setting>. Other experiments may have it, too."""
+    """A row, named as its file conf/row/<name>.yaml: <experiment>/<method>-<setting>. Others may have it, too."""
 
     name: str
 

@@ -43,6 +43,7 @@ from experiments import device, training
 from experiments.errors import BadInput, user_errors
 from experiments.hints import hints
 from experiments.launching import failures, stacking
+from experiments.launching.rows import Rows
 from experiments.launching.stacking import (
     Cell,
     Share,
@@ -881,6 +882,12 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
     assert list(table["a.b"]) == [3, 2, 1] and "written" in capsys.readouterr().out
 
 
+def chosen(config: DictConfig) -> DictConfig:
+    """The configuration of a launch, whose rows have been chosen."""
+    Rows().on_multirun_start(config)
+    return config
+
+
 def test_the_searches_of_the_readme_compose() -> None:
     """Each cell of the grid; Optuna's choices are among them."""
     lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
@@ -893,9 +900,9 @@ def test_the_searches_of_the_readme_compose() -> None:
     assert spaces
     for arguments in spaces:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            space = compose("config", list(arguments), return_hydra_config=True).hydra.sweeper.params
-            overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in space.items()), *arguments])
-            ((*cells,),) = BasicSweeper.split_arguments(overrides, None)
+            hydra = chosen(compose("config", list(arguments), return_hydra_config=True)).hydra
+            overrides = [*(f"{k}={v}" for k, v in hydra.sweeper.params.items()), *hydra.overrides.task]
+            ((*cells,),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
             assert len(cells) == 18 and all(compose("config", cell).dataset.holdout == 10000 for cell in cells)
 
 
