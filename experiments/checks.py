@@ -109,7 +109,10 @@ def check_row(config: DictConfig, launch: Launch) -> None:
         file = f"conf/row/{launch.row.name}.yaml"
         raise ValueError(f"row: {file} is of optimizer={launch.row.method or '…'}, not of optimizer={launch.method}")
     if config.setting not in (None, launch.setting):
-        raise ValueError("setting: with hydra.mode=RUN, or beside row=…, only row=<experiment>/<optimizer>-<setting>")
+        raise ValueError(
+            f"setting: {config.setting} chooses no row with hydra.mode=RUN, nor beside row=…, of {launch.setting}; "
+            "give row=<experiment>/<optimizer>-<setting> alone"
+        )
 
 
 def check_search(is_search: bool, holdout: Any) -> None:

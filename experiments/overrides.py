@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
@@ -17,9 +18,9 @@ REDUCING = ("iterations", "seeds", "model.*", "dataset.first")
 OF_THE_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra reads them. Raises HydraException for what is none."""
-    return OverridesParser.create().parse_overrides(list(overrides))
+def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Overrides as Hydra reads them. loader: knows the options that `glob(…)` stands for. Raises HydraException."""
+    return OverridesParser.create(loader).parse_overrides(list(overrides))
 
 
 @cache
@@ -49,7 +50,7 @@ def changes_numbers(override: str) -> bool:
 
 
 def reduces(override: str) -> bool:
-    """Whether it usually makes less of an experiment: fewer iterations or seeds, a smaller network or data set."""
+    """Whether it makes less of an experiment: fewer iterations or seeds, a smaller network or data set."""
     return is_of(override, REDUCING)
 
 

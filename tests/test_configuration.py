@@ -250,8 +250,8 @@ def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
         ({"method": "a-b"}, None, "optimizer: a-b has a -, which divides the method from the setting; take a _"),
         ({"method": "adam"}, None, "row: conf/row/digits_shallow/sgd-tuned.yaml is of optimizer=sgd, not of"),
         ({"row": Row("digits_shallow/tuned")}, None, "row: conf/row/digits_shallow/tuned.yaml is of optimizer=…, not"),
-        ({}, "faithful", "setting: with hydra.mode=RUN, or beside row=…, only row=<experiment>/<optimizer>-<setting>"),
-        ({"row": None}, "tuned", "setting: with hydra.mode=RUN"),
+        ({}, "faithful", "setting: faithful chooses no row with hydra.mode=RUN, nor beside row=…, of tuned; give row=<exp"),
+        ({"row": None}, "tuned", "setting: tuned chooses no row with hydra.mode=RUN, nor beside row=…, of default; give "),
     ],
 )  # fmt: skip
 def test_names_that_would_be_taken_for_others_are_refused(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
@@ -14,7 +12,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from experiments.errors import user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
-from experiments.overrides import key_of
+from experiments.overrides import key_of, parse
 from experiments.rows import DEFAULT, TableRows
 
 CHOOSING = ("optimizer", "setting")
@@ -29,7 +27,9 @@ class Rows(Callback):
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         params, overrides = config.hydra.sweeper.params or {}, config.hydra.overrides
-        given = parsed([*(f"{key}={value}" for key, value in params.items()), *overrides.task])
+        searched = [f"{key}={value}" for key, value in params.items()]
+        loader = GlobalHydra.instance().config_loader()
+        given = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
         if "row" in given or "optimizers" in config:
             return
         methods, settings = (values(given.get(key)) for key in CHOOSING)
@@ -39,12 +39,6 @@ class Rows(Callback):
             overrides.task = [*chosen, *(override for override in overrides.task if key_of(override) not in CHOOSING)]
             for key in params.keys() & CHOOSING:
                 del params[key]
-
-
-def parsed(overrides: Sequence[str]) -> dict[str, Override]:
-    """Overrides by key, whose globs stand for what there is."""
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    return {override.key_or_group: override for override in parser.parse_overrides(list(overrides))}
 
 
 def values(override: Override | None) -> list[str | None]:
