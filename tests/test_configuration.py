@@ -176,7 +176,7 @@ def test_an_experiment_without_rows_has_its_optimizer_s_default_values() -> None
 
 
 DESCENT = """from dataclasses import dataclass
-from admm.optimizers import SGD, Backprop
+from admm.optimizers import Backprop
 @dataclass(frozen=True)
 class Descent(Backprop):
     pass
@@ -217,19 +217,13 @@ def test_files_of_one_s_own_add_an_optimizer_a_row_and_an_experiment(
         config: Any = OmegaConf.load(runs[name].folder / "config.yaml")
         assert (config.init.name, config.init.std, config.optimizer.step_size) == ("normal", 0.1, 1.0e-4)
         assert runs[name].info["setting"] == "slow" and runs[name].info["note"] == "slow"
-    assert runs["digits_shallow sgd-slow"].info["overrides"] == ["dataset.first=100", "seeds=[0]", "iterations=1"][::2]
+    assert runs["digits_shallow sgd-slow"].info["overrides"] == ["dataset.first=100", "iterations=1"]
 
 
 def test_a_group_of_the_command_line_is_below_a_row(tmp_path: Path) -> None:
     """And the row's values, if they are none of the group's, are refused."""
-    few = [
-        "experiment=mnist_shallow",
-        "row=mnist_shallow/bcd-tuned",
-        "dataset=digits",
-        "dataset.first=100",
-        "seeds=[0]",
-    ]
-    few += ["iterations=1", "progress=false", *places(tmp_path)]
+    few = ["experiment=mnist_shallow", "row=mnist_shallow/bcd-tuned", "dataset=digits", "seeds=[0]", *places(tmp_path)]
+    few += ["dataset.first=100", "iterations=1", "progress=false"]
     launch(*few, "loss=cross_entropy", "optimizer.alpha=1")
     (run,) = stored(tmp_path / "outputs")
     assert run.info["overrides"][-2:] == ["loss=cross_entropy", "optimizer.alpha=1"]
@@ -250,8 +244,8 @@ def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
         ({"method": "a-b"}, None, "optimizer: a-b has a -, which divides the method from the setting; take a _"),
         ({"method": "adam"}, None, "row: conf/row/digits_shallow/sgd-tuned.yaml is of optimizer=sgd, not of"),
         ({"row": Row("digits_shallow/tuned")}, None, "row: conf/row/digits_shallow/tuned.yaml is of optimizer=…, not"),
-        ({}, "faithful", "setting: faithful chooses no row with hydra.mode=RUN, nor beside row=…, of tuned; give row=<exp"),
-        ({"row": None}, "tuned", "setting: tuned chooses no row with hydra.mode=RUN, nor beside row=…, of default; give "),
+        ({}, "faithful", "setting: faithful chooses no row with hydra.mode=RUN, nor beside row=…, of tuned; "),
+        ({"row": None}, "tuned", "setting: tuned chooses no row with hydra.mode=RUN, nor beside row=…, of default; "),
     ],
 )  # fmt: skip
 def test_names_that_would_be_taken_for_others_are_refused(
