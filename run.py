@@ -5,6 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from experiments.launch import Launch
 from experiments.launching.failures import run_task
 from experiments.progress import show_what_can_be_shown
 
@@ -12,7 +13,7 @@ from experiments.progress import show_what_can_be_shown
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float | None:
     """Returns what a search maximises."""
-    return run_task(config)
+    return run_task(config, Launch.current())
 
 
 if __name__ == "__main__":

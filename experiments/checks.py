@@ -11,7 +11,9 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.numbers import is_number, is_whole
-from experiments.launching.failures import BadInput
+from experiments.errors import BadInput
+from experiments.launch import Launch
+from experiments.rows import CONF
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -87,9 +89,35 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"dataset: its file in conf/dataset has no {' and no '.join(sorted(missing))}; see mnist.yaml")
 
 
-def check_search(sweeper: DictConfig, holdout: Any) -> None:
+def check_place() -> None:
+    """Raises ValueError where this package is a copy without the configuration beside it."""
+    if not CONF.is_dir():
+        raise ValueError(
+            f"{CONF}: there is no such folder, as `experiments` was installed as a copy, whose code may also be older "
+            "than the clone's; do pip install -e . there"
+        )
+
+
+def check_row(config: DictConfig, launch: Launch) -> None:
+    """Raises ValueError for names that are taken for others, and for a row of another optimizer."""
+    for key, name in (("experiment", launch.experiment), ("optimizer", launch.method)):
+        if "/" in name:
+            raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
+    if "-" in launch.method:
+        raise ValueError(f"optimizer: {launch.method} has a -, which divides the method from the setting; take a _")
+    if launch.row and launch.row.method != launch.method:
+        file = f"conf/row/{launch.row.name}.yaml"
+        raise ValueError(f"row: {file} is of optimizer={launch.row.method or '…'}, not of optimizer={launch.method}")
+    if config.setting not in (None, launch.setting):
+        raise ValueError(
+            f"setting: {config.setting} chooses no row with hydra.mode=RUN, nor beside row=…, of {launch.setting}; "
+            "give row=<experiment>/<optimizer>-<setting> alone"
+        )
+
+
+def check_search(is_search: bool, holdout: Any) -> None:
     """Raises BadInput for a search of Optuna's that would choose by the test set."""
-    if "optuna" in sweeper._target_ and not holdout:
+    if is_search and not holdout:
         raise BadInput("dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
 
 

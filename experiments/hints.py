@@ -9,31 +9,40 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from admm.files import ADVICE, WriteError, explain_write_errors
 from experiments.launching import failures
-from experiments.rows import CONF
+from experiments.overrides import key_of
+from experiments.rows import CONF, row_files
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     """Lines for the user: which jobs have failed, of a sweep that has not ended; what to do about an error in writing;
-    if there is neither, each override `a.b=c` whose key `a.b` does not exist."""
+    which rows there are, if one is not; else each override `a.b=c` whose key `a.b` does not exist."""
     failed = [line for config in failures.begun for line in failures.listed(config)]
     if isinstance(error, OSError) and (isinstance(error, WriteError) or error.errno in ADVICE):
         return [*failed, _write_hint(error)]
     if failed:
         return failed
-    overrides = [a.lstrip("+~") for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
-    groups = [o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o]
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("row/"):
+        return [_row_hint(str(error.missing_cfg_file).removeprefix("row/"))]
     GlobalHydra.instance().clear()
     try:
+        keys = {a: key_of(a) for a in arguments if "=" in a and not a.startswith(("-", "hydra."))}
+        groups = [a for a, key in keys.items() if (CONF / key).is_dir() and "," not in a]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", groups)
     except HydraException:
         return []
-    return [line for o in overrides if o not in groups if (line := _hint(config, o.split("=")[0]))]
+    return [line for a, key in keys.items() if a not in groups if (line := _hint(config, key))]
+
+
+def _row_hint(name: str) -> str:
+    rows = row_files(CONF)
+    there = [row for row in rows if row.partition("/")[0] == name.partition("/")[0]] or rows
+    return f"no row {name!r}: there are {', '.join(sorted(there))}"
 
 
 def _write_hint(error: OSError) -> str:

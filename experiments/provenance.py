@@ -22,7 +22,7 @@ import torch
 from hydra.utils import get_object
 
 ROOT = Path(__file__).parents[1]  # of the clone
-SHARED = "experiments.classification"  # what other tasks import of the suite that determines numbers
+SHARED = "experiments.training"  # what other tasks import of the suite that determines numbers
 
 
 def provenance(device: torch.device, config: dict[str, Any]) -> dict[str, Any]:

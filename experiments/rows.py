@@ -1,141 +1,93 @@
-"""What the committed configuration says of an experiment's rows: their settings and seeds."""
+"""The rows of an experiment's table: a method in a setting each, with a file of its own below conf/row."""
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as matching
 from pathlib import Path
-from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
-from experiments.identity import EXECUTION_KEYS
-
-log = logging.getLogger(__name__)
 CONF = Path(__file__).parents[1] / "conf"
-CHOICES = ("experiment", "optimizer", "setting")  # overrides that choose a row of an experiment
+DEFAULT = "default"  # the setting of a run without a row: the optimizer's own default values
 
 
 @dataclass(frozen=True)
-class TableRow:
-    """The row of an experiment's table that a run is for.
+class Row:
+    """A row, named as its file conf/row/<name>.yaml: <experiment>/<method>-<setting>. Others may have it, too."""
 
-    overrides: those of the command line that change the row's numbers. seeds: the committed ones.
+    name: str
+
+    @property
+    def method(self) -> str:
+        """The name of its optimizer."""
+        return self.name.rpartition("/")[2].rpartition("-")[0]
+
+    @property
+    def setting(self) -> str:
+        return self.name.rpartition("-")[2]
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """The rows of an experiment.
+
+    listed: those of a launch that chooses none, in their order. others: what its own folder has besides.
     """
 
     experiment: str
-    setting: str
-    overrides: list[str]
-    seeds: list[int]
+    listed: list[Row]
+    others: list[Row]
 
+    @classmethod
+    def of(cls, experiment: str, rows: Sequence[str] | None, conf: Iterable[Path] = (CONF,)) -> TableRows:
+        """Those that the experiment's key `rows` lists. conf: folders of configuration.
 
-def row_of(config: DictConfig, method: str, by_seed: bool) -> TableRow:
-    """The row of a job's configuration, of an optimizer `method`. by_seed: its seeds may be run a few at a time.
+        Raises ValueError for an entry of `rows` that no file matches.
+        """
+        files = sorted({path for folder in conf for path in row_files(folder)})
+        names = dict[str, None]()
+        for pattern in (one for entry in rows or () for one in with_braces_expanded(entry)):
+            found = matching(files, pattern)
+            if not found:
+                raise ValueError(f"rows: no file conf/row/{pattern}.yaml; there are {', '.join(files)}")
+            names |= dict.fromkeys(found)
+        own = matching(files, f"{experiment}/*")
+        listed = own if rows is None else list(names)
+        return cls(experiment, [Row(name) for name in listed], [Row(name) for name in own if name not in listed])
 
-    Raises ValueError for names or groups that do not fit together.
-    """
-    choices = HydraConfig.get().runtime.choices
-    experiment = choices["experiment"]
-    settings = CONF / f"settings/{config.get('setting')}/{experiment}_{method}.yaml"
-    check_names(experiment, method, choices.get("setting"), settings)
-    setting, own = setting_of_row(config.setting, settings)
-    overrides, seeds = own_overrides(HydraConfig.get().overrides.task), seeds_of_row(experiment, settings)
-    if by_seed and set(config.seeds) <= set(seeds):
-        overrides = [override for override in overrides if not override.startswith("seeds=")]
-    if not settings.exists() and "defaults" in own:
-        overrides.append(f"setting={config.setting}")  # it changes a group, as init=… of the command line does
-    check_groups(overrides, settings)
-    return TableRow(experiment, setting, overrides, seeds)
+    def chosen(self, method: str | None, setting: str | None) -> list[Row]:
+        """The rows of a method and a setting, None for any. None of them where the optimizer's own default values are
+        meant: for the setting `default`, or for a method without rows if no setting is asked for.
 
-
-def setting_of_row(setting: str, settings: Path) -> tuple[str, Any]:
-    """The name of a run's setting, and the content of its file in conf/setting. The name is default if neither this
-    file nor `settings`, the row's own in conf/settings, says anything."""
-    file = CONF / f"setting/{setting}.yaml"
-    own: Any = OmegaConf.load(file) if file.exists() else OmegaConf.create({"elsewhere": True})  # by --config-dir
-    if settings.exists() or setting == "default" or set(own) - {"setting"}:
-        return setting, own
-    log.warning("setting=%s changes nothing here, as there is no %s: as setting=default", setting, in_conf(settings))
-    return "default", own
-
-
-def seeds_of_row(experiment: str, settings: Path) -> list[int]:
-    """The seeds of an experiment as committed, with the settings of one of its rows."""
-    files = (
-        OmegaConf.load(CONF / "config.yaml"),
-        inherited(CONF / f"experiment/{experiment}.yaml"),
-        inherited(CONF / f"setting/{settings.parent.name}.yaml"),
-        inherited(settings),
-    )
-    return list(OmegaConf.merge(*files).seeds)
-
-
-def inherited(file: Path) -> Any:
-    """The content of a file of settings or of an experiment, if it exists, on that of the files of its kind in its
-    defaults list."""
-    own: Any = OmegaConf.load(file) if file.exists() else OmegaConf.create()
-    names = [name for name in own.pop("defaults", []) if isinstance(name, str)]  # not the choices of other groups
-    places = [CONF / name[1:] if name.startswith("/") else file.parent / name for name in names]
-    return OmegaConf.merge(*(inherited(place.with_name(f"{place.name}.yaml")) for place in places), own)
-
-
-def own_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those of the command line that change the numbers of an experiment's row."""
-
-    def chooses_only(override: str) -> bool:
-        key = override.lstrip("+~").split("=")[0]
-        return key in CHOICES or any(key == name or key.startswith(f"{name}.") for name in EXECUTION_KEYS)
-
-    return [override for override in overrides if not chooses_only(override)]
-
-
-def in_conf(file: Path) -> str:
-    """The name of a file of conf/<group>/<option>/, for messages."""
-    return f"conf/{file.parents[1].name}/{file.parent.name}/{file.name}"
-
-
-def check_place() -> None:
-    """Raises ValueError where this package is a copy without the configuration beside it."""
-    if not CONF.is_dir():
+        Raises ValueError for another setting that the experiment does not have.
+        """
+        for rows in (self.listed, self.others):
+            found = [row for row in rows if method in (None, row.method) and setting in (None, row.setting)]
+            if found:
+                return found
+        if setting in (None, DEFAULT):
+            return []
+        of_method = f" of optimizer={method}" if method else ""
         raise ValueError(
-            f"{CONF}: there is no such folder, as `experiments` was installed as a copy, whose code may also be older "
-            "than the clone's; do pip install -e . there"
+            f"setting: {setting!r} is no row{of_method} in experiment={self.experiment}; {self.in_words()}"
         )
 
-
-def check_names(experiment: str, method: str, setting: str | None, settings: Path) -> None:
-    """Raises ValueError for names of files that are taken for another row's."""
-    for key, name in (("experiment", experiment), ("optimizer", method), ("setting", setting)):
-        if name is None or "/" in name:
-            raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
-    file = CONF / f"setting/{setting}.yaml"
-    content: Any = OmegaConf.load(file) if file.exists() else {"setting": setting}
-    if (own := content.get("setting")) != setting:
-        raise ValueError(f"setting: conf/setting/{setting}.yaml says `setting: {own}`, not its own name, {setting}")
-    if settings.exists():
-        for cut in re.finditer("_", settings.stem):
-            other, of_other = settings.stem[: cut.start()], settings.stem[cut.end() :]
-            is_pair = (CONF / f"experiment/{other}.yaml").exists() and (CONF / f"optimizer/{of_other}.yaml").exists()
-            if is_pair and other != experiment:
-                raise ValueError(
-                    f"{in_conf(settings)}: is of experiment={experiment} optimizer={method} and of "
-                    f"experiment={other} optimizer={of_other}; rename one of them"
-                )
+    def in_words(self) -> str:
+        """Which rows there are, for messages."""
+        names = [f"{row.method}-{row.setting}" for row in (*self.listed, *self.others)]
+        rows = f"there are {', '.join(names)}, and" if names else "there is"
+        return f"{rows} setting=default, an optimizer's own default values"
 
 
-def check_groups(overrides: Sequence[str], settings: Path) -> None:
-    """Raises ValueError where a group of the command line (init=uniform) would be changed into another one by the
-    experiment's settings, which are composed after it."""
-    chosen = inherited(settings)
-    for group, _, option in (override.partition("=") for override in overrides):
-        own = CONF / group / f"{option}.yaml"
-        if own.exists() and group in chosen:
-            foreign = {key for key in chosen[group] if key not in OmegaConf.load(own) or key in ("name", "_target_")}
-            if foreign:
-                raise ValueError(
-                    f"{group}={option}: {in_conf(settings)} sets {group}."
-                    f"{f', {group}.'.join(sorted(foreign))}; override these, or take setting=default"
-                )
+def row_files(conf: Path) -> list[str]:
+    """The names of all rows that a folder of configuration has."""
+    return [path.relative_to(conf / "row").with_suffix("").as_posix() for path in conf.glob("row/*/*.yaml")]
+
+
+def with_braces_expanded(pattern: str) -> list[str]:
+    """As a shell does: a/{b,c}-d is a/b-d and a/c-d."""
+    head, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    choices, _, tail = rest.partition("}")
+    return [one for choice in choices.split(",") for one in with_braces_expanded(f"{head}{choice}{tail}")]

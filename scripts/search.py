@@ -3,7 +3,7 @@
 Writes <results>/searches/<experiment>_<optimizer>.csv, a row for each configuration tried, the best held-out score
 first, and beside it a figure of the score against each hyperparameter; prints the rows. The same is in the launch's
 folder at its end; this collects several launches, and what is to be kept. The best configuration goes to
-conf/settings/<setting>/<experiment>_<optimizer>.yaml.
+conf/row/<experiment>/<optimizer>-<setting>.yaml.
 """
 
 from __future__ import annotations

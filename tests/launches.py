@@ -21,8 +21,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from experiments.launching import study
-from experiments.launching.failures import run_task
 from experiments.rows import CONF
+from run import main
 
 RUN = CONF.parent / "run.py"
 SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again
@@ -55,7 +55,7 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Callback")
-            getattr(hydra, mode)("config", run_task, list(overrides))
+            getattr(hydra, mode)("config", main, list(overrides))
     finally:  # as at the end of a process
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers

@@ -6,15 +6,15 @@ import ast
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import launches
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
@@ -26,20 +26,22 @@ from omegaconf import DictConfig, OmegaConf
 from stores import info, put
 
 from admm.optimizers import AdaptivePenalty
-from experiments import classification, provenance, rows
-from experiments.checks import LARGEST_SEED, check
-from experiments.classification import note_start, stands
-from experiments.launching.failures import BadInput
+from experiments import checks, jobs, overrides, provenance
+from experiments.checks import LARGEST_SEED, check, check_place, check_row
+from experiments.errors import BadInput
+from experiments.jobs import stands
+from experiments.launch import Launch
+from experiments.launching.rows import choices
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
 from experiments.provenance import changed_since, sources
 from experiments.reports.accuracy import Accuracy
-from experiments.reports.curves import curves
 from experiments.reports.results_page import best_of_search
 from experiments.reports.searches import rankings, read_ranking, without_end, write_ranking
 from experiments.reports.text import markdown
-from experiments.rows import check_names, check_place, seeds_of_row, setting_of_row
+from experiments.rows import Row, TableRows
 from experiments.store import Run, Slot, Store
+from experiments.training import write_start_record
 
 ROOT = Path(__file__).parents[1]
 MINE = "# @package _global_\ndefaults: [override /dataset: digits]\niterations: 1\nthreads: 1\n"
@@ -48,7 +50,7 @@ SMALL = ["experiment=digits_shallow", "optimizer=sgd", "dataset.first=100", "mod
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", ["experiment=digits_shallow", "optimizer=block_admm", *overrides])
+        return compose("config", ["experiment=digits_shallow", *overrides])
 
 
 def launch(*overrides: str) -> str:
@@ -97,59 +99,179 @@ def test_a_tilde_is_expanded_where_a_value_begins_with_it(monkeypatch: pytest.Mo
         assert derived.removeprefix("sqlite:///").startswith("/home/me/o/")
 
 
-# --- Settings
+# --- Rows
 
 
-@pytest.fixture
-def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the configuration, to which a test may add."""
-    folder = tmp_path / "conf"
-    shutil.copytree(ROOT / "conf", folder)
-    for module in (rows, launches):
-        monkeypatch.setattr(module, "CONF", folder)
+# a row of each of two methods, and one that is not listed
+ROWS = ("digits/sgd-fast", "digits/sgd-slow", "digits/adam-slow", "digits/adam-odd", "other/bcd-slow")
+TABLE = TableRows("digits", [Row(name) for name in (*ROWS[:3], ROWS[4])], [Row(ROWS[3])])
+
+
+def rows_in(folder: Path) -> Path:
+    """A folder of configuration with files of `ROWS`."""
+    for name in ROWS:
+        (folder / "row" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"row/{name}.yaml").write_text("")
     return folder
 
 
-def test_a_setting_of_one_s_own_has_its_own_name(conf: Path, tmp_path: Path) -> None:
-    (conf / "setting/fast.yaml").write_text(
-        "# @package _global_\nsetting: fast\nseeds: [7]\noptimizer: {batch_size: 32}\n"
-    )
-    (conf / "experiment/mine.yaml").write_text(f"{MINE}seeds: [0]\n")
-    assert seeds_of_row("mine", conf / "settings/fast/mine_sgd.yaml") == [7]
-    for setting in ("fast", "default"):
-        launch("experiment=mine", "optimizer=sgd", f"setting={setting}", *places(tmp_path))
-    runs = {run.info["setting"]: run for run in stored(tmp_path / "results")}
-    assert runs.keys() == {"fast", "default"}
-    assert runs["fast"].folder.name.startswith("sgd-fast-") and runs["fast"].info["overrides"] == []
-    assert [runs[name].info["of_seeds"] for name in runs] == [1, 1]
-    assert curves(list(runs.values()))[0].setting in runs
+@pytest.mark.parametrize(
+    ("rows", "listed"),
+    [
+        (None, ["digits/adam-odd", "digits/adam-slow", "digits/sgd-fast", "digits/sgd-slow"]),
+        (["digits/sgd-*", "other/*", "*/*-slow"], [*ROWS[:2], "other/bcd-slow", "digits/adam-slow"]),
+        (["digits/{sgd,adam}-{slow,*}"], ["digits/sgd-slow", "digits/sgd-fast", "digits/adam-slow", "digits/adam-odd"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_an_experiment_lists_its_rows_in_an_order(tmp_path: Path, rows: list[str] | None, listed: list[str]) -> None:
+    found = TableRows.of("digits", rows, [tmp_path / "empty", rows_in(tmp_path)])
+    assert [row.name for row in found.listed] == listed
+    assert {row.name for row in found.others} == {name for name in ROWS[:4] if name not in listed}
 
 
-def test_a_setting_that_says_nothing_is_the_default_and_told(conf: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = conf / "settings/faithful/digits_shallow_sgd.yaml"
-    assert setting_of_row("faithful", settings)[0] == "default"
-    assert "there is no conf/settings/faithful/digits_shallow_sgd.yaml" in caplog.text
-    assert setting_of_row("tuned", conf / "settings/tuned/digits_shallow_sgd.yaml")[0] == "tuned"
-    assert setting_of_row("rank4", conf / "settings/rank4/digits_shallow_sgd.yaml")[0] == "rank4"
-    assert setting_of_row("kaiming", conf / "settings/kaiming/digits_shallow_sgd.yaml")[0] == "kaiming"
-    assert setting_of_row("of_a_config_dir", conf / "settings/of_a_config_dir/digits_shallow_sgd.yaml")[0] != "default"
+def test_a_row_that_has_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^rows: no file conf/row/digits/adam-fast.yaml; there are digits/adam-odd, "):
+        TableRows.of("digits", ["digits/{sgd,adam}-fast"], [rows_in(tmp_path)])
 
 
-def test_names_that_would_be_taken_for_others_are_refused(conf: Path) -> None:
-    settings = conf / "settings/tuned/a_b_c.yaml"
-    (conf / "setting/fast.yaml").write_text("# @package _global_\nsetting: tuned\n")
-    with pytest.raises(ValueError, match=r"conf/setting/fast.yaml says `setting: tuned`, not its own name, fast"):
-        check_names("a", "b_c", "fast", settings)
-    with pytest.raises(ValueError, match="optimizer: mine/c is not the name of a file directly in conf/optimizer"):
-        check_names("a", "mine/c", "tuned", settings)
-    with pytest.raises(ValueError, match="setting: None is not the name of a file directly in conf/setting"):
-        check_names("a", "b_c", None, settings)
-    for name in ("experiment/a", "experiment/a_b", "optimizer/c", "optimizer/b_c"):
-        (conf / f"{name}.yaml").write_text("")
-    check_names("a", "b_c", "tuned", settings)
-    settings.write_text("")
-    with pytest.raises(ValueError, match=r"a_b_c.yaml: is of .*=a optimizer=b_c and of experiment=a_b optimizer=c;"):
-        check_names("a", "b_c", "tuned", settings)
+@pytest.mark.parametrize(
+    ("optimizers", "settings", "overrides"),
+    [
+        ([None], [None], ["row=digits/sgd-fast,digits/sgd-slow,digits/adam-slow,other/bcd-slow"]),
+        (["sgd"], [None], ["row=digits/sgd-fast,digits/sgd-slow"]),
+        (["adam", "sgd"], ["slow"], ["row=digits/adam-slow,digits/sgd-slow"]),
+        ([None], ["fast"], ["row=digits/sgd-fast"]),
+        ([None], ["slow", "odd"], ["row=digits/sgd-slow,digits/adam-slow,other/bcd-slow,digits/adam-odd"]),
+        (["adam"], ["odd"], ["row=digits/adam-odd"]),
+        (["mine"], [None], ["optimizer=mine"]),
+        (["sgd", "mine"], ["default"], ["optimizer=sgd,mine"]),
+        ([None], ["default"], ["optimizer=sgd,adam,bcd"]),
+    ],
+)
+def test_optimizer_and_setting_choose_rows(
+    optimizers: list[str | None], settings: list[str | None], overrides: list[str]
+) -> None:
+    assert choices(TABLE, optimizers, settings) == overrides
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "settings", "message"),
+    [
+        ([None], ["typo"], "setting: 'typo' is no row in experiment=digits; there are sgd-fast, "),
+        (["mine"], ["slow"], "setting: 'slow' is no row of optimizer=mine in experiment=digits; there are sgd-fast, "),
+        (["sgd", "adam"], ["fast"], "setting: 'fast' is no row of optimizer=adam "),
+        (["sgd", "mine"], [None], "optimizer=mine: default values, which need a launch without rows; there are sgd-f"),
+        (["sgd"], ["fast", "default"], "setting=default: default values, which need a launch without rows"),
+    ],
+)
+def test_a_row_that_an_experiment_does_not_have_is_refused(
+    optimizers: list[str | None], settings: list[str | None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        choices(TABLE, optimizers, settings)
+
+
+def test_an_experiment_without_rows_has_its_optimizer_s_default_values() -> None:
+    assert choices(TableRows("mine", [], []), [None], [None]) == []
+
+
+DESCENT = """from dataclasses import dataclass
+from admm.optimizers import Backprop
+@dataclass(frozen=True)
+class Descent(Backprop):
+    pass
+"""
+OPTIMIZER = """_target_: mylab.descent.Descent
+iterations: ${iterations}
+batch_size: 64
+step_size: 0.1
+update: {_target_: admm.optimizers.SGD}
+"""
+
+
+def test_files_of_one_s_own_add_an_optimizer_a_row_and_an_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {
+        "mylab/__init__.py": "",
+        "mylab/descent.py": DESCENT,
+        "conf/optimizer/mine.yaml": OPTIMIZER,
+        "conf/row/digits_shallow/sgd-slow.yaml": (
+            "# @package _global_\ndefaults: [override /optimizer: sgd, override /init: normal]\n"
+            "note: slow\noptimizer: {step_size: 1.0e-4}\ninit: {std: 0.1}\n"
+        ),
+        "conf/experiment/small.yaml": f"{MINE}committed_seeds: [7]\nrows: [digits_shallow/sgd-slow]\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    few = [*places(tmp_path), "dataset.first=100", "progress=false", f"hydra.searchpath=[file://{tmp_path}/conf]"]
+    launch(*few, "experiment=digits_shallow", "optimizer=mine", "seeds=[0]", "iterations=1")
+    launch(*few, "experiment=digits_shallow", "setting=slow", "seeds=[0]", "iterations=1")
+    launch(*few, "experiment=small")
+    runs = {f"{run.info['experiment']} {run.folder.name[:8]}": run for run in stored(tmp_path / "outputs")}
+    assert sorted(runs) == ["digits_shallow mine-def", "digits_shallow sgd-slow", "small sgd-slow"]
+    assert runs["small sgd-slow"].info["seeds"] == [7] and runs["small sgd-slow"].info["of_seeds"] == 1
+    for name in ("small sgd-slow", "digits_shallow sgd-slow"):
+        config: Any = OmegaConf.load(runs[name].folder / "config.yaml")
+        assert (config.init.name, config.init.std, config.optimizer.step_size) == ("normal", 0.1, 1.0e-4)
+        assert runs[name].info["setting"] == "slow" and runs[name].info["note"] == "slow"
+    assert runs["digits_shallow sgd-slow"].info["overrides"] == ["dataset.first=100", "iterations=1"]
+
+
+def test_a_group_of_the_command_line_is_below_a_row(tmp_path: Path) -> None:
+    """And the row's values, if they are none of the group's, are refused."""
+    few = ["experiment=mnist_shallow", "row=mnist_shallow/bcd-tuned", "dataset=digits", "seeds=[0]", *places(tmp_path)]
+    few += ["dataset.first=100", "iterations=1", "progress=false"]
+    launch(*few, "loss=cross_entropy", "optimizer.alpha=1")
+    (run,) = stored(tmp_path / "outputs")
+    assert run.info["overrides"][-2:] == ["loss=cross_entropy", "optimizer.alpha=1"]
+    with pytest.raises(SystemExit, match=r"error: init: uniform_.* got an unexpected keyword argument 'std'"):
+        launch(*few, "init=uniform")
+
+
+def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: experiment: a launch makes the rows of one; setting=default"):
+        launch("experiment=digits_shallow,mnist_shallow", *places(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "message"),
+    [
+        ({"experiment": "mine/c"}, None, "experiment: mine/c is not the name of a file directly in conf/experiment"),
+        ({"method": "mine/c"}, None, "optimizer: mine/c is not the name of a file directly in conf/optimizer"),
+        ({"method": "a-b"}, None, "optimizer: a-b has a -, which divides the method from the setting; take a _"),
+        ({"method": "adam"}, None, "row: conf/row/digits_shallow/sgd-tuned.yaml is of optimizer=sgd, not of"),
+        ({"row": Row("digits_shallow/tuned")}, None, "row: conf/row/digits_shallow/tuned.yaml is of optimizer=…, not"),
+        ({}, "faithful", "setting: faithful chooses no row with hydra.mode=RUN, nor beside row=…, of tuned; "),
+        ({"row": None}, "tuned", "setting: tuned chooses no row with hydra.mode=RUN, nor beside row=…, of default; "),
+    ],
+)  # fmt: skip
+def test_names_that_would_be_taken_for_others_are_refused(
+    changes: dict[str, Any], setting: str | None, message: str
+) -> None:
+    launched = Launch("digits_shallow", "sgd", Row("digits_shallow/sgd-tuned"), (), Path(), (), True, False, None)
+    check_row(OmegaConf.create({"setting": "tuned"}), launched)
+    check_row(OmegaConf.create({"setting": None}), launched)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_row(OmegaConf.create({"setting": setting}), replace(launched, **changes))
+
+
+def test_what_an_override_means() -> None:
+    given = ["row=a/b-c", "+optimizer.eta=1", "~logger", "model=resnet18", "model.width=2", "dataset.first=5"]
+    given += ["datasets=1", "loggers=1", "seeds=[0]", "backbone.weights=x", "backbone@backbone=x"]
+
+    def those(question: Callable[[str], bool]) -> list[int]:
+        return [number for number, override in enumerate(given) if question(override)]
+
+    assert those(overrides.chooses_row) == [0]
+    assert those(overrides.is_neutral) == [2, 9]
+    assert those(overrides.changes_numbers) == [1, 3, 4, 5, 6, 7, 8, 10]
+    assert those(overrides.reduces) == [4, 5, 8]
+    assert those(overrides.keeps_the_paper_s_experiment) == [1, 8]
+    assert those(overrides.is_searched) == [0, 1, 2, 3, 4, 6, 7, 9, 10]
 
 
 def test_a_run_does_not_supersede_one_whose_name_and_setting_are_divided_otherwise(tmp_path: Path) -> None:
@@ -162,7 +284,7 @@ def test_a_run_does_not_supersede_one_whose_name_and_setting_are_divided_otherwi
 def test_a_copy_of_the_suite_without_its_configuration_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "CONF", tmp_path / "conf")
+    monkeypatch.setattr(checks, "CONF", tmp_path / "conf")
     with pytest.raises(ValueError, match=rf"{tmp_path}/conf: there is no such folder, .*; do pip install -e \. there"):
         check_place()
 
@@ -306,9 +428,8 @@ def is_text_without_encoding(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     given = {word.arg: ast.unparse(word.value) for word in call.keywords}
     mode = given.get("mode", " ".join(ast.unparse(part) for part in call.args if isinstance(part, ast.Constant)))
-    is_file = name in ("read_text", "write_text") or (
-        name == "open" and "b" not in mode and ast.unparse(call.func) not in ("os.open", "Image.open", "logger.open")
-    )
+    is_text = "b" not in mode and not ast.unparse(call.func).endswith(("os.open", "Image.open", "logger.open"))
+    is_file = name in ("read_text", "write_text") or (name == "open" and is_text)
     return "encoding" not in given and (is_file or given.get("text") == "True")
 
 
@@ -358,12 +479,18 @@ def test_the_sources_of_a_run_are_those_of_what_its_configuration_names() -> Non
 
     found = of("optimizer=sgd", "logger=wandb")
     assert next(iter(found)) == "admm/optimizers/backprop.py"
-    assert {"admm/models.py", "admm/blocks.py", "admm/training.py", "experiments/classification.py"} <= set(found)
+    assert {
+        "admm/models.py",
+        "admm/blocks.py",
+        "admm/training.py",
+        "experiments/training.py",
+        "experiments/tasks/classification.py",
+    } <= set(found)
     others = {"admm/optimizers/block_admm.py", "admm/optimizers/taylor.py", "admm/optimizers/__init__.py"}
     others |= {"experiments/reports/accuracy.py", "experiments/store.py", "experiments/loggers.py"}
     assert not others & set(found)
-    assert "admm/deepfacto/nmf.py" in of("experiment=lfw_proxy", "optimizer=nmf", "setting=rank4")
-    assert "experiments/classification.py" in of("experiment=memory")
+    assert "admm/deepfacto/nmf.py" in of("experiment=lfw_proxy", "row=lfwa_deepfacto/nmf-rank4")
+    assert "experiments/training.py" in of("experiment=memory")
     assert all(len(sha) == 12 for sha in found.values())
 
 
@@ -445,7 +572,7 @@ def test_of_a_run_before_sources_were_hashed_git_tells_what_has_changed(
         assert changed_since(unknown, names, tmp_path) is None
     run = put(tmp_path, "sgd-tuned", [90.0], info("sgd", "tuned", "2001", seeds=[0], commit=first))
     origin = {"commit": "now", "sources": dict.fromkeys(names, "0")}
-    monkeypatch.setattr(classification, "changed_since", lambda *asked: changed_since(*asked, tmp_path))
+    monkeypatch.setattr(jobs, "changed_since", lambda *asked: changed_since(*asked, tmp_path))
     for other_code in ("keep", "rerun", "refuse"):
         assert stands(run, origin, other_code)
     assert caplog.text.count(f"made by other code, {first}, now now: b.py, a.py; kept") == 3
@@ -460,8 +587,8 @@ def test_a_resumed_run_whose_code_has_changed_is_warned_of(tmp_path: Path, caplo
     slot.checkpoint.write_bytes(b"")
     begun = {"commit": "c", "versions": {}, "machine": "m", "sources": {"admm/blocks.py": "1", "admm/losses.py": "1"}}
     (slot.partial / "started.json").write_text(json.dumps(begun))
-    note_start(slot, begun | {"sources": {"admm/blocks.py": "2", "admm/losses.py": "1"}})
+    write_start_record(slot, begun | {"sources": {"admm/blocks.py": "2", "admm/losses.py": "1"}})
     assert "begun with other code, resumed with another admm/blocks.py" in caplog.text
     caplog.clear()
-    note_start(slot, begun | {"sources": {"admm/blocks.py": "2", "admm/losses.py": "1"}})
+    write_start_record(slot, begun | {"sources": {"admm/blocks.py": "2", "admm/losses.py": "1"}})
     assert "other code" not in caplog.text

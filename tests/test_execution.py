@@ -16,7 +16,7 @@ from admm.layers import Execution
 from admm.losses import CrossEntropy
 from admm.models import initialiser
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate
-from experiments.classification import execution
+from experiments.training import execution
 
 SEEDS = (3, 1)
 OPTIMIZERS: dict[str, Optimizer[Any]] = {

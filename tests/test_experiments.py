@@ -22,7 +22,6 @@ from stores import info
 
 from admm.data import load
 from admm.training import train
-from experiments.classification import build_problem
 from experiments.identity import identity
 from experiments.integrity import problems
 from experiments.reports import base
@@ -33,11 +32,11 @@ from experiments.reports.curves import curves
 from experiments.reports.memory import VARIABLES
 from experiments.reports.methods import method_of, methods
 from experiments.reports.paper import entry_of, paper
-from experiments.reports.results_page import best_of_search, missing_rows, papers_numbers, rows_of, sections
+from experiments.reports.results_page import best_of_search, missing_rows, papers_numbers, sections
 from experiments.reports.walltime import seconds_to
 from experiments.reports.writing import with_tables
-from experiments.rows import inherited
 from experiments.store import Run, Slot, Store, sealed
+from experiments.training import build_problem
 from scripts import reproduce
 from scripts import search as collect
 from scripts.arguments import store_of_the_command
@@ -272,21 +271,16 @@ def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], 
 
 
 @pytest.mark.parametrize(
-    "name, optimizer, setting",
-    [
-        (path.stem, *row)
-        for path in sorted(ROOT.glob("conf/experiment/*.yaml"))
-        for row in rows_of(path.stem)
-        if path.stem not in ("lfwa_deepfacto", "lfw_proxy")  # in test_faces_experiment
-    ],
+    "path", sorted(ROOT.glob("conf/row/[!l]*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
-def test_every_row_of_an_experiment_has_its_values_and_starts(name: str, optimizer: str, setting: str) -> None:
-    row = [f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}"]
+def test_a_row_has_its_values_and_starts(path: Path) -> None:
+    """Those of faces are in test_faces_experiment."""
+    row = [f"experiment={path.parent.name}", f"row={path.parent.name}/{path.stem}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", overrides=[*row, "dataset=digits", "dataset.first=null"])
-    path = ROOT / "conf/settings" / setting / f"{name}_{optimizer}.yaml"
-    assert path.exists() and "settings" not in config
-    assert OmegaConf.merge(config, inherited(path)) == config  # every value has arrived
+    own: Any = OmegaConf.load(path)
+    del own["defaults"]
+    assert OmegaConf.merge(config, own) == config  # every value has arrived
     if "epoch_parts" in config.optimizer:
         config.optimizer.epoch_parts = None  # the digits have fewer mini-batches than parts
     problem = build_problem(config, load(**config.dataset))
@@ -306,21 +300,16 @@ def test_an_optimizer_of_the_library_has_the_defaults_of_the_command_line(path: 
     assert type(optimizer)(**given) == optimizer
 
 
-def test_a_setting_chooses_the_initialisation_and_the_command_line_another_one() -> None:
-    def init(*overrides: str) -> str:
+def test_a_row_chooses_the_initialisation_and_the_command_line_another_one() -> None:
+    def init(setting: str, *overrides: str) -> str:
+        row = ["experiment=mnist_deep10", f"row=mnist_deep10/sgd-{setting}"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            name: str = compose("config", overrides=["experiment=mnist_deep10", "optimizer=sgd", *overrides]).init.name
+            name: str = compose("config", overrides=[*row, *overrides]).init.name
         return name
 
-    assert init("setting=normal") == "normal"
-    assert init("setting=kaiming") == "kaiming_normal"
-    assert init("setting=kaiming", "init=kaiming_uniform") == "kaiming_uniform"
-
-
-def test_a_setting_that_changes_a_group_counts_as_an_override(tmp_path: Path) -> None:
-    launch(tmp_path, "experiment=digits_shallow", "optimizer=sgd", "setting=kaiming", "iterations=1", "seeds=[0]")
-    (run,) = stored(tmp_path).values()
-    assert run.info["setting"] == "kaiming" and "setting=kaiming" in run.info["overrides"]
+    assert init("normal") == "normal"
+    assert init("kaiming") == "kaiming_normal"
+    assert init("kaiming", "init=kaiming_uniform") == "kaiming_uniform"
 
 
 def test_a_row_without_a_run_is_named() -> None:

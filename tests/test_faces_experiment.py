@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import launches
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from launches import Launch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from scipy.optimize import nnls
@@ -26,13 +26,14 @@ from sklearn.decomposition import PCA as Components
 from torch import nn
 
 from admm.files import WriteError
-from experiments.classification import Job
+from experiments.errors import BadInput
 from experiments.faces.backbones import BACKBONES, Backbone
 from experiments.faces.data import ATTRIBUTES, Faces
 from experiments.faces.probes import Probe
 from experiments.identity import identity
 from experiments.integrity import problems
-from experiments.launching.failures import BadInput
+from experiments.jobs import Job
+from experiments.launch import Launch
 from experiments.reports.base import report_of
 from experiments.reports.faces import chosen_factors
 from experiments.reports.results_page import experiment_section, rows_of
@@ -47,6 +48,7 @@ from experiments.tasks.deepfacto import (
     heat_maps,
     load,
 )
+from experiments.training import Observer, train_or_resume
 
 ROOT = Path(__file__).parents[1]
 PEOPLE = 24
@@ -108,8 +110,11 @@ def config(folder: Path, *overrides: str) -> DictConfig:
         )
 
 
-def job(options: DictConfig, faces: Faces, folder: Path, method: str) -> Job:
-    setting = str(options.setting)
+def row(method: str, setting: str = "rank4", experiment: str = "lfw_proxy") -> str:
+    return f"row={experiment if method == 'deepfacto' else 'lfwa_deepfacto'}/{method}-{setting}"
+
+
+def job(options: DictConfig, faces: Faces, folder: Path, method: str, setting: str = "rank4") -> Job:
     info = {"experiment": "lfw_proxy", "method": method, "setting": setting, "seeds": list(options.seeds)}
     info |= {
         "iterations": options.iterations,
@@ -124,11 +129,12 @@ def job(options: DictConfig, faces: Faces, folder: Path, method: str) -> Job:
 
 
 def executed(folder: Path, faces: Faces, method: str, setting: str, *overrides: str) -> Run:
-    options = config(folder, f"optimizer={method}", f"setting={setting}", *overrides)
-    found = job(options, faces, folder, method)
+    options = config(folder, row(method, setting), *overrides)
+    found = job(options, faces, folder, method, setting)
     return execute(options, found)
 
 
+LAUNCH = Launch("lfw_proxy", "pca", None, (), Path(), (), False, False, None)
 SMALL = ("iterations=3", "evaluate_every=1", "optimizer.frozen=1", "optimizer.warm_rounds=5", "optimizer.batch_size=12")
 
 
@@ -203,8 +209,8 @@ def test_runs_of_one_rank_with_values_of_their_own_are_told_apart(faces: Faces, 
 
 def test_impossible_ranks_and_rounds_are_named(faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=r"model.rank: None is not a whole number from 1 up; setting=rank32 or so"):
-        deepfacto.run(config(tmp_path, "optimizer=pca"))
-    monkeypatch.setattr(deepfacto, "bad_input_in_words", nullcontext)
+        deepfacto.run(config(tmp_path, "optimizer=pca"), LAUNCH)
+    monkeypatch.setattr(deepfacto, "user_errors", nullcontext)
     with pytest.raises(ValueError, match=r"model.rank: 32 is more than the 6 channels"):
         executed(tmp_path, faces, "pca", "rank32")
     with pytest.raises(Exception, match=r"optimizer.rounds: 0 is not a whole number from 1 up"):
@@ -213,7 +219,7 @@ def test_impossible_ranks_and_rounds_are_named(faces: Faces, tmp_path: Path, mon
 
 def test_the_paper_s_numbers_stand_beside_lfwa_s_labels_alone(faces: Faces, tmp_path: Path) -> None:
     for labels, expected in (("LFWA", 74.8), ("made-up labels", None)):
-        options = config(tmp_path, "optimizer=deepfacto", "setting=rank4", *SMALL)
+        options = config(tmp_path, row("deepfacto"), *SMALL)
         options.seeds = [0]
         found = job(options, replace(faces, labels=labels), tmp_path / labels.split()[0], "deepfacto")
         table = report_of("lfwa_deepfacto").table([execute(options, found)])
@@ -289,7 +295,7 @@ def test_a_full_disk_leaves_the_probes_that_were_measured(
 
 def test_runs_of_faces_check_clean(faces: Faces, tmp_path: Path) -> None:
     for method, more in (("nmf", ["optimizer.rounds=5"]), ("deepfacto", [*SMALL])):
-        options = config(tmp_path, f"optimizer={method}", "setting=rank4", *more)
+        options = config(tmp_path, row(method), *more)
         plain: Any = OmegaConf.to_container(options, resolve=True)
         found = job(options, faces, tmp_path, method)
         sha = identity(plain, {key: found.info[key] for key in ("experiment", "method", "setting")}, faces.sha256)
@@ -308,7 +314,7 @@ def test_runs_of_faces_check_clean(faces: Faces, tmp_path: Path) -> None:
 
 
 def test_each_point_of_a_grid_has_its_own_probes(faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = config(tmp_path, "optimizer=deepfacto", "setting=rank4", "seeds=[0]", *SMALL)
+    options = config(tmp_path, row("deepfacto"), "seeds=[0]", *SMALL)
     options.seeds, options.optimizer.theta_step = [0, 0], [0.0, 0.1]
     found, seen = job(options, faces, tmp_path, "deepfacto"), []
     measure = deepfacto.Probe.__call__
@@ -340,7 +346,7 @@ def test_an_attribute_of_one_training_person_is_left_out_of_a_run(faces: Faces, 
 
 
 def test_nmf_and_pca_are_fitted_to_the_training_faces(faces: Faces, tmp_path: Path) -> None:
-    options = config(tmp_path, "optimizer=pca", "setting=rank4")
+    options = config(tmp_path, row("pca"))
     features, task = Features(options, faces), Verification(faces, 20, 0)
     columns = features.maps.permute(0, 2, 3, 1).reshape(-1, 6).numpy()
     train = features.maps[faces.train].permute(0, 2, 3, 1).reshape(-1, 6).numpy()
@@ -430,14 +436,15 @@ def test_heat_maps_are_of_consistent_factors_at_different_places(faces: Faces) -
 
 
 def test_the_scores_of_deepfacto_are_projections_of_the_trained_maps(faces: Faces, tmp_path: Path) -> None:
-    options = config(tmp_path, "optimizer=deepfacto", "setting=rank4", *SMALL)
+    options = config(tmp_path, row("deepfacto"), *SMALL)
     features, task = Features(options, faces), Verification(faces, 20, 0)
     found = job(options, faces, tmp_path, "deepfacto")
     represented, *_ = deepfacto.jointly(options, found, features, task)
     scores = next(iter(represented)).scores
     problem = deepfacto.build_problem(options, features)
     test = features, features.frozen[task.images], task
-    state, _ = deepfacto.trained(options, found, problem, test, "verification", measure=deepfacto.verified)
+    observer = Observer(shown="verification")
+    state, _ = train_or_resume(options, found, problem, test, observer, measure=deepfacto.verified)
     network = problem.blocks.export(state.theta, 0)
     assert isinstance(network, nn.Sequential)
     with torch.no_grad():
@@ -452,7 +459,7 @@ def test_the_scores_of_deepfacto_are_projections_of_the_trained_maps(faces: Face
 
 
 def test_the_tail_keeps_its_running_statistics(faces: Faces, tmp_path: Path) -> None:
-    options = config(tmp_path, "optimizer=deepfacto", "setting=rank4", *SMALL, "optimizer.frozen=0")
+    options = config(tmp_path, row("deepfacto"), *SMALL, "optimizer.frozen=0")
     features = Features(options, faces)
     problem = deepfacto.build_problem(options, features)
     optimizer = instantiate(options.optimizer, _convert_="all")
@@ -492,19 +499,19 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
     faces += [f"{key}={tmp_path}/{key}" for key in ("results", "outputs")] + [f"dataset.root={tmp_path}/data"]
 
     def launch(*arguments: str) -> list[Run]:
-        done = Launch(*faces, *arguments, script=driver, folder=tmp_path).wait()
+        done = launches.Launch(*faces, *arguments, script=driver, folder=tmp_path).wait()
         assert done.returncode == 0, done.stderr
         return Store(tmp_path / "outputs").runs("lfw_proxy")
 
-    (raw,) = launch("optimizer=raw", "setting=rank4,rank32")  # which it does not have
+    (raw,) = launch("optimizer=raw")
     assert len(raw.table("probes")) == 40
     runs = launch("optimizer=pca,nmf", "setting=rank4")
     small = ["optimizer.batch_size=12", "optimizer.warm_rounds=5", "optimizer.frozen=1", "iterations=2"]
-    runs = launch("optimizer=deepfacto", "setting=rank4", *small)
+    runs = launch(row("deepfacto"), *small)
     assert [run.info["method"] for run in runs] == ["raw", "pca", "nmf", "deepfacto"]
     assert [run.info["setting"] for run in runs] == ["default", "rank4", "rank4", "rank4"]
     assert all(run.info["labels"] == "proxy labels" for run in runs)
-    again = launch("optimizer=raw", "setting=rank256")
+    again = launch("setting=default")
     assert [run.info["finished"] for run in again] == [run.info["finished"] for run in runs]
 
 
@@ -512,7 +519,7 @@ def test_the_page_lists_the_experiment(faces: Faces, tmp_path: Path) -> None:
     assert rows_of("lfw_proxy") == rows_of("lfwa_deepfacto")
     assert rows_of("lfw_proxy")[0] == ("raw", "default") and len(rows_of("lfw_proxy")) == 10
     for name, (optimizer, setting) in product(("lfw_proxy", "lfwa_deepfacto"), rows_of("lfw_proxy")):
-        options = config(tmp_path, f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}")
+        options = config(tmp_path, f"experiment={name}", row(optimizer, setting, name))
         method = instantiate(options.optimizer, _convert_="all")
         assert f"rank{options.model.rank}" == setting or optimizer == "raw"
         assert getattr(method, "rank", options.model.rank) == options.model.rank

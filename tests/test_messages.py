@@ -3,11 +3,10 @@
 from typing import Any
 
 import pytest
-from experiments.failures import BadInput
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.classification import bad_input_in_words
+from experiments.errors import BadInput, user_errors
 from experiments.messages import with_key_path
 
 SGD = {"_target_": "admm.optimizers.SGD", "momentum": 0.0}
@@ -61,6 +60,6 @@ def test_the_name_of_an_argument_becomes_the_path_of_its_key(message: str, group
 )
 def test_a_nested_object_of_the_configuration_is_named_with_its_path(key: str, value: Any, expected: str) -> None:
     made = config(**{key: value})
-    with pytest.raises(BadInput) as error, bad_input_in_words(made):
+    with pytest.raises(BadInput) as error, user_errors(made):
         instantiate(made.optimizer, _convert_="all")
     assert str(error.value).startswith(expected)

@@ -28,15 +28,16 @@ from stores import info, put
 from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.data import load
 from admm.files import WriteError, atomic_write
-from experiments.classification import Job, execute
 from experiments.identity import identity
 from experiments.integrity import problems, unreadable
+from experiments.jobs import Job
 from experiments.provenance import commit
 from experiments.reports.base import report_of, report_on
 from experiments.reports.curves import curves
 from experiments.reports.writing import write_report
 from experiments.store import Run, Slot, Store, oldest_first, slot_of
 from experiments.tasks import walltime
+from experiments.tasks.classification import execute
 from scripts import store
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,6 @@ from experiments.reports.base import report_of
 from experiments.reports.curves import curves
 from experiments.reports.results_page import below_paper, papers_numbers
 from experiments.reports.writing import write_report
-from experiments.rows import check_groups
 from experiments.store import Run, Slot, Store
 
 ROOT = Path(__file__).parents[1]
@@ -237,6 +236,13 @@ def test_bad_input_names_the_key_and_what_would_be_right(
         ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
         ("logger=wandbb", r"Could not find 'logger/wandbb'"),
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
+        ("experiment=digits", r"Available options in 'experiment':\s+bcd_zeng\s"),
+        ("optimizer=sdg", r"Available options in 'optimizer':\s+adam\s"),
+        (
+            "setting=tund",
+            r"error: setting: 'tund' is no row of optimizer=sgd in experiment=digits_shallow; there are block",
+        ),
+        ("row=digits_shallow/sgd-tund", r"no row 'digits_shallow/sgd-tund': there are digits_shallow/adam-tuned, "),
         ("iterations=many", r"error: iterations: 'many' is not a whole number"),
     ],
 )
@@ -265,17 +271,6 @@ def test_a_batch_too_small_for_batch_normalisation_names_the_key(tmp_path: Path,
 def test_help_lists_groups_and_examples() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, cwd=ROOT)
     assert re.search("experiment: .*digits_shallow, .*mnist_shallow", done.stdout) and "python run.py -m" in done.stdout
-
-
-def test_settings_do_not_change_a_group_of_the_command_line(tmp_path: Path) -> None:
-    settings = tmp_path / "settings/faithful/x_sgd.yaml"
-    settings.parent.mkdir(parents=True)
-    settings.write_text("init: {name: normal, std: 0.1}\nloss: {scale: 0.3}\n")
-    check_groups(["loss=cross_entropy", "init.std=2"], settings)
-    with pytest.raises(ValueError, match=r"init=uniform: conf/settings/faithful/x_sgd.yaml sets init.name, init.std"):
-        check_groups(["init=uniform"], settings)
-    with pytest.raises(ValueError, match=r"mnist_walltime_bcd.yaml sets init.mean, init.name"):  # by inheritance
-        check_groups(["init=uniform"], ROOT / "conf/settings/tuned/mnist_walltime_bcd.yaml")
 
 
 def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Path) -> None:

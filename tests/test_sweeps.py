@@ -38,11 +38,11 @@ from admm.checkpoints import History, save, size
 from admm.data import load
 from admm.files import WriteError, atomic_write, explain_write_errors
 from admm.optimizers import Problem
-from experiments import classification
-from experiments.classification import bad_input_in_words
+from experiments import device, training
+from experiments.errors import BadInput, user_errors
 from experiments.hints import hints
 from experiments.launching import failures, stacking
-from experiments.launching.failures import BadInput
+from experiments.launching.rows import Rows
 from experiments.launching.stacking import (
     Cell,
     Share,
@@ -58,6 +58,7 @@ from experiments.loggers import Guarded, WandbLogger
 from experiments.reports.scores import mean_score, scores
 from experiments.reports.searches import rankings, write_ranking
 from experiments.store import LEFT, Run, Slot, launched_runs, slot_of
+from experiments.tasks import classification
 from scripts.benchmarks import kill_a_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +173,7 @@ def test_a_limit_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_threads_of_one_job_are_not_the_next_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.classification.THREADS", 2)
+    monkeypatch.setattr(device, "THREADS", 2)
     former = torch.get_num_threads()
     for threads, recorded in (("1", "1 thread"), ("null", "2 threads")):
         launch(tmp_path / threads, "optimizer=sgd", f"threads={threads}", "iterations=1", "seeds=[0]")
@@ -478,14 +479,14 @@ def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
 
 def test_a_stack_that_fails_leaves_its_cells_to_their_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that is too large does; of the cells, one fails alone, too."""
-    real = classification.train
+    real = training.train
 
     def train(problem: Problem, optimizer: Any, state: Any, *rest: Any, **options: Any) -> History:
         if len(state.seeds) > 1 or optimizer.step_size == 0.1:
             raise torch.OutOfMemoryError("of the device")
         return real(problem, optimizer, state, *rest, **options)
 
-    monkeypatch.setattr(classification, "train", train)
+    monkeypatch.setattr(training, "train", train)
     with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit, match=r"error: .*OutOfMemoryError: of the"):
         multirun(*GRID, *places(tmp_path), *NEAR, "optimizer.step_size=0.1,0.2,0.3", "hydra/launcher=stacked")
     assert "sgd-tuned-stack failed, its cells are run one by one: " in printed.getvalue()
@@ -537,7 +538,7 @@ def broken(error: Exception) -> None:
     ],
 )  # fmt: skip
 def test_an_error_of_an_own_model_is_told_with_its_type(error: Exception, message: str) -> None:
-    with pytest.raises(BadInput) as told, bad_input_in_words():
+    with pytest.raises(BadInput) as told, user_errors():
         instantiate({"_target_": "test_sweeps.broken", "error": error})
     assert str(told.value) == message
 
@@ -881,6 +882,12 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
     assert list(table["a.b"]) == [3, 2, 1] and "written" in capsys.readouterr().out
 
 
+def chosen(config: DictConfig) -> DictConfig:
+    """The configuration of a launch, whose rows have been chosen."""
+    Rows().on_multirun_start(config)
+    return config
+
+
 def test_the_searches_of_the_readme_compose() -> None:
     """Each cell of the grid; Optuna's choices are among them."""
     lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
@@ -893,9 +900,9 @@ def test_the_searches_of_the_readme_compose() -> None:
     assert spaces
     for arguments in spaces:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            space = compose("config", list(arguments), return_hydra_config=True).hydra.sweeper.params
-            overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in space.items()), *arguments])
-            ((*cells,),) = BasicSweeper.split_arguments(overrides, None)
+            hydra = chosen(compose("config", list(arguments), return_hydra_config=True)).hydra
+            overrides = [*(f"{k}={v}" for k, v in hydra.sweeper.params.items()), *hydra.overrides.task]
+            ((*cells,),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
             assert len(cells) == 18 and all(compose("config", cell).dataset.holdout == 10000 for cell in cells)
 
 

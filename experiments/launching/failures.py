@@ -9,39 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from admm.checkpoints import CheckpointError
-from admm.data import DatasetError
-from admm.files import WriteError
-from experiments.faces.backbones import BackboneError
-from experiments.store import RESUME
+from experiments.errors import TOLD, in_words
+from experiments.launch import Launch
+from experiments.overrides import parse
 
 log = logging.getLogger(__name__)
 FAILED = "failed.txt"  # a note in Hydra's folder of a job: why it failed
 begun: list[DictConfig] = []  # the configuration of a sweep that has begun and not ended
 
 
-class BadInput(Exception):
-    """What was asked for cannot be done. The message names the key or file, what was found and what would be right."""
-
-
-TOLD = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)  # their messages are all that is to be said
-
-
 class JobError(Exception):
     """A job has failed; the message says why. Unlike the error that it stands for, any process can unpickle it."""
 
 
-def run_task(config: DictConfig) -> float | None:
+def run_task(config: DictConfig, launch: Launch) -> float | None:
     """What a configuration's task returns. Raises JobError where it, or what it calls, would end the program."""
     try:
-        return get_method(config.task)(config)  # type: ignore[no-any-return]
+        return get_method(config.task)(config, launch)  # type: ignore[no-any-return]
     except SystemExit as end:
         raise JobError(f"it ended the program by SystemExit({end.code!r})") from end
 
@@ -89,13 +79,6 @@ class Failures(Callback):
             raise SystemExit("\n".join(lines))
 
 
-def in_words(error: BaseException) -> str:
-    """An error's message: alone where it says all, else after the error's type."""
-    if isinstance(error, WriteError):
-        return f"{error}.\n{RESUME}"
-    return str(error) if isinstance(error, TOLD) else f"{type(error).__name__}: {error}".rstrip(": ")
-
-
 def failed(folder: Path, error: Exception, verbose: Any) -> None:
     """Log the failure of a sweep's job, and leave a note in the job's folder. Raises OSError."""
     hidden = isinstance(error, TOLD) and not verbose
@@ -106,8 +89,8 @@ def failed(folder: Path, error: Exception, verbose: Any) -> None:
 def listed(config: DictConfig) -> list[str]:
     """The causes of a launch's failed jobs, each with the jobs and what they have of their own."""
     launch = Path(config.hydra.sweep.dir)
-    parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    common = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
+    given = [o for o in parse(config.hydra.overrides.task) if not o.is_sweep_override()]
+    common = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in given}
     jobs: dict[str, list[str]] = {}
     for path in sorted(launch.rglob(FAILED)):
         known = path.parent / ".hydra/overrides.yaml"

@@ -14,17 +14,19 @@ from typing import Any, get_args, get_type_hints
 
 import psutil
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from admm.checkpoints import History, Row, save, size
 from admm.data import load
 from admm.optimizers.protocol import Optimizer, Problem
-from experiments.classification import TASK, Job, build_problem, ended, find_device, find_job, logger_of, trained
-from experiments.launching.failures import TOLD, in_words
+from experiments.device import find_device
+from experiments.errors import TOLD, in_words
+from experiments.jobs import TASK, Job, find_job
+from experiments.launch import Launch
 from experiments.loggers import Guarded, Logger
 from experiments.store import Slot
+from experiments.training import Observer, build_problem, end_record, logger_of, train_or_resume
 
 log = logging.getLogger(__name__)
 SOME = 1000  # samples of which a cell's variables are made, to know how many bytes those of all take
@@ -81,12 +83,11 @@ def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
     """None if the job is no run of a classifier, is forced, or fails already here, as its own run will say; and of a
     network whose replicas are evaluated one after the other, so that a stack would take their memory and no less time.
     """
-    HydraConfig.instance().set_config(config)
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     if task.task != TASK or task.force:
         return None
     try:
-        job = find_job(task, HydraConfig.get().runtime.choices["optimizer"], load)
+        job = find_job(task, Launch.of(config.hydra), load)
         config = OmegaConf.create(job.config)
         problem, optimizer = build_problem(config, job.dataset), instantiate(config.optimizer, _convert_="all")
         variables = bytes_of_variables(problem, optimizer, config.seeds)
@@ -240,12 +241,12 @@ def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
     ]
     test = data.x_test, data.y_test
     with Guarded(CellLoggers(shares, [logger_of(config) for _ in stack])) as logger:  # closed after all is in its place
-        _, history = trained(config, job, problem, test, logger=logger, names=names, keep_last=True)
+        _, history = train_or_resume(config, job, problem, test, Observer(logger, names=names), keep_last=True)
         for share in shares:
             if share.cell in todo:
                 own = share.of(history)
                 cell = share.cell.job
-                cell.slot.complete(cell.config, own.rows, cell.info | ended(own) | {"stack": len(config.seeds)})
+                cell.slot.complete(cell.config, own.rows, cell.info | end_record(own) | {"stack": len(config.seeds)})
 
 
 def stacked_config(stack: Sequence[Cell]) -> dict[str, Any]:

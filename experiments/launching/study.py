@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from experiments.checks import check_search
+from experiments.errors import BadInput
 from experiments.identity import identity
-from experiments.launching.failures import BadInput, failures_end_the_program
+from experiments.launching.failures import failures_end_the_program
+from experiments.overrides import chooses_row, parse
 from experiments.reports.scores import is_of_a_search
 from experiments.reports.searches import as_in_a_grid, rankings, write_ranking
 from experiments.store import failed_writes_in_words, launched_runs
@@ -46,7 +47,7 @@ class Study(Callback):
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         sweeper = config.hydra.sweeper
-        check_search(sweeper, space(config).get("dataset.holdout", config.dataset.get("holdout")))
+        check_search("optuna" in sweeper._target_, space(config).get("dataset.holdout", config.dataset.get("holdout")))
         if config.hydra.runtime.choices["hydra/sweeper"] != "study":
             return
         import optuna
@@ -86,20 +87,22 @@ class Study(Callback):
 
 
 def searched(config: DictConfig) -> str:
-    """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, and the
-    space, of search=… and of the command line."""
+    """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, the row,
+    and the space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    searched_by = space(config), str(config.hydra.sweeper.direction)
+    row = [override for override in config.hydra.overrides.task if chooses_row(override)]
+    searched_by = row, space(config), str(config.hydra.sweeper.direction)
     values: Any = OmegaConf.to_container(task, resolve=True)
-    content = [identity(values, {"setting": config.setting}, ""), *searched_by]
+    content = [identity(values, {}, ""), *searched_by]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def space(config: DictConfig) -> dict[str, Any]:
     """By key what search=… and the command line vary, as it is written there."""
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     params: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
-    return params | {o.get_key_element(): o.get_value_string() for o in overrides if o.is_sweep_override()}
+    return params | {
+        o.get_key_element(): o.get_value_string() for o in parse(config.hydra.overrides.task) if o.is_sweep_override()
+    }
 
 
 def wait_for(lock: FileLock, name: str) -> None:

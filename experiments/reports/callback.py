@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hydra.conf import HydraConf
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from rich.console import Console
 
-from experiments.launching.failures import failed, failures_end_the_program, run_task
+from experiments.launching.failures import failures_end_the_program
 from experiments.reports.base import report_on
 from experiments.reports.text import print_table
 from experiments.reports.writing import write_report
-from experiments.store import LEFT, Run, Store, failed_writes_in_words, launched_runs
+from experiments.store import Run, Store, failed_writes_in_words, launched_runs
 
 
 class Report(Callback):
-    """At the end of a launch: runs that have been left to other processes, then the experiment's figure and table.
+    """At the end of a launch: the experiment's figure and table.
 
     They show the results store, in `<results>/figures` and `<results>/tables`; but where a run of the launch has
     values of its own from the command line, the launch's runs alone, in the launch's folder.
@@ -31,22 +29,7 @@ class Report(Callback):
 
     @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        launch = Path(config.hydra.sweep.dir)
-        for job in sorted(note.parent for note in launch.rglob(LEFT)):
-            try:
-                self._come_back_to(job)
-            except Exception as error:
-                failed(job, error, config.hydra.verbose)
-        self._report(config, launch)
-
-    def _come_back_to(self, job: Path) -> None:
-        """Wait for the run of a job whose folder in the launch this is, or make it if its process has died."""
-        folder, own = job / ".hydra", OmegaConf.create({"hydra": HydraConf})
-        with open_dict(own.hydra):
-            own.merge_with(OmegaConf.load(folder / "hydra.yaml"))
-        HydraConfig.instance().set_config(own)
-        config: Any = OmegaConf.load(folder / "config.yaml")
-        run_task(config)
+        self._report(config, Path(config.hydra.sweep.dir))
 
     def _report(self, config: DictConfig, launch: Path) -> None:
         by_experiment: dict[str, list[Run]] = {}

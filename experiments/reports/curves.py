@@ -9,14 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.overrides import keeps_the_paper_s_experiment, reduces
 from experiments.records import RunRecord
 from experiments.reports.base import ExperimentReport, report_of
 from experiments.reports.methods import method_of, methods
 from experiments.reports.paper import PaperEntry
 from experiments.store import Run
-
-REDUCING = ("iterations=", "seeds=", "model.", "dataset.first=")  # overrides that make less of an experiment
-OF_THE_PAPER = ("iterations=", "seeds=", "evaluate_every=", "dtype=", "optimizer.")  # those that leave it the paper's
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Curve:
     def setting(self) -> str:
         """The setting's name, whether it is reduced (less than the paper's), and what is to be known of the run."""
         record, seeds = self.record, self.history["replica"].nunique()
-        is_reduced = self.report.reduced or any(override.startswith(REDUCING) for override in record.overrides)
+        is_reduced = self.report.reduced or any(map(reduces, record.overrides))
         name = f"{'reduced ' if is_reduced else ''}{record.setting}"
         parts = [f"{name}: {record.note}" if record.note else name, *record.overrides]
         parts += [f"{seeds} of {record.of_seeds} seeds"] if seeds < record.of_seeds else []
@@ -81,7 +79,7 @@ class Curve:
     @property
     def is_of_the_paper(self) -> bool:
         """Whether the command line has left the data, the network and the loss as the experiment has them."""
-        return all(override.startswith(OF_THE_PAPER) for override in self.record.overrides)
+        return all(map(keeps_the_paper_s_experiment, self.record.overrides))
 
     def by_iteration(self, column: str) -> pd.DataFrame:
         """Mean and sample standard deviation over the replicas, by iteration."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import product
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from admm.files import atomic_write
@@ -19,7 +20,7 @@ from experiments.reports.methods import method_of
 from experiments.reports.paper import paper
 from experiments.reports.searches import read_ranking
 from experiments.reports.text import markdown
-from experiments.rows import CONF, inherited
+from experiments.rows import CONF, Row, TableRows
 from experiments.store import Run, Store
 
 RunsByExperiment = Mapping[str, list[Run]]  # from the oldest to the newest
@@ -109,30 +110,25 @@ def missing_rows(runs: RunsByExperiment) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["experiment", "method", "settings"])
 
 
+@cache
 def rows_of(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of an experiment's sweep or race, then those of `further_rows`."""
-    swept, further = _rows(experiment)
-    return [*swept, *further]
+    """(optimizer, setting) of the rows that an experiment lists, then those of `further_rows`."""
+    return [*_pairs(_table(experiment).listed), *further_rows(experiment)]
 
 
 def further_rows(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of an experiment's other settings of single optimizers, which a launch names."""
-    return _rows(experiment)[1]
+    """(optimizer, setting) of the other rows in an experiment's own folder, which a launch names."""
+    return _pairs(_table(experiment).others)
 
 
-def _rows(experiment: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    config = inherited(CONF / "experiment" / f"{experiment}.yaml")
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    optimizers = params["optimizer"].split(",") if params else OmegaConf.select(config, "optimizers")
-    swept = list(product(optimizers, params.get("setting", "tuned").split(",")))
-    if "raw" in optimizers:  # which has no rank
-        swept = [("raw", "default"), *(row for row in swept if row[0] != "raw")]
-    own = {
-        (optimizer, path.parent.name)
-        for optimizer in optimizers
-        for path in CONF.glob(f"settings/*/{experiment}_{optimizer}.yaml")
-    }
-    return swept, sorted(own - set(swept))
+def _pairs(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    return [(row.method, row.setting) for row in rows]
+
+
+@cache
+def _table(experiment: str) -> TableRows:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return TableRows.of(experiment, compose("config", [f"experiment={experiment}"]).rows)
 
 
 def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[str]:
@@ -164,7 +160,7 @@ def estimate(runs: RunsByExperiment, bench: pd.Series[float]) -> Iterator[str]:
     if "cifar10_resnet18" in runs or not set(names) <= set(bench.index):
         return
     config = OmegaConf.load(CONF / "experiment/cifar10_resnet18.yaml")
-    epochs, seeds = config.iterations, len(OmegaConf.load(CONF / "config.yaml").seeds)
+    epochs, seeds = config.iterations, len(OmegaConf.load(CONF / "config.yaml").committed_seeds)
     sgd, online, evaluation = (bench[name] for name in names)
     each = [(flops + evaluation) * epochs * seeds / GPU_TFLOPS / 3600 for flops in (sgd, online)]
     yield "## Figure 7 at full size: an estimate"

@@ -11,18 +11,17 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import RangeSweep
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, read_write
 
 from admm.files import atomic_write
-from experiments.launching.failures import BadInput
+from experiments.errors import BadInput
+from experiments.overrides import is_searched, parse
 from experiments.reports.scores import scores
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
-FIXED = ("dataset", "seeds=", "iterations=", "search=")  # overrides that are not what is searched for
 RESULTS = ("held-out", "seeds", "iterations", "samples held out")  # columns after those that are
 FEW = 6  # values of a hyperparameter, which its axis names
 WIDE = 4.0  # the quotient of a hyperparameter's largest and smallest value from which on its axis is logarithmic
@@ -45,7 +44,7 @@ def without_end(override: str) -> str:
 
     Raises BadInput for a range without values.
     """
-    space = OverridesParser.create().parse_override(override).value()
+    space = parse([override])[0].value()
     if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
         return override
     first, step = Decimal(str(space.start)), Decimal(str(space.step))
@@ -79,7 +78,7 @@ def ranking(runs: Iterable[Run]) -> pd.DataFrame:
 def _ranked(row: Sequence[Run]) -> dict[str, Any]:
     """A configuration: its setting, the values searched over, its score, and how many seeds have not diverged."""
     record, by_seed = row[-1].record, scores(row)
-    searched = [override for override in record.overrides if not override.startswith(FIXED)]
+    searched = filter(is_searched, record.overrides)
     values: dict[str, Any] = {key: value for key, _, value in (override.partition("=") for override in searched)}
     diverged = {run.record.seeds[replica] for run in row for replica in run.record.diverged}
     seeds = len(by_seed.keys() - diverged)

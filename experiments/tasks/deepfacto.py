@@ -31,25 +31,25 @@ from admm.deepfacto.training import DeepFacto
 from admm.files import explain_write_errors
 from admm.minibatches import minibatches
 from admm.optimizers import Problem
-from experiments.classification import (
-    NO_LOGGER,
-    Job,
-    bad_input_in_words,
-    ended,
-    execution,
-    find_device,
-    logger_of,
-    note_start,
-    run_once,
-    trained,
-)
+from experiments.device import find_device
+from experiments.errors import BadInput, user_errors
 from experiments.faces.backbones import BACKBONES
 from experiments.faces.data import Faces, load_faces, pairs, split_people
 from experiments.faces.probes import Probe, verification
-from experiments.launching.failures import BadInput
+from experiments.jobs import Job, run_once
+from experiments.launch import Launch
 from experiments.loggers import Logger
 from experiments.reports.scores import mean_score
 from experiments.store import PROBES, Run, sealed, unsealed
+from experiments.training import (
+    NO_LOGGER,
+    Observer,
+    end_record,
+    execution,
+    logger_of,
+    train_or_resume,
+    write_start_record,
+)
 
 log = logging.getLogger(__name__)
 SLICE = 256  # images that a network is applied to at a time
@@ -59,13 +59,12 @@ PROBED = ["replica", "seed", "attribute", "positives", "majority", "accuracy", "
 THUMBNAIL = 100  # their pixels
 
 
-def run(config: DictConfig) -> float | None:
+def run(config: DictConfig, launch: Launch) -> float | None:
     """Represent the faces and probe the representation, unless it has been done. Returns the run's score."""
-    if config.optimizer._target_.endswith(".Raw"):
-        config.setting, config.model.rank = "default", None  # it has no rank: one run for all of them
-    elif not (isinstance(config.model.rank, int) and config.model.rank > 0):
+    has_rank = not config.optimizer._target_.endswith(".Raw")
+    if has_rank and not (isinstance(config.model.rank, int) and config.model.rank > 0):
         raise BadInput(f"model.rank: {config.model.rank!r} is not a whole number from 1 up; setting=rank32 or so")
-    return mean_score(run_once(config, execute, partial(load, config.backbone)), config.seeds)
+    return mean_score(run_once(config, launch, execute, partial(load, config.backbone)), config.seeds)
 
 
 def load(backbone: DictConfig, name: str, root: str, holdout: int, device: Any, dtype: Any, **options: Any) -> Faces:
@@ -251,7 +250,7 @@ class PostHocNMF:
 def execute(config: DictConfig, job: Job) -> Run:
     """Represent the faces and probe what represents them, each attribute once."""
     faces: Faces = job.dataset
-    with bad_input_in_words(config):
+    with user_errors(config):
         features, task = Features(config, faces), Verification(faces, **config.verification)
         probe, method = (instantiate(config[key], _convert_="all") for key in ("probe", "optimizer"))
         if not isinstance(method, DeepFacto) and not hasattr(method, "represent"):
@@ -265,7 +264,7 @@ def execute(config: DictConfig, job: Job) -> Run:
             represented, rows, how = jointly(config, job, features, task, logger)
             history, info = rows, info | how
         else:
-            note_start(job.slot, job.info)
+            write_start_record(job.slot, job.info)
             represented = method.represent(features, task, job.info["seeds"])
         probed, shown = list[dict[str, Any]](), dict[str, NDArray[Any]]()
         info["scores_verification"] = []  # percent of pairs, by the scores themselves as embeddings
@@ -283,12 +282,11 @@ def jointly(
 ) -> tuple[Iterator[Represented], list[Row], dict[str, Any]]:
     """The paper's: backbone, factorisation and embedding trained together, from the frozen features on. Returns what
     represents the faces, the rows of the history, and how it ended."""
-    with bad_input_in_words(config):
+    with user_errors(config):
         problem = build_problem(config, features)
     test = (features, features.frozen[task.images], task)
-    state, history = trained(
-        config, job, problem, test, "verification", logger=logger, measure=verified, keep_last=True
-    )
+    observer = Observer(logger, shown="verification")
+    state, history = train_or_resume(config, job, problem, test, observer, measure=verified, keep_last=True)
     blocks, theta, seeds = problem.blocks, state.theta, state.seeds  # all else of the state is not kept meanwhile
 
     def represented() -> Iterator[Represented]:
@@ -297,7 +295,7 @@ def jointly(
                 tail, nmf, _ = blocks.export(theta, replica).children()
                 yield Represented(replica, seed, features.applied(nn.Sequential(tail, nmf), features.frozen))
 
-    return represented(), history.rows, ended(history) | {"frozen": config.optimizer.frozen}
+    return represented(), history.rows, end_record(history) | {"frozen": config.optimizer.frozen}
 
 
 def build_problem(config: DictConfig, features: Features) -> Problem:

@@ -17,31 +17,27 @@ from admm.checkpoints import save, size
 from admm.optimizers import BlockADMM, OnlineBlockADMM, Problem
 from admm.optimizers.coupling import BlockOutputs
 from experiments.checks import DTYPES
-from experiments.classification import (
-    Job,
-    bad_input_in_words,
-    build_problem,
-    find_device,
-    load_once,
-    note_start,
-    run_once,
-)
+from experiments.device import find_device
+from experiments.errors import user_errors
+from experiments.jobs import Job, load_once, run_once
+from experiments.launch import Launch
 from experiments.reports.memory import VARIABLES
 from experiments.store import Run
+from experiments.training import build_problem, write_start_record
 
 WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the libraries' own memory is nobody's
 
 
-def run(config: DictConfig) -> None:
+def run(config: DictConfig, launch: Launch) -> None:
     """Measure one optimizer, unless it has been done."""
-    run_once(config, measure)
+    run_once(config, launch, measure)
 
 
 def measure(config: DictConfig, job: Job) -> Run:
     """Bytes by variable for one seed, and the peak of a training iteration in a process of its own."""
-    with bad_input_in_words(config, "optimizer"):
+    with user_errors(config, "optimizer"):
         sizes = variables(config, build_problem(config, job.dataset), config.seeds[0])
-    note_start(job.slot, job.info)
+    write_start_record(job.slot, job.info)
     rows: list[dict[str, Any]] = [{"quantity": name, "bytes": size} for name, size in sizes.items()]
     rows.append({"quantity": "peak", "bytes": peak_in_fresh_process(config)})
     return job.slot.complete(job.config, rows, job.info)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -18,9 +16,14 @@ from admm.checkpoints import Row
 from admm.files import atomic_write
 from admm.optimizers import Optimizer, Problem
 from admm.training import accuracy, timed_step
-from experiments.classification import Job, bad_input_in_words, build_problem, find_job, note_start, report_to_launch
+from experiments.errors import user_errors
+from experiments.jobs import Job, find_job, record_in_launch, supersede
+from experiments.launch import Launch
+from experiments.overrides import key_of
 from experiments.progress import RunProgress
+from experiments.rows import TableRows
 from experiments.store import RACE, Run, sealed, unsealed
+from experiments.training import build_problem, write_start_record
 
 log = logging.getLogger(__name__)
 SAME = ("identity", "commit", "sources", "machine", "versions")  # of all seeds of a race
@@ -55,14 +58,14 @@ class Contestant:
         return bool(newest >= self.job.info["iterations"] or self.rows[-1]["iteration"] < newest)
 
 
-def run(config: DictConfig) -> None:
+def run(config: DictConfig, launch: Launch) -> None:
     """Time `config.optimizers` against each other, unless that has been done.
 
     A run of each is put into the store when all have ended. An interrupted race goes on with the seed it was at.
     """
-    with bad_input_in_words(config):
-        check_race(config)
-        jobs = {method: find_job(method_config(method), method) for method in config.optimizers}
+    with user_errors(config):
+        check_race(config, launch)
+        jobs = {method: job_of(method, config, launch) for method in config.optimizers}
     slots = sorted((job.slot for job in jobs.values()), key=lambda slot: slot.identity)
     with ExitStack() as locks:
         for slot in slots:  # in one order, so that two races do not wait for each other
@@ -72,24 +75,27 @@ def run(config: DictConfig) -> None:
             runs = race(config, jobs)
         else:
             machine = runs[0].info["machine"]
-            log.info("%s is there already, timed on %s; force=true times anew", slots[0].experiment, machine)
-        report_to_launch(runs)
+            log.info("%s is there already, timed on %s; force=true times again", slots[0].experiment, machine)
+        record_in_launch(runs, launch)
         for job in jobs.values():
-            if not job.info["overrides"]:
-                job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
+            supersede(job, config)
 
 
-def check_race(config: DictConfig) -> None:
+def check_race(config: DictConfig, launch: Launch) -> None:
     """Raises ValueError for what only a single optimizer's run can have."""
-    if any(override.startswith("optimizer=") for override in HydraConfig.get().overrides.task):
+    if any(key_of(override) in ("optimizer", "row") for override in launch.overrides):
         raise ValueError("optimizer: a race has several; optimizers=[sgd,gotmare] chooses them")
     if not isinstance(config.optimizers, ListConfig) or not config.optimizers:
         raise ValueError(f"optimizers: {config.optimizers!r} is not a list of optimizers, such as [sgd,gotmare]")
 
 
-def method_config(method: str) -> DictConfig:
-    """The experiment's configuration for an optimizer, with the command line's overrides."""
-    return compose("config", [*HydraConfig.get().overrides.task, f"optimizer={method}"])
+def job_of(method: str, config: DictConfig, launch: Launch) -> Job:
+    """Of an optimizer in the race: its first row that fits, with the command line's overrides."""
+    table = TableRows.of(launch.experiment, config.rows, launch.conf)
+    row = next(iter(table.chosen(method, config.setting)), None)
+    own = [override for override in launch.overrides if key_of(override) != "setting"]
+    chosen = compose("config", [*own, f"row={row.name}" if row else f"optimizer={method}"])
+    return find_job(chosen, replace(launch, method=method, row=row))
 
 
 def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
@@ -109,7 +115,7 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
             histories = begun["histories"]
         except ValueError as error:
             log.warning("the race in %s starts anew: %s", kept.parent, error)
-    note_start(first.slot, first.info)
+    write_start_record(first.slot, first.info)
     for replica in range(len(histories[first.info["method"]]), len(config.seeds)):
         for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
@@ -146,7 +152,7 @@ def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, l
 def contestant(job: Job, seed: int) -> Contestant:
     """Ready to start, warmed up by an iteration of a twin."""
     config = OmegaConf.create(job.config)
-    with bad_input_in_words(config, "optimizer"):
+    with user_errors(config, "optimizer"):
         problem = build_problem(config, job.dataset)
         optimizer = instantiate(config.optimizer, _convert_="all")
         optimizer.step(problem, optimizer.init(problem, (seed,)))

@@ -37,13 +37,13 @@ from admm.deepfacto.nmf import nmf_steps
 from admm.files import MIB, atomic_write
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
-from experiments.classification import build_problem
 from experiments.launching.stacking import paying_on_a_processor
 from experiments.paths import in_full
 from experiments.provenance import machine
 from experiments.rows import CONF
 from experiments.store import failed_writes_in_words
 from experiments.tasks.memory import variables
+from experiments.training import build_problem
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
@@ -350,7 +350,7 @@ def share(flops: float, seconds: list[float], of_large_product: list[float]) -> 
 
 def _config(optimizer: str, *overrides: str, experiment: str = "mnist_shallow") -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"experiment={experiment}", f"optimizer={optimizer}", "setting=tuned", *overrides])
+        return compose("config", [f"experiment={experiment}", f"row={experiment}/{optimizer}-tuned", *overrides])
 
 
 def _generated() -> Dataset:

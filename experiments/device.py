@@ -1,0 +1,42 @@
+"""The device of a run, and its threads."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from joblib import cpu_count, effective_n_jobs
+from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+THREADS = torch.get_num_threads()  # of a job that does not say how many
+
+
+def ready_device(config: DictConfig, workers: int | None) -> torch.device:
+    """The device, with as many threads as the job is to have. workers: as in `experiments.launch.Launch`.
+
+    Raises ValueError for a device that cannot be used, or lacks the precision.
+    """
+    device = find_device(config.device)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: tf32 is for GPUs; this is {device}")
+    if config.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log.warning("precision: this CPU emulates bf16, which takes several times as long as fp32")
+    torch.set_num_threads(config.threads or threads_of_a_worker(workers) or THREADS)
+    return device
+
+
+def threads_of_a_worker(workers: int | None) -> int | None:
+    """Its share of the CPU's; None where the launcher has no workers."""
+    return None if workers is None else max(1, cpu_count() // effective_n_jobs(workers))
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ValueError for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here ({error}); auto, cpu, cuda, cuda:1, …") from None
+    return torch.device(name)

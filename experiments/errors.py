@@ -1,0 +1,63 @@
+"""What a user is told of what goes wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from admm.checkpoints import CheckpointError
+from admm.data import DatasetError
+from admm.files import WriteError
+from experiments.faces.backbones import BackboneError
+from experiments.messages import with_key_path
+from experiments.store import RESUME
+
+NO_CONFIG = OmegaConf.create()
+
+
+class BadInput(Exception):
+    """What was asked for cannot be done. The message names the key or file, what was found and what would be right."""
+
+
+TOLD = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)  # their messages are all that is to be said
+
+
+def in_words(error: BaseException) -> str:
+    """An error's message: alone where it says all, else after the error's type."""
+    if isinstance(error, WriteError):
+        return f"{error}.\n{RESUME}"
+    return str(error) if isinstance(error, TOLD) else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+@contextmanager
+def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[None]:
+    """Raises BadInput for an error that bad input raises, and for any of a class or function of the configuration.
+
+    The message names the key of `config`, which is looked for in `group` first.
+    """
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise BadInput(with_key_path(str(error), config, group) or repr(error)) from error
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, (ValueError, ImportError, *TOLD)) and str(cause):
+            target = re.search(r"^full_key: (.*)$", str(error), re.MULTILINE)
+            raise BadInput(with_key_path(str(cause), config, target[1] if target else group)) from error
+        place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
+        raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error
+
+
+@contextmanager
+def one_sample_in_words() -> Iterator[None]:
+    """Raises BadInput that names the keys where PyTorch cannot normalise a batch of one pixel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise BadInput(f"optimizer.batch_size, or slice_size, leaves one sample alone. {error}") from error

@@ -1,0 +1,191 @@
+"""From a job of a launch to a run in the store: find its place, see what is there, make what is missing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from admm.data import load
+from admm.files import atomic_write
+from experiments.checks import DTYPES, check, check_place, check_row, check_search
+from experiments.device import ready_device
+from experiments.errors import user_errors
+from experiments.identity import SCHEMA, identity
+from experiments.launch import Launch
+from experiments.overrides import changes_numbers, key_of
+from experiments.provenance import changed, changed_since, provenance
+from experiments.records import kind_of
+from experiments.store import LEFT, Run, Slot, runs_of_row
+
+log = logging.getLogger(__name__)
+TASK = "experiments.tasks.classification.run"
+load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
+LISTED = 6  # sources that a message names
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was asked for: its data, its place in a store, and what its `run.json` says.
+
+    joined: finished runs that differ in their seeds alone, with others of those that were asked for. again: the run
+    is finished, and is to be made once more.
+    """
+
+    dataset: Any  # with its `sha256`
+    slot: Slot
+    info: dict[str, Any]
+    config: dict[str, Any]
+    joined: Sequence[Run] = ()
+    again: bool = False
+
+
+def run_once(
+    config: DictConfig,
+    launch: Launch,
+    make: Callable[[DictConfig, Job], Run],
+    load: Callable[..., Any] = load_once,
+) -> list[Run]:
+    """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`. Returns it after those that
+    join it.
+
+    A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
+    its other jobs, and comes back to it at the end (`experiments.launching.leftovers`).
+
+    Raises BadInput, or another error whose message is for the user (`experiments.errors`).
+    """
+    with user_errors(config):
+        job = find_job(config, launch, load)
+    left = launch.output_dir / LEFT
+    with job.slot.lock(wait=left.exists() or not launch.is_grid) as held:
+        if not held:
+            log.info("%s is being made by another process: left to it", job.slot.name)
+            left.touch()
+            return []
+        finished = job.slot.finished()
+        if finished is not None and not job.again:
+            log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
+        else:
+            finished = make(config, job)
+    runs = [*job.joined, finished]
+    record_in_launch(runs, launch)
+    supersede(job, config)
+    return runs
+
+
+def record_in_launch(runs: Sequence[Run], launch: Launch) -> None:
+    """Leave a note of finished runs in Hydra's folder, for the report at the end of the launch."""
+    with atomic_write(launch.output_dir / "runs.txt", "the note of finished runs") as note:
+        note.write_text("\n".join(str(run.folder.absolute()) for run in runs), encoding="utf-8")
+
+
+def supersede(job: Job, config: DictConfig) -> None:
+    """Move the runs out of the way that a committed row's own one replaces."""
+    if not job.info["overrides"]:
+        job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
+
+
+def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load_once) -> Job:
+    """Check a job's configuration, load the data set, and find the run's place.
+
+    Of a classifier, the run is of those seeds alone that no finished run of the same row has; if there is none, it is
+    the newest of these runs. load: of `config.dataset`, a device and a dtype, the data, with their `sha256`. Raises
+    ValueError or DatasetError.
+    """
+    check_job(config, launch)
+    device = ready_device(config, launch.workers)
+    dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    origin = provenance(device, plain)
+    overrides, by_seed = own_overrides(config, launch), config.task == TASK
+    root = Path(config.outputs if overrides else config.results)
+    sha256, choices = dataset.sha256, launch.choices
+    slot = Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity(plain, choices, sha256))
+    found = runs_of_row(slot, plain, choices, sha256) if by_seed else finished_in(slot)
+    there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
+    if by_seed and not config.force:
+        plain["seeds"] = seeds_to_run(config.seeds, there)
+        slot = replace(slot, identity=identity(plain, choices, sha256))
+    own = Run(slot.folder)
+    info = record(config, launch, overrides, plain["seeds"], slot, sha256) | origin
+    joined = [run for run in there if run != own]
+    return Job(dataset, slot, info, plain, joined, again=own in found and own not in there)
+
+
+def finished_in(slot: Slot) -> list[Run]:
+    """The one run of a place, if there is one."""
+    return [Run(slot.folder)] if slot.folder.exists() else []
+
+
+def check_job(config: DictConfig, launch: Launch) -> None:
+    """Raises ValueError or BadInput for what no run can have."""
+    check_place()
+    check(config)
+    check_row(config, launch)
+    check_search(launch.is_search, config.dataset.holdout)
+
+
+def own_overrides(config: DictConfig, launch: Launch) -> list[str]:
+    """Those that make a run another one than the row. Seeds of a classifier do not, if they are some of the committed
+    ones."""
+    own = [override for override in launch.overrides if changes_numbers(override)]
+    if config.task == TASK and set(config.seeds) <= set(config.committed_seeds):
+        return [override for override in own if key_of(override) != "seeds"]
+    return own
+
+
+def seeds_to_run(asked: Sequence[int], there: Sequence[Run]) -> list[int]:
+    """Those that none of the runs has; if there are none, the last run's."""
+    missing = [seed for seed in asked if not any(seed in run.seeds for run in there)]
+    return missing or list(there[-1].info["seeds"])
+
+
+def record(
+    config: DictConfig, launch: Launch, overrides: list[str], seeds: list[int], slot: Slot, sha256: str
+) -> dict[str, Any]:
+    """What `run.json` says of what was run."""
+    return {
+        "schema": SCHEMA,
+        **launch.choices,
+        "note": config.note,
+        "overrides": overrides,
+        "identity": slot.identity,
+        "seeds": seeds,
+        "of_seeds": len(config.committed_seeds),
+        "iterations": config.iterations,
+        "kind": kind_of(config),
+        "dataset": {key: config.dataset[key] for key in ("name", "holdout")} | {"sha256": sha256},
+    }
+
+
+def stands(run: Run, origin: dict[str, Any], other_code: str) -> bool:
+    """Whether a finished run is kept, as `other_code` of the configuration says; logs which files have changed since.
+
+    A run from before sources were hashed is always kept: its files are compared as far as git knows them. origin: the
+    `provenance` of the run asked for. Raises ValueError for changed files where `other_code` is refuse.
+    """
+    made = run.info
+    names, is_hashed = list(origin["sources"]), "sources" in made
+    files = changed(made["sources"], origin["sources"]) if is_hashed else changed_since(made["commit"], names)
+    if files is None:
+        log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, made["commit"])
+    if not files:
+        return True
+    told = f"{run.folder.name}: made by other code, {made['commit']}, now {origin['commit']}: {listed(files)}"
+    if is_hashed and other_code == "refuse":
+        raise ValueError(f"other_code=refuse: {told}")
+    is_kept = not (is_hashed and other_code == "rerun")
+    level = logging.WARNING if is_hashed else logging.INFO  # the oldest can be told by git alone, and are always kept
+    log.log(level, "%s; %s", told, "kept, force=true makes it again" if is_kept else "it is made again")
+    return is_kept
+
+
+def listed(files: Sequence[str]) -> str:
+    """The first of them, and how many more."""
+    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+    return f"{', '.join(files[:LISTED])}{more}"

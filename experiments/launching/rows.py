@@ -1,0 +1,74 @@
+"""Which rows of an experiment a launch makes: those that `optimizer=…` and `setting=…` choose, a job each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, open_dict, read_write
+
+from experiments.errors import user_errors
+from experiments.launch import conf_folders
+from experiments.launching.failures import failures_end_the_program
+from experiments.overrides import key_of, parse
+from experiments.rows import DEFAULT, TableRows
+
+CHOOSING = ("optimizer", "setting")
+
+
+class Rows(Callback):
+    """Before a launch: puts `row=…` in the place of `optimizer=…` and `setting=…`, of the command line and of search=….
+
+    A `row=…` that is given is taken as it is, and a race (`optimizers`) composes its rows itself.
+    """
+
+    @failures_end_the_program()
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        params, overrides = config.hydra.sweeper.params or {}, config.hydra.overrides
+        searched = [f"{key}={value}" for key, value in params.items()]
+        loader = GlobalHydra.instance().config_loader()
+        given = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
+        if "row" in given or "optimizers" in config:
+            return
+        methods, settings = (values(given.get(key)) for key in CHOOSING)
+        with user_errors():
+            chosen = choices(rows_of_launch(config, given, settings), methods, settings)
+        with read_write(config), open_dict(config):
+            overrides.task = [*chosen, *(override for override in overrides.task if key_of(override) not in CHOOSING)]
+            for key in params.keys() & CHOOSING:
+                del params[key]
+
+
+def values(override: Override | None) -> list[str | None]:
+    """All of a sweep's, or the one; None, for any, where nothing is given."""
+    if override is None:
+        return [None]
+    return list(override.sweep_string_iterator() if override.is_sweep_override() else [str(override.value())])
+
+
+def rows_of_launch(config: DictConfig, given: dict[str, Override], settings: list[str | None]) -> TableRows:
+    """Those of the experiment, none of several. Raises ValueError for several with other settings than `default`."""
+    if len(values(given.get("experiment"))) == 1:
+        return TableRows.of(config.hydra.runtime.choices["experiment"], config.rows, conf_folders(config.hydra))
+    if settings != [DEFAULT]:
+        raise ValueError("experiment: a launch makes the rows of one; setting=default makes several without rows")
+    return TableRows("", [], [])
+
+
+def choices(table: TableRows, methods: list[str | None], settings: list[str | None]) -> list[str]:
+    """The overrides that stand for methods and settings, None for any: `row=…`, or `optimizer=…` for default values.
+
+    Raises ValueError for what one sweep cannot make.
+    """
+    found = [(method, table.chosen(method, setting)) for method in methods for setting in settings]
+    rows = dict.fromkeys(row.name for _, own in found for row in own)
+    without = dict.fromkeys(method for method, own in found if not own)
+    if rows and without:
+        alone = f"setting={DEFAULT}" if DEFAULT in settings else f"optimizer={','.join(map(str, without))}"
+        raise ValueError(f"{alone}: default values, which need a launch without rows; {table.in_words()}")
+    if rows:
+        return [f"row={','.join(rows)}"]
+    every = without if None not in without else dict.fromkeys(row.method for row in table.listed)
+    return [f"optimizer={','.join(map(str, every))}"] if every else []

@@ -1,0 +1,64 @@
+"""What an override of the command line, `key=value`, means for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from experiments.identity import EXECUTION_KEYS
+
+OF_THE_ROW = ("experiment", "optimizer", "setting", "row")
+NOT_SEARCHED = ("dataset", "dataset.*", "seeds", "iterations", "search")
+REDUCING = ("iterations", "seeds", "model.*", "dataset.first")
+OF_THE_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")
+
+
+def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Overrides as Hydra reads them. loader: knows the options that `glob(…)` stands for. Raises HydraException."""
+    return OverridesParser.create(loader).parse_overrides(list(overrides))
+
+
+@cache
+def key_of(override: str) -> str:
+    """`a.b` of `a.b=c`, of `+a.b=c` and of `~a.b`. Raises HydraException for what is no override."""
+    return parse([override])[0].key_or_group
+
+
+def is_of(override: str, keys: Sequence[str]) -> bool:
+    """Whether the override's key is one of these, in which `*` stands for any text."""
+    return any(fnmatchcase(key_of(override), key) for key in keys)
+
+
+def chooses_row(override: str) -> bool:
+    """Whether it chooses the experiment, or a row of it, instead of changing one."""
+    return is_of(override, OF_THE_ROW)
+
+
+def is_neutral(override: str) -> bool:
+    """Whether it says where and how a run is made, which its identity leaves out."""
+    return any(is_of(override, (key, f"{key}.*")) for key in EXECUTION_KEYS)
+
+
+def changes_numbers(override: str) -> bool:
+    """Whether it makes a run another one than the experiment's row."""
+    return not (chooses_row(override) or is_neutral(override))
+
+
+def reduces(override: str) -> bool:
+    """Whether it makes less of an experiment: fewer iterations or seeds, a smaller network or data set."""
+    return is_of(override, REDUCING)
+
+
+def keeps_the_paper_s_experiment(override: str) -> bool:
+    """Whether it leaves the data, the network and the loss as the experiment has them."""
+    return is_of(override, OF_THE_PAPER)
+
+
+def is_searched(override: str) -> bool:
+    """Whether it is a value that a search varies, and not a condition of the search."""
+    return not is_of(override, NOT_SEARCHED)

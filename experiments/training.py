@@ -1,0 +1,152 @@
+"""From a configuration to a trained network: the problem, the optimizer, and the loop with its logger and progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from admm.checkpoints import History, Row
+from admm.data import Dataset
+from admm.files import atomic_write
+from admm.layers import Execution
+from admm.losses import one_hot
+from admm.optimizers import Optimizer, Problem
+from admm.training import train
+from experiments.errors import one_sample_in_words, user_errors
+from experiments.jobs import Job, listed
+from experiments.loggers import Guarded, Logger, NoLogger
+from experiments.progress import RunProgress
+from experiments.provenance import changed
+from experiments.store import PROBES, Slot
+
+log = logging.getLogger(__name__)
+NO_LOGGER = NoLogger()
+
+
+def train_or_resume(
+    config: DictConfig, job: Job, problem: Problem, test: Any, observer: Observer, **options: Any
+) -> tuple[Any, History]:
+    """Train, from the last checkpoint if there is one. Returns the optimizer's state at the end and the history.
+
+    test, options: as `admm.training.train` takes them. Raises BadInput, and what `train` does.
+    """
+    with user_errors(config, "optimizer"), one_sample_in_words():
+        optimizer = instantiate(config.optimizer, _convert_="all")
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer: {job.info['method']} trains nothing; it is for experiment=lfw_proxy")
+        state = optimizer.init(problem, job.info["seeds"])
+    with one_sample_in_words(), observer.watch(config, job) as observe:
+        history = train(
+            problem,
+            optimizer,
+            state,
+            config.iterations,
+            test,
+            config.evaluate_every,
+            job.slot.checkpoint,
+            config.checkpoint_seconds,
+            observe,
+            **options,
+        )
+    return state, history
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Sees a run's rows as they come: sends them to the logger, shows progress, warns of replicas that diverge.
+
+    logger: is opened, and left open. shown: the quantity that the progress shows, in percent. names: of the replicas;
+    None for their seeds.
+    """
+
+    logger: Logger = NO_LOGGER
+    shown: str = "test_accuracy"
+    names: Sequence[str] | None = None
+
+    @contextmanager
+    def watch(self, config: DictConfig, job: Job) -> Iterator[Callable[[list[Row], History], None]]:
+        """What `admm.training.train` calls as its `observe`, while a run is trained."""
+        self.logger.open(job.info, job.config)
+        write_start_record(job.slot, job.info)
+        names = self.names or [f"seed {seed}" for seed in job.info["seeds"]]
+        reported: set[int] = set()
+        shows = RunProgress(job.slot.name, config.iterations, config.progress, self.shown.replace("_", " "))
+
+        def observe(rows: list[Row], history: History) -> None:
+            self.logger.log(rows)
+            for replica in history.diverged.keys() - reported:
+                iteration = history.diverged[replica]
+                log.warning("%s: %s diverged (not finite after iteration %d)", job.slot.name, names[replica], iteration)
+                reported.add(replica)
+            if rows:
+                last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
+                mean = sum(row[self.shown] for row in last) / len(last)
+                progress.update(int(last[0]["iteration"]), mean, history.seconds)
+
+        with shows as progress:
+            yield observe
+
+
+def write_start_record(slot: Slot, info: dict[str, Any]) -> None:
+    """Write down what begins a run; warn if a run is resumed by another version of the code or libraries."""
+    record = slot.start_note
+    if slot.checkpoint.exists():
+        log.info("resuming from %s", slot.checkpoint)
+    if slot.checkpoint.exists() or slot.journal(PROBES).exists():
+        started = json.loads(record.read_text(encoding="utf-8"))
+        for key in ("commit", "versions", "machine"):
+            if started[key] != info[key]:
+                log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
+        if "sources" in started and (files := changed(started["sources"], info["sources"])):
+            log.warning("%s: begun with other code, resumed with another %s", slot.name, listed(files))
+    with atomic_write(record, "the record of the run's start") as part:
+        part.write_text(json.dumps(info), encoding="utf-8")
+
+
+def end_record(history: History) -> dict[str, Any]:
+    """What `run.json` says of the end; `diverged` by replica."""
+    return {"seconds": round(history.seconds, 3), "diverged": history.diverged}
+
+
+def logger_of(config: DictConfig) -> Guarded:
+    """The configuration's; one that cannot be made, such as for want of a connection, is a warning. Raises BadInput for
+    a wrong key or a missing package."""
+    with user_errors(config):
+        try:
+            return Guarded(instantiate(config.logger))
+        except InstantiationException as error:
+            if error.__cause__ is None or isinstance(error.__cause__, ImportError | TypeError | ValueError):
+                raise
+            log.warning("%s failed, the run goes on without it: %r", config.logger._target_, error.__cause__)
+            return Guarded(NO_LOGGER)
+
+
+def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
+    """The network, its blocks, the loss and the initialisation of a configuration, on a data set."""
+    network = instantiate(config.model, input_shape=dataset.input_shape, classes=dataset.classes, _convert_="all")
+    return Problem(
+        x=dataset.x_train,
+        y=one_hot(dataset.y_train, dataset.classes, dataset.x_train),
+        blocks=instantiate(config.split, _partial_=True, _convert_="all")(network, execution=execution(config)),
+        loss=instantiate(config.loss),
+        initialise=instantiate(config.init),
+        augmentation=instantiate(config.get("augmentation")),
+    )
+
+
+def execution(config: DictConfig) -> Execution:
+    """How blocks are evaluated; sets PyTorch's precision of products on a GPU."""
+    precision = config.get("precision")  # a stored configuration has neither the default nor the neutral keys
+    how = {key: config[key] for key in ("compile", "channels_last", "recompute") if key in config}
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return Execution("bf16" if precision == "bf16" else "fp32", **how)
