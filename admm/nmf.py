@@ -6,8 +6,6 @@ Shapes: a matrix Z [R, C, m] ≈ M S with a basis M [R, C, r] and scores S [R, r
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -62,7 +60,9 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
     units are such that the objective is not small, as SciPy compares its change with 1. NaN for a replica that is not
     finite."""
 
-    def solved(gram: NDArray[np.float64], cross: NDArray[np.float64], start: NDArray[np.float64]) -> Any:
+    def solved(
+        gram: NDArray[np.float64], cross: NDArray[np.float64], start: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         lengths = np.sqrt(gram.diagonal())[:, None]
         lengths[lengths == 0.0] = 1.0
         gram, cross = gram / lengths / lengths.T, cross / lengths
@@ -78,7 +78,7 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
         options = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-9}
         begin, bounds = (start / unit).ravel(), Bounds(0.0, np.inf)
         found = minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-        return found.reshape(cross.shape) * unit
+        return np.asarray(found).reshape(cross.shape) * unit
 
     replicas = zip(*(v.double().cpu().numpy() for v in (gram, cross, start)), strict=True)
     return torch.stack([torch.from_numpy(solved(*replica)) for replica in replicas]).to(cross)
@@ -110,7 +110,7 @@ def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tol
     return found
 
 
-def sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
+def hals_sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
     """One sweep of hierarchical alternating least squares over the rows of S [R, r, m], in place: each becomes in turn
     the exact minimiser over it of ½⟨S, G S⟩ − ⟨S, B⟩ on S ≥ 0 (Cichocki & Phan 2009). Gram and cross are as above.
 
@@ -125,12 +125,12 @@ def sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
             rows = slice(begin, begin + WIDTH)
             descent.baddbmm_(
                 gram[:, :, rows],
-                _sweep_rows(gram[:, rows, rows], inverse[:, rows], descent[:, rows], s[:, rows]),
+                _hals_rows(gram[:, rows, rows], inverse[:, rows], descent[:, rows], s[:, rows]),
                 alpha=-1.0,
             )
 
 
-def _sweep_rows(gram: Tensor, inverse: Tensor, descent: Tensor, s: Tensor) -> Tensor:
+def _hals_rows(gram: Tensor, inverse: Tensor, descent: Tensor, s: Tensor) -> Tensor:
     """The same for a few rows, in place; returns their change. `descent` is left as it is."""
     descent, change = descent.clone(), torch.empty_like(s)
     for k in range(s.shape[1]):
@@ -150,8 +150,8 @@ def nmf_steps(z: Tensor, basis: Tensor, scores: Tensor, rounds: int) -> None:
     """
     transposed = basis.mT.contiguous()
     for _ in range(rounds):
-        sweep(transposed @ transposed.mT, transposed @ z, scores)
-        sweep(scores @ scores.mT, scores @ z.mT, transposed)
+        hals_sweep(transposed @ transposed.mT, transposed @ z, scores)
+        hals_sweep(scores @ scores.mT, scores @ z.mT, transposed)
     basis.copy_(transposed.mT)
 
 

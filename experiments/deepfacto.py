@@ -25,13 +25,12 @@ from torch.nn import functional
 from admm.backbones import BACKBONES
 from admm.blocks import Parameters, split
 from admm.data import kept
-from admm.deepfacto.nmf import NMF, feature_maps, matrix, warm_start
 from admm.deepfacto.probes import Probe, verification
-from admm.deepfacto.training import DeepFacto
 from admm.faces import Faces, load_faces, pairs, split_people
 from admm.files import writing
 from admm.minibatches import minibatches
-from admm.optimizers import Problem
+from admm.nmf import NMF, feature_maps, matrix, warm_start
+from admm.optimizers import DeepFacto, Problem
 from admm.optimizers.protocol import at_least_one
 from admm.training import Row
 from experiments.classification import (

@@ -12,13 +12,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from admm.blocks import split
-from admm.deepfacto.nmf import NMF, matrix, nonnegative_least_squares
-from admm.deepfacto.training import DeepFacto, _Epoch, _Visit, by_block, factorisations
-from admm.deepfacto.triplet import TripletLoss
-from admm.losses import FunctionLoss, SquaredError
+from admm.losses import FunctionLoss, SquaredError, TripletLoss
 from admm.models import initialiser
+from admm.nmf import NMF, matrix, nonnegative_least_squares
 from admm.optimizers import SGD, Adam
 from admm.optimizers.coupling import BlockOutputs
+from admm.optimizers.deepfacto import DeepFacto, _Epoch, _Visit, by_block, factorisations
 from admm.optimizers.protocol import Problem, restore, save
 
 SEEDS = (3, 1)
@@ -124,7 +123,7 @@ def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
 
 def test_the_refresh_of_scores_is_the_projection(monkeypatch):
     exact = partial(nonnegative_least_squares, tolerance=1e-9)
-    monkeypatch.setattr("admm.deepfacto.training.nonnegative_least_squares", exact)
+    monkeypatch.setattr("admm.optimizers.deepfacto.nonnegative_least_squares", exact)
     task = problem()
     state = trained(BASE, task)
     epoch, visit = visit_of(BASE, task, state)

@@ -10,7 +10,7 @@ from sklearn.decomposition import NMF as Reference
 from torch.testing import assert_close
 
 from admm.deepfacto import nmf
-from admm.deepfacto.nmf import (
+from admm.nmf import (
     NMF,
     by_lbfgs,
     feature_maps,

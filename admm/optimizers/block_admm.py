@@ -14,11 +14,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.minibatches import (
     check_batch_size,
-    flat_indices,
-    gather_per_replica,
     minibatches,
-    rows,
-    scatter_per_replica,
     slices,
     stateless_rng,
 )
@@ -30,8 +26,10 @@ from admm.optimizers.coupling import (
     ThetaUpdate,
     ZState,
     ZUpdate,
+    gather,
     label_leak,
     penalties,
+    scatter,
     warn_of_lost_signal,
 )
 from admm.optimizers.protocol import (
@@ -228,7 +226,10 @@ class BlockADMM(Options):
 
     def _batch_sweep(self, problem: Problem, state: BlockADMMState) -> Tensor:
         """Algorithm 1 as printed: all of Z, then Θ by mini-batches, at the end all of U. Returns ‖h‖, see `_norm`."""
-        schedules, theta_update = self._schedules(*state.beta.shape), ThetaUpdate(self.update, problem, state)
+        schedules, theta_update = (
+            self._schedules(*state.beta.shape),
+            ThetaUpdate(self.update, problem.blocks, state.theta, state.moments),
+        )
         rounds, parts = self.rounds(state.iteration), list(slices(len(problem.x), self.slice_size))
         for r in range(rounds):
             h = schedules.at((state.iteration + r / rounds) / self.iterations)
@@ -237,14 +238,17 @@ class BlockADMM(Options):
                 self._update_z(problem, state, part, h, mix=r == 0)  # lines 5 to 8: Z_T … Z_1
             state.z_state.count += self.z_update.steps
             for batch in self._theta_batches(problem, state, r):
-                lagrangian, _ = gather(problem, state, batch, with_moments=False)
+                lagrangian, _ = self._samples(problem, state, batch, with_moments=False)
                 theta_update.step(lagrangian, h.theta_steps)  # line 10: Θ
                 del lagrangian  # and the activations with it
         return self._norm([self._update_duals(problem, state, part, h) for part in parts], len(problem.x))  # line 12
 
     def _minibatch_sweep(self, problem: Problem, state: BlockADMMState) -> Tensor:
         """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one's. Returns ‖h‖, see `_norm`."""
-        schedules, theta_update = self._schedules(*state.beta.shape), ThetaUpdate(self.update, problem, state)
+        schedules, theta_update = (
+            self._schedules(*state.beta.shape),
+            ThetaUpdate(self.update, problem.blocks, state.theta, state.moments),
+        )
         rounds, parts = self.rounds(state.iteration), self.epoch_parts or 1
         k, device = state.iteration, problem.x.device
         batches = minibatches(len(problem.x), self.batch_size, state.seeds, k, device, self.epoch_parts)
@@ -253,7 +257,7 @@ class BlockADMM(Options):
             h = schedules.at((k + number / len(batches)) / self.iterations)
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            lagrangian, z_state = gather(problem, state, batch)
+            lagrangian, z_state = self._samples(problem, state, batch)
             visit(lagrangian, self.z_update, z_state, theta_update, h, rounds)
             squares.append(self._squared_residual(lagrangian))
             variables = [*state.z, *state.z_state.tensors(), *state.u]
@@ -263,9 +267,19 @@ class BlockADMM(Options):
             state.z_state.count += rounds * self.z_update.steps
         return self._norm(squares, sum(batch.shape[1] for batch in batches))
 
+    @staticmethod
+    def _samples(
+        problem: Problem, state: BlockADMMState, batch: Tensor | slice, with_moments: bool = True
+    ) -> tuple[AugmentedLagrangian, ZState]:
+        """What is to be updated of the samples `batch`, see `gather`."""
+        seen = [state.z, state.u, *(state.z_state.moments if with_moments else [])]
+        x, y, (z, u, *moments) = gather(problem, batch, seen)
+        lagrangian = AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
+        return lagrangian, replace(state.z_state, moments=moments)
+
     def _update_z(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters, mix: bool) -> None:
         """Z of consecutive samples."""
-        lagrangian, z_state = gather(problem, state, part)
+        lagrangian, z_state = self._samples(problem, state, part)
         if mix:
             lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
@@ -284,7 +298,7 @@ class BlockADMM(Options):
 
     def _update_duals(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters) -> Tensor:
         """U of consecutive samples. Returns as `_squared_residual` does."""
-        lagrangian, _ = gather(problem, state, part, with_moments=False)
+        lagrangian, _ = self._samples(problem, state, part, with_moments=False)
         lagrangian.update_duals(h.dual_step)
         scatter(part, state.u, lagrangian.u)
         return self._squared_residual(lagrangian)
@@ -318,7 +332,7 @@ class BlockADMM(Options):
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part in slices(samples, self.slice_size):
-            lagrangian, _ = gather(problem, state, part, with_moments=False)
+            lagrangian, _ = self._samples(problem, state, part, with_moments=False)
             z, u = lagrangian.z, lagrangian.u
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, n_blocks + 1):
@@ -354,7 +368,7 @@ class BlockADMM(Options):
     def _moved(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """Copies of the samples [S, B] after a visit's first update of Z with the last iteration's ζ."""
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
-        lagrangian, z_state = gather(problem, state, batch)
+        lagrangian, z_state = self._samples(problem, state, batch)
         self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
         lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
@@ -396,32 +410,3 @@ class BlockADMM(Options):
             for replica, seed in zip(of_block, seeds, strict=True):
                 draw = torch.empty(replica.shape, dtype=replica.dtype)
                 replica.copy_(draw.uniform_(0.0, self.dual_init, generator=stateless_rng(seed, "dual", t)))
-
-
-def gather(
-    problem: Problem, state: BlockADMMState, batch: Tensor | slice, with_moments: bool = True
-) -> tuple[AugmentedLagrangian, ZState]:
-    """The augmented Lagrangian and the Z update's state of some samples: of a mini-batch with indices [S, B] copies; of
-    consecutive samples, the same for all replicas, views where the variables are on the device."""
-    seen = [state.z, state.u, *(state.z_state.moments if with_moments else [])]
-    if isinstance(batch, Tensor):
-        own = flat_indices(batch, len(problem.x))
-        x, y = (rows(data, batch) for data in (problem.x, problem.y))
-        z, u, *moments = ([gather_per_replica(v, own) for v in variables] for variables in seen)
-    else:
-        x, y = (data[batch].expand(len(state.seeds), *data[batch].shape) for data in (problem.x, problem.y))
-        z, u, *moments = ([v[:, batch].to(x.device, non_blocking=True) for v in variables] for variables in seen)
-    lagrangian = AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
-    return lagrangian, replace(state.z_state, moments=moments)
-
-
-def scatter(batch: Tensor | slice, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Puts what `gather` has taken from variables [S, N, ...] back, unless a view of them was changed in place."""
-    if isinstance(batch, Tensor):
-        own = flat_indices(batch, variables[0].shape[1])
-        for whole, found in zip(variables, values, strict=True):
-            scatter_per_replica(whole, own, found)
-    else:
-        for whole, found in zip(variables, values, strict=True):
-            if whole[:, batch].data_ptr() != found.data_ptr():
-                whole[:, batch] = found

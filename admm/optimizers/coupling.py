@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
+from admm.minibatches import flat_indices, gather_per_replica, rows, scatter_per_replica
 from admm.numbers import Options
 from admm.optimizers.least_squares import cholesky_with_ridge
 from admm.optimizers.protocol import Problem, at_least_one, check_prox, in_range, one_of
@@ -253,11 +254,11 @@ class AugmentedLagrangian(BlockOutputs):
         """Z_t moves the part `mixing` of the way to a forward pass."""
         if isinstance(mixing, float) and mixing == 0.0:
             return
-        ahead = self.output(1)
+        ahead = self.x
         for t in range(1, len(self.blocks) + 1):
-            if t > 1:
-                ahead = self.blocks[t - 1].forward(self.theta.blocks[t - 1], ahead, training=True)
-            self._mix(t, ahead, mixing)
+            ahead = self._ahead(t, ahead)
+            weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
+            self.move(t, torch.lerp(self.z[t - 1], ahead, weight))
 
     def update_duals(self, step: StepSize) -> None:
         """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Algorithm 1, line 12), in place."""
@@ -270,24 +271,17 @@ class AugmentedLagrangian(BlockOutputs):
         residual = self.residual(t, for_vjp)
         return residual.add_(self.u[t - 1]) if self.u else residual
 
-    def _mix(self, t: int, ahead: Tensor, mixing: StepSize) -> None:
-        weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
-        self.move(t, torch.lerp(self.z[t - 1], ahead, weight))
-
-
-class ThetaState(Protocol):
-    """A state's parameters, and the moments of the optimizer that moves them."""
-
-    theta: Parameters
-    moments: list[Tensor]
+    def _ahead(self, t: int, before: Tensor) -> Tensor:
+        """Output of block t for `before`, which at t = 1 are the inputs, in a forward pass."""
+        return self.output(1) if t == 1 else self.blocks[t - 1].forward(self.theta.blocks[t - 1], before, training=True)
 
 
 class ThetaUpdate:
     """Steps of Θ on the coupling terms' mean over some samples (Algorithm 1, line 10; Algorithm 2)."""
 
-    def __init__(self, rule: UpdateRule, problem: Problem, state: ThetaState) -> None:
-        self.rule, self.theta, self.moments = rule, state.theta, state.moments
-        self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
+    def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
+        self.rule, self.theta, self.moments = rule, theta, moments
+        self.gradient = blocks.parameters(torch.empty_like(theta.flat))
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
         """steps: η, one for all of Θ."""
@@ -428,3 +422,30 @@ class ZUpdate(Options):
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1.0 - self.beta2)
         scale = (square / (1.0 - self.beta2**state.count)).sqrt_().add_(self.epsilon)
         return (mean / (1.0 - self.beta1**state.count)).div_(scale)
+
+
+def gather(
+    problem: Problem, batch: Tensor | slice, variables: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+    """Inputs and targets [S, n, ...] of some samples, and their own of each list of variables [S, N, ...]: copies for a
+    mini-batch with indices [S, B]; for consecutive samples, the same of all replicas, views where these are on the
+    device."""
+    if isinstance(batch, Tensor):
+        own = flat_indices(batch, len(problem.x))
+        x, y = (rows(data, batch) for data in (problem.x, problem.y))
+        return x, y, [[gather_per_replica(whole, own) for whole in several] for several in variables]
+    replicas, device = len(variables[0][0]), problem.x.device
+    x, y = (data[batch].expand(replicas, *data[batch].shape) for data in (problem.x, problem.y))
+    return x, y, [[whole[:, batch].to(device, non_blocking=True) for whole in several] for several in variables]
+
+
+def scatter(batch: Tensor | slice, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Puts what `gather` has taken from variables [S, N, ...] back, unless a view of them was changed in place."""
+    if isinstance(batch, Tensor):
+        own = flat_indices(batch, variables[0].shape[1])
+        for whole, found in zip(variables, values, strict=True):
+            scatter_per_replica(whole, own, found)
+    else:
+        for whole, found in zip(variables, values, strict=True):
+            if whole[:, batch].data_ptr() != found.data_ptr():
+                whole[:, batch] = found
