@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from admm.minibatches import slices
 
+Matrix = NDArray[np.float64]
 WIDTH = 16  # rows of a factor whose effect on all others is one product
 CHECK_EVERY = 10  # steps
 LEAVE = 0.1  # the part of the columns that has ended, at which these leave
@@ -60,9 +61,7 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
     units are such that the objective is not small, as SciPy compares its change with 1. NaN for a replica that is not
     finite."""
 
-    def solved(
-        gram: NDArray[np.float64], cross: NDArray[np.float64], start: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def solved(gram: Matrix, cross: Matrix, start: Matrix) -> Matrix:
         lengths = np.sqrt(gram.diagonal())[:, None]
         lengths[lengths == 0.0] = 1.0
         gram, cross = gram / lengths / lengths.T, cross / lengths
@@ -71,7 +70,7 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
         if not np.isfinite(cross).all() or not np.isfinite(gram).all():
             return np.full_like(start, np.nan)
 
-        def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        def objective(flat: Matrix) -> tuple[float, Matrix]:
             product = gram @ flat.reshape(cross.shape)
             return float((flat * (0.5 * product - cross).ravel()).sum()), (product - cross).ravel()
 

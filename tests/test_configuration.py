@@ -359,7 +359,7 @@ def test_the_sources_of_a_run_are_those_of_what_its_configuration_names() -> Non
     assert {"admm/models.py", "admm/blocks.py", "admm/training.py", "experiments/classification.py"} <= set(found)
     others = {"admm/optimizers/block_admm.py", "admm/optimizers/taylor.py", "admm/optimizers/__init__.py"}
     assert not (others | {"experiments/report.py", "experiments/store.py", "experiments/loggers.py"}) & set(found)
-    assert "admm/deepfacto/nmf.py" in of("experiment=lfw_proxy", "optimizer=nmf", "setting=rank4")
+    assert "admm/nmf.py" in of("experiment=lfw_proxy", "optimizer=nmf", "setting=rank4")
     assert "experiments/classification.py" in of("experiment=memory")
     assert all(len(sha) == 12 for sha in found.values())
 

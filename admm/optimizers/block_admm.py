@@ -213,8 +213,9 @@ class BlockADMM(Options):
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
         """One iteration of Algorithm 1, and Eq. 6."""
         same_samples(problem, state.z[0])
+        theta_update = ThetaUpdate(self.update, problem.blocks, state.theta, state.moments)
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
-        residual = sweep(problem, state)
+        residual = sweep(problem, state, theta_update)
         state.iteration += 1
         if self.penalty is not None:
             # λ = β U is kept while β changes (Eq. 5b, 6).
@@ -224,13 +225,10 @@ class BlockADMM(Options):
                 u.div_(broadcast(f, u))
         return state
 
-    def _batch_sweep(self, problem: Problem, state: BlockADMMState) -> Tensor:
-        """Algorithm 1 as printed: all of Z, then Θ by mini-batches, at the end all of U. Returns ‖h‖, see `_norm`."""
-        schedules, theta_update = (
-            self._schedules(*state.beta.shape),
-            ThetaUpdate(self.update, problem.blocks, state.theta, state.moments),
-        )
-        rounds, parts = self.rounds(state.iteration), list(slices(len(problem.x), self.slice_size))
+    def _batch_sweep(self, problem: Problem, state: BlockADMMState, theta_update: ThetaUpdate) -> Tensor:
+        """Algorithm 1 as printed: all of Z, then Θ by mini-batches, at the end all of U. Returns as `_norm` does."""
+        schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
+        parts = list(slices(len(problem.x), self.slice_size))
         for r in range(rounds):
             h = schedules.at((state.iteration + r / rounds) / self.iterations)
             self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
@@ -238,18 +236,13 @@ class BlockADMM(Options):
                 self._update_z(problem, state, part, h, mix=r == 0)  # lines 5 to 8: Z_T … Z_1
             state.z_state.count += self.z_update.steps
             for batch in self._theta_batches(problem, state, r):
-                lagrangian, _ = self._samples(problem, state, batch, with_moments=False)
-                theta_update.step(lagrangian, h.theta_steps)  # line 10: Θ
-                del lagrangian  # and the activations with it
-        return self._norm([self._update_duals(problem, state, part, h) for part in parts], len(problem.x))  # line 12
+                theta_update.step(self._lagrangian(problem, state, batch), h.theta_steps)  # line 10: Θ
+        squares = [self._update_duals(problem, state, part, h) for part in parts]  # line 12: U
+        return self._norm(squares, len(problem.x))
 
-    def _minibatch_sweep(self, problem: Problem, state: BlockADMMState) -> Tensor:
-        """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one's. Returns ‖h‖, see `_norm`."""
-        schedules, theta_update = (
-            self._schedules(*state.beta.shape),
-            ThetaUpdate(self.update, problem.blocks, state.theta, state.moments),
-        )
-        rounds, parts = self.rounds(state.iteration), self.epoch_parts or 1
+    def _minibatch_sweep(self, problem: Problem, state: BlockADMMState, theta_update: ThetaUpdate) -> Tensor:
+        """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one's. Returns as `_norm` does."""
+        schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
         k, device = state.iteration, problem.x.device
         batches = minibatches(len(problem.x), self.batch_size, state.seeds, k, device, self.epoch_parts)
         squares = []
@@ -257,33 +250,30 @@ class BlockADMM(Options):
             h = schedules.at((k + number / len(batches)) / self.iterations)
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            lagrangian, z_state = self._samples(problem, state, batch)
+            lagrangian, z_state = self._gather(problem, state, batch)
             visit(lagrangian, self.z_update, z_state, theta_update, h, rounds)
             squares.append(self._squared_residual(lagrangian))
-            variables = [*state.z, *state.z_state.tensors(), *state.u]
-            scatter(batch, variables, [*lagrangian.z, *z_state.tensors(), *lagrangian.u])
+            variables = [*state.z, *state.u, *state.z_state.tensors()]
+            scatter(batch, variables, [*lagrangian.z, *lagrangian.u, *z_state.tensors()])
             del lagrangian, z_state  # and the activations with them
-        if (k + 1) % parts == 0:
+        if (k + 1) % (self.epoch_parts or 1) == 0:
             state.z_state.count += rounds * self.z_update.steps
         return self._norm(squares, sum(batch.shape[1] for batch in batches))
 
-    @staticmethod
-    def _samples(
-        problem: Problem, state: BlockADMMState, batch: Tensor | slice, with_moments: bool = True
-    ) -> tuple[AugmentedLagrangian, ZState]:
-        """What is to be updated of the samples `batch`, see `gather`."""
-        seen = [state.z, state.u, *(state.z_state.moments if with_moments else [])]
-        x, y, (z, u, *moments) = gather(problem, batch, seen)
-        lagrangian = AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
-        return lagrangian, replace(state.z_state, moments=moments)
-
     def _update_z(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters, mix: bool) -> None:
         """Z of consecutive samples."""
-        lagrangian, z_state = self._samples(problem, state, part)
+        lagrangian, z_state = self._gather(problem, state, part)
         if mix:
             lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         scatter(part, [*state.z, *state.z_state.tensors()], [*lagrangian.z, *z_state.tensors()])
+
+    def _update_duals(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters) -> Tensor:
+        """U of consecutive samples. Returns as `_squared_residual` does."""
+        lagrangian = self._lagrangian(problem, state, part)
+        lagrangian.update_duals(h.dual_step)
+        scatter(part, state.u, lagrangian.u)
+        return self._squared_residual(lagrangian)
 
     def _theta_batches(self, problem: Problem, state: BlockADMMState, r: int) -> list[Tensor]:
         """Mini-batches [S, B] of round r: `theta_passes` passes over the samples, each in an order of its own."""
@@ -296,12 +286,18 @@ class BlockADMM(Options):
         ]
         return batches[: math.ceil(self.theta_passes / passes * len(batches))]
 
-    def _update_duals(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters) -> Tensor:
-        """U of consecutive samples. Returns as `_squared_residual` does."""
-        lagrangian, _ = self._samples(problem, state, part, with_moments=False)
-        lagrangian.update_duals(h.dual_step)
-        scatter(part, state.u, lagrangian.u)
-        return self._squared_residual(lagrangian)
+    @staticmethod
+    def _lagrangian(problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> AugmentedLagrangian:
+        """Of the samples `batch`, see `gather`."""
+        x, y, (z, u) = gather(problem, batch, [state.z, state.u])
+        return AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
+
+    @staticmethod
+    def _gather(problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> tuple[AugmentedLagrangian, ZState]:
+        """As `_lagrangian`, with what the Z update carries on of these samples."""
+        x, y, (z, u, *moments) = gather(problem, batch, [state.z, state.u, *state.z_state.moments])
+        lagrangian = AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
+        return lagrangian, replace(state.z_state, moments=moments)
 
     def _squared_residual(self, lagrangian: AugmentedLagrangian) -> Tensor:
         """Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S] for the adaptive penalty; 0 without one."""
@@ -332,7 +328,7 @@ class BlockADMM(Options):
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part in slices(samples, self.slice_size):
-            lagrangian, _ = self._samples(problem, state, part, with_moments=False)
+            lagrangian = self._lagrangian(problem, state, part)
             z, u = lagrangian.z, lagrangian.u
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, n_blocks + 1):
@@ -368,7 +364,7 @@ class BlockADMM(Options):
     def _moved(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """Copies of the samples [S, B] after a visit's first update of Z with the last iteration's ζ."""
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
-        lagrangian, z_state = self._samples(problem, state, batch)
+        lagrangian, z_state = self._gather(problem, state, batch)
         self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
         lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)

@@ -113,8 +113,8 @@ class FactorisedLagrangian(AugmentedLagrangian):
         return feature_maps(scores, like=self.before(t))
 
     def _ahead(self, t: int, before: Tensor) -> Tensor:
-        # Of the Z_{t−1} that has moved. Were S left short of its projection, all S would be off by the same shift, which
-        # Θ would be trained to undo, and which a loss of directions alone never corrects.
+        # Of the Z_{t−1} that has moved. Were S left short of its projection, all S would be off by the same shift,
+        # which Θ would be trained to undo, and which a loss of directions alone never corrects.
         return self.projected(t) if t in self.factors else self.output(t)
 
     def _normal_equations(self, t: int) -> tuple[Tensor, Tensor]:
@@ -244,10 +244,8 @@ class DeepFacto(Options):
     def step(self, problem: Problem, state: DeepFactoState) -> DeepFactoState:
         """One epoch: `visit` of each mini-batch, then M."""
         same_samples(problem, state.z[0])
-        schedules, factors = (
-            self._schedules(len(state.z), len(state.seeds)),
-            factorisations(problem.blocks, state.theta),
-        )
+        schedules = self._schedules(len(state.z), len(state.seeds))
+        factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
         is_frozen = bool(factors) and state.iteration < self.frozen
         first = min(factors) if is_frozen else 1
         trained = [t for t in range(first, len(state.z) + 1) if t not in factors]
@@ -256,7 +254,7 @@ class DeepFacto(Options):
         batches = self._minibatches(problem, state)
         for number, batch in enumerate(batches):
             h = schedules.at((state.iteration + number / len(batches)) / self.iterations)
-            lagrangian = self._lagrangian(problem, state, factors, batch)
+            lagrangian = _lagrangian(problem, state, factors, beta, batch)
             visit(lagrangian, z_update, ZState(), theta_update, h, self.primal_rounds)
             scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
             del lagrangian  # and the activations with it
@@ -272,14 +270,6 @@ class DeepFacto(Options):
         return minibatches(
             len(problem.x), self.batch_size, seeds, state.iteration, device, groups=groups, together=self.together
         )
-
-    def _lagrangian(
-        self, problem: Problem, state: DeepFactoState, factors: Factors, batch: Tensor | slice
-    ) -> FactorisedLagrangian:
-        """Of the samples `batch`, see `gather`."""
-        x, y, (z, u) = gather(problem, batch, [state.z, state.u])
-        beta = penalties(self.beta, len(z), len(state.seeds), like=problem.x)
-        return FactorisedLagrangian(problem, state.theta, factors, beta, x, y, z, u)
 
     def _update_basis(self, problem: Problem, state: DeepFactoState, t: int, basis: Tensor) -> None:
         """M by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
@@ -302,11 +292,11 @@ class DeepFacto(Options):
     def diagnostics(self, problem: Problem, state: DeepFactoState) -> dict[str, Tensor]:
         """By block, `residual_t`: ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, of a factorisation ‖Z − M S‖/‖Z‖; and `lagrangian`,
         Eq. 9 as a mean over samples, with the J of slices of `slice_size` samples."""
-        factors = factorisations(problem.blocks, state.theta)
+        factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
         square, norm = problem.x.new_zeros(2, len(state.z), len(state.seeds))
         value = torch.zeros_like(square[0])
         for part in slices(len(problem.x), self.slice_size):
-            lagrangian = self._lagrangian(problem, state, factors, part)
+            lagrangian = _lagrangian(problem, state, factors, beta, part)
             value += lagrangian.value()
             for t in range(1, len(state.z) + 1):
                 of_norm = lagrangian.before(t) if t in factors else lagrangian.z[t - 1]
@@ -331,6 +321,9 @@ class DeepFacto(Options):
         in_range("frozen", self.frozen, self.iterations)
         if self.together > 1 and problem.y.ndim > 1:
             raise ValueError(f"optimizer.together: {self.together} needs class indices as y, not {problem.y.ndim} axes")
+
+    def _penalties(self, problem: Problem, state: DeepFactoState) -> Tensor:
+        return penalties(self.beta, len(state.z), len(state.seeds), like=problem.x)
 
     def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
         return Schedules(
@@ -376,6 +369,14 @@ def by_block(blocks: Blocks, theta: Parameters) -> list[Tensor]:
         for names in blocks.names
     ]
     return list(theta.flat.split(sizes, 1))
+
+
+def _lagrangian(
+    problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice
+) -> FactorisedLagrangian:
+    """Of the samples `batch`, see `gather`."""
+    x, y, (z, u) = gather(problem, batch, [state.z, state.u])
+    return FactorisedLagrangian(problem, state.theta, factors, beta, x, y, z, u)
 
 
 def _warm_scores(z: Tensor, basis: Tensor, rounds: int) -> Tensor:

@@ -146,10 +146,8 @@ class OnlineBlockADMM(Options):
 
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         """One iteration of Algorithm 2, an epoch or a part of one."""
-        schedules, theta_update = (
-            self._schedules(*state.u.shape),
-            ThetaUpdate(self.update, problem.blocks, state.theta, state.moments),
-        )
+        theta_update = ThetaUpdate(self.update, problem.blocks, state.theta, state.moments)
+        schedules = self._schedules(*state.u.shape)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
