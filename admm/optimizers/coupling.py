@@ -277,7 +277,7 @@ class AugmentedLagrangian(BlockOutputs):
 
 
 class ThetaUpdate:
-    """Steps of Θ on the coupling terms' mean over some samples (Algorithm 1, line 10; Algorithm 2)."""
+    """Steps of Θ on the coupling terms' mean over some samples (Algorithm 1, line 10; Algorithm 2, line 11)."""
 
     def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
         self.rule, self.theta, self.moments = rule, theta, moments
@@ -394,7 +394,7 @@ class ZUpdate(Options):
         state.inverse_curvature, state.power_vectors = inverses, vectors
 
     def step(self, lagrangian: AugmentedLagrangian, state: ZState, steps: Sequence[StepSize]) -> None:
-        """`steps` rounds, each from Z_T to Z_1 (Algorithm 1, lines 5 to 8; Algorithm 2), of step sizes ζ_1..ζ_T."""
+        """Rounds from Z_T to Z_1 (Algorithm 1, lines 5 to 8; Algorithm 2, lines 6 to 9). steps: ζ_1..ζ_T."""
         for _ in range(self.steps):
             state.count += 1
             for t in range(len(lagrangian.blocks), 0, -1):

@@ -80,7 +80,8 @@ class Gotmare(Options):
         ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem.
 
     References:
-        Gotmare, Thomas, Brea & Jaggi (2018), "Decoupling Backpropagation using Constrained Optimization Methods".
+        Gotmare, Thomas, Brea & Jaggi (2018), "Decoupling Backpropagation using Constrained Optimization Methods",
+        https://infoscience.epfl.ch/entities/publication/b76600f5-d0cb-49d4-926f-c0df48f3471f
     """
 
     iterations: int

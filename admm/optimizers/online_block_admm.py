@@ -61,7 +61,7 @@ class ScalarDuals(AugmentedLagrangian):
         return residual.mul_(broadcast(self.beta[t - 1], residual))
 
     def update_duals(self, step: StepSize) -> None:
-        """u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ (Algorithm 2, where α is 1), in place."""
+        """u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ (Algorithm 2, line 12, where α is 1), in place."""
         for t, u in enumerate(self.u, start=1):
             u.add_(self._norm(t).mean(1).mul_(step))
 
@@ -152,16 +152,16 @@ class OnlineBlockADMM(Options):
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
         batches = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
-        for number, (fraction, x, y) in enumerate(batches):  # line 5
+        for number, (fraction, x, y) in enumerate(batches):  # line 4
             h = schedules.at((state.iteration + fraction) / self.iterations)
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, beta, state.z_state)
-            lagrangian, z_state = self._start(problem, state, beta, x, y)  # line 6: z by a forward pass
-            self.z_update.step(lagrangian, z_state, h.z_steps)  # lines 7 to 10: z_T … z_1
-            theta_update.step(lagrangian, h.theta_steps)  # line 12: Θ
+            lagrangian, z_state = self._start(problem, state, beta, x, y)  # line 5: z by a forward pass
+            self.z_update.step(lagrangian, z_state, h.z_steps)  # lines 6 to 9: z_T … z_1
+            theta_update.step(lagrangian, h.theta_steps)  # line 11: Θ
             if self.dual == "decay":
                 state.u *= self.dual_decay
-            lagrangian.update_duals(h.dual_step)  # line 13: u
+            lagrangian.update_duals(h.dual_step)  # line 12: u
             del lagrangian, z_state  # and the activations with them
         state.iteration += 1
         return state
