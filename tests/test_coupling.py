@@ -85,8 +85,8 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
     torch.testing.assert_close(slope(lagrangian, shift_theta), expected, rtol=1e-6, atol=1e-6)
 
 
-# Of three blocks: the steps of Z need each, and a VJP through two; Θ needs two again, whose inputs have moved, and three
-# VJPs; U needs all again. Where Z is a forward pass, that has evaluated them. In slices nothing is kept.
+# Of three blocks: the steps of Z need each, and a VJP through two; Θ needs two again, whose inputs have moved, and
+# three VJPs; U needs all again. Where Z is a forward pass, that has evaluated them. Between slices nothing is kept.
 DEFAULTS = BlockADMM(1, 0.01, batch_size=24)
 ONLINE = OnlineBlockADMM(1, 0.01, batch_size=24)
 EVALUATIONS = {

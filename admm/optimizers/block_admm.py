@@ -67,15 +67,24 @@ class BlockADMMState:
 
 @dataclass(frozen=True)
 class AdaptivePenalty(Options):
-    """Eq. 6, ρ = 1/β: β grows by 1/c whenever the constraint residual exceeds η_k = `bound` · `shrink`^k.
+    """Eq. 6, ρ = 1/β: β grows by 1/c whenever the constraint residual ‖h‖ exceeds η_k = `bound` · `shrink`^k.
 
-    The residual is ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
+    ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
+
+    Args:
+        c: between 0 and 1.
+        bound: η_0 ≥ 0.
+        shrink: ≥ 0, by which η_k shrinks per iteration.
+        largest: > 0, β stays at or below this.
+
+    Raises:
+        ValueError: with the name of an argument that is out of range.
     """
 
     c: float = 0.9
     bound: float = 1.0
     shrink: float = 0.95
-    largest: float = math.inf  # β stays at or below this
+    largest: float = math.inf
 
     def __post_init__(self) -> None:
         super().__post_init__()

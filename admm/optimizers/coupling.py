@@ -66,11 +66,11 @@ def label_leak(
     """`loss_forward` and `loss_moved` [S], the mean J of `batch_size` training samples after a forward pass, and of the
     last block's outputs at a Z_{T−1} that has been moved by J's gradient and so tells something of the label; of one
     block nothing. `visit` moves the Z of the samples with indices [S, B], on copies."""
-    replicas, samples, last = len(theta.flat), len(problem.x), len(problem.blocks)
+    last = len(problem.blocks)
     if last == 1:
         return {}
-    evenly = torch.arange(batch_size, device=problem.x.device) * samples // batch_size
-    moved = visit(evenly.expand(replicas, -1))
+    evenly = torch.arange(batch_size, device=problem.x.device) * len(problem.x) // batch_size
+    moved = visit(evenly.expand(len(theta.flat), -1))
     forward = BlockOutputs(problem.blocks, theta, moved.x).z[-1]
     outputs = {"loss_forward": forward, "loss_moved": moved.output(last)}
     return {name: problem.loss.value(z, moved.y).flatten(1).mean(1) for name, z in outputs.items()}
@@ -212,7 +212,7 @@ class AugmentedLagrangian(BlockOutputs):
         return square
 
     def value(self) -> Tensor:
-        """[S]."""
+        """The augmented Lagrangian, [S]."""
         value = self.loss.value(self.z[-1], self.y).flatten(1).sum(1)
         for t in range(1, len(self.blocks) + 1):
             value = value + self.coupling_value(t)
@@ -311,25 +311,33 @@ class ZState:
 
 @dataclass(frozen=True)
 class ZUpdate(Options):
-    """How the coupling variables follow their gradients. With step size ζ, the step subtracted from Z_t is
+    """How the coupling variables follow their gradients ∇, in rounds from Z_T to Z_1.
 
-    - `gradient`: ζ ∇ (Algorithm 1);
-    - `adam`: ζ times Adam's direction, with moments for every entry of Z_t (paper, §4.1);
-    - `lipschitz`: ζ ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W_{t+1}) by one power iteration an evaluation, so that the
-      first few are inexact;
-    - `majorised`: ζ H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW and W = W_{t+1}: for ζ = 1 the exact minimiser over Z_t where
-      block t+1 is affine.
+    "lipschitz" and "majorised" need every block but the first to have exactly one linear layer. A ReLU at its end makes
+    WᵀW smaller, so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU
+    at its start this holds for "lipschitz" alone; there "majorised" may jump to and fro across the kink, which an even
+    number of `steps` undoes and an odd one does not.
 
-    The last two need every block but the first to have exactly one linear layer. A ReLU at its end makes WᵀW smaller,
-    so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU at its start
-    this holds for `lipschitz` alone; there `majorised` may jump to and fro across the kink, which an even number of
-    `steps` undoes and an odd one does not.
+    Args:
+        name: the step subtracted from Z_t for a step size ζ_t, with W = W_{t+1}.
+            "gradient": ζ_t ∇ (Algorithm 1).
+            "adam": ζ_t times Adam's direction, with moments for every entry of Z_t (paper, §4.1).
+            "lipschitz": ζ_t ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W) by one power iteration per evaluation, so that
+            the first few are inexact.
+            "majorised": ζ_t H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW: for ζ_t = 1 the exact minimiser over Z_t where block
+            t + 1 is affine.
+        steps: rounds per primal update, at least 1.
+        last: "step": Z_T moves likewise. "prox": to its exact minimiser, by the loss's proximal operator.
+        beta1: Adam's, from 0 to below 1.
+        beta2: Adam's, from 0 to below 1.
+        epsilon: Adam's, ≥ 0.
 
-    Z_T moves likewise (`last="step"`), or to its exact minimiser by the loss's proximal operator (`last="prox"`).
+    References:
+        Kingma & Ba (2014), "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980
     """
 
     name: Literal["gradient", "adam", "lipschitz", "majorised"]
-    steps: int = 1  # rounds from Z_T to Z_1 a primal update
+    steps: int = 1
     last: Literal["prox", "step"] = "step"
     beta1: float = 0.9
     beta2: float = 0.999

@@ -37,7 +37,7 @@ class GluingTerms(AugmentedLagrangian):
     """
 
     def value(self) -> Tensor:
-        """[S]."""
+        """The sum of all terms, [S]."""
         value = self.loss.value(self.output(len(self.blocks)), self.y).flatten(1).sum(1)
         for t in range(1, len(self.blocks)):
             value = value + self.coupling_value(t)
