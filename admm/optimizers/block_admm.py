@@ -314,7 +314,7 @@ class BlockADMM(Options):
 
     @staticmethod
     def _norm(squares: list[Tensor], samples: int) -> Tensor:
-        """‖h‖ [S] of so many samples, as `AdaptivePenalty` has it, of squared residuals."""
+        """‖h‖ [S], see `AdaptivePenalty`, from squared residuals of parts of so many samples in all."""
         return (torch.stack(squares).sum(0) / samples).sqrt()
 
     def parameters(self, state: BlockADMMState) -> Parameters:
