@@ -1,9 +1,14 @@
 """What the reference implementations in the tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from admm.losses import Loss, SquaredError
+from admm.optimizers import Adam
+from admm.optimizers.rules import UpdateRule
 
 
 @contextmanager
@@ -13,3 +18,17 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
     yield
     for buffer, value in zip(network.buffers(), before, strict=True):
         buffer.copy_(value)
+
+
+def loss_sum(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
+    """J of squared error or cross-entropy, summed over the samples."""
+    if isinstance(loss, SquaredError):
+        return loss.scale / 2 * ((z - y) ** 2).sum()
+    return -loss.scale * (y * z.log_softmax(-1)).sum()
+
+
+def torch_rule(rule: UpdateRule, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """PyTorch's optimizer for our rule, to be given its step size."""
+    if isinstance(rule, Adam):
+        return torch.optim.AdamW(parameters, 1.0, (rule.beta1, rule.beta2), rule.epsilon, rule.weight_decay)
+    return torch.optim.SGD(parameters, 1.0, rule.momentum, weight_decay=rule.weight_decay)

@@ -1,25 +1,26 @@
-"""Block-ADMM against a slow, literal Algorithm 1 written with autograd, and against what theory says."""
+"""Block-ADMM against the literal Algorithm 1 (`scripts.literal`), and against what theory says."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from fully_connected import NoProx
-from references import statistics_kept
+from references import loss_sum, statistics_kept, torch_rule
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from admm.blocks import split
+from admm.blocks import Parameters, split
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
 from admm.minibatches import minibatches
 from admm.models import initialiser
 from admm.optimizers import SGD, Adam, AdaptivePenalty, BlockADMM, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.block_admm import BlockADMMState
+from scripts.literal.block_admm import Algorithm1
 
 SEEDS = (3, 1, 7)
 ITERATIONS = 4
@@ -27,13 +28,7 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 SHARP = CrossEntropy(0.7, tolerance=1e-13)  # its proximal operator to machine precision
 
 
-# --- A literal reference of Algorithm 1, for one replica
-
-
-def loss_sum(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
-    if isinstance(loss, SquaredError):
-        return loss.scale / 2 * ((z - y) ** 2).sum()
-    return loss.scale * F.cross_entropy(z, y.argmax(-1), reduction="sum")
+# --- The literal Algorithm 1, and our options
 
 
 def cosine(value: Any, progress: float) -> float:
@@ -51,50 +46,51 @@ def as_blocks(problem: Problem, network: nn.Module) -> list[nn.Sequential]:
     return [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
 
 
-class Reference:
-    """Every gradient is autograd's of Eq. 2, every optimizer PyTorch's, one for each Z_t of each sample."""
+class Reference(Algorithm1):
+    """The literal Algorithm 1 with our options, among them an Adam for each Z_t of each sample, for one seed."""
 
     def __init__(self, problem: Problem, options: BlockADMM, seed: int, u: Sequence[Tensor] | None = None) -> None:
         self.problem, self.options, self.seed = problem, options, seed
-        self.network = problem.blocks.export(problem.initial([seed]))
-        self.blocks = as_blocks(problem, self.network)
-        self.T, self.N, self.k = len(self.blocks), len(problem.x), 0
-        self.rounds_done = 0
-        self.beta = by_block(options.beta, self.T)
-        self.z = self.forward(problem.x)
-        self.u = [torch.zeros_like(z) for z in self.z] if u is None else [v.clone() for v in u]
-        self.z_leaf = [[torch.zeros_like(z[:1]) for _ in range(self.N)] for z in self.z]
+        self.network, self.k, self.rounds_done = problem.blocks.export(problem.initial([seed])), 0, 0
+        block = as_blocks(problem, self.network)
+        J, beta = partial(loss_sum, problem.loss), by_block(options.beta, len(block))
+        super().__init__(block, problem.x, problem.y, J, beta, torch_rule(options.update, self.network.parameters()), u)
         adam = options.z_update
+        self.z_leaf = [[torch.zeros_like(Z[:1]) for _ in Z] for Z in self.Z]
         self.z_adam = [
             [torch.optim.Adam([leaf], 1.0, (adam.beta1, adam.beta2), adam.epsilon) for leaf in leaves]
             for leaves in self.z_leaf
         ]
-        rule, theta = options.update, self.network.parameters()
-        if isinstance(rule, Adam):
-            betas = (rule.beta1, rule.beta2)
-            self.rule: Any = torch.optim.AdamW(theta, 1.0, betas, rule.epsilon, rule.weight_decay)
+
+    def update_Z(self, i: Tensor, zeta: Sequence[float]) -> None:
+        for _ in range(self.options.z_update.steps):
+            super().update_Z(i, zeta)
+
+    def descend(self, t: int, i: Tensor, gradient: Tensor, zeta: float) -> None:
+        update = self.options.z_update
+        if t == self.T and update.last == "prox":
+            self.Z[t - 1][i] = self.prox(i)
+        elif update.name == "adam":
+            for row, sample in enumerate(i.tolist()):
+                leaf, adam = self.z_leaf[t - 1][sample], self.z_adam[t - 1][sample]
+                adam.param_groups[0]["lr"] = zeta
+                leaf.data.copy_(self.Z[t - 1][sample : sample + 1])
+                leaf.grad = gradient[row : row + 1]
+                adam.step()
+                self.Z[t - 1][sample] = leaf[0]
         else:
-            self.rule = torch.optim.SGD(theta, 1.0, rule.momentum, weight_decay=rule.weight_decay)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        outputs = []
-        with torch.no_grad():
-            for block in self.blocks:
-                x = block(x)
-                outputs.append(x)
-        return outputs
-
-    def coupling(self, t: int, z: Sequence[Tensor], i: Tensor) -> Tensor:
-        """T(Z_t, Z_{t-1}, U_t, Θ_t) of the samples i, for t = 1..T; z are their coupling variables."""
-        before = self.problem.x[i] if t == 1 else z[t - 2]
-        return self.beta[t - 1] / 2 * ((z[t - 1] - self.blocks[t - 1](before) + self.u[t - 1][i]) ** 2).sum()
+            if update.name == "majorised" and t < self.T:
+                weight = self.weights[t]
+                hessian = self.beta[t - 1] * torch.eye(weight.shape[1]).double() + self.beta[t] * weight.T @ weight
+                gradient = torch.linalg.solve(hessian, gradient.T).T
+            super().descend(t, i, gradient, zeta)
 
     def prox(self, i: Tensor) -> Tensor:
         """Argmin over Z_T of J + T, in closed form or by a fixed-point iteration."""
-        loss, beta, y = self.problem.loss, self.beta[-1], self.problem.y[i]
-        before = self.problem.x[i] if self.T == 1 else self.z[-2][i]
+        loss, beta, y = self.problem.loss, self.beta[-1], self.Y[i]
+        before = self.X[i] if self.T == 1 else self.Z[-2][i]
         with torch.no_grad():
-            v = self.blocks[-1](before) - self.u[-1][i]
+            v = self.block[-1](before) - self.U[-1][i]
         if isinstance(loss, SquaredError):
             return (loss.scale * y + beta * v) / (loss.scale + beta)
 
@@ -103,71 +99,23 @@ class Reference:
             z = v + loss.scale / beta * (y - z.softmax(-1))
         return z
 
-    def update_z(self, i: Tensor, part: float) -> None:
-        options = self.options.z_update
-        for _ in range(options.steps):
-            for t in range(self.T, 0, -1):
-                if t == self.T and options.last == "prox":
-                    self.z[t - 1][i] = self.prox(i)
-                    continue
-                z = [v[i].clone() for v in self.z]
-                z[t - 1].requires_grad_()
-                objective = self.coupling(t, z, i)
-                objective = objective + (
-                    loss_sum(self.problem.loss, z[-1], self.problem.y[i]) if t == self.T else self.coupling(t + 1, z, i)
-                )
-                (gradient,) = torch.autograd.grad(objective, z[t - 1])
-                self.descend(t, i, gradient, self.zeta(t, part))
-
-    def descend(self, t: int, i: Tensor, gradient: Tensor, zeta: float) -> None:
-        if self.options.z_update.name == "gradient":
-            self.z[t - 1][i] -= zeta * gradient
-        elif self.options.z_update.name == "majorised":
-            if t < self.T:
-                weight = self.weights[t]
-                hessian = self.beta[t - 1] * torch.eye(weight.shape[1]).double() + self.beta[t] * weight.T @ weight
-                gradient = torch.linalg.solve(hessian, gradient.T).T
-            self.z[t - 1][i] -= zeta * gradient
-        else:
-            for row, sample in enumerate(i.tolist()):
-                leaf, adam = self.z_leaf[t - 1][sample], self.z_adam[t - 1][sample]
-                adam.param_groups[0]["lr"] = zeta
-                leaf.data.copy_(self.z[t - 1][sample : sample + 1])
-                leaf.grad = gradient[row : row + 1]
-                adam.step()
-                self.z[t - 1][sample] = leaf[0]
-
     def remember_weights(self) -> None:
-        linear = [[m for m in block if isinstance(m, nn.Linear)] for block in self.blocks]
+        linear = [[m for m in block if isinstance(m, nn.Linear)] for block in self.block]
         self.weights = [m[0].weight.detach().clone() if m else None for m in linear]
 
-    def update_theta(self, i: Tensor, eta: float) -> None:
-        z = [v[i] for v in self.z]
-        self.rule.param_groups[0]["lr"] = eta
-        self.rule.zero_grad()
-        (sum(self.coupling(t, z, i) for t in range(1, self.T + 1)) / len(i)).backward()
-        self.rule.step()
-
-    def residuals(self) -> list[Tensor]:
-        with torch.no_grad():
-            return [z - f(b) for z, f, b in zip(self.z, self.blocks, [self.problem.x, *self.z], strict=False)]
-
-    def update_u(self, i: Tensor, alpha: float) -> None:
-        for u, residual in zip(self.u, self.residuals(), strict=True):
-            u[i] += alpha * residual[i]
-
     def refresh(self, i: Tensor, pull: float) -> None:
-        for z, ahead in zip(self.z, self.forward(self.problem.x[i]), strict=True):
+        for z, ahead in zip(self.Z, self.forward(self.X[i]), strict=True):
             z[i] = (1 - pull) * z[i] + pull * ahead
 
-    def zeta(self, t: int, part: float) -> float:
-        return cosine(by_block(self.options.z_step, self.T)[t - 1], (self.k + part) / self.options.iterations)
+    def zetas(self, part: float) -> list[float]:
+        values = by_block(self.options.z_step, self.T)
+        return [cosine(value, (self.k + part) / self.options.iterations) for value in values]
 
     def value(self, name: str, part: float) -> float:
         return cosine(getattr(self.options, name), (self.k + part) / self.options.iterations)
 
     def step(self) -> None:
-        options, everything = self.options, torch.arange(self.N)
+        options, everything = self.options, torch.arange(len(self.X))
         rounds = options.primal_rounds + int((options.primal_growth or 0) * self.k)
         if options.sweep == "batch":
             for r in range(rounds):
@@ -175,10 +123,10 @@ class Reference:
                 if r == 0:
                     self.refresh(everything, self.value("refresh", part))
                 self.remember_weights()
-                self.update_z(everything, part)
+                self.update_Z(everything, self.zetas(part))
                 for i in self.batches(self.rounds_done + r):
-                    self.update_theta(i, self.value("theta_step", part))
-            self.update_u(everything, self.value("dual_step", part))
+                    self.update_Theta(i, self.value("theta_step", part))
+            self.update_U(everything, self.value("dual_step", part))
         else:
             batches = self.batches(self.k)
             for number, i in enumerate(batches):
@@ -187,14 +135,15 @@ class Reference:
                 if number % options.curvature_every == 0:
                     self.remember_weights()
                 for _ in range(rounds):
-                    self.update_z(i, part)
-                    self.update_theta(i, self.value("theta_step", part))
-                self.update_u(i, self.value("dual_step", part))
+                    self.update_Z(i, self.zetas(part))
+                    self.update_Theta(i, self.value("theta_step", part))
+                self.update_U(i, self.value("dual_step", part))
         self.k += 1
         self.rounds_done += rounds
 
     def batches(self, epoch: int) -> list[Tensor]:
-        return [b[0] for b in minibatches(self.N, self.options.batch_size, [self.seed], epoch, torch.device("cpu"))]
+        size = self.options.batch_size
+        return [b[0] for b in minibatches(len(self.X), size, [self.seed], epoch, torch.device("cpu"))]
 
 
 class NormalisedReference(Reference):
@@ -204,29 +153,26 @@ class NormalisedReference(Reference):
         super().__init__(problem, options, seed)
         self.network.train()
         with statistics_kept(self.network):
-            self.z = self.forward(problem.x)
+            self.Z = self.forward(problem.x)
 
-    def update_z(self, i: Tensor, part: float) -> None:
+    def update_Z(self, i: Tensor, zeta: Sequence[float]) -> None:
         with statistics_kept(self.network):
-            super().update_z(i, part)
+            super().update_Z(i, zeta)
 
     def refresh(self, i: Tensor, pull: float) -> None:
         with statistics_kept(self.network):
             super().refresh(i, pull)
 
-    def update_u(self, i: Tensor, alpha: float) -> None:
+    def update_U(self, i: Tensor, alpha: float) -> None:
         with statistics_kept(self.network):
-            before = [v[i] for v in (self.problem.x, *self.z)]
-            residuals = [z[i] - block(b).detach() for z, block, b in zip(self.z, self.blocks, before, strict=False)]
-        for u, residual in zip(self.u, residuals, strict=True):
-            u[i] += alpha * residual
+            super().update_U(i, alpha)
 
 
 def assert_same(problem: Problem, state: BlockADMMState, s: int, reference: Reference) -> None:
     torch.testing.assert_close(state.theta.flat[s], problem.blocks.flatten(reference.network), **CLOSE)
     for t in range(reference.T):
-        torch.testing.assert_close(state.z[t][s], reference.z[t], **CLOSE)
-        torch.testing.assert_close(state.u[t][s], reference.u[t], **CLOSE)
+        torch.testing.assert_close(state.z[t][s], reference.Z[t], **CLOSE)
+        torch.testing.assert_close(state.u[t][s], reference.U[t], **CLOSE)
 
 
 GRADIENT, ADAM, MAJORISED = (
@@ -280,6 +226,25 @@ VARIANTS = {
     "majorised": replace(BASE, z_update=MAJORISED, z_step=0.8, beta={"blocks": [0.5, 2.0, 1.3]}, primal_rounds=2),
     "majorised, step": replace(BASE, z_update=ZUpdate("majorised", 2, "step"), z_step=0.3),
 }
+
+
+def test_it_is_algorithm_1_as_printed(mlp_problem):
+    problem = mlp_problem(SHARP)
+    state, networks = BASE.init(problem, SEEDS), [problem.blocks.export(problem.initial([seed])) for seed in SEEDS]
+    J, rules = partial(loss_sum, SHARP), [torch_rule(SGD(), net.parameters()) for net in networks]
+    literal = [
+        Algorithm1(as_blocks(problem, net), problem.x, problem.y, J, [1.0] * 3, rule)
+        for net, rule in zip(networks, rules, strict=True)
+    ]
+    for k in range(ITERATIONS):
+        BASE.step(problem, state)
+        for s, (seed, net, own) in enumerate(zip(SEEDS, networks, literal, strict=True)):
+            drawn = minibatches(24, BASE.batch_size, [seed], k, torch.device("cpu"))
+            own.iterate([0.1] * 3, 0.05, 1.0, [i[0] for i in drawn])
+            torch.testing.assert_close(state.theta.flat[s], problem.blocks.flatten(net), **CLOSE)
+            torch.testing.assert_close([z[s] for z in state.z], own.Z, **CLOSE)
+            torch.testing.assert_close([u[s] for u in state.u], own.U, **CLOSE)
+    assert max(u.abs().max() for u in state.u) > 1e-3
 
 
 @pytest.mark.parametrize("sweep", ["batch", "minibatch"])
@@ -415,7 +380,7 @@ def test_coupling_variables_begin_with_a_forward_pass_and_duals_at_zero(mlp_prob
     for s, seed in enumerate(SEEDS):
         reference = Reference(problem, BASE, seed)
         for t in range(3):
-            torch.testing.assert_close(state.z[t][s], reference.z[t], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(state.z[t][s], reference.Z[t], rtol=1e-12, atol=1e-14)
             assert not state.u[t].any()
 
 
@@ -460,6 +425,13 @@ def mixed_state(problem: Problem, options: BlockADMM) -> BlockADMMState:
     for v in (*state.z, *state.u):
         v.copy_(torch.randn(v.shape, dtype=v.dtype, generator=rng))
     return state
+
+
+def curvature(update: ZUpdate, problem: Problem, theta: Parameters, beta: Tensor, evaluations: int = 1) -> list[Tensor]:
+    state = update.init(problem.blocks, theta)
+    for _ in range(evaluations):
+        update.update_curvature(problem.blocks, theta, beta, state)
+    return state.inverse_curvature
 
 
 def z_of(state: BlockADMMState, s: int) -> list[Tensor]:
@@ -530,9 +502,7 @@ def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_pro
     )
     state = mixed_state(problem, options)
     for _ in range(50):  # of the power iteration
-        options.z_update.inverse_curvature(
-            problem.blocks, state.theta, list(state.beta.unsqueeze(-1).unsqueeze(-1)), state.power_vectors
-        )
+        options.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
     values = [[lagrangian(problem, state, s, z_of(state, s)).item() for s in range(3)]]
     for _ in range(8):
         options.step(problem, state)
@@ -542,9 +512,9 @@ def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_pro
 
 def test_the_majorised_step_is_at_most_newtons_before_a_relu(mlp_problem):
     problem = mlp_problem()
-    theta, beta = problem.initial((0,)), [torch.full((1, 1, 1), b).double() for b in (0.5, 2.0, 1.0)]
-    update, unit = ZUpdate("majorised", last="prox"), torch.eye(5).double()
-    inverse = update.inverse_curvature(problem.blocks, theta, beta, [])[0]
+    theta, beta = problem.initial((0,)), torch.tensor([[0.5], [2.0], [1.0]]).double()
+    unit = torch.eye(5).double()
+    inverse = curvature(ZUpdate("majorised", last="prox"), problem, theta, beta)[0]
     weight = theta.blocks[1][0]["weight"][0]
     for pattern in range(2**4):
         active = torch.tensor([pattern >> k & 1 for k in range(4)]).double()
@@ -557,10 +527,10 @@ def test_the_majorised_step_before_a_large_weight_in_float32_is_float64_s(mlp_pr
     """W_3 is [3, 4]: one direction of Z_2 in four is seen by β_2 alone."""
     problem = mlp_problem()
     problem = replace(problem, x=problem.x.float())
-    theta, beta = problem.initial((0, 1)), [torch.full((2, 1, 1), b) for b in (0.5, 2.0, 1.0)]
+    theta, beta = problem.initial((0, 1)), torch.tensor([[0.5], [2.0], [1.0]]).expand(3, 2)
     weight = theta.blocks[2][0]["weight"].mul_(size)
     weight[1] = torch.inf
-    inverse = ZUpdate("majorised").inverse_curvature(problem.blocks, theta, beta, [])[1]
+    inverse = curvature(ZUpdate("majorised"), problem, theta, beta)[1]
     w = weight[0].double()
     expected = torch.linalg.inv(2.0 * torch.eye(4).double() + w.T @ w)
     torch.testing.assert_close(inverse[0].double(), expected, rtol=0.0, atol=1e-3)
@@ -570,9 +540,8 @@ def test_the_majorised_step_before_a_large_weight_in_float32_is_float64_s(mlp_pr
 def test_the_lipschitz_step_is_near_the_largest_safe_one(mlp_problem):
     problem = mlp_problem()
     update, theta = ZUpdate("lipschitz", last="prox"), mlp_problem().initial(SEEDS)
-    vectors, beta = update.power_vectors(problem.blocks, theta), torch.tensor([0.5, 2.0, 3.0]).double()
-    for _ in range(100):
-        steps = update.inverse_curvature(problem.blocks, theta, [b.view(1, 1, 1) for b in beta], vectors)
+    beta = torch.tensor([0.5, 2.0, 3.0]).double()
+    steps = curvature(update, problem, theta, beta[:, None].expand(3, 3), 100)
     for t in (0, 1):
         weight = theta.blocks[t + 1][0]["weight"]
         safe = 1 / (beta[t] + beta[t + 1] * torch.linalg.matrix_norm(weight, 2) ** 2)

@@ -489,7 +489,7 @@ def test_the_sources_of_a_run_are_those_of_what_its_configuration_names() -> Non
     others = {"admm/optimizers/block_admm.py", "admm/optimizers/taylor.py", "admm/optimizers/__init__.py"}
     others |= {"experiments/reports/accuracy.py", "experiments/store.py", "experiments/loggers.py"}
     assert not others & set(found)
-    assert "admm/deepfacto/nmf.py" in of("experiment=lfw_proxy", "row=lfwa_deepfacto/nmf-rank4")
+    assert "admm/nmf.py" in of("experiment=lfw_proxy", "row=lfwa_deepfacto/nmf-rank4")
     assert "experiments/training.py" in of("experiment=memory")
     assert all(len(sha) == 12 for sha in found.values())
 

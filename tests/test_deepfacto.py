@@ -13,13 +13,19 @@ from torch.testing import assert_close
 
 from admm.blocks import split
 from admm.checkpoints import restore, save
-from admm.deepfacto.nmf import NMF, matrix, nonnegative_least_squares
-from admm.deepfacto.training import DeepFacto, _Epoch, _Visit, by_block, factorisations
-from admm.deepfacto.triplet import TripletLoss
-from admm.losses import FunctionLoss, SquaredError
+from admm.losses import FunctionLoss, SquaredError, TripletLoss
 from admm.models import initialiser
+from admm.nmf import NMF, matrix, nonnegative_least_squares
 from admm.optimizers import SGD, Adam
-from admm.optimizers.coupling import BlockOutputs
+from admm.optimizers.coupling import ZState, penalties
+from admm.optimizers.deepfacto import (
+    BlockwiseThetaUpdate,
+    DeepFacto,
+    FactorisedLagrangian,
+    FactorisedZUpdate,
+    by_block,
+    factorisations,
+)
 from admm.optimizers.protocol import Problem
 
 SEEDS = (3, 1)
@@ -44,11 +50,17 @@ def problem(net=None, after=("0", "1"), loss=None, samples=20, y=None):
     return Problem(x, y, blocks, loss or TripletLoss(margin=0.5), initialiser("kaiming_uniform"))
 
 
-def visit_of(options, task, state, part=slice(0, 20)):
-    epoch = _Epoch(options, task, state)
-    x, y = (data[part].expand(len(state.seeds), *data[part].shape) for data in (task.x, task.y))
-    z, u = ([v[:, part].clone() for v in variables] for variables in (state.z, state.u))
-    return epoch, _Visit(epoch, BlockOutputs(task.blocks, state.theta, x, z), y, u)
+def lagrangian_of(options, task, state):
+    """Eq. 9 of copies of all variables."""
+    x, y = (data.expand(len(state.seeds), *data.shape) for data in (task.x, task.y))
+    z, u = ([v.clone() for v in variables] for variables in (state.z, state.u))
+    beta = penalties(options.beta, len(z), len(state.seeds), task.x)
+    return FactorisedLagrangian(task, state.theta, factorisations(task.blocks, state.theta), beta, x, y, z, u)
+
+
+def update_z(options, lagrangian, t, step=0.0):
+    update = FactorisedZUpdate("gradient", score_sweeps=options.score_sweeps)
+    lagrangian.move(t, update.moved(lagrangian, ZState(), t, step))
 
 
 def trained(options, task, seeds=SEEDS, epochs=2):
@@ -73,7 +85,7 @@ def two_factorisations():
 def test_the_lagrangian_is_equation_9():
     task = problem()
     state = trained(BASE, task)
-    _, visit = visit_of(BASE, task, state)
+    lagrangian = lagrangian_of(BASE, task, state)
     for r in range(2):
         net = task.blocks.export(state.theta, r).double()
         (z1, s, z2), (u1, v, u2) = ([t[r] for t in tensors] for tensors in (state.z, state.u))
@@ -81,7 +93,7 @@ def test_the_lagrangian_is_equation_9():
         residuals.append(z2 - net[2](s) + u2)
         expected = task.loss.value(z2, task.y).sum()
         expected = expected + sum(b / 2 * res.square().sum() for b, res in zip((1.5, 0.7, 2.0), residuals, strict=True))
-        assert_close(visit.lagrangian(visit.residuals())[r], expected.detach())
+        assert_close(lagrangian.value()[r], expected.detach())
 
 
 @pytest.mark.parametrize("net", [network, two_factorisations])
@@ -92,16 +104,18 @@ def test_every_primal_update_decreases_equation_9(net):
     # Small steps where an update is a gradient step; the others have none.
     options = replace(BASE, theta_step=1e-3, z_step=1e-2, beta=1.3, update=SGD(), together=1)
     state = trained(options, task)
-    epoch, visit = visit_of(options, task, state)
-    assert len(epoch.factors) == (1 if net is network else 2)
-    value = visit.lagrangian(visit.residuals())
+    lagrangian = lagrangian_of(options, task, state)
+    assert len(lagrangian.factors) == (1 if net is network else 2)
+    value = lagrangian.value()
     for t in range(len(state.z), 0, -1):
-        visit.update_z(t, 1e-2)
-        moved = visit.lagrangian(visit.residuals())
+        update_z(options, lagrangian, t, 1e-2)
+        moved = lagrangian.value()
         assert (moved < value).all(), t
         value = moved
-    visit.update_theta([1e-3] * len(state.z))
-    assert (visit.lagrangian(visit.residuals()) < value).all()
+    blocks = [t for t in range(1, len(state.z) + 1) if t not in lagrangian.factors]
+    update = BlockwiseThetaUpdate(options.update, task.blocks, state.theta, state.moments, blocks)
+    update.step(lagrangian, [1e-3] * len(state.z))
+    assert (lagrangian.value() < value).all()
 
 
 @pytest.mark.parametrize("shift", [-2.0, 2.0])
@@ -117,26 +131,26 @@ def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
     state.z[1] = torch.zeros_like(state.z[1])
     weight = task.blocks[2].linear_weight(state.theta.blocks[2])
     state.z[2] += shift * weight.sum(2).unsqueeze(1)  # towards scores that cannot be, or can
-    _, visit = visit_of(options, task, state)
-    value = visit.lagrangian(visit.residuals())
-    visit.update_z(2, 0.0)
-    assert (visit.lagrangian(visit.residuals()) < value).all()
+    lagrangian = lagrangian_of(options, task, state)
+    value = lagrangian.value()
+    update_z(options, lagrangian, 2)
+    assert (lagrangian.value() < value).all()
 
 
 def test_the_refresh_of_scores_is_the_projection(monkeypatch):
     exact = partial(nonnegative_least_squares, tolerance=1e-9)
-    monkeypatch.setattr("admm.deepfacto.training.nonnegative_least_squares", exact)
+    monkeypatch.setattr("admm.optimizers.deepfacto.nonnegative_least_squares", exact)
     task = problem()
     state = trained(BASE, task)
-    epoch, visit = visit_of(BASE, task, state)
-    whole, part = (visit_of(epoch.options, task, state)[1] for _ in range(2))
-    whole.refresh(1.0)
-    part.refresh(0.25)
-    assert_close(part.chain.z[0], torch.lerp(visit.chain.z[0], visit.chain.output(1), 0.25))
-    for r, basis in enumerate(epoch.factors[2].numpy()):
+    lagrangian = lagrangian_of(BASE, task, state)
+    whole, part = (lagrangian_of(BASE, task, state) for _ in range(2))
+    whole.mix_with_forward(1.0)
+    part.mix_with_forward(0.25)
+    assert_close(part.z[0], torch.lerp(lagrangian.z[0], lagrangian.output(1), 0.25))
+    for r, basis in enumerate(lagrangian.factors[2].numpy()):
         target = matrix(whole.before(2) + whole.u[1])[r].numpy()
         expected = np.stack([nnls(basis, column)[0] for column in target.T], axis=1)
-        assert_close(matrix(whole.chain.z[1])[r], torch.from_numpy(expected), rtol=1e-5, atol=1e-7)
+        assert_close(matrix(whole.z[1])[r], torch.from_numpy(expected), rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_common_to_all_scores_is_not_for_the_embedding_to_undo():
@@ -145,43 +159,43 @@ def test_what_is_common_to_all_scores_is_not_for_the_embedding_to_undo():
     task, options = problem(), replace(BASE, refresh=1.0, dual_step=0.0)
     state = trained(options, task)
     by_block(task.blocks, state.theta)[0].mul_(0.8)
-    _, visit = visit_of(options, task, state)
-    visit.refresh(1.0)
+    lagrangian = lagrangian_of(options, task, state)
+    lagrangian.mix_with_forward(1.0)
     for t in (3, 2):
-        visit.update_z(t, 0.0)
-    assert (visit.residual(3).norm(dim=(1, 2)) < 1e-4 * visit.chain.z[2].norm(dim=(1, 2))).all()
+        update_z(options, lagrangian, t)
+    assert (lagrangian.residual(3).norm(dim=(1, 2)) < 1e-4 * lagrangian.z[2].norm(dim=(1, 2))).all()
 
 
 def test_the_refresh_of_scores_of_rank_one_goes_a_part_of_the_way():
     task = problem(network(rank=1))
     state = trained(BASE, task)
-    whole, part = (visit_of(BASE, task, state)[1] for _ in range(2))
-    before = part.chain.z[1].clone()
-    whole.refresh(1.0)
-    part.refresh(0.0)
-    assert_close(part.chain.z[1], before)
-    assert not torch.allclose(whole.chain.z[1], before)
+    whole, part = (lagrangian_of(BASE, task, state) for _ in range(2))
+    before = part.z[1].clone()
+    whole.mix_with_forward(1.0)
+    part.mix_with_forward(0.0)
+    assert_close(part.z[1], before)
+    assert not torch.allclose(whole.z[1], before)
 
 
 def test_the_basis_decreases_equation_9_and_all_factors_stay_positive():
     task = problem()
     state = trained(BASE, task)
-    epoch, visit = visit_of(BASE, task, state)
-    value = visit.lagrangian(visit.residuals())
-    epoch.update_basis(2)
-    assert (visit.lagrangian(visit.residuals()) < value).all()
-    assert state.z[1].min() >= 0.0 and epoch.factors[2].min() >= 0.0
+    lagrangian = lagrangian_of(BASE, task, state)
+    value = lagrangian.value()
+    BASE._update_basis(task, state, 2, lagrangian.factors[2])
+    assert (lagrangian.value() < value).all()
+    assert state.z[1].min() >= 0.0 and lagrangian.factors[2].min() >= 0.0
 
 
 def test_the_update_before_a_factorisation_is_the_exact_minimiser():
     task = problem()
     state = trained(BASE, task)
-    _, visit = visit_of(BASE, task, state)
-    visit.update_z(1, 0.0)
-    z = visit.chain.z[0].clone().requires_grad_()
+    lagrangian = lagrangian_of(BASE, task, state)
+    update_z(BASE, lagrangian, 1)
+    z = lagrangian.z[0].clone().requires_grad_()
     basis, scores = factorisations(task.blocks, state.theta)[2], state.z[1]
     product = torch.einsum("Rcr,Rnrhw->Rnchw", basis, scores)
-    coupling = 1.5 / 2 * (z - visit.chain.output(1) + state.u[0]).square().sum()
+    coupling = 1.5 / 2 * (z - lagrangian.output(1) + state.u[0]).square().sum()
     (coupling + 0.7 / 2 * (z - product + state.u[1]).square().sum()).backward()
     assert_close(z.grad, torch.zeros_like(z), atol=1e-10, rtol=0)
 
@@ -190,9 +204,9 @@ def test_many_sweeps_of_the_scores_reach_the_optimum_of_equation_9():
     task = problem()
     options = replace(BASE, score_sweeps=5)
     state = trained(options, task)
-    _, visit = visit_of(options, task, state)
+    lagrangian = lagrangian_of(options, task, state)
     for _ in range(1500):
-        visit.update_z(2, 0.0)
+        update_z(options, lagrangian, 2)
     net = task.blocks.export(state.theta, 0)
     weight, bias = net[2][1].weight.detach(), net[2][1].bias.detach()
     for n in range(5):
@@ -202,16 +216,16 @@ def test_many_sweeps_of_the_scores_reach_the_optimum_of_equation_9():
         above = (state.z[0][0, n] + state.u[1][0, n]).flatten()
         target = torch.cat([0.7**0.5 * above, 2.0**0.5 * (state.z[2][0, n] + state.u[2][0, n] - bias)])
         best, _ = nnls(matrix_of.numpy(), target.numpy())
-        assert_close(visit.chain.z[1][0, n].flatten(), torch.tensor(best), atol=1e-5, rtol=1e-5)
+        assert_close(lagrangian.z[1][0, n].flatten(), torch.tensor(best), atol=1e-5, rtol=1e-5)
 
 
 def test_the_duals_grow_by_the_constraints():
     task = problem()
     state = trained(BASE, task)
-    _, visit = visit_of(BASE, task, state)
-    before, residuals = [u.clone() for u in visit.u], [visit.residual(t).clone() for t in (1, 2, 3)]
-    visit.update_duals(0.25)
-    for old, new, residual in zip(before, visit.u, residuals, strict=True):
+    lagrangian = lagrangian_of(BASE, task, state)
+    before, residuals = [u.clone() for u in lagrangian.u], [lagrangian.residual(t).clone() for t in (1, 2, 3)]
+    lagrangian.update_duals(0.25)
+    for old, new, residual in zip(before, lagrangian.u, residuals, strict=True):
         assert_close(new, old + 0.25 * residual)
 
 
@@ -285,8 +299,8 @@ def test_diagnostics():
     task = problem()
     state = trained(replace(BASE, batch_size=20), task)
     found = replace(BASE, slice_size=20).diagnostics(task, state)
-    _, visit = visit_of(BASE, task, state)
-    assert_close(found["lagrangian"], visit.lagrangian(visit.residuals()) / 20)
+    lagrangian = lagrangian_of(BASE, task, state)
+    assert_close(found["lagrangian"], lagrangian.value() / 20)
     product = factorisations(task.blocks, state.theta)[2] @ matrix(state.z[1])
     whole = matrix(state.z[0])
     assert_close(found["residual_2"], ((whole - product).norm(dim=(1, 2)) / whole.norm(dim=(1, 2))))

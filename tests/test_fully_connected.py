@@ -34,9 +34,9 @@ def test_the_relu_s_prox_is_the_lowest_point_of_a_grid(p, q, ratio):
 
 
 @pytest.mark.parametrize("ratio", [1.0 / 6.0, 0.3 / 2.1, 1.0, 2.5])
-def test_the_relu_s_prox_is_that_of_bcd_s_authors(ratio):
+def test_the_relu_s_prox_is_the_better_of_two_half_lines(ratio):
     p, q = (0.1 * t.flatten() for t in torch.meshgrid(*[torch.arange(-31.0, 32.0).double()] * 2, indexing="ij"))
-    torch.testing.assert_close(prox(p, q, ratio), literal.relu_prox(q, p, 1.0 / ratio), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(prox(p, q, ratio), literal.relu_minimiser(p, q, ratio), rtol=1e-12, atol=1e-12)
 
 
 def test_the_relu_s_prox_takes_a_ratio_for_each_replica():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import statistics_kept
+from references import loss_sum, statistics_kept, torch_rule
 from torch import Tensor, nn
 
 from admm.losses import CrossEntropy, SquaredError
@@ -27,18 +27,6 @@ PROBLEMS = {
     "per layer": ("mlp_problem", {"per_layer": True, "activation": "start"}),
     "three blocks": ("mlp_problem", {"after": ["fc1.linear", "fc2.relu"]}),
 }
-
-
-def loss_sum(loss: Any, z: Tensor, y: Tensor) -> Tensor:
-    if isinstance(loss, SquaredError):
-        return loss.scale / 2 * ((z - y) ** 2).sum()
-    return -loss.scale * (y * z.log_softmax(-1)).sum()
-
-
-def torch_rule(rule: Any, parameters: list[Tensor]) -> Any:
-    if isinstance(rule, Adam):
-        return torch.optim.AdamW(parameters, 1.0, (rule.beta1, rule.beta2), rule.epsilon, rule.weight_decay)
-    return torch.optim.SGD(parameters, 1.0, rule.momentum, weight_decay=rule.weight_decay)
 
 
 def at(value: Any, progress: float) -> float:

@@ -9,8 +9,8 @@ from scipy.optimize import nnls
 from sklearn.decomposition import NMF as Reference
 from torch.testing import assert_close
 
-from admm.deepfacto import nmf
-from admm.deepfacto.nmf import NMF, by_lbfgs, feature_maps, matrix, nmf_steps, nonnegative_least_squares, sweep
+from admm import nmf
+from admm.nmf import NMF, by_lbfgs, feature_maps, hals_sweep, matrix, nmf_steps, nonnegative_least_squares
 
 
 def draw(*shape, seed=0, power=0.5):
@@ -113,7 +113,7 @@ def test_each_row_of_a_sweep_is_its_exact_minimiser():
         rest = z - basis @ expected + basis[:, :, k : k + 1] @ expected[:, k : k + 1]
         alone = basis[:, :, k : k + 1].mT @ rest / basis[:, :, k].square().sum(1).view(-1, 1, 1)
         expected[:, k] = alone[:, 0].clamp(min=0.0)
-    sweep(basis.mT @ basis, basis.mT @ z, scores)
+    hals_sweep(basis.mT @ basis, basis.mT @ z, scores)
     assert_close(scores, expected)
 
 
@@ -135,7 +135,7 @@ def test_no_sweep_raises_the_objective_and_a_zero_column_is_left_alone():
     basis[:, :, 2] = 0.0
     before = objective(z, basis, scores)
     kept = scores[:, 2].clone()
-    sweep(basis.mT @ basis, basis.mT @ z, scores)
+    hals_sweep(basis.mT @ basis, basis.mT @ z, scores)
     assert torch.equal(scores[:, 2], kept)
     for _ in range(10):
         after = objective(z, basis, scores)

@@ -1,112 +1,89 @@
-"""Online Block-ADMM against a literal Algorithm 2 written with autograd."""
+"""Online Block-ADMM against the literal Algorithm 2 (`scripts.literal`)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from references import statistics_kept
+from references import loss_sum, statistics_kept, torch_rule
 from torch import Tensor, nn
 
 from admm.layers import Execution
-from admm.losses import CrossEntropy, Loss, SquaredError
+from admm.losses import CrossEntropy, SquaredError
 from admm.minibatches import minibatches
 from admm.optimizers import SGD, Adam, OnlineBlockADMM, Problem, ZUpdate
+from scripts.literal.online_block_admm import Algorithm2
 
 SEEDS = (3, 1, 7)
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 SHARP = CrossEntropy(0.7, tolerance=1e-13)
 
 
-def norms(residual: Tensor) -> Tensor:
-    """‖·‖₂ of each sample, with the derivative 0 at 0."""
-    square = residual.flatten(1).square().sum(1)
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
-
-
-def loss_sum(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
-    if isinstance(loss, SquaredError):
-        return loss.scale / 2 * ((z - y) ** 2).sum()
-    return -loss.scale * (y * z.log_softmax(-1)).sum()
-
-
-class Reference:
-    """Algorithm 2 for one replica; every gradient is autograd's of the printed coupling term."""
+class Reference(Algorithm2):
+    """The literal Algorithm 2 with our options, for one seed."""
 
     def __init__(self, problem: Problem, options: OnlineBlockADMM, seed: int) -> None:
         self.problem, self.options, self.seed, self.epoch = problem, options, seed, 0
         self.network = problem.blocks.export(problem.initial([seed])).train()
         modules = dict(self.network.named_modules())
-        self.blocks = [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
-        self.T, self.u = len(self.blocks), [0.0] * len(self.blocks)
-        rule, theta = options.update, self.network.parameters()
-        self.rule: Any = (
-            torch.optim.AdamW(theta, 1.0, (rule.beta1, rule.beta2), rule.epsilon, rule.weight_decay)
-            if isinstance(rule, Adam)
-            else torch.optim.SGD(theta, 1.0, rule.momentum, weight_decay=rule.weight_decay)
-        )
+        block = [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
+        rule = torch_rule(options.update, self.network.parameters())
+        super().__init__(block, partial(loss_sum, problem.loss), [options.beta] * len(block), rule)
 
-    def coupling(self, t: int, z: list[Tensor]) -> Tensor:
-        """Σ_i β/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)², with z[0] = x."""
-        residual = z[t] - self.blocks[t - 1](z[t - 1])
+    def forward(self, x: Tensor) -> list[Tensor]:
+        with statistics_kept(self.network):
+            return super().forward(x)
+
+    def coupling(self, t: int, z: Sequence[Tensor]) -> Tensor:
         if self.options.dual == "none":
-            return self.options.beta / 2 * (residual**2).sum()
-        return self.options.beta / 2 * ((norms(residual) + self.u[t - 1]) ** 2).sum()
+            return self.beta[t - 1] / 2 * ((z[t] - self.block[t - 1](z[t - 1])) ** 2).sum()
+        return super().coupling(t, z)
 
-    def update_z(self, z: list[Tensor], y: Tensor, zeta: float) -> None:
-        options, loss = self.options.z_update, self.problem.loss
-        adam = [torch.optim.Adam([v], 1.0, (options.beta1, options.beta2), options.epsilon) for v in z]
-        weights = [[m.weight.detach() for m in block if isinstance(m, nn.Linear)] for block in self.blocks]
-        for _ in range(options.steps):
-            for t in range(self.T, 0, -1):
-                if t == self.T and options.last == "prox":
-                    assert isinstance(loss, SquaredError) and self.options.dual == "none"
-                    v = self.blocks[-1](z[-2]).detach()
-                    z[-1] = (loss.scale * y + self.options.beta * v) / (loss.scale + self.options.beta)
-                    continue
-                z[t].requires_grad_().grad = None
-                objective = loss_sum(loss, z[-1], y) if t == self.T else self.coupling(t + 1, z)
-                (gradient,) = torch.autograd.grad(self.coupling(t, z) + objective, z[t])
-                z[t] = z[t].detach()
-                if options.name == "adam":
-                    adam[t].param_groups[0]["params"][0].data.copy_(z[t])
-                    adam[t].param_groups[0]["params"][0].grad = gradient
-                    adam[t].param_groups[0]["lr"] = zeta
-                    adam[t].step()
-                    z[t] = adam[t].param_groups[0]["params"][0].detach().clone()
-                    continue
-                if options.name == "majorised" and t < self.T:
-                    hessian = torch.eye(z[t].shape[1]).double() + weights[t][0].T @ weights[t][0]
-                    gradient = torch.linalg.solve(hessian, gradient.T).T / self.options.beta
-                z[t] = z[t] - zeta * gradient
+    def update_z(self, z: list[Tensor], y: Tensor, zeta: Sequence[float]) -> None:
+        options = self.options.z_update
+        self.y, self.leaves = y, [v.clone() for v in z]
+        self.adam = [torch.optim.Adam([v], 1.0, (options.beta1, options.beta2), options.epsilon) for v in self.leaves]
+        self.weights = [[m.weight.detach() for m in block if isinstance(m, nn.Linear)] for block in self.block]
+        with statistics_kept(self.network):
+            for _ in range(options.steps):
+                super().update_z(z, y, zeta)
+
+    def descend(self, t: int, z: list[Tensor], gradient: Tensor, zeta: float) -> None:
+        options, loss, beta = self.options.z_update, self.problem.loss, self.options.beta
+        if t == self.T and options.last == "prox":
+            assert isinstance(loss, SquaredError) and self.options.dual == "none"
+            v = self.block[-1](z[-2]).detach()
+            z[-1] = (loss.scale * self.y + beta * v) / (loss.scale + beta)
+        elif options.name == "adam":
+            self.adam[t].param_groups[0]["lr"] = zeta
+            self.leaves[t].grad = gradient
+            self.adam[t].step()
+            z[t] = self.leaves[t].clone()
+        else:
+            if options.name == "majorised" and t < self.T:
+                hessian = torch.eye(z[t].shape[1]).double() + self.weights[t][0].T @ self.weights[t][0]
+                gradient = torch.linalg.solve(hessian, gradient.T).T / beta
+            super().descend(t, z, gradient, zeta)
+
+    def update_u(self, z: Sequence[Tensor]) -> None:
+        if self.options.dual == "decay":
+            self.u = [self.options.dual_decay * u for u in self.u]
+        if self.options.dual != "none":
+            with statistics_kept(self.network):
+                super().update_u(z)
 
     def step(self) -> None:
         options, problem = self.options, self.problem
         if options.dual == "reset":
             self.u = [0.0] * self.T
         batches = minibatches(len(problem.x), options.batch_size, [self.seed], self.epoch, problem.x.device)
-        for number, batch in enumerate(batches):
+        for number, (i,) in enumerate(batches):
             decay = (1 + math.cos(math.pi * (self.epoch + number / len(batches)) / options.iterations)) / 2
-            z, y = [problem.x[batch[0]]], problem.y[batch[0]]
-            with statistics_kept(self.network):
-                with torch.no_grad():
-                    for block in self.blocks:
-                        z.append(block(z[-1]))
-                self.update_z(z, y, options.z_step["start"] * decay)
-            self.rule.param_groups[0]["lr"] = options.theta_step["start"] * decay
-            self.rule.zero_grad()
-            z = [v.detach() for v in z]
-            (sum(self.coupling(t, z) for t in range(1, self.T + 1)) / len(y)).backward()
-            self.rule.step()
-            for t in range(1, self.T + 1):
-                if options.dual == "decay":
-                    self.u[t - 1] *= options.dual_decay
-                if options.dual != "none":
-                    with torch.no_grad(), statistics_kept(self.network):
-                        self.u[t - 1] += norms(z[t] - self.blocks[t - 1](z[t - 1])).mean().item()
+            zeta, eta = options.z_step["start"] * decay, options.theta_step["start"] * decay
+            self.visit(problem.x[i], problem.y[i], [zeta] * self.T, eta)
         self.epoch += 1
 
 
@@ -209,8 +186,8 @@ def test_reset_begins_each_epoch_at_zero(mlp_problem):
 
 
 def test_curvature_is_evaluated_every_so_many_mini_batches(mlp_problem, monkeypatch):
-    calls, original = [], ZUpdate.inverse_curvature
-    monkeypatch.setattr(ZUpdate, "inverse_curvature", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], ZUpdate.update_curvature
+    monkeypatch.setattr(ZUpdate, "update_curvature", lambda *a: calls.append(1) or original(*a))
     problem = mlp_problem()
     options = replace(
         BASE, z_update=ZUpdate("lipschitz", last="prox"), curvature_every=3, batch_size=3

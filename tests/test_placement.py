@@ -39,7 +39,7 @@ def test_every_place_gives_the_same_numbers(resnet_problem, place, sweep):
         for one, state in zip(options, states, strict=True):
             one.step(problem, state)
     assert torch.equal(states[0].theta.flat, states[1].theta.flat)
-    kept = [[*state.z, *state.u, *(m for pair in state.z_moments for m in pair)] for state in states]
+    kept = [[*state.z, *state.u, *state.z_state.tensors()] for state in states]
     assert len(kept[0]) == 8 and all(map(torch.equal, *kept))
     diagnostics = [one.diagnostics(problem, state) for one, state in zip(options, states, strict=True)]
     assert all(torch.equal(value, diagnostics[1][name]) for name, value in diagnostics[0].items())
@@ -57,7 +57,7 @@ def test_visits_that_are_copies_give_the_same_numbers(resnet_problem, monkeypatc
     for _ in range(2):
         options.step(problem, copied)
     assert torch.equal(plain.theta.flat, copied.theta.flat)
-    kept = [[*state.z, *state.u, *(m for pair in state.z_moments for m in pair)] for state in (plain, copied)]
+    kept = [[*state.z, *state.u, *state.z_state.tensors()] for state in (plain, copied)]
     assert all(map(torch.equal, *kept))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from admm.deepfacto.triplet import TripletLoss
+from admm.losses import TripletLoss
 
 
 def by_loops(z, y, margin):

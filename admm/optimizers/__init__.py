@@ -4,6 +4,7 @@ from admm.optimizers.backprop import Backprop
 from admm.optimizers.bcd import BCD
 from admm.optimizers.block_admm import AdaptivePenalty, BlockADMM
 from admm.optimizers.coupling import ZUpdate
+from admm.optimizers.deepfacto import DeepFacto
 from admm.optimizers.dladmm import DLADMM
 from admm.optimizers.gotmare import Gotmare
 from admm.optimizers.online_block_admm import OnlineBlockADMM
@@ -20,6 +21,7 @@ __all__ = [
     "AdaptivePenalty",
     "Backprop",
     "BlockADMM",
+    "DeepFacto",
     "Gotmare",
     "OnlineBlockADMM",
     "Optimizer",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,30 +13,27 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.checks import at_least_one, check_batch_size, has_type, in_range, one_of
-from admm.minibatches import (
-    flat_indices,
-    gather_per_replica,
-    gather_shared,
-    minibatches,
-    scatter_per_replica,
-    slices,
-    stateless_rng,
-)
+from admm.minibatches import minibatches, slices, stateless_rng
 from admm.numbers import Options, is_number
 from admm.optimizers.checks import same_samples
 from admm.optimizers.coupling import (
-    BlockOutputs,
+    AugmentedLagrangian,
+    Hyperparameters,
+    Schedules,
+    ThetaUpdate,
+    ZState,
     ZUpdate,
+    gather,
     label_leak,
     penalties,
-    probe,
     refresh_schedule,
+    scatter,
     warn_of_lost_signal,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
 from admm.placement import PLACES, Place, allocate
-from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
+from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 
 
 @dataclass
@@ -43,8 +41,7 @@ class BlockADMMState:
     """Block-ADMM's variables for T blocks, N samples, S replicas.
 
     theta: parameters [S, P]. moments: the Θ rule's, [S, P] each. z, u: coupling variables Z_t and scaled duals
-    U_t, T tensors [S, N, d_t] each. z_moments: Adam's for Z_t, T pairs of [S, N, d_t], or none. beta: penalties
-    [T, S]. power_vectors: of the spectral norms, see `ZUpdate`.
+    U_t, T tensors [S, N, d_t] each. z_state: what the Z update carries on. beta: penalties [T, S].
     """
 
     seeds: tuple[int, ...]
@@ -53,22 +50,30 @@ class BlockADMMState:
     moments: list[Tensor]
     z: list[Tensor]
     u: list[Tensor]
-    z_moments: list[list[Tensor]]
+    z_state: ZState
     beta: Tensor
-    power_vectors: list[Tensor]
 
 
 @dataclass(frozen=True)
 class AdaptivePenalty(Options):
-    """Eq. 6, ρ = 1/β: β grows by 1/c whenever the constraint residual exceeds η_k = `bound` · `shrink`^k.
+    """Eq. 6, ρ = 1/β: β grows by 1/c whenever the constraint residual ‖h‖ exceeds η_k = `bound` · `shrink`^k.
 
-    The residual is ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
+    ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
+
+    Args:
+        c: between 0 and 1.
+        bound: η_0 ≥ 0.
+        shrink: ≥ 0, by which η_k shrinks per iteration.
+        largest: > 0, β stays at or below this.
+
+    Raises:
+        ValueError: with the name of an argument that is out of range.
     """
 
     c: float = 0.9
     bound: float = 1.0
     shrink: float = 0.95
-    largest: float = math.inf  # β stays at or below this
+    largest: float = math.inf
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,45 +94,85 @@ class AdaptivePenalty(Options):
         return torch.where(grows, torch.full_like(beta, 1.0 / self.c), 1.0)
 
 
+def visit(
+    lagrangian: AugmentedLagrangian,
+    z_update: ZUpdate,
+    z_state: ZState,
+    theta_update: ThetaUpdate,
+    h: Hyperparameters,
+    rounds: int,
+) -> None:
+    """Algorithm 1, lines 5 to 12, on the samples of a mini-batch alone, with `rounds` primal updates."""
+    lagrangian.mix_with_forward(h.mixing)
+    for _ in range(rounds):
+        z_update.step(lagrangian, z_state, h.z_steps)  # lines 5 to 8: Z_T … Z_1
+        theta_update.step(lagrangian, h.theta_steps)  # line 10: Θ
+    lagrangian.update_duals(h.dual_step)  # line 12: U
+
+
 @dataclass(frozen=True)
 class BlockADMM(Options, Optimizer[BlockADMMState]):
     """Stochastic Block-ADMM, the paper's Algorithm 1, and what it leaves open as options.
 
-    `sweep="batch"` is Algorithm 1: `primal_rounds` times the Z of all samples (`z_update`, in reverse order)
-    and then Θ by mini-batches (`theta_passes` over the samples), and at the end the duals of all samples.
-    `sweep="minibatch"` visits mini-batches in Gauss-Seidel order, each with its Z, Θ and U before the next one.
-
-    Batch normalisation takes the statistics of the samples that are evaluated together: of a mini-batch, and in Z's and
-    U's batch sweeps of `slice_size` samples.
+    It minimises Eq. 2, J(Y, Z_T) + Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖², over Z and Θ. J is the sum over samples;
+    the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². Batch normalisation takes the statistics of the samples
+    that are evaluated together: of a mini-batch, and in the batch sweeps of Z and U of `slice_size` samples.
 
     The defaults start Z from a forward pass at each visit, without duals, which makes the steps of Θ those of
     `OnlineBlockADMM`, whose defaults they share: with Z that lag behind a forward pass, or duals that add the lag up,
     no value tried trained networks of 3 to 10 blocks alike. §4.1 has beta=1, sweep="batch", primal_rounds=3,
     z_update=ZUpdate("adam"), dual_step=1, dual_init=1e-4 and refresh=0.
 
-    J enters as the sum over samples; the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². The step sizes,
-    `dual_step` and `refresh` may have schedules, and one value per replica; `z_step` and `beta` one per block.
+    Args:
+        iterations: iterations until the schedules end, at least 1.
+        theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
+        z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step, and one per block.
+        beta: β_t > 0, the penalties; one value per replica, and per block.
+        sweep: "batch" is Algorithm 1: `primal_rounds` times all of Z and then Θ by mini-batches, and at the end all of
+            U. "minibatch" visits mini-batches in Gauss-Seidel order, each with its Z, Θ and U before the next one's.
+        batch_size: samples per mini-batch, from 1 to N.
+        epoch_parts: with sweep="minibatch", an iteration is an epoch (None), or one of so many parts of it.
+        primal_rounds: primal updates, Z and then Θ, per iteration or visit, at least 1.
+        primal_growth: ≥ 0, so many rounds more with each iteration: 0.1 for one every tenth (after Proposition 1).
+        theta_passes: > 0, with sweep="batch" passes of Θ over the samples per round; below 1 for a part of the
+            mini-batches.
+        z_update: how Z follows its gradient.
+        update: the optimizer of Θ.
+        dual_step: α ≥ 0, the part of the residual that U grows by, 1 in Algorithm 1; as theta_step.
+        dual_init: ≥ 0, U begins uniform on (0, dual_init).
+        refresh: from 0 to 1, the part of the way to a forward pass that each visit first moves Z; as theta_step.
+        curvature_every: visits of a mini-batch between two evaluations of the Z update's curvature, at least 1.
+        penalty: Eq. 6, or None for a constant β.
+        slice_size: samples that a batch sweep holds in the CPU's cache at a time, at least 1.
+        variables: where Z, U and the moments of Z are: "device", "host" or "disk".
+
+    Raises:
+        ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem.
+
+    References:
+        Khorram, Fu, Danesh, Qi & Li (2021), "Stochastic Block-ADMM for Training Deep Networks",
+        https://arxiv.org/abs/2105.00339
     """
 
-    iterations: int  # the schedules' horizon
-    theta_step: Value  # η
-    z_step: BlockValue = 0.01  # ζ
-    beta: BlockValue = 5.0  # no schedule
+    iterations: int
+    theta_step: Value
+    z_step: BlockValue = 0.01
+    beta: BlockValue = 5.0
     sweep: Literal["batch", "minibatch"] = "minibatch"
     batch_size: int = 64
-    epoch_parts: int | None = None  # sweep=minibatch: an iteration is an epoch, or one of so many parts of it
+    epoch_parts: int | None = None
     primal_rounds: int = 1
-    primal_growth: float | None = None  # rounds more with each iteration: 0.1 for one every tenth (after Proposition 1)
-    theta_passes: float = 1.0  # an iteration and primal round; below 1 for a part of the mini-batches
+    primal_growth: float | None = None
+    theta_passes: float = 1.0
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
     update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
     dual_step: Value = 0.0
-    dual_init: float = 0.0  # U ~ uniform(0, dual_init)
-    refresh: Value = 1.0  # each visit first moves Z_t this part of the way to the forward pass
-    curvature_every: int = 1  # visits of a mini-batch between two evaluations of the curvature
+    dual_init: float = 0.0
+    refresh: Value = 1.0
+    curvature_every: int = 1
     penalty: AdaptivePenalty | None = None
-    slice_size: int = 2000  # samples that a batch sweep holds in the processor's cache at a time
-    variables: Place = "device"  # where Z, U and the moments of Z are: device, host or disk
+    slice_size: int = 2000
+    variables: Place = "device"
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
         """Z by a forward pass, U uniform, Θ by the problem's initialisation (Algorithm 1, §4.1)."""
@@ -136,7 +181,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
         self.z_update.check(problem, theta)
-        _, z_steps = self._schedules(len(problem.blocks), len(seeds))
+        z_steps = self._schedules(len(problem.blocks), len(seeds)).z_steps
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
         if self.z_update.name == "gradient":
             warn_of_lost_signal(z_steps[:-1], beta[:-1].unbind(), problem.x.dtype)
@@ -159,15 +204,16 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             moments=self.update.init(theta.flat),
             z=z,
             u=u,
-            z_moments=[list(of_block) for of_block in zip(*moments, strict=True)] or [[] for _ in z],
+            z_state=self.z_update.init(problem.blocks, theta, zip(*moments, strict=True)),
             beta=beta,
-            power_vectors=self.z_update.power_vectors(problem.blocks, theta),
         )
 
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
+        """One iteration of Algorithm 1, and Eq. 6."""
         same_samples(problem, state.z[0])
-        sweep = _Sweep(self, problem, state)
-        residual = sweep.minibatches() if self.sweep == "minibatch" else sweep.batch()
+        theta_update = ThetaUpdate(self.update, problem.blocks, state.theta, state.moments)
+        sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
+        residual = sweep(problem, state, theta_update)
         state.iteration += 1
         if self.penalty is not None:
             # λ = β U is kept while β changes (Eq. 5b, 6).
@@ -176,6 +222,89 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             for u, f in zip(state.u, factor, strict=True):
                 u.div_(broadcast(f, u))
         return state
+
+    def _batch_sweep(self, problem: Problem, state: BlockADMMState, theta_update: ThetaUpdate) -> Tensor:
+        """Algorithm 1 as printed: all of Z, then Θ by mini-batches, at the end all of U. Returns as `_norm` does."""
+        schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
+        parts = list(slices(len(problem.x), self.slice_size))
+        for r in range(rounds):
+            h = schedules.at((state.iteration + r / rounds) / self.iterations)
+            self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
+            for part in parts:
+                self._update_z(problem, state, part, h, mix=r == 0)  # lines 5 to 8: Z_T … Z_1
+            state.z_state.count += self.z_update.steps
+            for batch in self._theta_batches(problem, state, r):
+                theta_update.step(self._lagrangian(problem, state, batch), h.theta_steps)  # line 10: Θ
+        squares = [self._update_duals(problem, state, part, h) for part in parts]  # line 12: U
+        return self._norm(squares, len(problem.x))
+
+    def _minibatch_sweep(self, problem: Problem, state: BlockADMMState, theta_update: ThetaUpdate) -> Tensor:
+        """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one's. Returns as `_norm` does."""
+        schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
+        k, device = state.iteration, problem.x.device
+        batches = minibatches(len(problem.x), self.batch_size, state.seeds, k, device, self.epoch_parts)
+        squares = []
+        for number, batch in enumerate(batches):
+            h = schedules.at((k + number / len(batches)) / self.iterations)
+            if number % self.curvature_every == 0:
+                self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
+            lagrangian, z_state = self._gather(problem, state, batch)
+            visit(lagrangian, self.z_update, z_state, theta_update, h, rounds)
+            squares.append(self._squared_residual(lagrangian))
+            variables = [*state.z, *state.u, *state.z_state.tensors()]
+            scatter(batch, variables, [*lagrangian.z, *lagrangian.u, *z_state.tensors()])
+            del lagrangian, z_state  # and the activations with them
+        if (k + 1) % (self.epoch_parts or 1) == 0:
+            state.z_state.count += rounds * self.z_update.steps
+        return self._norm(squares, sum(batch.shape[1] for batch in batches))
+
+    def _update_z(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters, mix: bool) -> None:
+        """Z of consecutive samples."""
+        lagrangian, z_state = self._gather(problem, state, part)
+        if mix:
+            lagrangian.mix_with_forward(h.mixing)
+        self.z_update.step(lagrangian, z_state, h.z_steps)
+        scatter(part, [*state.z, *state.z_state.tensors()], [*lagrangian.z, *z_state.tensors()])
+
+    def _update_duals(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters) -> Tensor:
+        """U of consecutive samples. Returns as `_squared_residual` does."""
+        lagrangian = self._lagrangian(problem, state, part)
+        lagrangian.update_duals(h.dual_step)
+        scatter(part, state.u, lagrangian.u)
+        return self._squared_residual(lagrangian)
+
+    def _theta_batches(self, problem: Problem, state: BlockADMMState, r: int) -> list[Tensor]:
+        """Mini-batches [S, B] of round r: `theta_passes` passes over the samples, each in an order of its own."""
+        passes = math.ceil(self.theta_passes)
+        first = (sum(map(self.rounds, range(state.iteration))) + r) * passes
+        batches = [
+            batch
+            for epoch in range(first, first + passes)
+            for batch in minibatches(len(problem.x), self.batch_size, state.seeds, epoch, problem.x.device)
+        ]
+        return batches[: math.ceil(self.theta_passes / passes * len(batches))]
+
+    @staticmethod
+    def _lagrangian(problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> AugmentedLagrangian:
+        """Of the samples `batch`, see `gather`."""
+        x, y, (z, u) = gather(problem, batch, [state.z, state.u])
+        return AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
+
+    @staticmethod
+    def _gather(problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> tuple[AugmentedLagrangian, ZState]:
+        """As `_lagrangian`, with what the Z update carries on of these samples."""
+        x, y, (z, u, *moments) = gather(problem, batch, [state.z, state.u, *state.z_state.moments])
+        lagrangian = AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
+        return lagrangian, replace(state.z_state, moments=moments)
+
+    def _squared_residual(self, lagrangian: AugmentedLagrangian) -> Tensor:
+        """Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S] for the adaptive penalty; 0 without one."""
+        return torch.zeros_like(lagrangian.beta[0]) if self.penalty is None else lagrangian.squared_residual()
+
+    @staticmethod
+    def _norm(squares: list[Tensor], samples: int) -> Tensor:
+        """‖h‖ [S], see `AdaptivePenalty`, from squared residuals of parts of so many samples in all."""
+        return (torch.stack(squares).sum(0) / samples).sqrt()
 
     def rounds(self, iteration: int) -> int:
         """Primal rounds of an iteration, counted from 0."""
@@ -188,27 +317,27 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which gradients by Z count as the root of the mean square over
         samples, and by Θ as the mean over samples. Of more than one block also `loss_forward` and `loss_moved`, see
         `label_leak`, of `batch_size` samples that are visited once more with the last iteration's ζ."""
-        blocks, theta, samples = len(state.z), state.theta, len(problem.x)
+        n_blocks, theta, samples = len(state.z), state.theta, len(problem.x)
         statistics = theta.buffers.clone()
         gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
-        for part in slices(len(problem.x), self.slice_size):
-            x = problem.x[part].expand(len(state.seeds), *problem.x[part].shape)
-            z, u = ([v[:, part].to(x.device, non_blocking=True) for v in variables] for variables in (state.z, state.u))
-            chain = BlockOutputs(problem.blocks, theta, x, z)
+        for part in slices(samples, self.slice_size):
+            lagrangian = self._lagrangian(problem, state, part)
+            z, u = lagrangian.z, lagrangian.u
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
-            for t in range(1, blocks + 1):
-                for total, v in ((square, chain.residual(t, pulled=True)), (norm, z[t - 1]), (dual_norm, u[t - 1])):
+            for t in range(1, n_blocks + 1):
+                residual = lagrangian.residual(t, for_vjp=True)
+                for total, v in ((square, residual), (norm, z[t - 1]), (dual_norm, u[t - 1])):
                     total[t - 1] += v.square().flatten(1).sum(1)
-                chain.vjp(t, multiplier[t - 1], grad_params=gradient)
+                lagrangian.vjp(t, multiplier[t - 1], grad_params=gradient)
                 by_z = multiplier[t - 1].clone()
-                if t < blocks:
-                    pulled = chain.vjp(t + 1, multiplier[t])
-                    by_z -= pulled if pulled is not None else 0.0
+                if t < n_blocks:
+                    from_above = lagrangian.vjp(t + 1, multiplier[t])
+                    assert from_above is not None
+                    by_z -= from_above
                 else:
-                    y = problem.y[part]
-                    by_z += problem.loss.gradient(chain.z[-1], y.expand(len(state.seeds), *y.shape))
+                    by_z += problem.loss.gradient(z[-1], lagrangian.y)
                 z_square += by_z.square().flatten(1).sum(1)
             theta_gradient += gradient.flat
         theta.buffers.copy_(statistics)
@@ -224,20 +353,25 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
         if self.primal_growth is not None:
             values["primal_rounds"] = torch.full_like(state.beta[0], self.rounds(max(state.iteration - 1, 0)))
-        return values | self._label_leak(problem, state) | spectral_norms(problem, theta)
+        leak = label_leak(problem, theta, self.batch_size, partial(self._moved, problem, state))
+        return values | leak | spectral_norms(problem, theta)
 
-    def _label_leak(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
-        if len(state.z) == 1:
-            return {}
-        sweep = _Sweep(self, problem, replace(state, power_vectors=[v.clone() for v in state.power_vectors]))
-        sweep._begin(-1.0 if state.iteration else 0.0)
-        return sweep.label_leak(probe(len(problem.x), self.batch_size, len(state.seeds), problem.x.device))
+    def _moved(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
+        """Copies of the samples [S, B] after a visit's first update of Z with the last iteration's ζ."""
+        h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
+        lagrangian, z_state = self._gather(problem, state, batch)
+        self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
+        lagrangian.mix_with_forward(h.mixing)
+        self.z_update.step(lagrangian, z_state, h.z_steps)
+        return lagrangian
 
-    def _schedules(self, blocks: int, replicas: int) -> tuple[dict[str, Schedule], list[Schedule]]:
-        """Of Θ's step, the dual step and the refresh, by name; and of ζ_1..ζ_T."""
-        named = {n: schedule(n, getattr(self, n), replicas) for n in ("theta_step", "dual_step")}
-        named["refresh"] = refresh_schedule(self.refresh, replicas)
-        return named, block_schedules("z_step", self.z_step, blocks, replicas)
+    def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
+        return Schedules(
+            theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
+            z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
+            dual_step=schedule("dual_step", self.dual_step, n_replicas),
+            mixing=refresh_schedule(self.refresh, n_replicas),
+        )
 
     def _check(self, problem: Problem) -> None:
         has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
@@ -265,194 +399,3 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             for replica, seed in zip(of_block, seeds, strict=True):
                 draw = torch.empty(replica.shape, dtype=replica.dtype)
                 replica.copy_(draw.uniform_(0.0, self.dual_init, generator=stateless_rng(seed, "dual", t)))
-
-
-@dataclass
-class _Visit:
-    """The variables of the samples that are being updated."""
-
-    chain: BlockOutputs
-    y: Tensor
-    u: list[Tensor]
-    z_moments: list[list[Tensor]]
-
-
-class _Sweep:
-    """One iteration of `BlockADMM` on a state."""
-
-    def __init__(self, options: BlockADMM, problem: Problem, state: BlockADMMState) -> None:
-        self.options, self.problem, self.state = options, problem, state
-        self.theta, self.blocks = state.theta, len(state.z)
-        self.gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
-        self.schedules, self.z_schedules = options._schedules(self.blocks, len(state.seeds))
-        self.rounds = options.rounds(state.iteration)
-        epochs = state.iteration // (options.epoch_parts or 1)
-        self.rounds_before = sum(map(options.rounds, range(epochs)))  # that each sample has seen
-        self.inverse_curvature: list[Tensor] = []
-
-    def batch(self) -> Tensor:
-        """Algorithm 1 as printed. Returns ‖h‖ [S] as `AdaptivePenalty` defines it."""
-        options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
-        parts = list(slices(samples, options.slice_size))
-        passes = math.ceil(options.theta_passes)
-        for primal in range(self.rounds):
-            self._begin(primal / self.rounds)
-            self._evaluate_curvature()
-            for part in parts:
-                self._update_z_of(part, primal)
-            first = (self.rounds_before + primal) * passes
-            batches = [
-                batch
-                for epoch in range(first, first + passes)
-                for batch in minibatches(samples, options.batch_size, seeds, epoch, self.problem.x.device)
-            ]
-            for batch in batches[: math.ceil(options.theta_passes / passes * len(batches))]:
-                self._update_theta(self._gather(batch, moments=False))
-        return self._norm([self._update_dual_of(part) for part in parts], samples)
-
-    def _update_z_of(self, part: slice, primal: int) -> None:
-        visit = self._view(part)
-        if primal == 0:
-            self._refresh(visit)
-        self._update_z(visit, primal)
-        self._put_back(part, self._pairs(visit))
-
-    def _update_dual_of(self, part: slice) -> Tensor:
-        visit = self._view(part, moments=False)
-        square = self._update_dual(visit)
-        self._put_back(part, zip(self.state.u, visit.u, strict=True))
-        return square
-
-    def minibatches(self) -> Tensor:
-        """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one. Returns ‖h‖ [S]."""
-        options, samples, seeds = self.options, len(self.problem.x), self.state.seeds
-        device, parts = self.problem.x.device, options.epoch_parts
-        batches = minibatches(samples, options.batch_size, seeds, self.state.iteration, device, parts)
-        squares = []
-        for number, batch in enumerate(batches):
-            self._begin(number / len(batches))
-            if number % options.curvature_every == 0:
-                self._evaluate_curvature()
-            squares.append(self._update_minibatch(batch))
-        return self._norm(squares, sum(batch.shape[1] for batch in batches))
-
-    def label_leak(self, batch: Tensor) -> dict[str, Tensor]:
-        """What a visit of the samples [S, B] would do, on copies."""
-        self._evaluate_curvature()
-        visit = self._gather(batch)
-        forward = BlockOutputs(self.problem.blocks, self.theta, visit.chain.x).z[-1]
-        self._refresh(visit)
-        self._update_z(visit, 0)
-        return label_leak(self.problem.loss, visit.y, forward, visit.chain.output(self.blocks))
-
-    def _update_minibatch(self, batch: Tensor) -> Tensor:
-        visit = self._gather(batch)
-        self._refresh(visit)
-        for primal in range(self.rounds):
-            self._update_z(visit, primal)
-            self._update_theta(visit)
-        square = self._update_dual(visit)
-        self._scatter(batch, visit)
-        return square
-
-    def _begin(self, part: float) -> None:
-        progress = (self.state.iteration + part) / self.options.iterations
-        values = {name: at(progress) for name, at in self.schedules.items()}
-        self.z_steps = [at(progress) for at in self.z_schedules]
-        self.theta_step = values["theta_step"]
-        self.dual_step, self.pull = (values[name] for name in ("dual_step", "refresh"))
-
-    def _evaluate_curvature(self) -> None:
-        self.inverse_curvature = self.options.z_update.inverse_curvature(
-            self.problem.blocks, self.theta, self.state.beta, self.state.power_vectors
-        )
-
-    def _view(self, part: slice, moments: bool = True) -> _Visit:
-        """Consecutive samples, with or without the moments of Z; all replicas see the same inputs."""
-        state, x = self.state, self.problem.x[part]
-        seen = [state.z, state.u, *(state.z_moments if moments else [])]
-        z, u, *z_moments = ([v[:, part].to(x.device, non_blocking=True) for v in variables] for variables in seen)
-        chain = BlockOutputs(self.problem.blocks, self.theta, x.expand(len(state.seeds), *x.shape), z)
-        y = self.problem.y[part]
-        return _Visit(chain, y.expand(len(state.seeds), *y.shape), u, z_moments)
-
-    @staticmethod
-    def _put_back(part: slice, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Variables of a view, those excepted that have been changed where they are."""
-        for whole, values in pairs:
-            if whole[:, part].data_ptr() != values.data_ptr():
-                whole[:, part] = values
-
-    def _gather(self, batch: Tensor, moments: bool = True) -> _Visit:
-        """Copies of the samples [S, B] of a mini-batch, with or without the moments of Z."""
-        state, own = self.state, flat_indices(batch, len(self.problem.x))
-        gathered = [state.z, state.u, *(state.z_moments if moments else [])]
-        z, u, *z_moments = ([gather_per_replica(v, own) for v in variables] for variables in gathered)
-        chain = BlockOutputs(self.problem.blocks, self.theta, gather_shared(self.problem.x, batch), z)
-        return _Visit(chain, gather_shared(self.problem.y, batch), u, z_moments)
-
-    def _scatter(self, batch: Tensor, visit: _Visit) -> None:
-        own = flat_indices(batch, len(self.problem.x))
-        for whole, values in [*self._pairs(visit), *zip(self.state.u, visit.u, strict=True)]:
-            scatter_per_replica(whole, own, values)
-
-    def _pairs(self, visit: _Visit) -> Iterator[tuple[Tensor, Tensor]]:
-        """Z of all samples and of the visited ones, and its moments."""
-        yield from zip(self.state.z, visit.chain.z, strict=True)
-        for whole, visited in zip(self.state.z_moments, visit.z_moments, strict=True):
-            yield from zip(whole, visited, strict=True)
-
-    def _refresh(self, visit: _Visit) -> None:
-        """Z_t moves the part `refresh` of the way to the forward pass."""
-        if isinstance(self.pull, float) and self.pull == 0.0:
-            return
-        chain = visit.chain
-        ahead = chain.output(1)
-        for t in range(1, self.blocks + 1):
-            if t > 1:
-                ahead = self.problem.blocks[t - 1].forward(self.theta.blocks[t - 1], ahead, training=True)
-            pull = torch.as_tensor(broadcast(self.pull, ahead), dtype=ahead.dtype, device=ahead.device)
-            chain.move(t, torch.lerp(chain.z[t - 1], ahead, pull))
-
-    def _force(self, visit: _Visit, t: int, pulled: bool | None = None) -> Tensor:
-        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t (Eq. 2)."""
-        force = visit.chain.residual(t, pulled).add_(visit.u[t - 1])
-        return force.mul_(broadcast(self.state.beta[t - 1], force))
-
-    def _update_z(self, visit: _Visit, primal: int) -> None:
-        self.options.z_update.apply(
-            visit.chain,
-            lambda t: self._force(visit, t),
-            self.problem.loss,
-            visit.y,
-            visit.u[-1],
-            self.state.beta,
-            self.z_steps,
-            self.inverse_curvature,
-            visit.z_moments,
-            (self.rounds_before + primal) * self.options.z_update.steps,
-        )
-
-    def _update_theta(self, visit: _Visit) -> None:
-        """One step of Θ on the mean over the mini-batch of Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖²."""
-        chain = visit.chain
-        for t in range(1, self.blocks + 1):
-            grad_output = self._force(visit, t, pulled=True).mul_(-1.0 / visit.y.shape[1])
-            chain.vjp(t, grad_output, grad_params=self.gradient)
-        self.options.update.apply(self.theta.flat, self.gradient.flat, self.state.moments, self.theta_step)
-        chain.forget_all()
-
-    def _update_dual(self, visit: _Visit) -> Tensor:
-        """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Alg. 1, line 12). Returns, for the adaptive penalty
-        (0 without one), Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
-        square = torch.zeros_like(self.state.beta[0])
-        for t in range(1, self.blocks + 1):
-            residual = visit.chain.residual(t, pulled=False)
-            if self.options.penalty is not None:
-                square += residual.square().flatten(1).sum(1)
-            visit.u[t - 1].add_(residual.mul_(broadcast(self.dual_step, residual)))
-        return square
-
-    @staticmethod
-    def _norm(squares: list[Tensor], samples: int) -> Tensor:
-        return (torch.stack(squares).sum(0) / samples).sqrt()

@@ -1,47 +1,82 @@
-"""What batch and online Block-ADMM share: the blocks' values along the coupling variables, and the Z updates.
+"""What Block-ADMM, its online form, BlockProp and DeepFacto share: the augmented Lagrangian of some samples, and the
+updates of Z and Θ (paper, Algorithms 1 and 2).
 
-Blocks are numbered t = 1..T as in the paper; Python lists of them start at 0, so `z[t - 1]` is Z_t.
+Blocks are numbered t = 1..T as in the paper; Python lists of them start at 0, so `z[t - 1]` is Z_t. The lines of an
+algorithm are counted from its `Define` on.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, takewhile
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.checks import at_least_one, in_range, one_of
-from admm.losses import Loss
+from admm.losses import ProximalLoss
+from admm.minibatches import flat_indices, gather_per_replica, gather_shared, scatter_per_replica
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import cholesky_with_ridge
 from admm.optimizers.protocol import Problem
+from admm.optimizers.rules import UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
 
-Force = Callable[[int], Tensor]  # t to the derivative of coupling term t by Z_t, in a new tensor
+StepSize = float | Tensor  # of all replicas, or one per replica [S]
 
 
-def penalties(beta: BlockValue, blocks: int, replicas: int, like: Tensor) -> Tensor:
+class Hyperparameters(NamedTuple):
+    """What may have a schedule, at one moment of the run.
+
+    theta_steps: η, one for all of Θ or one per block. z_steps: ζ_1..ζ_T. dual_step: α. mixing: the part of the way to
+    the forward pass that each visit first moves Z.
+    """
+
+    theta_steps: list[StepSize]
+    z_steps: list[StepSize]
+    dual_step: StepSize
+    mixing: StepSize
+
+
+class Schedules(NamedTuple):
+    """The schedules of `Hyperparameters`."""
+
+    theta_steps: list[Schedule]
+    z_steps: list[Schedule]
+    dual_step: Schedule = Schedule(1.0, 1.0)
+    mixing: Schedule = Schedule(0.0, 0.0)
+
+    def at(self, progress: float) -> Hyperparameters:
+        """The values where the part `progress` of the run, from 0 to 1, is done."""
+        theta_steps, z_steps = ([of_block(progress) for of_block in several] for several in self[:2])
+        return Hyperparameters(theta_steps, z_steps, self.dual_step(progress), self.mixing(progress))
+
+
+def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor) -> Tensor:
     """β [T, S] of a hyperparameter, in the dtype of `like`. Raises ValueError unless all are positive."""
-    return torch.stack([positive("beta", value, replicas) for value in block_values("beta", beta, blocks)]).to(like)
+    return torch.stack([positive("beta", value, n_replicas) for value in block_values("beta", beta, n_blocks)]).to(like)
 
 
-def probe(samples: int, batch_size: int, replicas: int, device: torch.device) -> Tensor:
-    """Indices [S, B] of a mini-batch at even distances among N samples, the same for all replicas."""
-    return (torch.arange(batch_size, device=device) * samples // batch_size).expand(replicas, -1)
-
-
-def label_leak(loss: Loss, y: Tensor, forward: Tensor, moved: Tensor) -> dict[str, Tensor]:
-    """`loss_forward` and `loss_moved` [S], the mean J of the last block's outputs [S, n, ...] after a forward pass and
-    at a Z_{T−1} that has been moved by J's gradient and so tells something of the label."""
-    outputs = {"loss_forward": forward, "loss_moved": moved}
-    return {name: loss.value(z, y).flatten(1).mean(1) for name, z in outputs.items()}
+def label_leak(
+    problem: Problem, theta: Parameters, batch_size: int, visit: Callable[[Tensor], AugmentedLagrangian]
+) -> dict[str, Tensor]:
+    """`loss_forward` and `loss_moved` [S], the mean J of `batch_size` training samples after a forward pass, and of the
+    last block's outputs at a Z_{T−1} that has been moved by J's gradient and so tells something of the label; of one
+    block nothing. `visit` moves the Z of the samples with indices [S, B], on copies."""
+    last = len(problem.blocks)
+    if last == 1:
+        return {}
+    evenly = torch.arange(batch_size, device=problem.x.device) * len(problem.x) // batch_size
+    moved = visit(evenly.expand(len(theta.flat), -1))
+    forward = BlockOutputs(problem.blocks, theta, moved.x).z[-1]
+    outputs = {"loss_forward": forward, "loss_moved": moved.output(last)}
+    return {name: problem.loss.value(z, moved.y).flatten(1).mean(1) for name, z in outputs.items()}
 
 
 def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
@@ -86,6 +121,17 @@ def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dt
         )
 
 
+def refresh_schedule(value: Value, replicas: int) -> Schedule:
+    """Return the schedule of the part of the way to the forward pass that coupling variables are moved.
+
+    Raises ValueError for more than 1, and as `schedule` does.
+    """
+    refresh = schedule("refresh", value, replicas)
+    if refresh.largest > 1.0:
+        raise ValueError(f"refresh: {value} is more than the whole way to the forward pass, 1")
+    return refresh
+
+
 class BlockOutputs:
     """block_t(Z_{t−1}) for t = 1..T, each evaluated when asked for and kept until its input or Θ changes."""
 
@@ -96,20 +142,20 @@ class BlockOutputs:
         self.z: list[Tensor] = [] if z is None else z
         if z is None:
             for t in range(1, len(blocks) + 1):
-                self.z.append(self.output(t, pulled=t == len(blocks)))
+                self.z.append(self.output(t, for_vjp=t == len(blocks)))
 
-    def output(self, t: int, pulled: bool | None = None) -> Tensor:
-        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `pulled` says that `vjp` through block t comes
-        next, by default for t > 1: block 1's is for Θ's gradient alone. Otherwise, where that is recomputed, what it
-        needs is not kept."""
+    def before(self, t: int) -> Tensor:
+        """What block t is applied to: Z_{t−1}, or the inputs."""
+        return self.x if t == 1 else self.z[t - 2]
+
+    def output(self, t: int, for_vjp: bool | None = None) -> Tensor:
+        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `for_vjp` keeps the activations that `vjp` through block
+        t needs, by default for t > 1, as block 1 has no Z below it; without, and where the blocks' execution says
+        `recompute`, they are evaluated again."""
         if (evaluation := self._evaluations[t - 1]) is None:
-            pulled = t > 1 if pulled is None else pulled
-            evaluation = self._evaluate(t, record=pulled or not self._recomputes(t))
+            for_vjp = t > 1 if for_vjp is None else for_vjp
+            evaluation = self._evaluate(t, record=for_vjp or not self._recomputes(t))
         return evaluation[0]
-
-    def residual(self, t: int, pulled: bool | None = None) -> Tensor:
-        """Z_t − block_t(Z_{t−1}), [S, n, d_t]; `pulled` as in `output`."""
-        return self.z[t - 1] - self.output(t, pulled)
 
     def vjp(self, t: int, grad_output: Tensor, grad_params: Parameters | None = None) -> Tensor | None:
         """∂block_tᵀ · grad_output: by Z_{t−1}, returned, or, with `grad_params`, by Θ_t, written there; this moves
@@ -144,33 +190,169 @@ class BlockOutputs:
         return self.blocks.execution.recompute and bool(self.blocks[t - 1].is_autograd)
 
     def _evaluate(self, t: int, record: bool = True) -> tuple[Tensor, Any]:
-        block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.x if t == 1 else self.z[t - 2]
+        block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.before(t)
         evaluation = block.linearize(views, before, True) if record else (block.forward(views, before, True), None)
         self._evaluations[t - 1] = evaluation
         return evaluation
 
 
+class AugmentedLagrangian(BlockOutputs):
+    """J(Y, Z_T) + Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖² of some samples (Eq. 2), whose J is summed."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        theta: Parameters,
+        beta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        z: list[Tensor] | None = None,
+        u: Sequence[Tensor] = (),
+    ) -> None:
+        """beta: penalties [T, S]. x, y: inputs and targets [S, n, ...]. z: coupling variables, T tensors [S, n, d_t]; a
+        forward pass makes them if None. u: scaled duals like z, or none, which stands for 0."""
+        super().__init__(problem.blocks, theta, x, z)
+        self.loss, self.beta, self.y, self.u = problem.loss, beta, y, u
+
+    def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
+        """Z_t − block_t(Z_{t−1}), [S, n, d_t], in a new tensor; `for_vjp` as in `output`."""
+        return self.z[t - 1] - self.output(t, for_vjp)
+
+    def squared_residual(self) -> Tensor:
+        """Σ_t ‖Z_t − block_t(Z_{t−1})‖², [S]."""
+        square = torch.zeros_like(self.beta[0])
+        for t in range(1, len(self.blocks) + 1):
+            square += self.residual(t, for_vjp=False).square().flatten(1).sum(1)
+        return square
+
+    def value(self) -> Tensor:
+        """The augmented Lagrangian, [S]."""
+        value = self.loss.value(self.z[-1], self.y).flatten(1).sum(1)
+        for t in range(1, len(self.blocks) + 1):
+            value = value + self.coupling_value(t)
+        return value
+
+    def coupling_value(self, t: int) -> Tensor:
+        """Coupling term t, β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖², [S]."""
+        return self.beta[t - 1] / 2 * self._with_dual(t).square().flatten(1).sum(1)
+
+    def coupling_gradient(self, t: int, for_vjp: bool | None = None) -> Tensor:
+        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t, in a new tensor; by block_t(Z_{t−1})
+        it is the negative. `for_vjp` as in `output`."""
+        gradient = self._with_dual(t, for_vjp)
+        return gradient.mul_(broadcast(self.beta[t - 1], gradient))
+
+    def z_gradient(self, t: int) -> Tensor:
+        """Gradient by Z_t, in a new tensor. Block t + 1's value is forgotten, as Z_t is to move."""
+        if t == len(self.blocks):
+            return self.coupling_gradient(t).add_(self.loss.gradient(self.z[-1], self.y))
+        from_above = self.vjp(t + 1, self.coupling_gradient(t + 1))
+        assert from_above is not None
+        self.forget(t + 1)
+        return self.coupling_gradient(t).sub_(from_above)
+
+    def last_minimiser(self) -> Tensor:
+        """argmin over Z_T, by the loss's proximal operator."""
+        last = len(self.blocks)
+        assert isinstance(self.loss, ProximalLoss)
+        anchor = self.output(last) - self.u[-1] if self.u else self.output(last)
+        return self.loss.prox(anchor, self.y, broadcast(self.beta[-1], anchor))
+
+    def theta_gradient(self, gradient: Parameters, trained: Iterable[int] | None = None) -> None:
+        """Gradient by Θ_t of the coupling terms' mean over the samples, of the blocks `trained`, by default all,
+        written to `gradient`; moves running statistics."""
+        for t in range(1, len(self.blocks) + 1) if trained is None else trained:
+            by_output = self.coupling_gradient(t, for_vjp=True).mul_(-1.0 / self.y.shape[1])
+            self.vjp(t, by_output, grad_params=gradient)
+
+    def mix_with_forward(self, mixing: StepSize) -> None:
+        """Z_t moves the part `mixing` of the way to a forward pass."""
+        if isinstance(mixing, float) and mixing == 0.0:
+            return
+        ahead = self.x
+        for t in range(1, len(self.blocks) + 1):
+            ahead = self._ahead(t, ahead)
+            weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
+            self.move(t, torch.lerp(self.z[t - 1], ahead, weight))
+
+    def update_duals(self, step: StepSize) -> None:
+        """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Algorithm 1, line 12), in place."""
+        for t, u in enumerate(self.u, start=1):
+            residual = self.residual(t, for_vjp=False)
+            u.add_(residual.mul_(broadcast(step, residual)))
+
+    def _with_dual(self, t: int, for_vjp: bool | None = None) -> Tensor:
+        """Z_t − block_t(Z_{t−1}) + U_t, in a new tensor."""
+        residual = self.residual(t, for_vjp)
+        return residual.add_(self.u[t - 1]) if self.u else residual
+
+    def _ahead(self, t: int, before: Tensor) -> Tensor:
+        """Output of block t for `before`, which at t = 1 are the inputs, in a forward pass."""
+        return self.output(1) if t == 1 else self.blocks[t - 1].forward(self.theta.blocks[t - 1], before, training=True)
+
+
+class ThetaUpdate:
+    """Steps of Θ on the coupling terms' mean over some samples (Algorithm 1, line 10; Algorithm 2, line 11)."""
+
+    def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
+        self.rule, self.theta, self.moments = rule, theta, moments
+        self.gradient = blocks.parameters(torch.empty_like(theta.flat))
+
+    def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
+        """steps: η, one for all of Θ."""
+        lagrangian.theta_gradient(self.gradient)
+        self.rule.apply(self.theta.flat, self.gradient.flat, self.moments, steps[0])
+        lagrangian.forget_all()
+
+
+@dataclass
+class ZState:
+    """What a `ZUpdate` carries from step to step.
+
+    moments: Adam's, by block two in the shape of Z_t, or none. count: Adam's steps that they have seen. power_vectors:
+    of the power iterations, [S, d_t, 1] for t = 1..T−1, or none. inverse_curvature: for t = 1..T−1 what multiplies the
+    gradient of Z_t, [S, 1, 1], or [S, d_t, d_t] from the right, or none.
+    """
+
+    moments: list[list[Tensor]] = field(default_factory=list)
+    count: int = 0
+    power_vectors: list[Tensor] = field(default_factory=list)
+    inverse_curvature: list[Tensor] = field(default_factory=list)
+
+    def tensors(self) -> list[Tensor]:
+        """All moments."""
+        return list(chain.from_iterable(self.moments))
+
+
 @dataclass(frozen=True)
 class ZUpdate(Options):
-    """How the coupling variables follow their gradients. With step size ζ, the step subtracted from Z_t is
+    """How the coupling variables follow their gradients ∇, in rounds from Z_T to Z_1.
 
-    - `gradient`: ζ ∇ (Algorithm 1);
-    - `adam`: ζ times Adam's direction, with moments for every entry of Z_t (paper, §4.1);
-    - `lipschitz`: ζ ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W_{t+1}) by one power iteration an evaluation, so that the
-      first few are inexact;
-    - `majorised`: ζ H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW and W = W_{t+1}: for ζ = 1 the exact minimiser over Z_t where
-      block t+1 is affine.
+    "lipschitz" and "majorised" need every block but the first to have exactly one linear layer. A ReLU at its end makes
+    WᵀW smaller, so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU
+    at its start this holds for "lipschitz" alone; there "majorised" may jump to and fro across the kink, which an even
+    number of `steps` undoes and an odd one does not.
 
-    The last two need every block but the first to have exactly one linear layer. A ReLU at its end makes WᵀW smaller,
-    so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU at its start
-    this holds for `lipschitz` alone; there `majorised` may jump to and fro across the kink, which an even number of
-    `steps` undoes and an odd one does not.
+    Args:
+        name: the step subtracted from Z_t for a step size ζ_t, with W = W_{t+1}.
+            "gradient": ζ_t ∇ (Algorithm 1).
+            "adam": ζ_t times Adam's direction, with moments for every entry of Z_t (paper, §4.1).
+            "lipschitz": ζ_t ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W) by one power iteration per evaluation, so that
+            the first few are inexact.
+            "majorised": ζ_t H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW: for ζ_t = 1 the exact minimiser over Z_t where block
+            t + 1 is affine.
+        steps: rounds per primal update, at least 1.
+        last: "step": Z_T moves likewise. "prox": to its exact minimiser, by the loss's proximal operator.
+        beta1: Adam's, from 0 to below 1.
+        beta2: Adam's, from 0 to below 1.
+        epsilon: Adam's, ≥ 0.
 
-    Z_T moves likewise (`last="step"`), or to its exact minimiser by the loss's proximal operator (`last="prox"`).
+    References:
+        Kingma & Ba (2014), "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980
     """
 
     name: Literal["gradient", "adam", "lipschitz", "majorised"]
-    steps: int = 1  # rounds from Z_T to Z_1 a primal update
+    steps: int = 1
     last: Literal["prox", "step"] = "step"
     beta1: float = 0.9
     beta2: float = 0.999
@@ -195,36 +377,13 @@ class ZUpdate(Options):
                         "per_layer"
                     )
 
-    def power_vectors(self, blocks: Blocks, theta: Parameters) -> list[Tensor]:
-        """Starting vectors [S, d_t, 1], t = 1..T−1, of the power iterations; none where they are not needed."""
-        if self.name != "lipschitz":
-            return []
-        weights = (block.linear_weight(views) for block, views in zip(blocks, theta.blocks, strict=True))
-        return [w.new_ones(len(w), w.shape[2], 1) for t, w in enumerate(weights, start=1) if t > 1 and w is not None]
-
-    def inverse_curvature(
-        self, blocks: Blocks, theta: Parameters, beta: Tensor, power_vectors: list[Tensor]
-    ) -> list[Tensor]:
-        """For t = 1..T−1 what multiplies the gradient of Z_t: [S, 1, 1], or [S, d_t, d_t] from the right; of penalties
-        `beta` [T, S]."""
-        if self.name in ("gradient", "adam"):
-            return []
-        inverses = []
-        for t in range(1, len(blocks)):
-            weight = blocks[t].linear_weight(theta.blocks[t])
-            assert weight is not None
-            own, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)
-            if self.name == "majorised":
-                w = weight.double()  # float32 does not see β_t beside a large W
-                factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), own.squeeze(2))
-                inverses.append(torch.cholesky_inverse(factor).to(weight))
-            else:
-                # Tends to σ² from below, after a first one of up to d_t^½ σ².
-                image = weight.mT @ (weight @ power_vectors[t - 1])
-                square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-                torch.where(square > 0, image / square, power_vectors[t - 1], out=power_vectors[t - 1])
-                inverses.append(1.0 / (own + 1.1 * above * square))
-        return inverses
+    def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
+        """The state before the first step, of moments that are 0."""
+        vectors = []
+        if self.name == "lipschitz":
+            weights = [block.linear_weight(views) for block, views in zip(blocks, theta.blocks, strict=True)]
+            vectors = [w.new_ones(len(w), w.shape[2], 1) for w in weights[1:] if w is not None]
+        return ZState([list(of_block) for of_block in moments], power_vectors=vectors)
 
     @property
     def moments_of_each(self) -> int:
@@ -235,67 +394,81 @@ class ZUpdate(Options):
         """Zero moments for coupling variables."""
         return [[torch.zeros_like(v) for _ in range(self.moments_of_each)] for v in z]
 
-    def apply(
-        self,
-        chain: BlockOutputs,
-        force: Force,
-        loss: Loss,
-        y: Tensor,
-        dual: Tensor | float,
-        beta: Tensor,
-        steps: Sequence[float | Tensor],
-        inverse_curvature: list[Tensor],
-        moments: list[list[Tensor]],
-        count: int,
-    ) -> None:
-        """`steps` rounds, each from Z_T to Z_1 (Algorithm 1, lines 5-9; Algorithm 2).
-
-        y: targets. dual: U_T. beta: penalties [T, S]. steps: ζ_1..ζ_T. count: Adam's steps that the moments have seen.
-        """
-        blocks = len(chain.blocks)
-
-        def move(t: int, gradient: Tensor) -> None:
-            curvature = inverse_curvature[t - 1] if t <= len(inverse_curvature) else None
-            direction = self._direction(gradient, curvature, moments[t - 1], count)
-            chain.move(t, chain.z[t - 1] - direction.mul_(broadcast(steps[t - 1], direction)))
-
-        for _ in range(self.steps):
-            count += 1
-            if self.last == "prox":
-                anchor = chain.output(blocks) - dual
-                chain.move(blocks, check_prox(loss, "last='prox'").prox(anchor, y, broadcast(beta[-1], anchor)))
+    def update_curvature(self, blocks: Blocks, theta: Parameters, beta: Tensor, state: ZState) -> None:
+        """Replaces the inverse curvature, under penalties `beta` [T, S], and the power vectors, where the update needs
+        them; no tensor is overwritten."""
+        if self.name in ("gradient", "adam"):
+            return
+        inverses, vectors = [], []
+        for t in range(1, len(blocks)):
+            weight = blocks[t].linear_weight(theta.blocks[t])
+            assert weight is not None
+            own, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)
+            if self.name == "majorised":
+                w = weight.double()  # float32 does not see β_t beside a large W
+                factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), own.squeeze(2))
+                inverses.append(torch.cholesky_inverse(factor).to(weight))
             else:
-                move(blocks, force(blocks).add_(loss.gradient(chain.z[-1], y)))
-            for t in range(blocks - 1, 0, -1):
-                pulled = chain.vjp(t + 1, force(t + 1))
-                assert pulled is not None
-                chain.forget(t + 1)
-                move(t, force(t).sub_(pulled))
+                # Tends to σ² from below, after a first one of up to d_t^½ σ².
+                image = weight.mT @ (weight @ state.power_vectors[t - 1])
+                square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
+                vectors.append(torch.where(square > 0, image / square, state.power_vectors[t - 1]))
+                inverses.append(1.0 / (own + 1.1 * above * square))
+        state.inverse_curvature, state.power_vectors = inverses, vectors
 
-    def _direction(
-        self, gradient: Tensor, inverse_curvature: Tensor | None, moments: Sequence[Tensor], count: int
-    ) -> Tensor:
+    def step(self, lagrangian: AugmentedLagrangian, state: ZState, steps: Sequence[StepSize]) -> None:
+        """Rounds from Z_T to Z_1 (Algorithm 1, lines 5 to 8; Algorithm 2, lines 6 to 9). steps: ζ_1..ζ_T."""
+        for _ in range(self.steps):
+            state.count += 1
+            for t in range(len(lagrangian.blocks), 0, -1):
+                lagrangian.move(t, self.moved(lagrangian, state, t, steps[t - 1]))
+
+    def moved(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
+        """Z_t after its step ζ_t."""
+        if t == len(lagrangian.blocks) and self.last == "prox":
+            return lagrangian.last_minimiser()
+        direction = self._direction(lagrangian.z_gradient(t), state, t)
+        return lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction))
+
+    def _direction(self, gradient: Tensor, state: ZState, t: int) -> Tensor:
         """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient."""
-        if inverse_curvature is not None:
-            if inverse_curvature.shape[1] == 1:
-                return gradient.mul_(broadcast(inverse_curvature.view(-1), gradient))
-            rows = gradient.reshape(len(gradient), -1, inverse_curvature.shape[1])  # the next layer's inputs
-            return torch.bmm(rows, inverse_curvature).view_as(gradient)
+        if t <= len(state.inverse_curvature):
+            inverse = state.inverse_curvature[t - 1]
+            if inverse.shape[1] == 1:
+                return gradient.mul_(broadcast(inverse.view(-1), gradient))
+            inputs = gradient.reshape(len(gradient), -1, inverse.shape[1])  # of the next block's linear layer
+            return torch.bmm(inputs, inverse).view_as(gradient)
         if self.name != "adam":
             return gradient
-        mean, square = moments
+        mean, square = state.moments[t - 1]
         mean.lerp_(gradient, 1.0 - self.beta1)
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1.0 - self.beta2)
-        scale = (square / (1.0 - self.beta2**count)).sqrt_().add_(self.epsilon)
-        return (mean / (1.0 - self.beta1**count)).div_(scale)
+        scale = (square / (1.0 - self.beta2**state.count)).sqrt_().add_(self.epsilon)
+        return (mean / (1.0 - self.beta1**state.count)).div_(scale)
 
 
-def refresh_schedule(value: Value, replicas: int) -> Schedule:
-    """Return the schedule of the part of the way to the forward pass that coupling variables are moved.
+def gather(
+    problem: Problem, batch: Tensor | slice, variables: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+    """Inputs and targets [S, n, ...] of some samples, and their own of each list of variables [S, N, ...]: copies for a
+    mini-batch with indices [S, B]; for consecutive samples, the same of all replicas, views where these are on the
+    device."""
+    if isinstance(batch, Tensor):
+        own = flat_indices(batch, len(problem.x))
+        x, y = (gather_shared(data, batch) for data in (problem.x, problem.y))
+        return x, y, [[gather_per_replica(whole, own) for whole in several] for several in variables]
+    replicas, device = len(variables[0][0]), problem.x.device
+    x, y = (data[batch].expand(replicas, *data[batch].shape) for data in (problem.x, problem.y))
+    return x, y, [[whole[:, batch].to(device, non_blocking=True) for whole in several] for several in variables]
 
-    Raises ValueError for more than 1, and as `schedule` does.
-    """
-    refresh = schedule("refresh", value, replicas)
-    if refresh.largest > 1.0:
-        raise ValueError(f"refresh: {value} is more than the whole way to the forward pass, 1")
-    return refresh
+
+def scatter(batch: Tensor | slice, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Puts what `gather` has taken from variables [S, N, ...] back, unless a view of them was changed in place."""
+    if isinstance(batch, Tensor):
+        own = flat_indices(batch, variables[0].shape[1])
+        for whole, found in zip(variables, values, strict=True):
+            scatter_per_replica(whole, own, found)
+    else:
+        for whole, found in zip(variables, values, strict=True):
+            if whole[:, batch].data_ptr() != found.data_ptr():
+                whole[:, batch] = found

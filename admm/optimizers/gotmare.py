@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.checks import at_least_one, check_batch_size, has_type
-from admm.losses import Loss
 from admm.minibatches import gather_shared
 from admm.numbers import Options
-from admm.optimizers.coupling import BlockOutputs, label_leak, probe, warn_of_lost_signal
+from admm.optimizers.coupling import AugmentedLagrangian, Hyperparameters, Schedules, label_leak, warn_of_lost_signal
 from admm.optimizers.fully_connected import Start, check_initial_names, set_initial_values
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, UpdateRule
-from admm.schedules import BlockValue, Number, Schedule, Value, block_values, broadcast, positive, schedule
+from admm.schedules import BlockValue, Number, Value, block_schedules, positive, schedule
 
 
 @dataclass
@@ -31,28 +31,66 @@ class GotmareState:
     moments: list[Tensor]
 
 
+class GluingTerms(AugmentedLagrangian):
+    """Σ_{t<T} ρ/2 ‖z_t − block_t(z_{t−1})‖² + J(block_T(z_{T−1}), y), summed over the samples of a mini-batch.
+
+    There is no z_T: J is block T's own term.
+    """
+
+    def value(self) -> Tensor:
+        """The sum of all terms, [S]."""
+        value = self.loss.value(self.output(len(self.blocks)), self.y).flatten(1).sum(1)
+        for t in range(1, len(self.blocks)):
+            value = value + self.coupling_value(t)
+        return value
+
+    def coupling_gradient(self, t: int, for_vjp: bool | None = None) -> Tensor:
+        """The negative derivative of block t's own term by block_t(z_{t−1}); for t < T that by z_t."""
+        if t == len(self.blocks):
+            return self.loss.gradient(self.output(t, for_vjp), self.y).neg()
+        return super().coupling_gradient(t, for_vjp)
+
+
 @dataclass(frozen=True)
 class Gotmare(Options, Optimizer[GotmareState]):
-    """BlockProp on mini-batches: with gluing variables z_1..z_{T−1}, z_0 = x, and J summed over the mini-batch,
+    """BlockProp on mini-batches: blocks of any network, held together by a quadratic penalty on gluing variables.
+
+    It minimises, with gluing variables z_1..z_{T−1}, z_0 = x, and J summed over the mini-batch,
 
         J(block_T(z_{T−1}), y) + Σ_{t<T} ρ/2 ‖z_t − block_t(z_{t−1})‖²
 
-    z starts with a forward pass and takes `z_rounds` rounds of steps `z_update`, each from z_{T−1} to z_1, of size
-    `z_step` ζ (with a schedule, or one a gluing variable); then each block takes one step `update` of size `theta_step`
-    on its own term's mean over the mini-batch. An iteration is an epoch, or a part of one. For any
-    network, cut into any blocks, and any loss with a gradient; one block is back-propagation.
+    z starts with a forward pass and takes `z_rounds` rounds of steps, each from z_{T−1} to z_1; then each block takes
+    one step on its own term's mean over the mini-batch. One block is back-propagation.
 
     After a cut weights and running statistics are those for gluing variables that have moved, while evaluation feeds
     these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
     are chosen as those of `OnlineBlockADMM`, with ρ for β.
+
+    Args:
+        iterations: iterations until the schedules end, at least 1.
+        theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
+        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per gluing variable.
+        rho: ρ > 0, the penalty; one value per replica.
+        batch_size: samples per mini-batch, from 1 to N.
+        epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
+        z_rounds: rounds from z_{T−1} to z_1 per mini-batch, at least 1.
+        z_update: the optimizer of z, which begins with each mini-batch.
+        update: the optimizer of Θ.
+
+    Raises:
+        ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem.
+
+    References:
+        Gotmare, Thomas, Brea & Jaggi (2018), "Decoupling Backpropagation using Constrained Optimization Methods",
+        https://infoscience.epfl.ch/entities/publication/b76600f5-d0cb-49d4-926f-c0df48f3471f
     """
 
-    iterations: int  # the schedules' horizon
-    theta_step: Value  # η
-    z_step: BlockValue = 0.01  # ζ
+    iterations: int
+    theta_step: Value
+    z_step: BlockValue = 0.01
     rho: Number = 5.0
     batch_size: int = 64
-    epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
+    epoch_parts: int | None = None
     z_rounds: int = 1
     z_update: UpdateRule = field(default_factory=SGD)
     update: UpdateRule = field(default_factory=Adam)
@@ -69,26 +107,24 @@ class Gotmare(Options, Optimizer[GotmareState]):
         at_least_one("z_rounds", self.z_rounds)
         has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
         has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
-        _, z_steps = self._schedules(len(problem.blocks), len(seeds))
-        rho = self._penalty(problem.x, len(seeds))
+        z_steps, rho = self._schedules(problem, len(seeds)).z_steps, self._penalties(problem, len(seeds))
         if isinstance(self.z_update, SGD):
-            warn_of_lost_signal(z_steps, [rho] * len(z_steps), problem.x.dtype)
+            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.x.dtype)
         theta = problem.initial(seeds)
         set_initial_values("theta", [theta.flat], start)
         return GotmareState(seeds, 0, theta, self.update.init(theta.flat))
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
-        blocks, replicas = problem.blocks, len(state.seeds)
-        theta_step, z_steps = self._schedules(len(blocks), replicas)
-        gradient = blocks.parameters(torch.empty_like(state.theta.flat))
-        rho = self._penalty(problem.x, replicas)
-        for part, x, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
-            progress = (state.iteration + part) / self.iterations
-            terms = _Terms(problem.loss, BlockOutputs(blocks, state.theta, x), y, rho)  # z by a forward pass
-            self._update_z(terms, [at(progress) for at in z_steps])
-            for t in range(len(blocks), 0, -1):  # block T's activations are still there
-                terms.chain.vjp(t, terms.by_output(t).div_(x.shape[1]), grad_params=gradient)
-            self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
+        """One iteration, an epoch or a part of one."""
+        schedules, rho = self._schedules(problem, len(state.seeds)), self._penalties(problem, len(state.seeds))
+        gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
+        for fraction, x, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
+            h = schedules.at((state.iteration + fraction) / self.iterations)
+            terms = GluingTerms(problem, state.theta, rho, x, y)  # z by a forward pass
+            self._update_z(terms, h)
+            for t in range(1, len(problem.blocks) + 1):
+                terms.vjp(t, terms.coupling_gradient(t).div_(-x.shape[1]), grad_params=gradient)
+            self.update.apply(state.theta.flat, gradient.flat, state.moments, h.theta_steps[0])
             del terms  # and the activations with them
         state.iteration += 1
         return state
@@ -96,56 +132,33 @@ class Gotmare(Options, Optimizer[GotmareState]):
     def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
         """The spectral norms `sigma_t`; of more than one block `loss_forward` and `loss_moved`, see `label_leak`, of
         `batch_size` training samples with the last iteration's ζ."""
-        return self._label_leak(problem, state) | spectral_norms(problem, state.theta)
+        leak = label_leak(problem, state.theta, self.batch_size, partial(self._moved, problem, state))
+        return leak | spectral_norms(problem, state.theta)
 
-    def _label_leak(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
-        last, replicas = len(problem.blocks), len(state.seeds)
-        if last == 1:
-            return {}
-        batch = probe(len(problem.x), self.batch_size, replicas, problem.x.device)
-        x, y = gather_shared(problem.x, batch), gather_shared(problem.y, batch)
-        chain = BlockOutputs(problem.blocks, state.theta, x)
-        forward, (_, z_steps) = chain.output(last), self._schedules(last, replicas)
-        terms = _Terms(problem.loss, chain, y, self._penalty(problem.x, replicas))
-        self._update_z(terms, [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps])
-        return label_leak(problem.loss, y, forward, chain.output(last))
+    def _moved(self, problem: Problem, state: GotmareState, batch: Tensor) -> GluingTerms:
+        """The samples [S, B] after an update of z with the last iteration's ζ."""
+        h = self._schedules(problem, len(state.seeds)).at(max(state.iteration - 1, 0) / self.iterations)
+        rho = self._penalties(problem, len(state.seeds))
+        terms = GluingTerms(problem, state.theta, rho, gather_shared(problem.x, batch), gather_shared(problem.y, batch))
+        self._update_z(terms, h)
+        return terms
 
-    def _update_z(self, terms: _Terms, steps: Sequence[float | Tensor]) -> None:
-        """Rounds from z_{T−1} to z_1, each with the newest neighbours; moments are a mini-batch's own."""
-        chain, gluing = terms.chain, range(len(steps), 0, -1)
-        moments = [self.z_update.init(z.flatten(1)) for z in chain.z[:-1]]
+    def _update_z(self, terms: GluingTerms, h: Hyperparameters) -> None:
+        """Rounds from z_{T−1} to z_1, each with the newest neighbours."""
+        moments = [self.z_update.init(z.flatten(1)) for z in terms.z[:-1]]
         for _ in range(self.z_rounds):
-            for t in gluing:
-                pulled = chain.vjp(t + 1, terms.by_output(t + 1))
-                assert pulled is not None
-                chain.forget(t + 1)
-                gradient = pulled.sub_(terms.by_output(t))
-                z = chain.z[t - 1].clone(memory_format=torch.contiguous_format)
-                self.z_update.apply(z.flatten(1), gradient.flatten(1), moments[t - 1], steps[t - 1])
-                chain.move(t, z)
+            for t in range(len(terms.blocks) - 1, 0, -1):
+                gradient = terms.z_gradient(t)
+                z = terms.z[t - 1].clone(memory_format=torch.contiguous_format)
+                self.z_update.apply(z.flatten(1), gradient.flatten(1), moments[t - 1], h.z_steps[t - 1])
+                terms.move(t, z)
 
-    def _schedules(self, blocks: int, replicas: int) -> tuple[Schedule, list[Schedule]]:
-        """Of Θ's step, and of ζ_1..ζ_{T−1}."""
-        z_steps = [schedule("z_step", value, replicas) for value in block_values("z_step", self.z_step, blocks - 1)]
-        return schedule("theta_step", self.theta_step, replicas), z_steps
+    def _schedules(self, problem: Problem, n_replicas: int) -> Schedules:
+        return Schedules(
+            theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
+            z_steps=block_schedules("z_step", self.z_step, len(problem.blocks) - 1, n_replicas),
+        )
 
-    def _penalty(self, like: Tensor, replicas: int) -> Tensor:
-        """ρ, [S]."""
-        return positive("rho", self.rho, replicas).to(like)
-
-
-@dataclass
-class _Terms:
-    """The terms of a mini-batch: ρ/2 ‖z_t − block_t(z_{t−1})‖² of block t < T, and J of the last block."""
-
-    loss: Loss
-    chain: BlockOutputs
-    y: Tensor
-    rho: Tensor
-
-    def by_output(self, t: int) -> Tensor:
-        """Derivative of block t's own term by block_t(z_{t−1}), in a new tensor; by z_t it is the negative."""
-        if t == len(self.chain.blocks):
-            return self.loss.gradient(self.chain.output(t), self.y)
-        residual = self.chain.residual(t)
-        return residual.mul_(-broadcast(self.rho, residual))
+    def _penalties(self, problem: Problem, n_replicas: int) -> Tensor:
+        """ρ for each block, [T, S]."""
+        return positive("rho", self.rho, n_replicas).to(problem.x).expand(len(problem.blocks), -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -14,40 +14,72 @@ from admm.blocks import Parameters
 from admm.checks import at_least_one, check_batch_size, has_type, in_range, one_of
 from admm.minibatches import gather_shared
 from admm.numbers import Options
-from admm.optimizers.coupling import BlockOutputs, Force, ZUpdate, label_leak, penalties, probe, warn_of_lost_signal
+from admm.optimizers.coupling import (
+    AugmentedLagrangian,
+    Schedules,
+    StepSize,
+    ThetaUpdate,
+    ZState,
+    ZUpdate,
+    label_leak,
+    penalties,
+    warn_of_lost_signal,
+)
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
-from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
+from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 
 
 @dataclass
 class OnlineBlockADMMState:
-    """theta: parameters [S, P]. moments: the Θ rule's, [S, P] each. u: one scalar dual a block, [T, S].
-    power_vectors: of the spectral norms, see `ZUpdate`."""
+    """theta: parameters [S, P]. moments: the Θ rule's, [S, P] each. u: one scalar dual per block, [T, S]. z_state: what
+    the Z update carries on, without moments, which live for one mini-batch."""
 
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
     moments: list[Tensor]
     u: Tensor
-    power_vectors: list[Tensor]
+    z_state: ZState
+
+
+class ScalarDuals(AugmentedLagrangian):
+    """J(y, z_T) + Σ_t β_t/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)², summed over the samples of a mini-batch (Algorithm 2).
+
+    u: T duals [S], the same for all samples. The derivative of the norm at 0 is taken as 0.
+    """
+
+    def coupling_value(self, t: int) -> Tensor:
+        """Coupling term t, [S]."""
+        return self.beta[t - 1] / 2 * (self._norm(t) + self.u[t - 1].unsqueeze(1)).square().sum(1)
+
+    def coupling_gradient(self, t: int, for_vjp: bool | None = None) -> Tensor:
+        """Derivative β_t (1 + u_t/‖r‖) r of coupling term t by z_t, where r = z_t − block_t(z_{t−1}); 0 at r = 0."""
+        residual = self.residual(t, for_vjp)
+        norm = torch.linalg.vector_norm(residual.flatten(2), dim=2)
+        weight = torch.where(norm > 0, 1.0 + self.u[t - 1].unsqueeze(1) / norm, 0.0)
+        residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
+        return residual.mul_(broadcast(self.beta[t - 1], residual))
+
+    def update_duals(self, step: StepSize) -> None:
+        """u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ (Algorithm 2, line 12, where α is 1), in place."""
+        for t, u in enumerate(self.u, start=1):
+            u.add_(self._norm(t).mean(1).mul_(step))
+
+    def _norm(self, t: int) -> Tensor:
+        """‖z_t − block_t(z_{t−1})‖₂ of each sample, [S, n]."""
+        norm: Tensor = torch.linalg.vector_norm(self.residual(t, for_vjp=False).flatten(2), dim=2)
+        return norm
 
 
 @dataclass(frozen=True)
 class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
-    """Algorithm 2. For each mini-batch: Z by a forward pass, `z_update` in reverse order, one step of Θ, and the
-    dual. An iteration is an epoch, or a part of one.
+    """Online Stochastic Block-ADMM, the paper's Algorithm 2: coupling variables live for one mini-batch only.
 
-    The coupling term of block t and one sample is `β/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)²`, and
-
-    - `dual="paper"`: u_t grows by the mean over the mini-batch of `‖z_t − block_t(z_{t−1})‖₂` (printed for one
-      sample at a time; a sum over the mini-batch would make it grow `batch_size` times faster);
-    - `dual="reset"`: the same, from zero at the beginning of each epoch;
-    - `dual="decay"`: the same, with u_t multiplied by `dual_decay` before;
-    - `dual="none"`: u_t = 0, a quadratic penalty.
-
-    The derivative of the norm at 0 is taken as 0. With a dual the term is not quadratic, and the Z update must be
-    adam or gradient, with `last="step"`.
+    It minimises J(y, z_T) + Σ_t β_t/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)², summed over samples, with a scalar dual u_t
+    per block. (Eq. 3 prints the coupling term as β_t/2 (‖·‖² + u_t), in which u_t has no gradient; this is that of
+    Algorithm 2.) For each mini-batch: z by a forward pass, `z_update` in reverse order, one step of Θ on the mean over
+    the mini-batch, and the duals.
 
     After a cut weights and running statistics are those for coupling variables that have moved, while evaluation feeds
     these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The default
@@ -55,21 +87,44 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     tried, on held-out data, these are the ones with which 2 to 6 blocks come within a few percent of Adam, with batch
     normalisation or ten times the loss too. Ten blocks learn more slowly, and from PyTorch's initialisation not within
     20 epochs; βζ = 0.2 is better for them, but makes batch normalisation unsteady. Block t's gradient carries
-    (βζ)^(T−t+1), hence the small ε of Adam for Θ. The paper has beta=1, z_update=ZUpdate("adam") and dual="paper"
-    (§4.1).
+    (βζ)^(T−t+1), hence the small ε of Adam for Θ. §4.1 has beta=1, z_update=ZUpdate("adam") and dual="paper".
+
+    Args:
+        iterations: iterations until the schedules end, at least 1.
+        theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
+        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per block.
+        beta: β_t > 0, the penalties; one value per replica, and per block.
+        batch_size: samples per mini-batch, from 1 to N.
+        epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
+        z_update: how z follows its gradient; with a dual the term is not quadratic, and it must be "adam" or
+            "gradient", with last="step".
+        update: the optimizer of Θ.
+        dual: "paper": u_t grows by the mean over the mini-batch of ‖z_t − block_t(z_{t−1})‖₂ (printed for one sample at
+            a time; a sum would make it grow `batch_size` times faster). "reset": the same, from 0 at the beginning of
+            each epoch. "decay": the same, with u_t multiplied by `dual_decay` before. "none": u_t = 0, a quadratic
+            penalty.
+        dual_decay: ≥ 0.
+        curvature_every: mini-batches between two evaluations of the Z update's curvature, at least 1.
+
+    Raises:
+        ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem.
+
+    References:
+        Khorram, Fu, Danesh, Qi & Li (2021), "Stochastic Block-ADMM for Training Deep Networks",
+        https://arxiv.org/abs/2105.00339
     """
 
-    iterations: int  # the schedules' horizon
-    theta_step: Value  # η
-    z_step: BlockValue = 0.01  # ζ
-    beta: BlockValue = 5.0  # no schedule
+    iterations: int
+    theta_step: Value
+    z_step: BlockValue = 0.01
+    beta: BlockValue = 5.0
     batch_size: int = 64
-    epoch_parts: int | None = None  # an iteration is an epoch, or one of so many parts of it
+    epoch_parts: int | None = None
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
     update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
     dual: Literal["paper", "reset", "decay", "none"] = "none"
     dual_decay: float = 0.9
-    curvature_every: int = 1  # mini-batches between two evaluations of the curvature
+    curvature_every: int = 1
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> OnlineBlockADMMState:
         """Θ by the problem's initialisation, u = 0."""
@@ -77,7 +132,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         self._check(problem)
         theta = problem.initial(seeds)
         self.z_update.check(problem, theta)
-        _, z_steps = self._schedules(len(problem.blocks), len(seeds))
+        z_steps = self._schedules(len(problem.blocks), len(seeds)).z_steps
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
         if self.z_update.name == "gradient":
             warn_of_lost_signal(z_steps[:-1], beta[:-1].unbind(), problem.x.dtype)
@@ -87,74 +142,63 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
             theta=theta,
             moments=self.update.init(theta.flat),
             u=problem.x.new_zeros(len(problem.blocks), len(seeds)),
-            power_vectors=self.z_update.power_vectors(problem.blocks, theta),
+            z_state=self.z_update.init(problem.blocks, theta),
         )
 
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
-        blocks, replicas = problem.blocks, len(state.seeds)
-        theta_step, z_steps = self._schedules(len(blocks), replicas)
-        beta = penalties(self.beta, len(blocks), replicas, problem.x)
-        gradient = blocks.parameters(torch.empty_like(state.theta.flat))
-        inverse_curvature: list[Tensor] = []
+        """One iteration of Algorithm 2, an epoch or a part of one."""
+        theta_update = ThetaUpdate(self.update, problem.blocks, state.theta, state.moments)
+        schedules = self._schedules(*state.u.shape)
+        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
         batches = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
-        for number, (part, x, y) in enumerate(batches):
-            progress = (state.iteration + part) / self.iterations
+        for number, (fraction, x, y) in enumerate(batches):  # line 4
+            h = schedules.at((state.iteration + fraction) / self.iterations)
             if number % self.curvature_every == 0:
-                inverse_curvature = self.z_update.inverse_curvature(blocks, state.theta, beta, state.power_vectors)
-            chain = BlockOutputs(blocks, state.theta, x)
-            steps = [at(progress) for at in z_steps]
-            force = self._update_z(problem, state, chain, y, beta, steps, inverse_curvature)
-            for t in range(len(blocks), 0, -1):  # block T's activations are still there
-                chain.vjp(t, force(t).mul_(-1.0 / x.shape[1]), grad_params=gradient)
-            self.update.apply(state.theta.flat, gradient.flat, state.moments, theta_step(progress))
-            if self.dual != "none":
-                self._update_dual(state, chain)
-            del chain, force  # and the activations with them
+                self.z_update.update_curvature(problem.blocks, state.theta, beta, state.z_state)
+            lagrangian, z_state = self._start(problem, state, beta, x, y)  # line 5: z by a forward pass
+            self.z_update.step(lagrangian, z_state, h.z_steps)  # lines 6 to 9: z_T … z_1
+            theta_update.step(lagrangian, h.theta_steps)  # line 11: Θ
+            if self.dual == "decay":
+                state.u *= self.dual_decay
+            lagrangian.update_duals(h.dual_step)  # line 12: u
+            del lagrangian, z_state  # and the activations with them
         state.iteration += 1
         return state
+
+    def _start(
+        self, problem: Problem, state: OnlineBlockADMMState, beta: Tensor, x: Tensor, y: Tensor
+    ) -> tuple[AugmentedLagrangian, ZState]:
+        """Of a mini-batch x, y [S, B, ...], with z by a forward pass and no steps of z yet."""
+        if self.dual == "none":
+            lagrangian = AugmentedLagrangian(problem, state.theta, beta, x, y)
+        else:
+            lagrangian = ScalarDuals(problem, state.theta, beta, x, y, u=state.u.unbind())
+        return lagrangian, replace(state.z_state, moments=self.z_update.moments(lagrangian.z))
 
     def diagnostics(self, problem: Problem, state: OnlineBlockADMMState) -> dict[str, Tensor]:
         """The scalar duals `dual_t` and the spectral norms `sigma_t`; of more than one block `loss_forward` and
         `loss_moved`, see `label_leak`, of `batch_size` training samples with the last iteration's ζ."""
         duals = {f"dual_{t}": u.clone() for t, u in enumerate(state.u, start=1)} if self.dual != "none" else {}
-        return duals | self._label_leak(problem, state) | spectral_norms(problem, state.theta)
+        leak = label_leak(problem, state.theta, self.batch_size, partial(self._moved, problem, state))
+        return duals | leak | spectral_norms(problem, state.theta)
 
-    def _label_leak(self, problem: Problem, state: OnlineBlockADMMState) -> dict[str, Tensor]:
-        if len(problem.blocks) == 1:
-            return {}
-        batch = probe(len(problem.x), self.batch_size, len(state.seeds), problem.x.device)
-        x, y = gather_shared(problem.x, batch), gather_shared(problem.y, batch)
-        chain = BlockOutputs(problem.blocks, state.theta, x)
-        forward, (_, z_steps) = chain.z[-1], self._schedules(len(problem.blocks), len(state.seeds))
-        steps = [at(max(state.iteration - 1, 0) / self.iterations) for at in z_steps]
+    def _moved(self, problem: Problem, state: OnlineBlockADMMState, batch: Tensor) -> AugmentedLagrangian:
+        """The samples [S, B] after an update of z with the last iteration's ζ."""
+        h = self._schedules(*state.u.shape).at(max(state.iteration - 1, 0) / self.iterations)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
-        vectors = [v.clone() for v in state.power_vectors]
-        curvature = self.z_update.inverse_curvature(problem.blocks, state.theta, beta, vectors)
-        self._update_z(problem, state, chain, y, beta, steps, curvature)
-        return label_leak(problem.loss, y, forward, chain.output(len(problem.blocks)))
+        lagrangian, z_state = self._start(
+            problem, state, beta, gather_shared(problem.x, batch), gather_shared(problem.y, batch)
+        )
+        self.z_update.update_curvature(problem.blocks, state.theta, beta, z_state)
+        self.z_update.step(lagrangian, z_state, h.z_steps)
+        return lagrangian
 
-    def _update_z(
-        self,
-        problem: Problem,
-        state: OnlineBlockADMMState,
-        chain: BlockOutputs,
-        y: Tensor,
-        beta: Tensor,
-        steps: Sequence[float | Tensor],
-        inverse_curvature: list[Tensor],
-    ) -> Force:
-        """Moves the Z of a mini-batch by steps ζ_1..ζ_T under penalties `beta` [T, S]. Returns the coupling terms'
-        derivatives, see `_force`."""
-        force, moments = partial(self._force, state, chain, beta), self.z_update.moments(chain.z)
-        self.z_update.apply(chain, force, problem.loss, y, 0.0, beta, steps, inverse_curvature, moments, 0)
-        return force
-
-    def _schedules(self, blocks: int, replicas: int) -> tuple[Schedule, list[Schedule]]:
-        """Of Θ's step, and of ζ_1..ζ_T."""
-        return schedule("theta_step", self.theta_step, replicas), block_schedules(
-            "z_step", self.z_step, blocks, replicas
+    def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
+        return Schedules(
+            theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
+            z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
         )
 
     def _check(self, problem: Problem) -> None:
@@ -170,26 +214,3 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
                 f"dual: {self.dual!r} is not quadratic in Z: it needs a z_update with last='step' and name 'adam' or "
                 "'gradient'"
             )
-
-    def _force(self, state: OnlineBlockADMMState, chain: BlockOutputs, beta: Tensor, t: int) -> Tensor:
-        """Derivative of β/2 (‖r‖₂ + u_t)² by r = z_t − block_t(z_{t−1}): β (1 + u_t/‖r‖) r, and 0 at r = 0."""
-        residual = chain.residual(t)
-        if self.dual != "none":
-            norm = _norm(residual)
-            weight = torch.where(norm > 0, 1.0 + state.u[t - 1].unsqueeze(1) / norm, 0.0)
-            residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
-        return residual.mul_(broadcast(beta[t - 1], residual))
-
-    def _update_dual(self, state: OnlineBlockADMMState, chain: BlockOutputs) -> None:
-        """u_t ← u_t + ‖z_t − block_t(z_{t−1})‖₂ with the new Θ (Algorithm 2)."""
-        chain.forget_all()
-        for t in range(1, len(chain.blocks) + 1):
-            if self.dual == "decay":
-                state.u[t - 1] *= self.dual_decay
-            state.u[t - 1] += _norm(chain.residual(t, pulled=False)).mean(1)
-
-
-def _norm(residual: Tensor) -> Tensor:
-    """‖·‖₂ of each sample, [S, n, ...] to [S, n]."""
-    norm: Tensor = torch.linalg.vector_norm(residual.flatten(2), dim=2)
-    return norm

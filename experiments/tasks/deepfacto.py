@@ -26,11 +26,10 @@ from admm.blocks import Parameters, split
 from admm.checkpoints import Row
 from admm.checks import at_least_one
 from admm.data import cached_npy
-from admm.deepfacto.nmf import NMF, feature_maps, matrix, warm_start
-from admm.deepfacto.training import DeepFacto
 from admm.files import explain_write_errors
 from admm.minibatches import minibatches
-from admm.optimizers import Problem
+from admm.nmf import NMF, feature_maps, matrix, warm_start
+from admm.optimizers import DeepFacto, Problem
 from experiments.device import find_device
 from experiments.errors import BadInput, user_errors
 from experiments.faces.backbones import BACKBONES

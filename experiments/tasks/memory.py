@@ -58,8 +58,8 @@ def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]
     sizes = {name: size(variable) for name, variable in save(state).items() if name in VARIABLES}
     if isinstance(optimizer, OnlineBlockADMM):
         chain = BlockOutputs(problem.blocks, state.theta, problem.x[None, : optimizer.batch_size])
-        sizes |= {"z": size(chain.z), "z_moments": size(optimizer.z_update.moments(chain.z))}
-    return sizes
+        return sizes | {"z": size(chain.z), "z_moments": size(optimizer.z_update.moments(chain.z))}
+    return sizes | {"z_moments": size(state.z_state.moments)}
 
 
 def peak_in_fresh_process(config: DictConfig) -> float:

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import flop_registry
 
 from admm.data import Dataset
-from admm.deepfacto.nmf import nmf_steps
 from admm.files import MIB, atomic_write
+from admm.nmf import nmf_steps
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
 from experiments.launching.stacking import paying_on_a_processor

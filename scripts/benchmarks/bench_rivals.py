@@ -170,10 +170,9 @@ def ours(rival: Rival, problem: Problem, state: Any) -> Contestant:
 
 def literal_bcd(options: BCD, problem: Problem, state: BCDState) -> Contestant:
     weights, biases = _parameters(problem, state)
-    variables = {"w": weights, "b": [b[:, None] for b in biases], "u": _columns(state.u), "v": _columns(state.v)}
-    x, y = _columns([problem.x[None], problem.y[None]])
+    variables = {"w": weights, "b": biases} | {name: [t[0].clone() for t in getattr(state, name)] for name in "uv"}
     penalties = {name: _number(getattr(options, name)) for name in ("gamma", "rho", "alpha")}
-    return Contestant(lambda: bcd.iterate(variables, x, y, **penalties), lambda: variables["w"])
+    return Contestant(lambda: bcd.iterate(variables, problem.x, problem.y, **penalties), lambda: variables["w"])
 
 
 def literal_dladmm(options: DLADMM, problem: Problem, state: DLADMMState) -> Contestant:

@@ -1,1 +1,1 @@
-"""The rivals as published, recomputing what their authors recompute: the other side of the benchmark."""
+"""The algorithms as printed, line by line: what the tests compare with, and the benchmark measures against."""

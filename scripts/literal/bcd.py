@@ -1,74 +1,77 @@
-"""A literal transcription of the update of block coordinate descent, three-splitting (Zeng et al., ICML 2019).
+"""Block coordinate descent, three-splitting (Zeng, Lau, Lin & Yao, ICML 2019, "Global Convergence of Block Coordinate
+Descent in Deep Learning", https://arxiv.org/abs/1803.00225), each minimiser from its own formula.
 
-One replica, samples are columns, every expression where it is needed and as it is printed: products are evaluated
-again, systems are solved by explicit inverses. For the benchmark and for a test of `admm.optimizers.bcd`.
+With V_0 = X, samples as rows and γ, ρ > 0 it minimises
+
+    ½ ‖V_L − Y‖² + γ/2 (‖V_L − U_L‖² + Σ_{l<L} ‖V_l − relu(U_l)‖²) + ρ/2 Σ_l ‖U_l − V_{l−1} W_lᵀ − b_l‖²
+
+over one variable after the other, from the last layer to the first: V_l, U_l, and W_l and b_l at once. V_L, hidden U_l,
+W_l and b_l have a proximal term α/2 ‖· − its old value‖² more. One replica; every product is made where it is needed.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-
-def forward(weights: list[Tensor], biases: list[Tensor], x: Tensor) -> dict[str, list[Tensor]]:
-    """The variables before the first iteration: w [d_l, d_{l-1}], b [d_l, 1], u and v [d_l, N], for x [d_0, N]."""
-    u: list[Tensor] = []
-    v: list[Tensor] = []
-    for w, b in zip(weights, biases, strict=True):
-        u.append(torch.addmm(b.repeat(1, x.shape[1]), w, v[-1] if v else x))
-        v.append(u[-1].relu())
-    v[-1] = u[-1]
-    return {"w": list(weights), "b": list(biases), "u": u, "v": v}
+Variables = dict[str, list[Tensor]]
 
 
-def iterate(
-    variables: dict[str, list[Tensor]], x: Tensor, y: Tensor, gamma: float, rho: float, alpha: float
-) -> dict[str, list[Tensor]]:
-    """One iteration with squared error on x [d_0, N] and y [C, N]; replaces the lists' tensors, and returns them."""
-    w, b, u, v = (variables[name] for name in ("w", "b", "u", "v"))
-    samples, last = x.shape[1], len(w) - 1
-    for layer in range(last, -1, -1):
-        before = v[layer - 1] if layer else x
-        if layer == last:
-            v[layer] = (y + gamma * u[layer] + alpha * v[layer]) / (1 + gamma + alpha)
-            affine = torch.mm(w[layer], before) + b[layer].repeat(1, samples)
-            u[layer] = (gamma * v[layer] + rho * affine) / (gamma + rho)
-        else:
-            v[layer] = update_v(u[layer], u[layer + 1], w[layer + 1], b[layer + 1], rho, gamma)
-            affine = torch.addmm(b[layer].repeat(1, samples), w[layer], before)
-            merged = (rho * affine + alpha * u[layer]) / (rho + alpha)
-            u[layer] = relu_prox(v[layer], merged, (rho + alpha) / gamma)
-        w[layer], b[layer] = update_wb(u[layer], before, w[layer], b[layer], alpha, rho)
+def forward(weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Variables:
+    """The variables before the first iteration.
+
+    w, b: W_l [d_l, d_{l−1}] and b_l [d_l]. u, v: U_l and V_l [N, d_l]. x: [N, d_0].
+    """
+    variables: Variables = {"w": list(weights), "b": list(biases), "u": [], "v": []}
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
+        x = x @ weight.T + bias
+        variables["u"].append(x)
+        x = torch.relu(x) if number < len(weights) else x
+        variables["v"].append(x)
     return variables
 
 
-def update_v(u: Tensor, u_above: Tensor, w: Tensor, b: Tensor, rho: float, gamma: float) -> Tensor:
-    """argmin over V of rho/2 |u_above - w V - b|^2 + gamma/2 |V - relu(u)|^2."""
-    identity = torch.eye(w.shape[1], dtype=w.dtype)
-    right = rho * torch.mm(w.t(), u_above - b.repeat(1, u_above.shape[1])) + gamma * u.relu()
-    return torch.mm(torch.inverse(rho * torch.mm(w.t(), w) + gamma * identity), right)
+def iterate(variables: Variables, x: Tensor, y: Tensor, gamma: float, rho: float, alpha: float) -> None:
+    """One iteration, in place, on x [N, d_0] and y [N, C]."""
+    w, b, u, v = (variables[name] for name in "wbuv")
+    layers = len(w)
+    for number in reversed(range(layers)):
+        before = x if number == 0 else v[number - 1]
+        if number == layers - 1:
+            v[number] = (y + gamma * u[number] + alpha * v[number]) / (1.0 + gamma + alpha)
+            u[number] = (gamma * v[number] + rho * (before @ w[number].T + b[number])) / (gamma + rho)
+        else:
+            v[number] = activations(u[number], u[number + 1], w[number + 1], b[number + 1], gamma, rho)
+            mean = (rho * (before @ w[number].T + b[number]) + alpha * u[number]) / (rho + alpha)
+            u[number] = relu_minimiser(mean, v[number], gamma / (rho + alpha))
+        old = w[number], b[number]
+        w[number] = weight_minimiser(*old, u[number], before, rho, alpha)
+        b[number] = bias_minimiser(*old, u[number], before, rho, alpha)
 
 
-def update_wb(u: Tensor, v: Tensor, w: Tensor, b: Tensor, alpha: float, rho: float) -> tuple[Tensor, Tensor]:
-    """The minimisers over W with the old b, and over b with the old W."""
-    width, samples = v.shape
-    identity = torch.eye(width, dtype=v.dtype)
-    new_w = torch.mm(
-        alpha * w + rho * torch.mm(u - b.repeat(1, samples), v.t()),
-        torch.inverse(alpha * identity + rho * torch.mm(v, v.t())),
-    )
-    total = torch.sum(u - torch.mm(w, v), dim=1).reshape(b.shape)
-    return new_w, (alpha * b + rho * total) / (rho * samples + alpha)
+def activations(u: Tensor, u_next: Tensor, w_next: Tensor, b_next: Tensor, gamma: float, rho: float) -> Tensor:
+    """argmin over V of ρ/2 ‖U_{l+1} − V Wᵀ − b‖² + γ/2 ‖V − relu(U_l)‖², with W = W_{l+1} and b = b_{l+1}."""
+    hessian = rho * w_next.T @ w_next + gamma * torch.eye(w_next.shape[1]).to(w_next)
+    right = gamma * torch.relu(u) + rho * (u_next - b_next) @ w_next
+    return right.matmul(torch.linalg.inv(hessian))
 
 
-def relu_prox(a: Tensor, b: Tensor, gamma: float) -> Tensor:
-    """argmin over u of (a - relu(u))^2 + gamma (u - b)^2, by cases."""
-    slope = gamma - math.sqrt(gamma * (gamma + 1))
-    both = (a + gamma * b) / (1 + gamma)
-    negative = torch.min(b, torch.zeros_like(b))
-    result = torch.where(a + gamma * b < 0, negative, torch.zeros_like(b))
-    positive = ((a + gamma * b >= 0) & (b >= 0)) | ((a * slope <= gamma * b) & (b < 0))
-    result = torch.where(positive, both, result)
-    return torch.where((-a <= gamma * b) & (gamma * b <= a * slope), b, result)
+def weight_minimiser(w: Tensor, b: Tensor, u: Tensor, before: Tensor, rho: float, alpha: float) -> Tensor:
+    """argmin over W of ρ/2 ‖U_l − V_{l−1} Wᵀ − b_l‖² + α/2 ‖W − W_l‖²."""
+    hessian = rho * before.T @ before + alpha * torch.eye(before.shape[1]).to(w)
+    right = rho * (u - b).T @ before + alpha * w
+    return right.matmul(torch.linalg.inv(hessian))
+
+
+def bias_minimiser(w: Tensor, b: Tensor, u: Tensor, before: Tensor, rho: float, alpha: float) -> Tensor:
+    """argmin over b of ρ/2 ‖U_l − V_{l−1} W_lᵀ − b‖² + α/2 ‖b − b_l‖², for the old W_l."""
+    return (rho * (u - before @ w.T).sum(0) + alpha * b) / (rho * len(u) + alpha)
+
+
+def relu_minimiser(p: Tensor, q: Tensor, ratio: float) -> Tensor:
+    """Elementwise argmin_z ½ (z − p)² + ratio/2 (q − relu(z))²: the better minimiser of the two half-lines."""
+    negative = torch.clamp(p, max=0.0)
+    positive = torch.clamp((p + ratio * q) / (1.0 + ratio), min=0.0)
+    at_negative = (negative - p) ** 2 + ratio * q**2
+    at_positive = (positive - p) ** 2 + ratio * (q - positive) ** 2
+    return torch.where(at_positive < at_negative, positive, negative)

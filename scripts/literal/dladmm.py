@@ -163,18 +163,18 @@ def fista(
     max_steps: int = 500,
     tolerance: float = 1e-3,
 ) -> Tensor:
-    objective, zeta, weight = math.inf, z, 1.0
+    """argmin over z of J(z, y) + ρ/2 ‖z − W a − b + u/ρ‖² by FISTA (Beck & Teboulle 2009), which takes 1/step for the
+    Lipschitz constant of J's gradient. Returns an extrapolated point."""
+    target, inertia, previous, last_value = w @ before + b - u / rho, 1.0, z, math.inf
     for _ in range(max_steps):
-        last_objective, last_zeta, last_weight = objective, zeta, weight
-        residual = z - w @ before - b + u / rho
-        objective = float(value(z, y, loss) + rho / 2 * (residual * residual).sum())
-        if abs(objective - last_objective) < tolerance:
+        objective = float(value(z, y, loss) + rho / 2 * ((z - target) ** 2).sum())
+        if abs(last_value - objective) < tolerance:
             break
-        weight = (1 + math.sqrt(1 + 4 * weight * weight)) / 2
-        gamma = (1 - last_weight) / weight
-        gradient = torch.softmax(z, 0) - y if loss == "cross_entropy" else z - y
-        zeta = (rho * (w @ before + b - u / rho) + (z - step * gradient) / step) / (rho + 1 / step)
-        z = (1 - gamma) * zeta + gamma * last_zeta
+        slope = torch.softmax(z, 0) - y if loss == "cross_entropy" else z - y
+        current = (rho * target + z / step - slope) / (rho + 1 / step)
+        following = 0.5 + math.sqrt(0.25 + inertia**2)
+        z = current + (inertia - 1) / following * (current - previous)
+        inertia, previous, last_value = following, current, objective
     return z
 
 

@@ -6,8 +6,6 @@ Shapes: a matrix Z [R, C, m] ≈ M S with a basis M [R, C, r] and scores S [R, r
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from admm.minibatches import slices
 
+Matrix = NDArray[np.float64]
 WIDTH = 16  # rows of a factor whose effect on all others is one product
 CHECK_EVERY = 10  # steps
 LEAVE = 0.1  # the part of the columns that has ended, at which these leave
@@ -65,7 +64,7 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
     except ImportError as error:
         raise ImportError(f"{error}; lbfgs needs SciPy: pip install 'block-admm[suite]'") from None
 
-    def solved(gram: NDArray[np.float64], cross: NDArray[np.float64], start: NDArray[np.float64]) -> Any:
+    def solved(gram: Matrix, cross: Matrix, start: Matrix) -> Matrix:
         lengths = np.sqrt(gram.diagonal())[:, None]
         lengths[lengths == 0.0] = 1.0
         gram, cross = gram / lengths / lengths.T, cross / lengths
@@ -74,14 +73,14 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
         if not np.isfinite(cross).all() or not np.isfinite(gram).all():
             return np.full_like(start, np.nan)
 
-        def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        def objective(flat: Matrix) -> tuple[float, Matrix]:
             product = gram @ flat.reshape(cross.shape)
             return float((flat * (0.5 * product - cross).ravel()).sum()), (product - cross).ravel()
 
         options = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-9}
         begin, bounds = (start / unit).ravel(), Bounds(0.0, np.inf)
         found = minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-        return found.reshape(cross.shape) * unit
+        return np.asarray(found).reshape(cross.shape) * unit
 
     replicas = zip(*(v.double().cpu().numpy() for v in (gram, cross, start)), strict=True)
     return torch.stack([torch.from_numpy(solved(*replica)) for replica in replicas]).to(cross)
@@ -113,7 +112,7 @@ def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tol
     return found
 
 
-def sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
+def hals_sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
     """One sweep of hierarchical alternating least squares over the rows of S [R, r, m], in place: each becomes in turn
     the exact minimiser over it of ½⟨S, G S⟩ − ⟨S, B⟩ on S ≥ 0 (Cichocki & Phan 2009). Gram and cross are as above.
 
@@ -128,12 +127,12 @@ def sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
             rows = slice(begin, begin + WIDTH)
             descent.baddbmm_(
                 gram[:, :, rows],
-                _sweep_rows(gram[:, rows, rows], inverse[:, rows], descent[:, rows], s[:, rows]),
+                _hals_rows(gram[:, rows, rows], inverse[:, rows], descent[:, rows], s[:, rows]),
                 alpha=-1.0,
             )
 
 
-def _sweep_rows(gram: Tensor, inverse: Tensor, descent: Tensor, s: Tensor) -> Tensor:
+def _hals_rows(gram: Tensor, inverse: Tensor, descent: Tensor, s: Tensor) -> Tensor:
     """The same for a few rows, in place; returns their change. `descent` is left as it is."""
     descent, change = descent.clone(), torch.empty_like(s)
     for k in range(s.shape[1]):
@@ -153,8 +152,8 @@ def nmf_steps(z: Tensor, basis: Tensor, scores: Tensor, rounds: int) -> None:
     """
     transposed = basis.mT.contiguous()
     for _ in range(rounds):
-        sweep(transposed @ transposed.mT, transposed @ z, scores)
-        sweep(scores @ scores.mT, scores @ z.mT, transposed)
+        hals_sweep(transposed @ transposed.mT, transposed @ z, scores)
+        hals_sweep(scores @ scores.mT, scores @ z.mT, transposed)
     basis.copy_(transposed.mT)
 
 

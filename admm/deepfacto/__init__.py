@@ -1,1 +1,0 @@
-"""DeepFacto (paper, §3.4): non-negative matrix factorisation inside a network."""

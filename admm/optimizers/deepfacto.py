@@ -1,0 +1,381 @@
+"""DeepFacto (paper, §3.4): Block-ADMM for networks with non-negative factorisations between their blocks (Eq. 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from admm.blocks import Blocks, Parameters
+from admm.checks import at_least_one, check_batch_size, has_type, in_range
+from admm.layers import LinearLayer
+from admm.minibatches import minibatches, slices
+from admm.nmf import NMF, feature_maps, hals_sweep, matrix, nonnegative_least_squares, warm_start
+from admm.numbers import Options
+from admm.optimizers.block_admm import visit
+from admm.optimizers.checks import same_samples
+from admm.optimizers.coupling import (
+    AugmentedLagrangian,
+    Schedules,
+    StepSize,
+    ThetaUpdate,
+    ZState,
+    ZUpdate,
+    gather,
+    penalties,
+    refresh_schedule,
+    scatter,
+)
+from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
+from admm.optimizers.rules import Adam, UpdateRule
+from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
+
+Factors = dict[int, Tensor]  # by the number t of a factorisation's block its basis M [R, C, r]
+
+
+@dataclass
+class DeepFactoState:
+    """Variables for T blocks, N samples, R replicas; a factorisation counts as a block.
+
+    theta: parameters [R, P], and among its buffers the bases M. moments: the Θ rule's, by block. z: the outputs of the
+    blocks [R, N, ...], coupling variables Z_t or, of a factorisation, scores S ≥ 0. u: duals, U_t in the shape of Z_t
+    and V in that of the factorisation's input; none where the dual step is 0.
+    """
+
+    seeds: tuple[int, ...]
+    iteration: int
+    theta: Parameters
+    moments: list[list[Tensor]]
+    z: list[Tensor]
+    u: list[Tensor]
+
+
+class FactorisedLagrangian(AugmentedLagrangian):
+    """Eq. 9 of some samples: Eq. 2, in which the term of each factorisation, of block t, is γ/2 ‖Z − M S + V‖² with Z
+    its input, S = Z_t, V = U_t and γ = β_t."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        theta: Parameters,
+        factors: Factors,
+        beta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        z: list[Tensor],
+        u: Sequence[Tensor],
+    ) -> None:
+        super().__init__(problem, theta, beta, x, y, z, u)
+        self.factors = factors
+
+    def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
+        """Z_t − block_t(Z_{t−1}), or Z − M S."""
+        return self.before(t) - self.product(t) if t in self.factors else super().residual(t, for_vjp)
+
+    def product(self, t: int) -> Tensor:
+        """M S as feature maps."""
+        return feature_maps(self.factors[t] @ matrix(self.z[t - 1]), like=self.before(t))
+
+    def projected(self, t: int) -> Tensor:
+        """argmin over S ≥ 0 of ‖Z + V − M S‖², from what S is."""
+        scores = nonnegative_least_squares(*self._normal_equations(t), matrix(self.z[t - 1]))
+        return feature_maps(scores, like=self.before(t))
+
+    def factorised_minimiser(self, t: int) -> Tensor:
+        """argmin over Z_t before a factorisation, of β_t/2 ‖Z_t − block_t + U_t‖² + γ/2 ‖Z_t − M S + V‖²."""
+        beta, gamma = (broadcast(self.beta[k], self.z[t - 1]) for k in (t - 1, t))
+        from_below, from_above = self.output(t), self.product(t + 1)
+        if self.u:
+            from_below, from_above = from_below - self.u[t - 1], from_above - self.u[t]
+        return (beta * from_below + gamma * from_above) / (beta + gamma)
+
+    def swept_scores(self, t: int, sweeps: int) -> Tensor:
+        """S ≥ 0 after sweeps on γ/2 ‖Z + V − M S‖² + ⟨∇, S⟩ + β_{t+1} σ²/2 ‖S − S_now‖², where ∇ is the gradient of
+        coupling term t + 1 at S_now and σ the spectral norm of block t + 1: above Eq. 9, and equal to it at S_now."""
+        now = self.z[t - 1]
+        gamma, beta = (self.beta[k].view(-1, 1, 1) for k in (t - 1, t))
+        weight = self.blocks[t].linear_weight(self.theta.blocks[t])
+        assert weight is not None  # as `factorisations` has checked
+        curvature = beta * largest_singular_value(weight).square().view(-1, 1, 1)
+        descent = (self.coupling_gradient(t + 1) @ weight).view_as(now)  # −∇; a ReLU before W is the identity on S ≥ 0
+        gram, cross = self._normal_equations(t)
+        gram = gamma * gram
+        gram.diagonal(dim1=1, dim2=2).add_(curvature.squeeze(2))
+        cross = gamma * cross + curvature * matrix(now) + matrix(descent)
+        scores = matrix(now).clone(memory_format=torch.contiguous_format)  # of one sample it is a view
+        for _ in range(sweeps):
+            hals_sweep(gram, cross, scores)
+        return feature_maps(scores, like=self.before(t))
+
+    def _ahead(self, t: int, before: Tensor) -> Tensor:
+        # Of the Z_{t−1} that has moved. Were S left short of its projection, all S would be off by the same shift,
+        # which Θ would be trained to undo, and which a loss of directions alone never corrects.
+        return self.projected(t) if t in self.factors else self.output(t)
+
+    def _normal_equations(self, t: int) -> tuple[Tensor, Tensor]:
+        """MᵀM [R, r, r] and Mᵀ(Z + V) [R, r, n·…]."""
+        basis, before = self.factors[t], self.before(t)
+        return basis.mT @ basis, basis.mT @ matrix(before + self.u[t - 1] if self.u else before)
+
+
+@dataclass(frozen=True)
+class FactorisedZUpdate(ZUpdate):
+    """S by sweeps of non-negative least squares, Z_t exactly where a factorisation follows, other Z_t as `ZUpdate`.
+
+    S and Z_t before a factorisation never raise Eq. 9; gradient steps lower it where they are small enough.
+    """
+
+    score_sweeps: int = 2
+
+    def moved(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
+        """Z_t, or S, after its update."""
+        assert isinstance(lagrangian, FactorisedLagrangian)
+        if t in lagrangian.factors:
+            return lagrangian.swept_scores(t, self.score_sweeps)
+        if t + 1 in lagrangian.factors:
+            return lagrangian.factorised_minimiser(t)
+        return super().moved(lagrangian, state, t, step)
+
+
+class BlockwiseThetaUpdate(ThetaUpdate):
+    """Steps of the blocks `trained`, each with its own η_t and moments."""
+
+    def __init__(
+        self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[list[Tensor]], trained: list[int]
+    ) -> None:
+        super().__init__(rule, blocks, theta, moments=[])
+        self.trained = trained
+        self.by_block = list(zip(by_block(blocks, theta), by_block(blocks, self.gradient), moments, strict=True))
+
+    def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
+        """steps: η_1..η_T."""
+        lagrangian.theta_gradient(self.gradient, self.trained)
+        for t in self.trained:
+            self.rule.apply(*self.by_block[t - 1], steps[t - 1])
+        lagrangian.forget_all()
+
+
+@dataclass(frozen=True)
+class DeepFacto(Options, Optimizer[DeepFactoState]):
+    """Block-ADMM's mini-batch sweep with another update of Z where a block is a factorisation, one `NMF` layer.
+
+    It minimises Eq. 9, Block-ADMM's augmented Lagrangian with γ/2 ‖Z − M S + V‖² for each factorisation, M ≥ 0, S ≥ 0.
+    `init` lets a forward pass make the variables, each factorisation by the paper's warm start (§4.2). An iteration is
+    an epoch of mini-batches in Gauss-Seidel order, as in `BlockADMM`: of a mini-batch first, from the last block to the
+    first, S by sweeps of non-negative least squares, Z_t exactly where a factorisation follows and else by a gradient
+    step, as Z_T; then Θ, and the duals. After the epoch each M by sweeps over all samples, which never raise Eq. 9.
+
+    Args:
+        iterations: iterations until the schedules end, at least 1.
+        theta_step: η_t ≥ 0, the step size of Θ_t; may have a schedule, and one value per replica, and per block.
+        z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step.
+        beta: β_t > 0, the penalties, of a factorisation its γ; one value per replica, and per block.
+        batch_size: samples per mini-batch, from 1 to N.
+        together: a mini-batch has runs of so many samples of equal y, so that a loss of pairs has some; at least 1.
+        primal_rounds: primal updates, Z and then Θ, per visit, at least 1.
+        score_sweeps: sweeps of S per primal update, at least 1.
+        basis_sweeps: sweeps of M per epoch, at least 1.
+        warm_rounds: rounds of S and M in the warm start, at least 1.
+        frozen: iterations during which neither M nor the blocks before the first factorisation move, below
+            `iterations`.
+        update: the optimizer of Θ.
+        dual_step: α ≥ 0, the part of the residual that U and V grow by, 1 in Algorithm 1; a schedule, or one value per
+            replica.
+        refresh: from 0 to 1, the part of the way to block_t(Z_{t−1}), or to its projection, that each visit first moves
+            Z_t and S; as dual_step.
+        slice_size: samples that are evaluated at a time outside of mini-batches, at least 1.
+
+    Raises:
+        ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem, and as
+            `factorisations` does.
+
+    References:
+        Khorram, Fu, Danesh, Qi & Li (2021), "Stochastic Block-ADMM for Training Deep Networks",
+        https://arxiv.org/abs/2105.00339
+    """
+
+    iterations: int
+    theta_step: BlockValue
+    z_step: BlockValue = 0.1
+    beta: BlockValue = 1.0
+    batch_size: int = 128
+    together: int = 4
+    primal_rounds: int = 1
+    score_sweeps: int = 2
+    basis_sweeps: int = 2
+    warm_rounds: int = 100
+    frozen: int = 0
+    update: UpdateRule = field(default_factory=Adam)
+    dual_step: Value = 0.0
+    refresh: Value = 1.0
+    slice_size: int = 2000
+
+    def init(self, problem: Problem, seeds: Sequence[int]) -> DeepFactoState:
+        """Θ by the problem's initialisation, M by the warm start, Z and S by a forward pass, duals 0."""
+        seeds = whole_seeds(seeds)
+        schedules = self._schedules(len(problem.blocks), len(seeds))
+        self._check(problem)
+        problem.refuse_augmentation("DeepFacto")
+        theta = problem.initial(seeds)
+        factors = factorisations(problem.blocks, theta)
+        x, z = problem.x.expand(len(seeds), *problem.x.shape), list[Tensor]()
+        for t, block in enumerate(problem.blocks, start=1):
+            before = z[-1] if z else x
+            if t in factors:
+                z.append(_warm_scores(before, factors[t], self.warm_rounds))
+            else:
+                views, parts = theta.blocks[t - 1], before.split(self.slice_size, 1)
+                z.append(torch.cat([block.forward(views, part, training=True) for part in parts], 1))
+        residuals = [before if t in factors else z[t - 1] for t, before in enumerate([x, *z[:-1]], start=1)]
+        return DeepFactoState(
+            seeds=seeds,
+            iteration=0,
+            theta=theta,
+            moments=[self.update.init(flat) for flat in by_block(problem.blocks, theta)],
+            z=z,
+            u=[torch.zeros_like(v) for v in residuals] if schedules.dual_step.largest > 0.0 else [],
+        )
+
+    def step(self, problem: Problem, state: DeepFactoState) -> DeepFactoState:
+        """One epoch: `visit` of each mini-batch, then M."""
+        same_samples(problem, state.z[0])
+        schedules = self._schedules(len(state.z), len(state.seeds))
+        factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
+        is_frozen = bool(factors) and state.iteration < self.frozen
+        first = min(factors) if is_frozen else 1
+        trained = [t for t in range(first, len(state.z) + 1) if t not in factors]
+        theta_update = BlockwiseThetaUpdate(self.update, problem.blocks, state.theta, state.moments, trained)
+        z_update = FactorisedZUpdate("gradient", score_sweeps=self.score_sweeps)
+        batches = self._minibatches(problem, state)
+        for number, batch in enumerate(batches):
+            h = schedules.at((state.iteration + number / len(batches)) / self.iterations)
+            lagrangian = _lagrangian(problem, state, factors, beta, batch)
+            visit(lagrangian, z_update, ZState(), theta_update, h, self.primal_rounds)
+            scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
+            del lagrangian  # and the activations with it
+        if not is_frozen:
+            for t, basis in factors.items():
+                self._update_basis(problem, state, t, basis)
+        state.iteration += 1
+        return state
+
+    def _minibatches(self, problem: Problem, state: DeepFactoState) -> list[Tensor]:
+        groups = problem.y if self.together > 1 else None
+        seeds, device = state.seeds, problem.x.device
+        return minibatches(
+            len(problem.x), self.batch_size, seeds, state.iteration, device, groups=groups, group_size=self.together
+        )
+
+    def _update_basis(self, problem: Problem, state: DeepFactoState, t: int, basis: Tensor) -> None:
+        """M by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
+        before = state.z[t - 2] if t > 1 else problem.x.expand(len(state.seeds), *problem.x.shape)
+        gram = basis.new_zeros(len(basis), basis.shape[2], basis.shape[2])
+        cross = basis.new_zeros(len(basis), basis.shape[2], basis.shape[1])
+        for part in slices(len(problem.x), self.slice_size):
+            scores = matrix(state.z[t - 1][:, part])
+            target = before[:, part] + state.u[t - 1][:, part] if state.u else before[:, part]
+            gram.baddbmm_(scores, scores.mT)
+            cross.baddbmm_(scores, matrix(target).mT)
+        transposed = basis.mT.contiguous()
+        for _ in range(self.basis_sweeps):
+            hals_sweep(gram, cross, transposed)
+        basis.copy_(transposed.mT)
+
+    def diagnostics(self, problem: Problem, state: DeepFactoState) -> dict[str, Tensor]:
+        """By block, `residual_t`: ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, of a factorisation ‖Z − M S‖/‖Z‖; and `lagrangian`,
+        Eq. 9 as a mean over samples, with the J of slices of `slice_size` samples."""
+        factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
+        square, norm = problem.x.new_zeros(2, len(state.z), len(state.seeds))
+        value = torch.zeros_like(square[0])
+        for part in slices(len(problem.x), self.slice_size):
+            lagrangian = _lagrangian(problem, state, factors, beta, part)
+            value += lagrangian.value()
+            for t in range(1, len(state.z) + 1):
+                of_norm = lagrangian.before(t) if t in factors else lagrangian.z[t - 1]
+                square[t - 1] += lagrangian.residual(t).square().flatten(1).sum(1)
+                norm[t - 1] += of_norm.square().flatten(1).sum(1)
+        relative = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
+        return relative | {"lagrangian": value / len(problem.x)}
+
+    def _check(self, problem: Problem) -> None:
+        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        check_batch_size(self.batch_size, len(problem.x))
+        for name in (
+            "iterations",
+            "together",
+            "primal_rounds",
+            "score_sweeps",
+            "basis_sweeps",
+            "warm_rounds",
+            "slice_size",
+        ):
+            at_least_one(name, getattr(self, name))
+        in_range("frozen", self.frozen, self.iterations)
+        if self.together > 1 and problem.y.ndim > 1:
+            raise ValueError(f"together: {self.together} needs class indices as y, not {problem.y.ndim} axes")
+
+    def _penalties(self, problem: Problem, state: DeepFactoState) -> Tensor:
+        return penalties(self.beta, len(state.z), len(state.seeds), like=problem.x)
+
+    def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
+        return Schedules(
+            theta_steps=block_schedules("theta_step", self.theta_step, n_blocks, n_replicas),
+            z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
+            dual_step=schedule("dual_step", self.dual_step, n_replicas),
+            mixing=refresh_schedule(self.refresh, n_replicas),
+        )
+
+
+def factorisations(blocks: Blocks, theta: Parameters) -> Factors:
+    """The basis M [R, C, r] of each block t that is one `NMF` layer, a view into `theta`.
+
+    Raises ValueError where an `NMF` is not a block of its own, or is not followed by a block of one linear layer, after
+    which nothing comes.
+    """
+    found: Factors = {}
+    modules = dict(blocks.network.named_modules())
+    for t, (names, views) in enumerate(zip(blocks.names, theta.blocks, strict=True), start=1):
+        if not any(isinstance(modules[name], NMF) for name in names):
+            continue
+        if len(names) > 1:
+            raise ValueError(
+                f"split: an NMF layer is a block of its own, but block {t} is {list(names)}; cut before and after it"
+            )
+        after = blocks[t] if t < len(blocks) else None
+        if (
+            after is None
+            or after.linear_weight(theta.blocks[t]) is None
+            or not isinstance(after.layers[-1], LinearLayer)
+        ):
+            raise ValueError(
+                f"split: the NMF layer {names[0]!r} must be followed by a block that ends with its one linear layer"
+            )
+        (found[t],) = views[0].values()
+    return found
+
+
+def by_block(blocks: Blocks, theta: Parameters) -> list[Tensor]:
+    """The parameters of each block, views [R, P_t]."""
+    sizes = [
+        sum(p.numel() for name in names for p in blocks.network.get_submodule(name).parameters())
+        for names in blocks.names
+    ]
+    return list(theta.flat.split(sizes, 1))
+
+
+def _lagrangian(
+    problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice
+) -> FactorisedLagrangian:
+    """Of the samples `batch`, see `gather`."""
+    x, y, (z, u) = gather(problem, batch, [state.z, state.u])
+    return FactorisedLagrangian(problem, state.theta, factors, beta, x, y, z, u)
+
+
+def _warm_scores(z: Tensor, basis: Tensor, rounds: int) -> Tensor:
+    """S for feature maps z of all samples by the exact projection on M, in place from `rounds` rounds."""
+    whole = matrix(z)
+    scores = warm_start(whole, basis, rounds)
+    scores = nonnegative_least_squares(basis.mT @ basis, basis.mT @ whole, scores)
+    return feature_maps(scores, like=z).contiguous()

@@ -1,0 +1,135 @@
+"""The augmented Lagrangians of the block-wise algorithms, and how often these evaluate a block."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from admm.blocks import Block, split
+from admm.checkpoints import restore, save
+from admm.losses import CrossEntropy
+from admm.models import initialiser
+from admm.nmf import NMF
+from admm.optimizers import BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
+from admm.optimizers.coupling import AugmentedLagrangian
+from admm.optimizers.deepfacto import FactorisedLagrangian, factorisations
+from admm.optimizers.gotmare import GluingTerms
+from admm.optimizers.online_block_admm import ScalarDuals
+
+SEEDS = (3, 1)
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def lagrangian_of(kind: type[AugmentedLagrangian], problem: Problem) -> AugmentedLagrangian:
+    """At random variables."""
+    theta, beta = problem.initial(SEEDS), torch.tensor([[0.5, 0.7], [2.0, 1.0], [1.3, 0.4]]).double()
+    x, y = (data.expand(2, *data.shape) for data in (problem.x, problem.y))
+    shapes = [output.shape for output in problem.blocks.outputs(theta, x, training=True)]
+    z, u = ([gaussian(*shape, seed=seed + t) for t, shape in enumerate(shapes)] for seed in (1, 9))
+    if kind is ScalarDuals:
+        return ScalarDuals(problem, theta, beta, x, y, z, list(gaussian(3, 2).abs()))
+    if kind is FactorisedLagrangian:
+        factors = factorisations(problem.blocks, theta)
+        v = [before if t in factors else z[t - 1] for t, before in enumerate([x, *z[:-1]], start=1)]
+        u = [gaussian(*of_block.shape, seed=9 + t) for t, of_block in enumerate(v)]
+        return FactorisedLagrangian(problem, theta, factors, beta, x, y, z, u)
+    return kind(problem, theta, beta, x, y, z, () if kind is GluingTerms else u)
+
+
+def factorised_problem() -> Problem:
+    network = nn.Sequential(nn.Linear(6, 5), NMF(5, 3), nn.Linear(3, 3))
+    blocks = split(network, after=["0", "1"])
+    return Problem(gaussian(8, 6), torch.arange(8) % 3, blocks, CrossEntropy(0.7), initialiser("pytorch"))
+
+
+def slope(lagrangian: AugmentedLagrangian, shift: Callable[[float], None], by: float = 1e-6) -> Tensor:
+    """Central difference of the value, [S], along what `shift` adds."""
+    values = []
+    for change in (by, -2.0 * by):
+        shift(change)
+        values.append(lagrangian.value())
+    shift(by)
+    return (values[0] - values[1]) / (2.0 * by)
+
+
+@pytest.mark.parametrize("kind", [AugmentedLagrangian, ScalarDuals, GluingTerms, FactorisedLagrangian])
+def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callable[..., Problem]) -> None:
+    problem = factorised_problem() if kind is FactorisedLagrangian else mlp_problem(CrossEntropy(0.7))
+    lagrangian = lagrangian_of(kind, problem)
+    moving = {GluingTerms: (1, 2), FactorisedLagrangian: (3,)}.get(kind, (1, 2, 3))  # those by gradient steps
+    for t in moving:
+        direction = gaussian(*lagrangian.z[t - 1].shape, seed=30)
+        expected = (lagrangian.z_gradient(t) * direction).flatten(1).sum(1)
+
+        def shift_z(by: float, t: int = t, direction: Tensor = direction) -> None:
+            lagrangian.move(t, lagrangian.z[t - 1] + by * direction)
+
+        torch.testing.assert_close(slope(lagrangian, shift_z), expected, rtol=1e-6, atol=1e-6)
+    theta = lagrangian.theta.flat
+    gradient, direction = problem.blocks.parameters(torch.zeros_like(theta)), gaussian(*theta.shape, seed=31)
+    lagrangian.theta_gradient(gradient, [1, 3] if kind is FactorisedLagrangian else None)
+    expected = (gradient.flat * direction).sum(1) * len(problem.x)
+
+    def shift_theta(by: float) -> None:
+        theta.add_(direction, alpha=by)
+        lagrangian.forget_all()
+
+    torch.testing.assert_close(slope(lagrangian, shift_theta), expected, rtol=1e-6, atol=1e-6)
+
+
+# Of three blocks: the steps of Z need each, and a VJP through two; Θ needs two again, whose inputs have moved, and
+# three VJPs; U needs all again. Where Z is a forward pass, that has evaluated them. Between slices nothing is kept.
+DEFAULTS = BlockADMM(1, 0.01, batch_size=24)
+ONLINE = OnlineBlockADMM(1, 0.01, batch_size=24)
+EVALUATIONS = {
+    "mini-batch": ({"linearize": 8, "vjp": 5}, replace(DEFAULTS, refresh=0.0)),
+    "with a forward pass": ({"forward": 2, "linearize": 8, "vjp": 5}, DEFAULTS),
+    "two slices": ({"linearize": 15, "vjp": 7}, replace(DEFAULTS, refresh=0.0, sweep="batch", slice_size=12)),
+    "online": ({"linearize": 5, "vjp": 5}, ONLINE),
+    "online with a dual": ({"linearize": 8, "vjp": 5}, replace(ONLINE, dual="paper")),
+    "blockprop": ({"linearize": 5, "vjp": 5}, Gotmare(1, 0.01, batch_size=24)),
+}
+
+
+def counted(name: str, original: Callable[..., Any], counts: Counter[str]) -> Callable[..., Any]:
+    def call(*given: Any, **named: Any) -> Any:
+        counts[name] += 1
+        return original(*given, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("case", EVALUATIONS)
+def test_no_block_is_evaluated_more_often_than_needed(
+    case: str, mlp_problem: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, optimizer = EVALUATIONS[case]
+    problem, counts = mlp_problem(), Counter[str]()
+    state = optimizer.init(problem, SEEDS)
+    for name in ("forward", "linearize", "vjp"):
+        monkeypatch.setattr(Block, name, counted(name, getattr(Block, name), counts))
+    optimizer.step(problem, state)
+    assert counts == expected
+
+
+@pytest.mark.parametrize("name", ["lipschitz", "majorised"])
+def test_a_resumed_z_update_goes_on_as_it_was(name: str, mlp_problem: Callable[..., Problem]) -> None:
+    problem = mlp_problem()
+    for optimizer in (BlockADMM(4, 0.01, batch_size=8), OnlineBlockADMM(4, 0.01, batch_size=8)):
+        options = replace(optimizer, z_update=ZUpdate(name), curvature_every=2)
+        state, other = (options.init(problem, SEEDS) for _ in range(2))
+        options.step(problem, state)
+        restore(other, copy.deepcopy(save(state)))
+        for one in (state, other):
+            options.step(problem, one)
+        assert torch.equal(state.theta.flat, other.theta.flat)
+        for a, b in zip(state.z_state.inverse_curvature, other.z_state.inverse_curvature, strict=True):
+            assert torch.equal(a, b)
