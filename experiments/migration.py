@@ -1,7 +1,7 @@
 """Bring the finished runs of a store of schema 1 up to date: their identities covered class paths and keys' spelling.
 
-Of a run, `config.yaml` gets the names of today and the two keys that schema 1 left out, `run.json` its schema and new
-identity, and the folder its new name. Every other file stays as it is, byte for byte.
+Of a run, `config.yaml` gets the names of today and the two keys that schema 1 left out, `run.json` its schema, kind and
+new identity, and the folder its new name. Every other file stays as it is, byte for byte.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from experiments.identity import SCHEMA, identity, identity_config, with_todays_names, without_nulls
+from experiments.reports.base import report_of
 from experiments.store import SUMS, Run, delete, slot_of, sums
 
 # What schema 1 took for granted where a configuration did not say it.
@@ -71,7 +72,8 @@ def _migrated(run: Run) -> Run:
     if (expected := former_identity(stored, data)) != slot.identity:
         raise ValueError(f"{run.folder}: config.yaml hashes to {expected}, not to {slot.identity}; see `check`")
     config = _explicit(identity_config(with_todays_names(stored)))
-    record = {"schema": SCHEMA} | info | {"identity": identity(config, run.record.choices, data)}
+    kind = report_of(run.record.experiment).kind
+    record = {"schema": SCHEMA} | info | {"identity": identity(config, run.record.choices, data), "kind": kind}
     target = run.folder.with_name(f"{slot.name}-{record['identity']}")
     if not target.exists():  # as it does after an interruption
         with tempfile.TemporaryDirectory(dir=run.folder.parent, prefix=".") as folder:
