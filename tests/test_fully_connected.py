@@ -71,5 +71,5 @@ def test_a_hook_that_would_not_be_called_is_named(optimizer):
     problem = Problem(
         torch.randn(6, 4), torch.arange(6) % 2, split(network, per_layer=True), SquaredError(), initialiser("pytorch")
     )
-    with pytest.raises(ValueError, match=r"optimizer: \w+ would not call the hooks of layer 'fc1.linear'; remove them"):
+    with pytest.raises(ValueError, match=r"network: \w+ would not call the hooks of layer 'fc1.linear'; remove them"):
         optimizer.init(problem, [0])
