@@ -277,6 +277,8 @@ class AugmentedLagrangian(BlockOutputs):
 
     def update_duals(self, step: StepSize) -> None:
         """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Algorithm 1, line 12), in place."""
+        if isinstance(step, float) and step == 0.0:
+            return
         for t, u in enumerate(self.u, start=1):
             residual = self.residual(t, for_vjp=False)
             u.add_(residual.mul_(broadcast(step, residual)))
