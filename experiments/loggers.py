@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
+
+from admm.checkpoints import Row
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # a program's exit code after Ctrl-C
 
 
-class Logger(Protocol):
+class Logger(ABC):
+    """Receives a run's rows beside the store. What it raises becomes a warning, and the run goes on without it."""
+
+    @abstractmethod
     def open(self, info: dict[str, Any], config: dict[str, Any]) -> None:
-        """A run starts, or is resumed: all of its rows will follow."""
+        """Begin a run, or resume one: all of its rows follow, those from before an interruption too.
 
-    def log(self, rows: list[dict[str, float]]) -> None:
-        """The rows of one evaluation or several."""
+        Args:
+            info: what `run.json` says of the run, such as its `identity`, and `seeds`, one per replica.
+            config: the run's configuration, resolved.
+        """
 
+    @abstractmethod
+    def log(self, rows: list[Row]) -> None:
+        """Take the rows of one evaluation or of several, one per replica and evaluation, as `history.csv` has them."""
+
+    @abstractmethod
     def close(self, exit_code: int) -> None:
-        """The run has ended: 0 if its result is in the store."""
+        """End the run. The exit code is 0 if its result is in the store, and 130 after Ctrl-C."""
 
 
-class NoLogger:
+class NoLogger(Logger):
     """The store alone."""
 
     def open(self, info: dict[str, Any], config: dict[str, Any]) -> None: ...
 
-    def log(self, rows: list[dict[str, float]]) -> None: ...
+    def log(self, rows: list[Row]) -> None: ...
 
     def close(self, exit_code: int) -> None: ...
 
 
 @dataclass
-class Guarded:
+class Guarded(Logger):
     """A logger whose failures are warnings: after one it gets no more rows, and the run goes on without it.
 
     As a context it is closed at the end, with the exit code of what has happened in it.
@@ -49,7 +62,7 @@ class Guarded:
         self.is_open = True
         self._call(self.logger.open, info, config)
 
-    def log(self, rows: list[dict[str, float]]) -> None:
+    def log(self, rows: list[Row]) -> None:
         if not self.has_failed:
             self._call(self.logger.log, rows)
 
@@ -73,7 +86,7 @@ class Guarded:
 
 
 @dataclass
-class WandbLogger:
+class WandbLogger(Logger):
     """Weights & Biases: one run per replica, grouped by experiment and optimizer. `mode` offline needs no account.
 
     A run is called by its identity and seed, and all of its rows are sent when it is resumed: they take the place of
@@ -109,7 +122,7 @@ class WandbLogger:
                 reinit="create_new",
             )
 
-    def log(self, rows: list[dict[str, float]]) -> None:
+    def log(self, rows: list[Row]) -> None:
         for row in rows:
             self.runs[int(row["replica"])].log(row, step=int(row["iteration"]))
 

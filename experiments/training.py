@@ -122,12 +122,15 @@ def logger_of(config: DictConfig) -> Guarded:
     a wrong key or a missing package."""
     with user_errors(config):
         try:
-            return Guarded(instantiate(config.logger))
+            logger = instantiate(config.logger)
         except InstantiationException as error:
             if error.__cause__ is None or isinstance(error.__cause__, ImportError | TypeError | ValueError):
                 raise
             log.warning("%s failed, the run goes on without it: %r", config.logger._target_, error.__cause__)
             return Guarded(NO_LOGGER)
+        if not isinstance(logger, Logger):
+            raise ValueError(f"logger: {config.logger._target_} is no subclass of experiments.loggers.Logger")
+        return Guarded(logger)
 
 
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:

@@ -30,7 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from joblib import cpu_count
 from launches import Launch, multirun, places, single
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from stores import info, put
 from test_protocol import CASES
 
@@ -54,7 +54,7 @@ from experiments.launching.stacking import (
     paying_on_a_processor,
 )
 from experiments.launching.study import held, take_up, wait_for
-from experiments.loggers import Guarded, WandbLogger
+from experiments.loggers import Guarded, Logger, WandbLogger
 from experiments.reports.scores import mean_score, scores
 from experiments.reports.searches import rankings, write_ranking
 from experiments.store import LEFT, Run, Slot, launched_runs, slot_of
@@ -546,7 +546,7 @@ def test_an_error_of_an_own_model_is_told_with_its_type(error: Exception, messag
 # --- Loggers
 
 
-class Recorder:
+class Recorder(Logger):
     """A tracker, which may be down."""
 
     all: ClassVar[list[Recorder]] = []
@@ -979,3 +979,9 @@ def test_a_sweep_that_ended_before_its_kill_is_none_of_the_kills(monkeypatch: py
     with pytest.raises(SystemExit) as end:
         kill_a_sweep.main()
     assert end.value.code == 0 and outcomes == []
+
+
+def test_a_logger_is_a_subclass() -> None:
+    config = OmegaConf.create({"logger": {"_target_": "builtins.dict"}})
+    with pytest.raises(BadInput, match=r"^logger: builtins\.dict is no subclass of experiments\.loggers\.Logger$"):
+        training.logger_of(config)

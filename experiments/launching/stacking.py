@@ -290,7 +290,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class CellLoggers:
+class CellLoggers(Logger):
     """Each cell's rows to its own logger."""
 
     shares: Sequence[Share]
