@@ -278,7 +278,7 @@ def test_a_hook_of_later_is_told():
 def test_hooks_of_all_modules_are_seen():
     handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output * 2)
     try:
-        with pytest.raises(ValueError, match="split: hooks of all modules would be called"):
+        with pytest.raises(ValueError, match="network: hooks of all modules would be called"):
             problem(nn.Sequential(nn.Linear(4, 2)))
     finally:
         handle.remove()
@@ -313,7 +313,7 @@ def test_networks_that_normalise_over_the_samples_train(norm):
 def test_the_comparison_is_made_once_for_samples_of_a_kind(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "admm.comparison._compared", lambda blocks, x, training: calls.append(training) or x.new_zeros(4, 2)
+        "admm.comparison._outputs", lambda blocks, x, training: calls.append(training) or x.new_zeros(4, 2)
     )
     blocks, x = split(nn.Sequential(nn.Linear(4, 2)), after=[]), samples(4)
     for part in (x, x[:3]):

@@ -213,7 +213,7 @@ def test_impossible_ranks_and_rounds_are_named(faces: Faces, tmp_path: Path, mon
     monkeypatch.setattr(deepfacto, "user_errors", nullcontext)
     with pytest.raises(ValueError, match=r"model.rank: 32 is more than the 6 channels"):
         executed(tmp_path, faces, "pca", "rank32")
-    with pytest.raises(Exception, match=r"optimizer.rounds: 0 is not a whole number from 1 up"):
+    with pytest.raises(Exception, match=r"rounds: 0 is not a whole number from 1 up"):
         executed(tmp_path, faces, "nmf", "rank4", "optimizer.rounds=0")
 
 

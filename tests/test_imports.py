@@ -8,8 +8,7 @@ import admm
 
 SUITE = ("hydra", "omegaconf", "matplotlib", "rich", "pandas", "experiments")
 OPTIONAL = ("sklearn", "scipy", "joblib", "psutil", "filelock", "yaml", "PIL", "h5py", "torchvision")
-NEED_MORE = ("admm.faces", "admm.backbones", "admm.deepfacto.probes")  # of the `suite` and `faces` extras
-MODULES = [name for _, name, _ in pkgutil.walk_packages(admm.__path__, "admm.") if name not in NEED_MORE]
+MODULES = [name for _, name, _ in pkgutil.walk_packages(admm.__path__, "admm.")]
 
 
 def run(code: str) -> str:
