@@ -18,6 +18,10 @@ def main(config: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     show_what_can_be_shown()
+    if any(a.split("=")[0] in ("--cfg", "-c") for a in sys.argv) and any(a.startswith("setting=") for a in sys.argv):
+        sys.exit(
+            "error: --cfg shows a single job, before rows are chosen: in place of optimizer=… setting=… give row=…"
+        )
     try:
         main()
     except SystemExit as end:

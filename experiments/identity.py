@@ -34,7 +34,7 @@ RENAMED: dict[str, str] = {
     "experiments.tasks.deepfacto.Raw": "experiments.deepfacto.Raw",
 }
 # Keys that say what a run is called, where and how it is executed, and how it is reported, not what its numbers are.
-EXECUTION_KEYS = (
+NOT_IN_IDENTITY = (
     "task",
     "dataset.root",
     "backbone.weights",  # their content counts
@@ -67,7 +67,7 @@ def identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256:
     leaves finished runs valid. Numbers count by their value: 1 and 1.0 are one.
 
     Args:
-        config: The run's configuration, resolved, with or without its `EXECUTION_KEYS`.
+        config: The run's configuration, resolved, with or without its `NOT_IN_IDENTITY`.
         choices: Names of the experiment, the method and the setting, by `CHOICES`.
         data_sha256: SHA-256 of the data's content.
     """
@@ -97,9 +97,9 @@ def is_per_replica(value: Any) -> bool:
 
 
 def identity_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the configuration without its `EXECUTION_KEYS`."""
+    """A copy of the configuration without its `NOT_IN_IDENTITY`."""
     copy: dict[str, Any] = json.loads(json.dumps(config))
-    for path in EXECUTION_KEYS:
+    for path in NOT_IN_IDENTITY:
         _pop(copy, path)
     return copy
 

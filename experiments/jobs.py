@@ -33,16 +33,16 @@ LISTED = 6  # sources that a message names
 class Job:
     """A run that was asked for: its data, its place in a store, and what its `run.json` says.
 
-    joined: finished runs that differ in their seeds alone, with others of those that were asked for. again: the run
-    is finished, and is to be made once more.
+    reused: finished runs of the same row that have some of the seeds asked for. rerun: whether the run is finished and
+    is made once more.
     """
 
     dataset: Any  # with its `sha256`
     slot: Slot
     info: dict[str, Any]
     config: dict[str, Any]
-    joined: Sequence[Run] = ()
-    again: bool = False
+    reused: Sequence[Run] = ()
+    rerun: bool = False
 
 
 def run_once(
@@ -51,8 +51,8 @@ def run_once(
     make: Callable[[DictConfig, Job], Run],
     load: Callable[..., Any] = load_once,
 ) -> list[Run]:
-    """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`. Returns it after those that
-    join it.
+    """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`. Returns it after
+    those that are reused.
 
     A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
     its other jobs, and comes back to it at the end (`experiments.launching.leftovers`).
@@ -68,11 +68,11 @@ def run_once(
             left.touch()
             return []
         finished = job.slot.finished()
-        if finished is not None and not job.again:
+        if finished is not None and not job.rerun:
             log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
         else:
             finished = make(config, job)
-    runs = [*job.joined, finished]
+    runs = [*job.reused, finished]
     record_in_launch(runs, launch)
     supersede(job, config)
     return runs
@@ -93,28 +93,34 @@ def supersede(job: Job, config: DictConfig) -> None:
 def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load_once) -> Job:
     """Check a job's configuration, load the data set, and find the run's place.
 
-    Of a classifier, the run is of those seeds alone that no finished run of the same row has; if there is none, it is
-    the newest of these runs. load: of `config.dataset`, a device and a dtype, the data, with their `sha256`. Raises
-    ValueError or DatasetError.
+    For a classifier, the run has those seeds alone that no finished run of the same row has; if all are finished, the
+    newest such run is returned.
+
+    Args:
+        load: Called with `**config.dataset`, a device and a dtype; returns the data, with their `sha256`.
+
+    Raises:
+        ValueError: The configuration or the launch asks for what cannot be done.
+        DatasetError: The data set cannot be loaded.
     """
     check_job(config, launch)
     device = ready_device(config, launch.workers)
     dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     origin = provenance(device, plain)
-    overrides, by_seed = own_overrides(config, launch), config.task == TASK
+    overrides, by_seed = changing_overrides(config, launch), config.task == TASK
     root = Path(config.outputs if overrides else config.results)
     sha256, choices = dataset.sha256, launch.choices
     slot = Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity(plain, choices, sha256))
     found = runs_of_row(slot, plain, choices, sha256) if by_seed else finished_in(slot)
-    there = [] if config.force else [run for run in found if stands(run, origin, config.other_code)]
+    there = [] if config.force else [run for run in found if is_reusable(run, origin, config.other_code)]
     if by_seed and not config.force:
         plain["seeds"] = seeds_to_run(config.seeds, there)
         slot = replace(slot, identity=identity(plain, choices, sha256))
     own = Run(slot.folder)
     info = record(config, launch, overrides, plain["seeds"], slot, sha256) | origin
-    joined = [run for run in there if run != own]
-    return Job(dataset, slot, info, plain, joined, again=own in found and own not in there)
+    reused = [run for run in there if run != own]
+    return Job(dataset, slot, info, plain, reused, rerun=own in found and own not in there)
 
 
 def finished_in(slot: Slot) -> list[Run]:
@@ -130,9 +136,9 @@ def check_job(config: DictConfig, launch: Launch) -> None:
     check_search(launch.is_search, config.dataset.holdout)
 
 
-def own_overrides(config: DictConfig, launch: Launch) -> list[str]:
-    """Those that make a run another one than the row. Seeds of a classifier do not, if they are some of the committed
-    ones."""
+def changing_overrides(config: DictConfig, launch: Launch) -> list[str]:
+    """The overrides that change a run's numbers, so that it is not the committed row's. Some of the committed seeds of
+    a classifier change nothing."""
     own = [override for override in launch.overrides if changes_numbers(override)]
     if config.task == TASK and set(config.seeds) <= set(config.committed_seeds):
         return [override for override in own if key_of(override) != "seeds"]
@@ -163,7 +169,7 @@ def record(
     }
 
 
-def stands(run: Run, origin: dict[str, Any], other_code: str) -> bool:
+def is_reusable(run: Run, origin: dict[str, Any], other_code: str) -> bool:
     """Whether a finished run is kept, as `other_code` of the configuration says; logs which files have changed since.
 
     A run from before sources were hashed is always kept: its files are compared as far as git knows them. origin: the

@@ -10,12 +10,12 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from experiments.identity import EXECUTION_KEYS
+from experiments.identity import NOT_IN_IDENTITY
 
-OF_THE_ROW = ("experiment", "optimizer", "setting", "row")
+ROW_SELECTORS = ("experiment", "optimizer", "setting", "row")
 NOT_SEARCHED = ("dataset", "dataset.*", "seeds", "iterations", "search")
 REDUCING = ("iterations", "seeds", "model.*", "dataset.first")
-OF_THE_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")
+COMPARABLE_WITH_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")
 
 
 def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
@@ -36,17 +36,17 @@ def is_of(override: str, keys: Sequence[str]) -> bool:
 
 def chooses_row(override: str) -> bool:
     """Whether it chooses the experiment, or a row of it, instead of changing one."""
-    return is_of(override, OF_THE_ROW)
+    return is_of(override, ROW_SELECTORS)
 
 
-def is_neutral(override: str) -> bool:
+def is_outside_identity(override: str) -> bool:
     """Whether it says where and how a run is made, which its identity leaves out."""
-    return any(is_of(override, (key, f"{key}.*")) for key in EXECUTION_KEYS)
+    return any(is_of(override, (key, f"{key}.*")) for key in NOT_IN_IDENTITY)
 
 
 def changes_numbers(override: str) -> bool:
     """Whether it makes a run another one than the experiment's row."""
-    return not (chooses_row(override) or is_neutral(override))
+    return not (chooses_row(override) or is_outside_identity(override))
 
 
 def reduces(override: str) -> bool:
@@ -54,9 +54,9 @@ def reduces(override: str) -> bool:
     return is_of(override, REDUCING)
 
 
-def keeps_the_paper_s_experiment(override: str) -> bool:
+def is_comparable_with_paper(override: str) -> bool:
     """Whether it leaves the data, the network and the loss as the experiment has them."""
-    return is_of(override, OF_THE_PAPER)
+    return is_of(override, COMPARABLE_WITH_PAPER)
 
 
 def is_searched(override: str) -> bool:

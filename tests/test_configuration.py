@@ -29,7 +29,7 @@ from admm.optimizers import AdaptivePenalty
 from experiments import checks, jobs, overrides, provenance
 from experiments.checks import LARGEST_SEED, check, check_place, check_row
 from experiments.errors import BadInput
-from experiments.jobs import stands
+from experiments.jobs import is_reusable
 from experiments.launch import Launch
 from experiments.launching.rows import choices
 from experiments.paths import expand
@@ -161,8 +161,12 @@ def test_optimizer_and_setting_choose_rows(
         ([None], ["typo"], "setting: 'typo' is no row in experiment=digits; there are sgd-fast, "),
         (["mine"], ["slow"], "setting: 'slow' is no row of optimizer=mine in experiment=digits; there are sgd-fast, "),
         (["sgd", "adam"], ["fast"], "setting: 'fast' is no row of optimizer=adam "),
-        (["sgd", "mine"], [None], "optimizer=mine: default values, which need a launch without rows; there are sgd-f"),
-        (["sgd"], ["fast", "default"], "setting=default: default values, which need a launch without rows"),
+        (
+            ["sgd", "mine"],
+            [None],
+            "optimizer=mine: default values cannot be mixed with rows in one launch; there are sgd",
+        ),
+        (["sgd"], ["fast", "default"], "setting=default: default values cannot be mixed with rows in one launch"),
     ],
 )
 def test_a_row_that_an_experiment_does_not_have_is_refused(
@@ -233,7 +237,7 @@ def test_a_group_of_the_command_line_is_below_a_row(tmp_path: Path) -> None:
 
 
 def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="error: experiment: a launch makes the rows of one; setting=default"):
+    with pytest.raises(SystemExit, match="error: experiment: rows can be launched for one experiment at a time"):
         launch("experiment=digits_shallow,mnist_shallow", *places(tmp_path))
 
 
@@ -267,10 +271,10 @@ def test_what_an_override_means() -> None:
         return [number for number, override in enumerate(given) if question(override)]
 
     assert those(overrides.chooses_row) == [0]
-    assert those(overrides.is_neutral) == [2, 9]
+    assert those(overrides.is_outside_identity) == [2, 9]
     assert those(overrides.changes_numbers) == [1, 3, 4, 5, 6, 7, 8, 10]
     assert those(overrides.reduces) == [4, 5, 8]
-    assert those(overrides.keeps_the_paper_s_experiment) == [1, 8]
+    assert those(overrides.is_comparable_with_paper) == [1, 8]
     assert those(overrides.is_searched) == [0, 1, 2, 3, 4, 6, 7, 9, 10]
 
 
@@ -534,10 +538,10 @@ def test_a_run_of_other_code_is_named_and_kept_or_made_again(tmp_path: Path, mon
     found = stored(tmp_path / "outputs")[0]
     changed = {"sources": found.info["sources"] | {"mylab/sizes.py": "0"}, "commit": "another"}
     with pytest.raises(ValueError, match=r"^other_code=refuse: sgd-.*: made by other code, .*: mylab/sizes.py$"):
-        stands(found, changed, "refuse")
+        is_reusable(found, changed, "refuse")
     printed, again = run("other_code=rerun")
     assert "mylab/sizes.py; it is made again" in printed and not again.equals(before)
-    assert stands(found, found.info, "refuse")
+    assert is_reusable(found, found.info, "refuse")
 
 
 def test_a_race_of_other_code_is_run_again(tmp_path: Path) -> None:
@@ -574,11 +578,13 @@ def test_of_a_run_before_sources_were_hashed_git_tells_what_has_changed(
     origin = {"commit": "now", "sources": dict.fromkeys(names, "0")}
     monkeypatch.setattr(jobs, "changed_since", lambda *asked: changed_since(*asked, tmp_path))
     for other_code in ("keep", "rerun", "refuse"):
-        assert stands(run, origin, other_code)
+        assert is_reusable(run, origin, other_code)
     assert caplog.text.count(f"made by other code, {first}, now now: b.py, a.py; kept") == 3
     unknown_run = put(tmp_path, "adam-tuned", [90.0], info("adam", "tuned", "2001", seeds=[0], commit="c+"))
     caplog.set_level("INFO")
-    assert stands(unknown_run, origin, "refuse") and "the sources of c+, which made it, were not kept" in caplog.text
+    assert (
+        is_reusable(unknown_run, origin, "refuse") and "the sources of c+, which made it, were not kept" in caplog.text
+    )
 
 
 def test_a_resumed_run_whose_code_has_changed_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

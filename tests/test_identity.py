@@ -11,7 +11,7 @@ from stores import info
 
 from experiments import identity as module
 from experiments.identity import (
-    EXECUTION_KEYS,
+    NOT_IN_IDENTITY,
     RENAMED,
     identity,
     identity_config,
@@ -49,7 +49,7 @@ def test_identity_covers_values_data_and_choices() -> None:
 def test_identity_does_not_cover_the_execution_nor_the_order_of_keys() -> None:
     same = {"optimizer": CONFIG["optimizer"], "dataset": {"root": "y", "name": "a"}, "seeds": [0, 1], "device": "cuda"}
     assert of(same) == of(CONFIG)
-    assert of(CONFIG | dict.fromkeys([key for key in EXECUTION_KEYS if "." not in key], "another")) == of(CONFIG)
+    assert of(CONFIG | dict.fromkeys([key for key in NOT_IN_IDENTITY if "." not in key], "another")) == of(CONFIG)
     assert "root" not in identity_config(CONFIG)["dataset"] and CONFIG["dataset"]["root"] == "x"
 
 

@@ -268,6 +268,16 @@ def test_a_batch_too_small_for_batch_normalisation_names_the_key(tmp_path: Path,
         single(*SMALL, *places(tmp_path), "model=resnet18", "model.width=2", *arguments)
 
 
+def test_the_configuration_of_a_job_is_shown_for_a_row_and_refused_for_a_setting() -> None:
+    def shown(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "run.py"), "experiment=mnist_shallow", *arguments, "--cfg", "job"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    assert "start: 0.6\n" in shown("row=mnist_shallow/sgd-tuned").stdout
+    refused = shown("optimizer=sgd", "setting=tuned")
+    assert refused.returncode == 1 and "error: --cfg shows a single job" in refused.stderr and not refused.stdout
+
+
 def test_help_lists_groups_and_examples() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, cwd=ROOT)
     assert re.search("experiment: .*digits_shallow, .*mnist_shallow", done.stdout) and "python run.py -m" in done.stdout

@@ -42,7 +42,7 @@ class Rows(Callback):
 
 
 def values(override: Override | None) -> list[str | None]:
-    """All of a sweep's, or the one; None, for any, where nothing is given."""
+    """The values of a swept override, or its single one; [None], for any, where none is given."""
     if override is None:
         return [None]
     return list(override.sweep_string_iterator() if override.is_sweep_override() else [str(override.value())])
@@ -53,7 +53,7 @@ def rows_of_launch(config: DictConfig, given: dict[str, Override], settings: lis
     if len(values(given.get("experiment"))) == 1:
         return TableRows.of(config.hydra.runtime.choices["experiment"], config.rows, conf_folders(config.hydra))
     if settings != [DEFAULT]:
-        raise ValueError("experiment: a launch makes the rows of one; setting=default makes several without rows")
+        raise ValueError("experiment: rows can be launched for one experiment at a time; several need setting=default")
     return TableRows("", [], [])
 
 
@@ -67,7 +67,7 @@ def choices(table: TableRows, methods: list[str | None], settings: list[str | No
     without = dict.fromkeys(method for method, own in found if not own)
     if rows and without:
         alone = f"setting={DEFAULT}" if DEFAULT in settings else f"optimizer={','.join(map(str, without))}"
-        raise ValueError(f"{alone}: default values, which need a launch without rows; {table.in_words()}")
+        raise ValueError(f"{alone}: default values cannot be mixed with rows in one launch; {table.in_words()}")
     if rows:
         return [f"row={','.join(rows)}"]
     every = without if None not in without else dict.fromkeys(row.method for row in table.listed)

@@ -1,4 +1,4 @@
-"""What every kind of report on an experiment can do, and which experiment has which."""
+"""The base class of the reports, and which report an experiment has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEST_ACCURACY = "test accuracy in percent"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The one number of a row of a table, and the paper's. run: the name of the newest of the row's runs."""
+    """A row's headline number beside the paper's. run: the name of the newest of the row's runs."""
 
     run: str
     method: str
@@ -42,7 +42,7 @@ class ExperimentReport(ABC):
     """The figures and tables of an experiment, functions of its runs.
 
     caption: what the figures show. quantity: what the table holds. panels: titles of the settings, in their order.
-    reduced: the experiment of which this is less, None if this is none of that sort. needs: a file in the data sets'
+    reduced: the full-size experiment that this one scales down, or None. needs: a file in the data sets'
     folder without which the experiment cannot be reproduced. order: when `make reproduce` launches it; None: never.
     """
 
@@ -101,7 +101,7 @@ class ExperimentReport(ABC):
 
     @property
     def stated(self) -> Mapping[str, float]:
-        """Those of the paper's numbers that `compare` sets ours beside, by method."""
+        """The paper's numbers that `compare` uses, by method."""
         return self.paper.accuracy
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.overrides import keeps_the_paper_s_experiment, reduces
+from experiments.overrides import is_comparable_with_paper, reduces
 from experiments.records import RunRecord
 from experiments.reports.base import ExperimentReport, report_of
 from experiments.reports.methods import method_of, methods
@@ -79,7 +79,7 @@ class Curve:
     @property
     def is_of_the_paper(self) -> bool:
         """Whether the command line has left the data, the network and the loss as the experiment has them."""
-        return all(map(keeps_the_paper_s_experiment, self.record.overrides))
+        return all(map(is_comparable_with_paper, self.record.overrides))
 
     def by_iteration(self, column: str) -> pd.DataFrame:
         """Mean and sample standard deviation over the replicas, by iteration."""

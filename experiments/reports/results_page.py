@@ -47,7 +47,7 @@ def sections(root: Path) -> Iterator[str]:
     yield (
         "Written by `make results-page` from the runs in this folder. Accuracies are test accuracies in percent after "
         "the last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
-        "*reduced* is less than the paper's experiment, *default* has no file of settings, and `1 of 3 seeds` counts "
+        "*reduced* is less than the paper's experiment, *default* has no row in `conf/row`, and `1 of 3 seeds` counts "
         "those run so far. A commit with + had uncommitted changes."
     )
     yield "## The paper's numbers"

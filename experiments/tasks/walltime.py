@@ -71,7 +71,7 @@ def run(config: DictConfig, launch: Launch) -> None:
         for slot in slots:  # in one order, so that two races do not wait for each other
             locks.enter_context(slot.lock())
         runs = [run for job in jobs.values() if (run := job.slot.finished())]
-        if any(job.again for job in jobs.values()) or len(runs) < len(jobs):
+        if any(job.rerun for job in jobs.values()) or len(runs) < len(jobs):
             runs = race(config, jobs)
         else:
             machine = runs[0].info["machine"]
