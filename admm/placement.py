@@ -43,8 +43,9 @@ def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> lis
     if needed > room[place]:
         free = ", ".join(f"{name} {room[name] / _GIB:.1f} GiB" for name in PLACES)
         raise ValueError(
-            f"variables: {place!r} has no room for the variables of all samples, {needed / _GIB:.1f} GiB ({needed} "
-            f"bytes); free are {free}; take a place with room, fewer seeds, or OnlineBlockADMM, which has none"
+            f"sample_storage: {place!r} has no room for the variables of all samples, {needed / _GIB:.1f} GiB "
+            f"({needed} bytes); free are {free}; take a place with room, fewer seeds, or OnlineBlockADMM, which "
+            "has none"
         )
     if place == "disk":
         with explain_write_errors(Path(tempfile.gettempdir()), "the variables of all samples", needed):

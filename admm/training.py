@@ -164,7 +164,7 @@ def train(
     >>> x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
     >>> blocks = split(torch.nn.Sequential(torch.nn.Linear(1, 1)), n_blocks=1)
     >>> problem = Problem(x, 2 * x + 1, blocks, SquaredError(), initialiser("normal", std=0.1))
-    >>> optimizer = Backprop(iterations=30, update=SGD(), step_size=0.5, batch_size=4)
+    >>> optimizer = Backprop(iterations=30, theta_update=SGD(), step_size=0.5, batch_size=4)
     >>> state = optimizer.init(problem, seeds=[0, 1])
     >>> history = train(problem, optimizer, state, iterations=30, evaluate_every=30)
     >>> [f"{row['train_loss']:.3f}" for row in history.rows if row["iteration"] == 30]

@@ -32,6 +32,11 @@ RENAMED: dict[str, str] = {
     "experiments.tasks.deepfacto.PCA": "experiments.deepfacto.PCA",
     "experiments.tasks.deepfacto.PostHocNMF": "experiments.deepfacto.PostHocNMF",
     "experiments.tasks.deepfacto.Raw": "experiments.deepfacto.Raw",
+    "optimizer.forward_mixing": "optimizer.refresh",
+    "optimizer.theta_update": "optimizer.update",
+    "optimizer.z_update.output_update": "optimizer.z_update.last",
+    "optimizer.sample_storage": "optimizer.variables",
+    "optimizer.group_size": "optimizer.together",
 }
 # Keys that say what a run is called, where and how it is executed, and how it is reported, not what its numbers are.
 NOT_IN_IDENTITY = (

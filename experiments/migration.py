@@ -17,13 +17,13 @@ from typing import Any
 
 import yaml
 
-from experiments.identity import SCHEMA, identity, identity_config, with_todays_names, without_nulls
+from experiments.identity import SCHEMA, identity, identity_config, with_former_names, with_todays_names, without_nulls
 from experiments.reports.base import report_of
 from experiments.store import SUMS, Run, delete, slot_of, sums
 
 # What schema 1 took for granted where a configuration did not say it.
 IMPLIED = {"precision": "fp32"}
-IMPLIED_OF = {"admm.optimizers.BlockADMM": {"variables": "device"}}
+IMPLIED_OF = {"admm.optimizers.BlockADMM": {"sample_storage": "device"}}
 
 
 def migrate(root: Path) -> Iterator[str]:
@@ -53,7 +53,7 @@ def former_identity(config: dict[str, Any], data_sha256: str) -> str:
 
 def _without_former_nulls(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without nulls that are defaults, which today's classes tell, under the former names."""
-    defaults = without_nulls(with_todays_names(config))
+    defaults = with_former_names(without_nulls(with_todays_names(config)))
 
     def kept(node: Any, today: Any) -> Any:
         if isinstance(node, dict) and isinstance(today, dict):

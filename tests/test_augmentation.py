@@ -65,8 +65,8 @@ def test_samples_keep_their_targets_and_are_changed_as_drawn(resnet_problem):
     "optimizer",
     [
         Backprop(2, SGD(), 0.05, batch_size=5),
-        Gotmare(2, 0.01, 0.1, batch_size=5, update=SGD()),
-        OnlineBlockADMM(2, 0.01, 0.1, batch_size=5, update=SGD()),
+        Gotmare(2, 0.01, 0.1, batch_size=5, theta_update=SGD()),
+        OnlineBlockADMM(2, 0.01, 0.1, batch_size=5, theta_update=SGD()),
     ],
     ids=["backprop", "gotmare", "online"],
 )

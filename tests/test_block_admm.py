@@ -54,7 +54,9 @@ class Reference(Algorithm1):
         self.network, self.k, self.rounds_done = problem.blocks.export(problem.initial([seed])), 0, 0
         block = as_blocks(problem, self.network)
         J, beta = partial(loss_sum, problem.loss), by_block(options.beta, len(block))
-        super().__init__(block, problem.x, problem.y, J, beta, torch_rule(options.update, self.network.parameters()), u)
+        super().__init__(
+            block, problem.x, problem.y, J, beta, torch_rule(options.theta_update, self.network.parameters()), u
+        )
         adam = options.z_update
         self.z_leaf = [[torch.zeros_like(Z[:1]) for _ in Z] for Z in self.Z]
         self.z_adam = [
@@ -68,7 +70,7 @@ class Reference(Algorithm1):
 
     def descend(self, t: int, i: Tensor, gradient: Tensor, zeta: float) -> None:
         update = self.options.z_update
-        if t == self.T and update.last == "prox":
+        if t == self.T and update.output_update == "prox":
             self.Z[t - 1][i] = self.prox(i)
         elif update.name == "adam":
             for row, sample in enumerate(i.tolist()):
@@ -103,7 +105,7 @@ class Reference(Algorithm1):
         linear = [[m for m in block if isinstance(m, nn.Linear)] for block in self.block]
         self.weights = [m[0].weight.detach().clone() if m else None for m in linear]
 
-    def refresh(self, i: Tensor, pull: float) -> None:
+    def mix(self, i: Tensor, pull: float) -> None:
         for z, ahead in zip(self.Z, self.forward(self.X[i]), strict=True):
             z[i] = (1 - pull) * z[i] + pull * ahead
 
@@ -121,7 +123,7 @@ class Reference(Algorithm1):
             for r in range(rounds):
                 part = r / rounds
                 if r == 0:
-                    self.refresh(everything, self.value("refresh", part))
+                    self.mix(everything, self.value("forward_mixing", part))
                 self.remember_weights()
                 self.update_Z(everything, self.zetas(part))
                 for i in self.batches(self.rounds_done + r):
@@ -131,7 +133,7 @@ class Reference(Algorithm1):
             batches = self.batches(self.k)
             for number, i in enumerate(batches):
                 part = number / len(batches)
-                self.refresh(i, self.value("refresh", part))
+                self.mix(i, self.value("forward_mixing", part))
                 if number % options.curvature_every == 0:
                     self.remember_weights()
                 for _ in range(rounds):
@@ -159,9 +161,9 @@ class NormalisedReference(Reference):
         with statistics_kept(self.network):
             super().update_Z(i, zeta)
 
-    def refresh(self, i: Tensor, pull: float) -> None:
+    def mix(self, i: Tensor, pull: float) -> None:
         with statistics_kept(self.network):
-            super().refresh(i, pull)
+            super().mix(i, pull)
 
     def update_U(self, i: Tensor, alpha: float) -> None:
         with statistics_kept(self.network):
@@ -176,9 +178,9 @@ def assert_same(problem: Problem, state: BlockADMMState, s: int, reference: Refe
 
 
 GRADIENT, ADAM, MAJORISED = (
-    ZUpdate("gradient", last="step"),
-    ZUpdate("adam", last="prox"),
-    ZUpdate("majorised", last="prox"),
+    ZUpdate("gradient", output_update="step"),
+    ZUpdate("adam", output_update="prox"),
+    ZUpdate("majorised", output_update="prox"),
 )
 BASE = BlockADMM(
     ITERATIONS,
@@ -188,39 +190,41 @@ BASE = BlockADMM(
     sweep="batch",
     batch_size=7,
     z_update=GRADIENT,
-    update=SGD(),
+    theta_update=SGD(),
     dual_step=1.0,
-    refresh=0.0,
+    forward_mixing=0.0,
 )
 VARIANTS = {
     "as printed": BASE,
-    "prox": replace(BASE, z_update=ZUpdate("gradient", last="prox")),
-    "several steps": replace(BASE, z_update=ZUpdate("gradient", steps=3, last="step")),
+    "prox": replace(BASE, z_update=ZUpdate("gradient", output_update="prox")),
+    "several steps": replace(BASE, z_update=ZUpdate("gradient", steps=3, output_update="step")),
     "several rounds": replace(BASE, primal_rounds=3),
     "more and more rounds": replace(
-        BASE, primal_growth=0.7, z_update=ADAM, update=Adam(), theta_step=1e-2, z_step=1e-2
+        BASE, primal_growth=0.7, z_update=ADAM, theta_update=Adam(), theta_step=1e-2, z_step=1e-2
     ),
-    "momentum": replace(BASE, update=SGD(momentum=0.9, weight_decay=0.1)),
-    "paper's setting": replace(BASE, primal_rounds=3, z_update=ADAM, update=Adam(), theta_step=1e-2, z_step=1e-2),
+    "momentum": replace(BASE, theta_update=SGD(momentum=0.9, weight_decay=0.1)),
+    "paper's setting": replace(BASE, primal_rounds=3, z_update=ADAM, theta_update=Adam(), theta_step=1e-2, z_step=1e-2),
     "adam's options": replace(
         BASE,
         primal_rounds=2,
         z_update=ZUpdate("adam", 2, "step", beta1=0.7, beta2=0.8, epsilon=1e-2),
-        update=Adam(beta1=0.8, beta2=0.9, epsilon=1e-4, weight_decay=0.5),
+        theta_update=Adam(beta1=0.8, beta2=0.9, epsilon=1e-4, weight_decay=0.5),
         theta_step=1e-2,
     ),
-    "beta by block": replace(BASE, beta={"blocks": [0.5, 2.0, 1.3]}, z_update=ZUpdate("gradient", last="prox")),
+    "beta by block": replace(
+        BASE, beta={"blocks": [0.5, 2.0, 1.3]}, z_update=ZUpdate("gradient", output_update="prox")
+    ),
     "zeta by block": replace(BASE, z_step={"blocks": [0.1, {"start": 0.2, "end": 0.0}, 0.3]}),
     "dual step": replace(BASE, dual_step=0.3),
     "no dual step": replace(BASE, dual_step=0.0),
-    "refresh": replace(BASE, refresh=0.4, primal_rounds=2),
-    "full refresh": replace(BASE, refresh=1.0),
+    "mixing": replace(BASE, forward_mixing=0.4, primal_rounds=2),
+    "full mixing": replace(BASE, forward_mixing=1.0),
     "schedules": replace(
         BASE,
         theta_step={"start": 0.1, "end": 0.01},
         z_step={"start": 0.2, "end": 0.0},
         dual_step={"start": 1.0, "end": 0.2},
-        refresh={"start": 0.9, "end": 0.1},
+        forward_mixing={"start": 0.9, "end": 0.1},
         primal_rounds=2,
     ),
     "majorised": replace(BASE, z_update=MAJORISED, z_step=0.8, beta={"blocks": [0.5, 2.0, 1.3]}, primal_rounds=2),
@@ -268,7 +272,7 @@ def test_it_is_algorithm_1(mlp_problem, loss, variant, sweep):
 @pytest.mark.parametrize("sweep", ["batch", "minibatch"])
 @pytest.mark.parametrize("cut", [{"n_blocks": 1}, {"n_blocks": 2}, {"per_layer": True, "activation": "start"}], ids=str)
 def test_it_is_algorithm_1_however_the_network_is_cut(mlp_problem, cut, sweep):
-    adam = ZUpdate("adam", last="prox", epsilon=1e-3)  # which does not enlarge the rounding of tiny gradients
+    adam = ZUpdate("adam", output_update="prox", epsilon=1e-3)  # which does not enlarge the rounding of tiny gradients
     problem, options = mlp_problem(**cut), replace(VARIANTS["schedules"], sweep=sweep, z_update=adam)
     state, reference = options.init(problem, SEEDS), Reference(problem, options, SEEDS[2])
     for _ in range(ITERATIONS):
@@ -282,9 +286,9 @@ def test_it_is_algorithm_1_however_the_network_is_cut(mlp_problem, cut, sweep):
 def test_it_is_algorithm_1_for_images_between_blocks(conv_problem, name, sweep):
     problem = conv_problem()
     options = replace(
-        VARIANTS["refresh"],
+        VARIANTS["mixing"],
         sweep=sweep,
-        z_update=ZUpdate(name, last="prox"),
+        z_update=ZUpdate(name, output_update="prox"),
         dual_step=0.5,
         beta={"blocks": [0.7, 1.5]},
     )
@@ -298,16 +302,16 @@ def test_it_is_algorithm_1_for_images_between_blocks(conv_problem, name, sweep):
 
 
 @pytest.mark.parametrize("sweep", ["batch", "minibatch"])
-@pytest.mark.parametrize("last", ["prox", "step"])
-def test_it_is_algorithm_1_for_a_resnet_running_statistics_included(resnet_problem, last, sweep):
+@pytest.mark.parametrize("output_update", ["prox", "step"])
+def test_it_is_algorithm_1_for_a_resnet_running_statistics_included(resnet_problem, output_update, sweep):
     problem = resnet_problem(SquaredError(0.6))
     options = replace(
-        VARIANTS["refresh"],
+        VARIANTS["mixing"],
         sweep=sweep,
         batch_size=6,
         theta_step=2e-3,
         z_step=0.05,
-        z_update=ZUpdate("gradient", last=last),
+        z_update=ZUpdate("gradient", output_update=output_update),
     )
     state = options.init(problem, SEEDS[:2])
     references = [NormalisedReference(problem, options, seed) for seed in SEEDS[:2]]
@@ -350,7 +354,7 @@ def test_the_slice_size_changes_nothing(mlp_problem, variant, slice_size):
 @pytest.mark.parametrize("theta_passes, updates", [(0.1, 1), (0.5, 2), (1.0, 4), (1.25, 5), (2.0, 8)])
 def test_theta_passes_counts_passes_over_the_samples(mlp_problem, theta_passes, updates):
     problem = mlp_problem()
-    options = replace(BASE, update=Adam(), primal_rounds=2, theta_passes=theta_passes)  # 4 mini-batches a pass
+    options = replace(BASE, theta_update=Adam(), primal_rounds=2, theta_passes=theta_passes)  # 4 mini-batches a pass
     state = options.init(problem, SEEDS)
     options.step(problem, state)
     assert state.moments[-1].tolist() == [2 * updates] * 3  # Adam's count of steps
@@ -487,7 +491,7 @@ def test_prox_is_the_exact_minimiser_over_the_last_coupling_variable(mlp_problem
 
 
 @pytest.mark.parametrize(
-    "update", [MAJORISED, ZUpdate("lipschitz", last="prox"), ZUpdate("lipschitz", 2, "step")], ids=str
+    "update", [MAJORISED, ZUpdate("lipschitz", output_update="prox"), ZUpdate("lipschitz", 2, "step")], ids=str
 )
 @pytest.mark.parametrize("activation", ["end", "start"])
 def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_problem, update, activation):
@@ -498,7 +502,7 @@ def test_majorised_and_lipschitz_steps_decrease_the_augmented_lagrangian(mlp_pro
         FROZEN,
         z_update=update,
         beta={"blocks": [0.5, 2.0, 1.0]},
-        z_step=1.0 if update.last == "prox" else 0.6,
+        z_step=1.0 if update.output_update == "prox" else 0.6,
     )
     state = mixed_state(problem, options)
     for _ in range(50):  # of the power iteration
@@ -514,7 +518,7 @@ def test_the_majorised_step_is_at_most_newtons_before_a_relu(mlp_problem):
     problem = mlp_problem()
     theta, beta = problem.initial((0,)), torch.tensor([[0.5], [2.0], [1.0]]).double()
     unit = torch.eye(5).double()
-    inverse = curvature(ZUpdate("majorised", last="prox"), problem, theta, beta)[0]
+    inverse = curvature(ZUpdate("majorised", output_update="prox"), problem, theta, beta)[0]
     weight = theta.blocks[1][0]["weight"][0]
     for pattern in range(2**4):
         active = torch.tensor([pattern >> k & 1 for k in range(4)]).double()
@@ -539,7 +543,7 @@ def test_the_majorised_step_before_a_large_weight_in_float32_is_float64_s(mlp_pr
 
 def test_the_lipschitz_step_is_near_the_largest_safe_one(mlp_problem):
     problem = mlp_problem()
-    update, theta = ZUpdate("lipschitz", last="prox"), mlp_problem().initial(SEEDS)
+    update, theta = ZUpdate("lipschitz", output_update="prox"), mlp_problem().initial(SEEDS)
     beta = torch.tensor([0.5, 2.0, 3.0]).double()
     steps = curvature(update, problem, theta, beta[:, None].expand(3, 3), 100)
     for t in (0, 1):
@@ -575,7 +579,10 @@ def consensus_problem(loss: Loss, activation: type[nn.Module]) -> Problem:
 )
 @pytest.mark.parametrize(
     "activation, update, step",
-    [(nn.Flatten, ZUpdate("majorised", 4, last="prox"), 1.0), (nn.Tanh, ZUpdate("gradient", 6, last="prox"), 0.5)],
+    [
+        (nn.Flatten, ZUpdate("majorised", 4, output_update="prox"), 1.0),
+        (nn.Tanh, ZUpdate("gradient", 6, output_update="prox"), 0.5),
+    ],
 )
 def test_in_consensus_the_duals_are_the_back_propagated_gradients(loss, activation, update, step):
     """With Θ fixed and the constraints met, β_t U_t = −∂J/∂Z_t along the network's own forward pass."""
@@ -737,18 +744,18 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"theta_step": (0.1, 0.2)}, "theta_step: 2 values for 3 replicas"),
         ({"z_step": {"start": 0.1}}, "z_step: a schedule is"),
         ({"dual_step": (1.0,)}, "dual_step: 1 values for 3 replicas"),
-        ({"refresh": (1.0,)}, "refresh: 1 values for 3 replicas"),
-        ({"refresh": {"start": 0.5, "end": (0.5, 1.5, 1.0)}}, "is more than the whole way to the forward pass"),
+        ({"forward_mixing": (1.0,)}, "forward_mixing: 1 values for 3 replicas"),
+        ({"forward_mixing": {"start": 0.5, "end": (0.5, 1.5, 1.0)}}, "is more than the whole way to the forward pass"),
         ({"primal_growth": -1.0}, "primal_growth: -1.0 is not a number from 0 up"),
         (
-            {"z_update": ZUpdate("newton", last="prox")},
+            {"z_update": ZUpdate("newton", output_update="prox")},
             "name: 'newton' is not one of gradient, adam",
         ),
         (
-            {"z_update": ZUpdate("adam", last="exact")},
-            "last: 'exact' is not one of prox, step",
+            {"z_update": ZUpdate("adam", output_update="exact")},
+            "output_update: 'exact' is not one of prox, step",
         ),
-        ({"z_update": ZUpdate("adam", steps=0, last="prox")}, "steps: 0 is"),
+        ({"z_update": ZUpdate("adam", steps=0, output_update="prox")}, "steps: 0 is"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
@@ -759,14 +766,16 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
 
 @pytest.mark.parametrize("optimizer", [BASE, OnlineBlockADMM(1, 0.1, batch_size=7, dual="none")])
 def test_an_exact_last_step_needs_a_loss_with_a_proximal_operator(mlp_problem, optimizer):
-    options = replace(optimizer, z_update=ZUpdate("gradient", last="prox"))
-    with pytest.raises(ValueError, match=r"loss: NoProx has no prox; last='prox' needs an admm.losses.ProximalLoss"):
+    options = replace(optimizer, z_update=ZUpdate("gradient", output_update="prox"))
+    with pytest.raises(
+        ValueError, match=r"loss: NoProx has no prox; output_update='prox' needs an admm.losses.ProximalLoss"
+    ):
         options.init(mlp_problem(NoProx()), SEEDS)
 
 
 @pytest.mark.parametrize("name", ["majorised", "lipschitz"])
 def test_updates_by_curvature_need_one_linear_layer_a_block(mlp_problem, conv_problem, name):
-    options = replace(BASE, z_update=ZUpdate(name, last="prox"))
+    options = replace(BASE, z_update=ZUpdate(name, output_update="prox"))
     needs = rf"'{name}' needs blocks of one linear layer, with or without a ReLU; block 2 is \['1.0', '1.1'"
     with pytest.raises(ValueError, match=needs):
         options.init(conv_problem(), SEEDS)

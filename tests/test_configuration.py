@@ -190,7 +190,7 @@ OPTIMIZER = """_target_: mylab.descent.Descent
 iterations: ${iterations}
 batch_size: 64
 step_size: 0.1
-update: {_target_: admm.optimizers.SGD}
+theta_update: {_target_: admm.optimizers.SGD}
 """
 
 

@@ -90,9 +90,9 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
 DEFAULTS = BlockADMM(1, 0.01, batch_size=24)
 ONLINE = OnlineBlockADMM(1, 0.01, batch_size=24)
 EVALUATIONS = {
-    "mini-batch": ({"linearize": 8, "vjp": 5}, replace(DEFAULTS, refresh=0.0)),
+    "mini-batch": ({"linearize": 8, "vjp": 5}, replace(DEFAULTS, forward_mixing=0.0)),
     "with a forward pass": ({"forward": 2, "linearize": 8, "vjp": 5}, DEFAULTS),
-    "two slices": ({"linearize": 15, "vjp": 7}, replace(DEFAULTS, refresh=0.0, sweep="batch", slice_size=12)),
+    "two slices": ({"linearize": 15, "vjp": 7}, replace(DEFAULTS, forward_mixing=0.0, sweep="batch", slice_size=12)),
     "online": ({"linearize": 5, "vjp": 5}, ONLINE),
     "online with a dual": ({"linearize": 8, "vjp": 5}, replace(ONLINE, dual="paper")),
     "blockprop": ({"linearize": 5, "vjp": 5}, Gotmare(1, 0.01, batch_size=24)),

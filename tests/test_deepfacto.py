@@ -30,7 +30,15 @@ from admm.optimizers.protocol import Problem
 
 SEEDS = (3, 1)
 BASE = DeepFacto(
-    5, 1e-2, 0.1, {"blocks": [1.5, 0.7, 2.0]}, batch_size=8, warm_rounds=5, dual_step=0.5, refresh=0.3, slice_size=7
+    5,
+    1e-2,
+    0.1,
+    {"blocks": [1.5, 0.7, 2.0]},
+    batch_size=8,
+    warm_rounds=5,
+    dual_step=0.5,
+    forward_mixing=0.3,
+    slice_size=7,
 )
 
 
@@ -102,7 +110,7 @@ def test_every_primal_update_decreases_equation_9(net):
     after = [str(k) for k in range(len(whole) - 1)]
     task = problem(whole, after, SquaredError(), y=torch.rand(20, 4, dtype=torch.float64))
     # Small steps where an update is a gradient step; the others have none.
-    options = replace(BASE, theta_step=1e-3, z_step=1e-2, beta=1.3, update=SGD(), together=1)
+    options = replace(BASE, theta_step=1e-3, z_step=1e-2, beta=1.3, theta_update=SGD(), group_size=1)
     state = trained(options, task)
     lagrangian = lagrangian_of(options, task, state)
     assert len(lagrangian.factors) == (1 if net is network else 2)
@@ -113,8 +121,8 @@ def test_every_primal_update_decreases_equation_9(net):
         assert (moved < value).all(), t
         value = moved
     blocks = [t for t in range(1, len(state.z) + 1) if t not in lagrangian.factors]
-    update = BlockwiseThetaUpdate(options.update, task.blocks, state.theta, state.moments, blocks)
-    update.step(lagrangian, [1e-3] * len(state.z))
+    updater = BlockwiseThetaUpdate(options.theta_update, task.blocks, state.theta, state.moments, blocks)
+    updater.step(lagrangian, [1e-3] * len(state.z))
     assert (lagrangian.value() < value).all()
 
 
@@ -126,7 +134,7 @@ def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
         nn.Sequential(nn.ReLU(), nn.Linear(4, 4)),
     )
     task = problem(net, loss=SquaredError(), y=torch.rand(20, 4, dtype=torch.float64))
-    options = replace(BASE, beta=1.0, together=1)
+    options = replace(BASE, beta=1.0, group_size=1)
     state = options.init(task, SEEDS)
     state.z[1] = torch.zeros_like(state.z[1])
     weight = task.blocks[2].linear_weight(state.theta.blocks[2])
@@ -137,7 +145,7 @@ def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
     assert (lagrangian.value() < value).all()
 
 
-def test_the_refresh_of_scores_is_the_projection(monkeypatch):
+def test_the_mixing_of_scores_is_the_projection(monkeypatch):
     exact = partial(nonnegative_least_squares, tolerance=1e-9)
     monkeypatch.setattr("admm.optimizers.deepfacto.nonnegative_least_squares", exact)
     task = problem()
@@ -156,7 +164,7 @@ def test_the_refresh_of_scores_is_the_projection(monkeypatch):
 def test_what_is_common_to_all_scores_is_not_for_the_embedding_to_undo():
     """Features that have shrunk since the last visit leave the embedding's coupling term as it was: without a step
     along the loss, 0."""
-    task, options = problem(), replace(BASE, refresh=1.0, dual_step=0.0)
+    task, options = problem(), replace(BASE, forward_mixing=1.0, dual_step=0.0)
     state = trained(options, task)
     by_block(task.blocks, state.theta)[0].mul_(0.8)
     lagrangian = lagrangian_of(options, task, state)
@@ -166,7 +174,7 @@ def test_what_is_common_to_all_scores_is_not_for_the_embedding_to_undo():
     assert (lagrangian.residual(3).norm(dim=(1, 2)) < 1e-4 * lagrangian.z[2].norm(dim=(1, 2))).all()
 
 
-def test_the_refresh_of_scores_of_rank_one_goes_a_part_of_the_way():
+def test_the_mixing_of_scores_of_rank_one_goes_a_part_of_the_way():
     task = problem(network(rank=1))
     state = trained(BASE, task)
     whole, part = (lagrangian_of(BASE, task, state) for _ in range(2))
@@ -254,7 +262,7 @@ def test_a_resumed_run_is_the_uninterrupted_one():
 @pytest.mark.parametrize("update", [SGD(weight_decay=0.1), Adam(weight_decay=0.1)])
 def test_frozen_blocks_do_not_move_before_their_time(update):
     task = problem()
-    options = replace(BASE, frozen=2, update=update)
+    options = replace(BASE, frozen=2, theta_update=update)
     state = options.init(task, SEEDS)
     start = state.theta.flat.clone()
     size = sum(p.numel() for p in task.blocks.network[0].parameters())
@@ -285,7 +293,14 @@ def test_the_export_encodes_projects_and_goes_on():
 def test_training_reduces_the_loss_of_the_exported_network(frozen):
     task, steps = problem(samples=30), {"blocks": [1e-3, 0.0, 1e-2]}
     options = replace(
-        BASE, theta_step=steps, iterations=120, dual_step=0.0, refresh=1.0, batch_size=15, z_step=0.5, frozen=frozen
+        BASE,
+        theta_step=steps,
+        iterations=120,
+        dual_step=0.0,
+        forward_mixing=1.0,
+        batch_size=15,
+        z_step=0.5,
+        frozen=frozen,
     )
     start, end = options.init(task, SEEDS), trained(options, task, epochs=120)
     x = task.x.expand(2, *task.x.shape)
@@ -329,7 +344,7 @@ def test_an_nmf_without_a_linear_layer_after_it_is_refused(after):
         replace(BASE, beta=1.0).init(problem(net, ["0", "1"] if after else ["0"], loss, y=y), SEEDS)
 
 
-@pytest.mark.parametrize("key", ["together", "warm_rounds", "score_sweeps", "basis_sweeps", "primal_rounds"])
+@pytest.mark.parametrize("key", ["group_size", "warm_rounds", "score_sweeps", "basis_sweeps", "primal_rounds"])
 def test_counts_below_one_are_refused(key):
     with pytest.raises(ValueError, match=rf"^{key}: 0 is not a whole number from 1 up"):
         replace(BASE, **{key: 0}).init(problem(), SEEDS)
@@ -342,19 +357,19 @@ def test_freezing_for_all_iterations_is_refused():
 
 def test_another_loss_serves_as_well():
     task = problem(loss=SquaredError(), y=torch.rand(20, 4, dtype=torch.float64))
-    state = trained(replace(BASE, together=1), task)
+    state = trained(replace(BASE, group_size=1), task)
     assert torch.isfinite(state.theta.flat).all()
 
 
 def test_labels_of_another_form_are_refused_where_samples_come_together():
     task = problem(loss=SquaredError(), y=torch.rand(20, 4))
-    with pytest.raises(ValueError, match=r"^together: 4 needs class indices as y, not 2 axes"):
+    with pytest.raises(ValueError, match=r"^group_size: 4 needs class indices as y, not 2 axes"):
         BASE.init(task, SEEDS)
 
 
 def test_more_than_the_whole_way_is_refused():
-    with pytest.raises(ValueError, match=r"^refresh: 3.0 is more than the whole way"):
-        replace(BASE, refresh=3.0).init(problem(), SEEDS)
+    with pytest.raises(ValueError, match=r"^forward_mixing: 3.0 is more than the whole way"):
+        replace(BASE, forward_mixing=3.0).init(problem(), SEEDS)
 
 
 def test_without_a_dual_step_there_are_no_duals():

@@ -21,9 +21,9 @@ from experiments.training import execution
 SEEDS = (3, 1)
 OPTIMIZERS: dict[str, Optimizer[Any]] = {
     "backprop": Backprop(2, SGD(), 0.01, batch_size=5),
-    "gotmare": Gotmare(2, 0.01, 0.1, batch_size=5, update=SGD()),
+    "gotmare": Gotmare(2, 0.01, 0.1, batch_size=5, theta_update=SGD()),
     "online": OnlineBlockADMM(
-        2, 0.01, 0.1, beta=1.0, batch_size=5, update=SGD(), z_update=ZUpdate("gradient", 1, "step"), dual="none"
+        2, 0.01, 0.1, beta=1.0, batch_size=5, theta_update=SGD(), z_update=ZUpdate("gradient", 1, "step"), dual="none"
     ),
 }
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -237,11 +237,13 @@ BLOCKS_AT_A_TIME = OPTIMIZERS | {
         sweep="batch",
         batch_size=5,
         slice_size=5,
-        z_update=ZUpdate("gradient", last="prox"),
+        z_update=ZUpdate("gradient", output_update="prox"),
         dual_step=1.0,
-        refresh=0.0,
+        forward_mixing=0.0,
     ),
-    "block-admm, mini-batches": BlockADMM(2, 0.01, 0.1, batch_size=5, z_update=ZUpdate("gradient", last="prox")),
+    "block-admm, mini-batches": BlockADMM(
+        2, 0.01, 0.1, batch_size=5, z_update=ZUpdate("gradient", output_update="prox")
+    ),
 }
 
 

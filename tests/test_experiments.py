@@ -207,7 +207,7 @@ def test_a_search_tries_its_whole_grid_and_puts_the_best_first(tmp_path: Path, m
     collect.main()
     found = pd.read_csv(tmp_path / "searches/mnist_shallow_block_admm.csv")
     assert (tmp_path / "searches/mnist_shallow_block_admm.png").read_bytes().startswith(b"\x89PNG")
-    searched = ["optimizer.theta_step.start", "loss.scale", "optimizer.update.weight_decay"]
+    searched = ["optimizer.theta_step.start", "loss.scale", "optimizer.theta_update.weight_decay"]
     assert len(found) == len(found.drop_duplicates(searched)) == 18
     assert found["held-out"].is_monotonic_decreasing and set(found["samples held out"]) == {200}
     assert set(found["iterations"]) == {1}

@@ -15,12 +15,12 @@ from admm.optimizers import SGD, Adam, Problem
 from admm.optimizers.gotmare import Gotmare
 
 SEEDS = (3, 1, 7)
-BASE = Gotmare(4, {"start": 0.05, "end": 0.0}, {"start": 0.4, "end": 0.1}, rho=0.8, batch_size=7, update=SGD())
+BASE = Gotmare(4, {"start": 0.05, "end": 0.0}, {"start": 0.4, "end": 0.1}, rho=0.8, batch_size=7, theta_update=SGD())
 VARIANTS = {
     "gradient": BASE,
     "three rounds": replace(BASE, z_rounds=3),
-    "adam": replace(BASE, update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}, z_rounds=2),
-    "adam on z": replace(BASE, z_update=Adam(0.8, 0.99, 1e-3), z_rounds=3, update=SGD(momentum=0.8)),
+    "adam": replace(BASE, theta_update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}, z_rounds=2),
+    "adam on z": replace(BASE, z_update=Adam(0.8, 0.99, 1e-3), z_rounds=3, theta_update=SGD(momentum=0.8)),
     "a step for each z": replace(BASE, z_step={"blocks": [0.3, 0.6]}, z_rounds=2),
 }
 PROBLEMS = {
@@ -43,7 +43,7 @@ class Reference:
         self.network = problem.blocks.export(problem.initial([seed])).train()
         modules = dict(self.network.named_modules())
         self.blocks = [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
-        self.rules = [torch_rule(options.update, list(block.parameters())) for block in self.blocks]
+        self.rules = [torch_rule(options.theta_update, list(block.parameters())) for block in self.blocks]
 
     def own_term(self, t: int, z: list[Tensor], y: Tensor) -> Tensor:
         """Of block t, with z[0] = x."""

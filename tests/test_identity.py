@@ -109,15 +109,54 @@ loss: {_target_: admm.losses.SquaredError, scale: 1.0}
 optimizer: {_target_: admm.optimizers.BCD, gamma: 1.0, rho: 1.0, alpha: 0.1}
 setting: tuned
 """
+# That of the tuned Block-ADMM, with keys that have other names today.
+FORMER_KEYS = """
+seeds: [0, 1, 2, 3, 4]
+grid: null
+iterations: 20
+evaluate_every: 1
+dtype: float32
+dataset: {name: mnist, normalisation: unit, holdout: 0, holdout_seed: 0}
+model: {_target_: admm.models.mlp, hidden: [128, 128]}
+init: {_target_: admm.models.initialiser, name: pytorch}
+split: {_target_: admm.blocks.split, per_layer: true, activation: start}
+loss: {_target_: admm.losses.SquaredError, scale: 0.3}
+optimizer:
+  _target_: admm.optimizers.BlockADMM
+  iterations: 20
+  sweep: minibatch
+  batch_size: 256
+  beta: 1.0
+  primal_rounds: 1
+  theta_step: {start: 0.002, end: 0.0}
+  theta_passes: 1.0
+  update: {_target_: admm.optimizers.Adam, beta1: 0.9, beta2: 0.999, epsilon: 1.0e-08, weight_decay: 1.0}
+  z_step: 1.0
+  z_update:
+    _target_: admm.optimizers.ZUpdate
+    name: majorised
+    steps: 4
+    last: prox
+    beta1: 0.9
+    beta2: 0.999
+    epsilon: 1.0e-08
+  curvature_every: 2
+  dual_step: {start: 1.0, end: 0.0}
+  dual_init: 0.0
+  refresh: 0.9
+  slice_size: 2000
+  penalty: null
+setting: tuned
+"""
 DATA = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
 
 
-def former(root: Path) -> Run:
-    slot = Slot(root, "mnist_shallow", "bcd-tuned", "470ff6e8c385")
+def former(root: Path, method: str = "bcd", identity: str = "470ff6e8c385", config: str = FORMER) -> Run:
+    slot = Slot(root, "mnist_shallow", f"{method}-tuned", identity)
     slot.folder.mkdir(parents=True)
-    (slot.folder / "config.yaml").write_text(FORMER, encoding="utf-8")
+    (slot.folder / "config.yaml").write_text(config, encoding="utf-8")
     (slot.folder / "history.csv").write_text("iteration,replica\n0,0\n", encoding="utf-8")
-    said = info("bcd", "tuned", "2026-11-22", identity=slot.identity, dataset={"sha256": DATA, "holdout": 0})
+    said = info(method, "tuned", "2026-11-22", identity=slot.identity, dataset={"sha256": DATA, "holdout": 0})
     (slot.folder / "run.json").write_text(json.dumps(said), encoding="utf-8")
     return Run(slot.folder)
 
@@ -135,6 +174,17 @@ def test_a_run_of_schema_1_is_migrated_once_and_whole(tmp_path: Path) -> None:
     assert (moved / "history.csv").read_bytes() == history
     assert dict(reversed(pair.split("  ")) for pair in (moved / SUMS).read_text().splitlines()) == sums(moved)
     assert list(migrate(tmp_path)) == []
+
+
+def test_a_run_of_schema_1_with_former_keys_is_migrated_to_the_identity_that_it_has_had_since(tmp_path: Path) -> None:
+    former(tmp_path, "block_admm", "c467fa653c12", FORMER_KEYS)
+    list(migrate(tmp_path))
+    (moved,) = tmp_path.glob("runs/mnist_shallow/*")
+    assert moved.name == "block_admm-tuned-d5b2c7e83356"
+    optimizer = Run(moved).config["optimizer"]
+    assert (optimizer["forward_mixing"], optimizer["theta_update"]["weight_decay"]) == (0.9, 1.0)
+    assert (optimizer["z_update"]["output_update"], optimizer["sample_storage"]) == ("prox", "device")
+    assert not {"refresh", "update", "variables"} & set(optimizer) and "last" not in optimizer["z_update"]
 
 
 def test_a_run_whose_configuration_was_changed_is_not_migrated(tmp_path: Path) -> None:

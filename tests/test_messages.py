@@ -16,7 +16,7 @@ GOTMARE = {
     "theta_step": 0.1,
     "batch_size": 64,
     "z_update": SGD,
-    "update": {"_target_": "admm.optimizers.Adam", "beta1": 0.9},
+    "theta_update": {"_target_": "admm.optimizers.Adam", "beta1": 0.9},
 }
 
 
@@ -55,7 +55,7 @@ def test_the_name_of_an_argument_becomes_the_path_of_its_key(message: str, group
     ("key", "value", "expected"),
     [
         ("optimizer__z_update__momentum", 2, "optimizer.z_update.momentum: 2 is not a number from 0 up and below 1.0"),
-        ("optimizer__update__beta1", -1, "optimizer.update.beta1: -1 is not a number from 0 up"),
+        ("optimizer__theta_update__beta1", -1, "optimizer.theta_update.beta1: -1 is not a number from 0 up"),
     ],
 )
 def test_a_nested_object_of_the_configuration_is_named_with_its_path(key: str, value: Any, expected: str) -> None:

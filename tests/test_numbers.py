@@ -25,7 +25,7 @@ GIVEN = BlockADMM(
     batch_size=torch.tensor(7),
     primal_rounds=np.uint8(2),
     z_update=ZUpdate("adam", np.int64(2), beta1=np.float32(0.5)),
-    update=Adam(weight_decay=torch.tensor(0.25)),
+    theta_update=Adam(weight_decay=torch.tensor(0.25)),
     dual_init=np.float32(0.5),
     penalty=AdaptivePenalty(np.float32(0.5), largest=np.inf),
 )
@@ -37,7 +37,7 @@ PYTHONS = BlockADMM(
     batch_size=7,
     primal_rounds=2,
     z_update=ZUpdate("adam", 2, beta1=0.5),
-    update=Adam(weight_decay=0.25),
+    theta_update=Adam(weight_decay=0.25),
     dual_init=0.5,
     penalty=AdaptivePenalty(0.5),
 )

@@ -30,7 +30,7 @@ class Reference(Algorithm2):
         self.network = problem.blocks.export(problem.initial([seed])).train()
         modules = dict(self.network.named_modules())
         block = [nn.Sequential(*(modules[name] for name in names)) for names in problem.blocks.names]
-        rule = torch_rule(options.update, self.network.parameters())
+        rule = torch_rule(options.theta_update, self.network.parameters())
         super().__init__(block, partial(loss_sum, problem.loss), [options.beta] * len(block), rule)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -53,7 +53,7 @@ class Reference(Algorithm2):
 
     def descend(self, t: int, z: list[Tensor], gradient: Tensor, zeta: float) -> None:
         options, loss, beta = self.options.z_update, self.problem.loss, self.options.beta
-        if t == self.T and options.last == "prox":
+        if t == self.T and options.output_update == "prox":
             assert isinstance(loss, SquaredError) and self.options.dual == "none"
             v = self.block[-1](z[-2]).detach()
             z[-1] = (loss.scale * self.y + beta * v) / (loss.scale + beta)
@@ -95,23 +95,25 @@ BASE = OnlineBlockADMM(
     beta=0.8,
     batch_size=7,
     z_update=GRADIENT,
-    update=SGD(),
+    theta_update=SGD(),
     dual="none",
 )
 VARIANTS = {
     "no dual": BASE,
-    "no dual, prox": replace(BASE, z_update=ZUpdate("gradient", 2, last="prox")),
+    "no dual, prox": replace(BASE, z_update=ZUpdate("gradient", 2, output_update="prox")),
     "no dual, adam": replace(
-        BASE, z_update=ADAM, update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}
+        BASE, z_update=ADAM, theta_update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}
     ),
     "no dual, majorised": replace(
-        BASE, z_update=ZUpdate("majorised", 3, last="prox"), z_step={"start": 1.0, "end": 0.0}
+        BASE, z_update=ZUpdate("majorised", 3, output_update="prox"), z_step={"start": 1.0, "end": 0.0}
     ),
     "paper": replace(BASE, dual="paper"),
-    "paper, adam": replace(BASE, dual="paper", z_update=ADAM, update=Adam(), theta_step={"start": 0.01, "end": 0.0}),
+    "paper, adam": replace(
+        BASE, dual="paper", z_update=ADAM, theta_update=Adam(), theta_step={"start": 0.01, "end": 0.0}
+    ),
     "reset": replace(BASE, dual="reset"),
     "decay": replace(BASE, dual="decay", dual_decay=0.5),
-    "decay, momentum": replace(BASE, dual="decay", update=SGD(momentum=0.8, weight_decay=0.1)),
+    "decay, momentum": replace(BASE, dual="decay", theta_update=SGD(momentum=0.8, weight_decay=0.1)),
 }
 
 
@@ -190,7 +192,7 @@ def test_curvature_is_evaluated_every_so_many_mini_batches(mlp_problem, monkeypa
     monkeypatch.setattr(ZUpdate, "update_curvature", lambda *a: calls.append(1) or original(*a))
     problem = mlp_problem()
     options = replace(
-        BASE, z_update=ZUpdate("lipschitz", last="prox"), curvature_every=3, batch_size=3
+        BASE, z_update=ZUpdate("lipschitz", output_update="prox"), curvature_every=3, batch_size=3
     )  # 8 mini-batches
     options.step(problem, options.init(problem, SEEDS))
     assert len(calls) == 3
@@ -212,7 +214,7 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
         ({"dual": "vector"}, "dual: 'vector' is not one of paper, reset, decay, none"),
         ({"batch_size": 0}, "batch_size: 0 is"),
         ({"curvature_every": 0}, "curvature_every: 0 is"),
-        ({"dual": "paper", "z_update": ZUpdate("gradient", last="prox")}, "last='step'"),
+        ({"dual": "paper", "z_update": ZUpdate("gradient", output_update="prox")}, "output_update='step'"),
         (
             {"dual": "reset", "z_update": ZUpdate("lipschitz", 1, "step")},
             "name 'adam' or 'gradient'",
@@ -221,7 +223,7 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
             {"dual": "decay", "z_update": ZUpdate("majorised", 1, "step")},
             "dual: 'decay' is not quadratic",
         ),
-        ({"z_update": ZUpdate("exact", last="prox")}, "name: 'exact' is not one of"),
+        ({"z_update": ZUpdate("exact", output_update="prox")}, "name: 'exact' is not one of"),
         ({"theta_step": (0.1, 0.2)}, "theta_step: 2 values for 3 replicas"),
         ({"z_step": {"start": 0.1}}, "z_step: a schedule is"),
         ({"beta": (1.0, 1.0)}, "beta: 2 values for 3 replicas"),

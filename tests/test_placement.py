@@ -20,11 +20,11 @@ BASE = BlockADMM(
     0.1,
     batch_size=5,
     primal_rounds=3,
-    update=SGD(),
-    z_update=ZUpdate("adam", last="step"),
+    theta_update=SGD(),
+    z_update=ZUpdate("adam", output_update="step"),
     dual_step=1.0,
     dual_init=1e-4,
-    refresh=0.0,
+    forward_mixing=0.0,
     slice_size=4,
 )
 
@@ -33,7 +33,7 @@ BASE = BlockADMM(
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_every_place_gives_the_same_numbers(resnet_problem, place, sweep):
     problem = resnet_problem()
-    options = [replace(BASE, sweep=sweep, variables=name) for name in ("device", place)]
+    options = [replace(BASE, sweep=sweep, sample_storage=name) for name in ("device", place)]
     states = [one.init(problem, SEEDS) for one in options]
     for _ in range(2):
         for one, state in zip(options, states, strict=True):
@@ -72,7 +72,7 @@ def gpu():
 def test_visits_are_on_the_gpu_wherever_the_variables_are(mlp_problem, gpu, place, sweep):
     plain = mlp_problem()
     problem = replace(plain, x=plain.x.to(gpu), y=plain.y.to(gpu))
-    options = replace(BASE, sweep=sweep, variables=place, refresh=0.5, penalty=AdaptivePenalty())
+    options = replace(BASE, sweep=sweep, sample_storage=place, forward_mixing=0.5, penalty=AdaptivePenalty())
     state = options.step(problem, options.init(problem, SEEDS))
     assert {v.device for v in (*state.z, *state.u)} == {gpu if place == "device" else torch.device("cpu")}
     assert {v.device for v in (state.theta.flat, state.beta)} == {gpu}
@@ -112,10 +112,10 @@ def test_what_does_not_fit_is_refused_with_the_bytes_it_needs(resnet_problem, mo
     problem = resnet_problem()
     # Z_1 [4, 4, 4] and Z_2 [3], each with a dual and two moments, 12 samples and 2 replicas in float64
     needed = 4 * 12 * 2 * 8 * (4 * 4 * 4 + 3)
-    with pytest.raises(ValueError, match=rf"^variables: '{place}' has no room .* \({needed} bytes\)"):
-        replace(BASE, variables=place).init(problem, SEEDS)
+    with pytest.raises(ValueError, match=rf"^sample_storage: '{place}' has no room .* \({needed} bytes\)"):
+        replace(BASE, sample_storage=place).init(problem, SEEDS)
 
 
 def test_an_unknown_place_is_refused_by_name(mlp_problem):
-    with pytest.raises(ValueError, match=r"variables: 'cloud' is not one of device, host, disk"):
-        replace(BASE, variables="cloud").init(mlp_problem(), SEEDS)
+    with pytest.raises(ValueError, match=r"sample_storage: 'cloud' is not one of device, host, disk"):
+        replace(BASE, sample_storage="cloud").init(mlp_problem(), SEEDS)

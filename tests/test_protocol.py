@@ -36,7 +36,7 @@ from admm.optimizers.protocol import spectral_norms
 from admm.optimizers.rules import UpdateRule
 
 SEEDS = (5, 0, 11)
-ADAM = {"update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
+ADAM = {"theta_update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
 BATCH: dict[str, Any] = {
     **ADAM,
     "beta": 1.0,
@@ -44,7 +44,7 @@ BATCH: dict[str, Any] = {
     "primal_rounds": 3,
     "dual_step": 1.0,
     "dual_init": 1e-4,
-    "refresh": 0.0,
+    "forward_mixing": 0.0,
 }
 MINIBATCH: dict[str, Any] = {
     **ADAM,
@@ -53,9 +53,9 @@ MINIBATCH: dict[str, Any] = {
     "primal_rounds": 2,
     "dual_step": 0.3,
     "dual_init": 1e-4,
-    "refresh": 0.6,
+    "forward_mixing": 0.6,
 }
-PROX = ZUpdate("adam", last="prox")
+PROX = ZUpdate("adam", output_update="prox")
 PENALTY = AdaptivePenalty(c=0.8, bound=0.5)
 
 
@@ -69,11 +69,11 @@ class Case:
 
 
 STEPS = {"theta_step": (0.02, 0.005, 0.01)}
-MORE = {**STEPS, "z_step": (0.1, 0.05, 0.02), "dual_step": (1.0, 0.3, 0.0), "refresh": (0.0, 0.5, 1.0)}
+MORE = {**STEPS, "z_step": (0.1, 0.05, 0.02), "dual_step": (1.0, 0.3, 0.0), "forward_mixing": (0.0, 0.5, 1.0)}
 BETA = {"beta": {"blocks": [(1.0, 0.5, 2.0), 2.0, (0.3, 1.0, 1.0)]}}
 CASES = {
     "sgd": Case(Backprop(8, SGD(momentum=0.9), 0.05, 7), {"step_size": (0.05, 0.02, 0.1)}),
-    "adam": Case(Backprop(8, ADAM["update"], ADAM["theta_step"], 7), {"step_size": (0.05, 0.02, 0.1)}),
+    "adam": Case(Backprop(8, ADAM["theta_update"], ADAM["theta_step"], 7), {"step_size": (0.05, 0.02, 0.1)}),
     "adam, images": Case(
         Backprop(8, Adam(), 0.01, 4), {"step_size": (0.05, 0.02, 0.1)}, "conv_problem", CrossEntropy()
     ),
@@ -81,23 +81,29 @@ CASES = {
         BlockADMM(8, z_step=0.02, z_update=PROX, slice_size=10, **{**BATCH, "dual_init": 1e-2}), MORE | BETA
     ),
     "block-admm, gradient": Case(
-        BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient", 2), **{**BATCH, "theta_step": 0.05, "update": SGD(0.9)}),
+        BlockADMM(
+            8, z_step=0.1, z_update=ZUpdate("gradient", 2), **{**BATCH, "theta_step": 0.05, "theta_update": SGD(0.9)}
+        ),
         MORE | BETA,
     ),
     "block-admm, majorised": Case(
-        BlockADMM(8, z_update=ZUpdate("majorised", last="prox"), penalty=PENALTY, **BATCH), MORE | BETA
+        BlockADMM(8, z_update=ZUpdate("majorised", output_update="prox"), penalty=PENALTY, **BATCH), MORE | BETA
     ),
     "block-admm, lipschitz": Case(BlockADMM(8, z_update=ZUpdate("lipschitz", 2, "step"), z_step=0.5, **BATCH), MORE),
     "block-admm, mini-batches": Case(
-        BlockADMM(8, z_update=ZUpdate("majorised", 3, last="prox"), curvature_every=2, penalty=PENALTY, **MINIBATCH),
+        BlockADMM(
+            8, z_update=ZUpdate("majorised", 3, output_update="prox"), curvature_every=2, penalty=PENALTY, **MINIBATCH
+        ),
         MORE | BETA,
     ),
     "block-admm, mini-batches, adam": Case(BlockADMM(8, z_step=0.02, z_update=PROX, **MINIBATCH), MORE | BETA),
     "block-admm, mini-batches, lipschitz": Case(
-        BlockADMM(8, z_update=ZUpdate("lipschitz", 3, last="prox"), **MINIBATCH), MORE
+        BlockADMM(8, z_update=ZUpdate("lipschitz", 3, output_update="prox"), **MINIBATCH), MORE
     ),
     "block-admm, cross-entropy": Case(
-        BlockADMM(8, z_update=ZUpdate("majorised", 3, last="prox"), **MINIBATCH), MORE | BETA, loss=CrossEntropy()
+        BlockADMM(8, z_update=ZUpdate("majorised", 3, output_update="prox"), **MINIBATCH),
+        MORE | BETA,
+        loss=CrossEntropy(),
     ),
     "block-admm, images": Case(
         BlockADMM(
@@ -105,13 +111,13 @@ CASES = {
             z_step=0.02,
             z_update=ZUpdate("adam"),
             penalty=PENALTY,
-            **{**BATCH, "batch_size": 4, "refresh": 0.1},
+            **{**BATCH, "batch_size": 4, "forward_mixing": 0.1},
         ),
         MORE | {"beta": {"blocks": [(1.0, 0.5, 2.0), 0.5]}},
         "conv_problem",
     ),
     "block-admm, images, mini-batches": Case(
-        BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient", last="prox"), **{**MINIBATCH, "batch_size": 4}),
+        BlockADMM(8, z_step=0.1, z_update=ZUpdate("gradient", output_update="prox"), **{**MINIBATCH, "batch_size": 4}),
         MORE | {"beta": {"blocks": [(1.0, 0.5, 2.0), 0.5]}},
         "conv_problem",
         CrossEntropy(),
@@ -121,11 +127,13 @@ CASES = {
         {**STEPS, "z_step": (1.0, 0.5, 0.7), "beta": (1.0, 0.5, 2.0)},
     ),
     "online, majorised": Case(
-        OnlineBlockADMM(8, z_update=ZUpdate("majorised", 2, last="prox"), dual="none", curvature_every=3, **ADAM),
+        OnlineBlockADMM(
+            8, z_update=ZUpdate("majorised", 2, output_update="prox"), dual="none", curvature_every=3, **ADAM
+        ),
         {**STEPS, "beta": (1.0, 0.5, 2.0)},
     ),
     "online, adam": Case(
-        OnlineBlockADMM(8, z_step=0.1, z_update=ZUpdate("adam", 3, last="prox"), dual="none", **ADAM),
+        OnlineBlockADMM(8, z_step=0.1, z_update=ZUpdate("adam", 3, output_update="prox"), dual="none", **ADAM),
         {**STEPS, "z_step": (0.1, 0.05, 0.2)},
         loss=CrossEntropy(),
     ),
@@ -539,7 +547,7 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
     network = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     problem = Problem(x, x[:, :, :2].sign(), split(network, after=["1"]), SquaredError(), initialiser("pytorch"))
     for name in ("gradient", "lipschitz", "majorised"):
-        options = optimizer(4, 0.01, 0.3, (1.0, 0.4, 3.0), batch_size=3, z_update=ZUpdate(name, last="prox"))
+        options = optimizer(4, 0.01, 0.3, (1.0, 0.4, 3.0), batch_size=3, z_update=ZUpdate(name, output_update="prox"))
         together = trained(options, problem, (5, 5, 5), 2)
         for s, beta in enumerate(options.beta):
             assert_replicas_equal(together, s, trained(replace(options, beta=beta), problem, (5,), 2), 1e-10)
@@ -549,8 +557,8 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (Backprop(1, "adam", 0.1), r"update: 'adam' is no UpdateRule, such as admm.optimizers.Adam\(\)"),
-        (BlockADMM(1, 0.1, update=Adam), "update: <class .*Adam'> is no UpdateRule"),
+        (Backprop(1, "adam", 0.1), r"theta_update: 'adam' is no UpdateRule, such as admm.optimizers.Adam\(\)"),
+        (BlockADMM(1, 0.1, theta_update=Adam), "theta_update: <class .*Adam'> is no UpdateRule"),
         (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no UpdateRule, such as admm.optimizers.SGD"),
         (OnlineBlockADMM(1, 0.1, z_update="gradient"), "z_update: 'gradient' is no ZUpdate, such as .*ZUpdate"),
         (BlockADMM(1, 0.1, z_update=SGD()), "z_update: SGD.* is no ZUpdate, such as .*ZUpdate"),

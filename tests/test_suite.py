@@ -212,7 +212,10 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("compile=true", r"error: compile: True is for other layers than linear, ReLU and flatten"),
         ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
         ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not between"),
-        ("optimizer.update.momentum=1", r"error: optimizer.update.momentum: 1 is not a number from 0 up and below 1.0"),
+        (
+            "optimizer.theta_update.momentum=1",
+            r"error: optimizer.theta_update.momentum: 1 is not a number from 0 up and below 1.0",
+        ),
         ("optimizer.step_size=-1", r"error: optimizer.step_size: -1 is not a number from 0 up"),
         ("model.hidden=64", r"error: model.hidden: 64 is not a list of widths"),
         ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),

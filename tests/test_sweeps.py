@@ -132,7 +132,11 @@ def test_stacked_cells_have_the_numbers_of_their_own_runs(tmp_path: Path, basic:
 def test_what_cannot_be_stacked_is_run_alone(tmp_path: Path) -> None:
     """Another optimizer, a rule's own number, and a cell alone; and networks that autograd evaluates by replica."""
     output = launch(
-        tmp_path, "optimizer=sgd,adam", "optimizer.update.weight_decay=0,1e-3", "hydra/launcher=stacked", "iterations=1"
+        tmp_path,
+        "optimizer=sgd,adam",
+        "optimizer.theta_update.weight_decay=0,1e-3",
+        "hydra/launcher=stacked",
+        "iterations=1",
     )
     assert "as one stack" not in output and len(stored(tmp_path)) == 4
     assert "4 of 4 jobs are no part of a stack" in output
@@ -297,7 +301,7 @@ def test_hyperparameters_that_may_be_one_a_replica() -> None:
         "theta_step": 1,
         "batch_size": 2,
         "beta": 3,
-        "update": {},
+        "theta_update": {},
     }
     assert hyperparameters(optimizer) == ["theta_step", "beta"]
 
@@ -815,7 +819,7 @@ def test_a_committed_space_is_searched_by_optuna_too(tmp_path: Path) -> None:
     )
     assert 1 <= len(stored(tmp_path)) <= 2
     for run in stored(tmp_path).values():
-        assert {"loss.scale", "optimizer.update.weight_decay"} <= {o.split("=")[0] for o in run.info["overrides"]}
+        assert {"loss.scale", "optimizer.theta_update.weight_decay"} <= {o.split("=")[0] for o in run.info["overrides"]}
 
 
 def test_a_grid_on_held_out_data_is_ranked_at_its_end(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ OPTIMIZERS = {
         z_update=ZUpdate("adam"),
         dual_step=1.0,
         dual_init=1e-3,
-        refresh=0.0,
+        forward_mixing=0.0,
         slice_size=20,
     ),
     "gauss_seidel": BlockADMM(
@@ -44,8 +44,8 @@ OPTIMIZERS = {
         sweep="minibatch",
         batch_size=16,
         primal_rounds=1,
-        refresh=0.9,
-        z_update=ZUpdate("lipschitz", 2, last="prox"),
+        forward_mixing=0.9,
+        z_update=ZUpdate("lipschitz", 2, output_update="prox"),
         dual_step=1.0,
     ),
     "online": OnlineBlockADMM(6, 0.01, batch_size=16, dual="paper"),
@@ -318,8 +318,8 @@ def test_of_a_plain_function_the_loss_alone_is_measured() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_plain_function_is_trained_as_the_loss_that_it_is(problem: Problem, optimizer: Any) -> None:
-    if getattr(getattr(optimizer, "z_update", None), "last", "step") == "prox":
-        optimizer = replace(optimizer, z_update=replace(optimizer.z_update, last="step"))
+    if getattr(getattr(optimizer, "z_update", None), "output_update", "step") == "prox":
+        optimizer = replace(optimizer, z_update=replace(optimizer.z_update, output_update="step"))
     plain = replace(problem, loss=lambda z, y: (z - y).square() / 2)
     states = [run(p, optimizer, (0, 1), 2, measure=loss_alone)[0] for p in (problem, plain)]
     torch.testing.assert_close(states[1].theta.flat, states[0].theta.flat, rtol=1e-4, atol=1e-6)
@@ -369,7 +369,7 @@ def test_a_path_may_be_text(problem: Problem, tmp_path: Path, monkeypatch: pytes
     ("other", "message"),
     [
         ({"optimizer": Backprop(6, SGD(momentum=0.9), 0.01, batch_size=16)}, "optimizer.step_size was 0.05, is 0.01"),
-        ({"optimizer": Backprop(6, SGD(), 0.05, batch_size=16)}, r"optimizer.update was SGD\(momentum=0.9"),
+        ({"optimizer": Backprop(6, SGD(), 0.05, batch_size=16)}, r"optimizer.theta_update was SGD\(momentum=0.9"),
         ({"network": nn.Tanh}, r"network was \(relu\): ReLU\(\), is \(relu\): Tanh\(\)"),
         ({"cut": {"n_blocks": 2}}, "blocks was "),
         ({"loss": SquaredError(2.0)}, r"loss was SquaredError\(scale=1.0\), is SquaredError\(scale=2.0\)"),

@@ -38,7 +38,7 @@ class Backprop(Options, Optimizer[BackpropState]):
 
     Args:
         iterations: the number of iterations, at which the schedules end.
-        update: the update rule, such as `Adam()` or `SGD(momentum=0.9)`.
+        theta_update: the update rule, such as `Adam()` or `SGD(momentum=0.9)`.
         step_size: a number, one per replica, or a schedule of either, see `admm.schedules.schedule`.
         batch_size: the number of samples in a mini-batch.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
@@ -53,7 +53,7 @@ class Backprop(Options, Optimizer[BackpropState]):
     >>> x = torch.tensor([[1.0], [2.0]])
     >>> blocks = split(torch.nn.Sequential(torch.nn.Linear(1, 1)), n_blocks=1)
     >>> problem = Problem(x, 3 * x, blocks, SquaredError(), initialiser("uniform", a=0.0, b=0.0))
-    >>> optimizer = Backprop(iterations=1, update=SGD(), step_size=[0.1, 0.2], batch_size=2)
+    >>> optimizer = Backprop(iterations=1, theta_update=SGD(), step_size=[0.1, 0.2], batch_size=2)
     >>> state = optimizer.step(problem, optimizer.init(problem, seeds=[0, 0]))
     >>> state.theta.flat  # the weight and the bias of two replicas
     tensor([[0.7500, 0.4500],
@@ -61,19 +61,19 @@ class Backprop(Options, Optimizer[BackpropState]):
     """
 
     iterations: int
-    update: UpdateRule
+    theta_update: UpdateRule
     step_size: Value
     batch_size: int = 64
     epoch_parts: int | None = None
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
         seeds = whole_seeds(seeds)
-        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
         at_least_one("iterations", self.iterations)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
-        return BackpropState(seeds, 0, theta, self.update.init(theta.flat))
+        return BackpropState(seeds, 0, theta, self.theta_update.init(theta.flat))
 
     def step(self, problem: Problem, state: BackpropState) -> BackpropState:
         blocks, theta = problem.blocks, state.theta
@@ -92,7 +92,7 @@ class Backprop(Options, Optimizer[BackpropState]):
                 if grad_input is not None:
                     grad_output = grad_input
             progress = (state.iteration + fraction) / self.iterations
-            self.update.apply(theta.flat, gradient.flat, state.moments, step_size(progress))
+            self.theta_update.apply(theta.flat, gradient.flat, state.moments, step_size(progress))
         state.iteration += 1
         return state
 

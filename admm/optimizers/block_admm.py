@@ -25,8 +25,8 @@ from admm.optimizers.coupling import (
     ZUpdate,
     gather,
     label_leak,
+    mixing_schedule,
     penalties,
-    refresh_schedule,
     scatter,
     warn_of_lost_signal,
 )
@@ -98,7 +98,7 @@ def visit(
     lagrangian: AugmentedLagrangian,
     z_update: ZUpdate,
     z_state: ZState,
-    theta_update: ThetaUpdate,
+    updater: ThetaUpdate,
     h: Hyperparameters,
     rounds: int,
 ) -> None:
@@ -106,7 +106,7 @@ def visit(
     lagrangian.mix_with_forward(h.mixing)
     for _ in range(rounds):
         z_update.step(lagrangian, z_state, h.z_steps)  # lines 5 to 8: Z_T … Z_1
-        theta_update.step(lagrangian, h.theta_steps)  # line 10: Θ
+        updater.step(lagrangian, h.theta_steps)  # line 10: Θ
     lagrangian.update_duals(h.dual_step)  # line 12: U
 
 
@@ -121,7 +121,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     The defaults start Z from a forward pass at each visit, without duals, which makes the steps of Θ those of
     `OnlineBlockADMM`, whose defaults they share: with Z that lag behind a forward pass, or duals that add the lag up,
     no value tried trained networks of 3 to 10 blocks alike. §4.1 has beta=1, sweep="batch", primal_rounds=3,
-    z_update=ZUpdate("adam"), dual_step=1, dual_init=1e-4 and refresh=0.
+    z_update=ZUpdate("adam"), dual_step=1, dual_init=1e-4 and forward_mixing=0.
 
     Args:
         iterations: iterations until the schedules end, at least 1.
@@ -137,14 +137,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         theta_passes: > 0, with sweep="batch" passes of Θ over the samples per round; below 1 for a part of the
             mini-batches.
         z_update: how Z follows its gradient.
-        update: the optimizer of Θ.
+        theta_update: the optimizer of Θ.
         dual_step: α ≥ 0, the part of the residual that U grows by, 1 in Algorithm 1; as theta_step.
         dual_init: ≥ 0, U begins uniform on (0, dual_init).
-        refresh: from 0 to 1, the part of the way to a forward pass that each visit first moves Z; as theta_step.
+        forward_mixing: from 0 to 1, the part of the way to a forward pass that each visit first moves Z; as theta_step.
         curvature_every: visits of a mini-batch between two evaluations of the Z update's curvature, at least 1.
         penalty: Eq. 6, or None for a constant β.
         slice_size: samples that a batch sweep holds in the CPU's cache at a time, at least 1.
-        variables: where Z, U and the moments of Z are: "device", "host" or "disk".
+        sample_storage: where Z, U and the moments of Z are: "device", "host" or "disk".
 
     Raises:
         ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem.
@@ -165,14 +165,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     primal_growth: float | None = None
     theta_passes: float = 1.0
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
-    update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
+    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
     dual_step: Value = 0.0
     dual_init: float = 0.0
-    refresh: Value = 1.0
+    forward_mixing: Value = 1.0
     curvature_every: int = 1
     penalty: AdaptivePenalty | None = None
     slice_size: int = 2000
-    variables: Place = "device"
+    sample_storage: Place = "device"
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
         """Z by a forward pass, U uniform, Θ by the problem's initialisation (Algorithm 1, §4.1)."""
@@ -192,7 +192,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             if not z:
                 shapes = [(len(seeds), len(problem.x), *o.shape[2:]) for o in outputs]
                 of_each = 2 + self.z_update.moments_of_each
-                wholes = allocate(self.variables, of_each * shapes, like=problem.x)
+                wholes = allocate(self.sample_storage, of_each * shapes, like=problem.x)
                 z, u, *moments = (wholes[k * len(shapes) : (k + 1) * len(shapes)] for k in range(of_each))
             for whole, values in zip(z, outputs, strict=True):
                 whole[:, part] = values
@@ -201,7 +201,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=self.update.init(theta.flat),
+            moments=self.theta_update.init(theta.flat),
             z=z,
             u=u,
             z_state=self.z_update.init(problem.blocks, theta, zip(*moments, strict=True)),
@@ -211,9 +211,9 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
         """One iteration of Algorithm 1, and Eq. 6."""
         same_samples(problem, state.z[0])
-        theta_update = ThetaUpdate(self.update, problem.blocks, state.theta, state.moments)
+        updater = ThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments)
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
-        residual = sweep(problem, state, theta_update)
+        residual = sweep(problem, state, updater)
         state.iteration += 1
         if self.penalty is not None:
             # λ = β U is kept while β changes (Eq. 5b, 6).
@@ -223,7 +223,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                 u.div_(broadcast(f, u))
         return state
 
-    def _batch_sweep(self, problem: Problem, state: BlockADMMState, theta_update: ThetaUpdate) -> Tensor:
+    def _batch_sweep(self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate) -> Tensor:
         """Algorithm 1 as printed: all of Z, then Θ by mini-batches, at the end all of U. Returns as `_norm` does."""
         schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
         parts = list(slices(len(problem.x), self.slice_size))
@@ -234,11 +234,11 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                 self._update_z(problem, state, part, h, mix=r == 0)  # lines 5 to 8: Z_T … Z_1
             state.z_state.count += self.z_update.steps
             for batch in self._theta_batches(problem, state, r):
-                theta_update.step(self._lagrangian(problem, state, batch), h.theta_steps)  # line 10: Θ
+                updater.step(self._lagrangian(problem, state, batch), h.theta_steps)  # line 10: Θ
         squares = [self._update_duals(problem, state, part, h) for part in parts]  # line 12: U
         return self._norm(squares, len(problem.x))
 
-    def _minibatch_sweep(self, problem: Problem, state: BlockADMMState, theta_update: ThetaUpdate) -> Tensor:
+    def _minibatch_sweep(self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate) -> Tensor:
         """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one's. Returns as `_norm` does."""
         schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
         k, device = state.iteration, problem.x.device
@@ -249,7 +249,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
             lagrangian, z_state = self._gather(problem, state, batch)
-            visit(lagrangian, self.z_update, z_state, theta_update, h, rounds)
+            visit(lagrangian, self.z_update, z_state, updater, h, rounds)
             squares.append(self._squared_residual(lagrangian))
             variables = [*state.z, *state.u, *state.z_state.tensors()]
             scatter(batch, variables, [*lagrangian.z, *lagrangian.u, *z_state.tensors()])
@@ -370,14 +370,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
             z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
             dual_step=schedule("dual_step", self.dual_step, n_replicas),
-            mixing=refresh_schedule(self.refresh, n_replicas),
+            mixing=mixing_schedule(self.forward_mixing, n_replicas),
         )
 
     def _check(self, problem: Problem) -> None:
-        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
         has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("sweep", self.sweep, ("batch", "minibatch"))
-        one_of("variables", self.variables, PLACES)
+        one_of("sample_storage", self.sample_storage, PLACES)
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         for name in ("iterations", "primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))

@@ -121,15 +121,15 @@ def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dt
         )
 
 
-def refresh_schedule(value: Value, replicas: int) -> Schedule:
+def mixing_schedule(value: Value, replicas: int) -> Schedule:
     """Return the schedule of the part of the way to the forward pass that coupling variables are moved.
 
     Raises ValueError for more than 1, and as `schedule` does.
     """
-    refresh = schedule("refresh", value, replicas)
-    if refresh.largest > 1.0:
-        raise ValueError(f"refresh: {value} is more than the whole way to the forward pass, 1")
-    return refresh
+    mixing = schedule("forward_mixing", value, replicas)
+    if mixing.largest > 1.0:
+        raise ValueError(f"forward_mixing: {value} is more than the whole way to the forward pass, 1")
+    return mixing
 
 
 class BlockOutputs:
@@ -344,7 +344,7 @@ class ZUpdate(Options):
             "majorised": ζ_t H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW: for ζ_t = 1 the exact minimiser over Z_t where block
             t + 1 is affine.
         steps: rounds per primal update, at least 1.
-        last: "step": Z_T moves likewise. "prox": to its exact minimiser, by the loss's proximal operator.
+        output_update: "step": Z_T moves likewise. "prox": to its exact minimiser, by the loss's proximal operator.
         beta1: Adam's, from 0 to below 1.
         beta2: Adam's, from 0 to below 1.
         epsilon: Adam's, ≥ 0.
@@ -355,7 +355,7 @@ class ZUpdate(Options):
 
     name: Literal["gradient", "adam", "lipschitz", "majorised"]
     steps: int = 1
-    last: Literal["prox", "step"] = "step"
+    output_update: Literal["prox", "step"] = "step"
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -364,12 +364,12 @@ class ZUpdate(Options):
         """Raises ValueError for an unknown name, or where blocks or loss do not have what the update needs."""
         blocks = problem.blocks
         one_of("name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
-        one_of("last", self.last, ("prox", "step"))
+        one_of("output_update", self.output_update, ("prox", "step"))
         at_least_one("steps", self.steps)
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf)):
             in_range(name, getattr(self, name), below)
-        if self.last == "prox":
-            check_prox(problem.loss, "last='prox'")
+        if self.output_update == "prox":
+            check_prox(problem.loss, "output_update='prox'")
         if self.name in ("lipschitz", "majorised"):
             for t, (block, views) in enumerate(zip(blocks, theta.blocks, strict=True), start=1):
                 if t > 1 and block.linear_weight(views) is None:
@@ -427,7 +427,7 @@ class ZUpdate(Options):
 
     def moved(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
         """Z_t after its step ζ_t."""
-        if t == len(lagrangian.blocks) and self.last == "prox":
+        if t == len(lagrangian.blocks) and self.output_update == "prox":
             return lagrangian.last_minimiser()
         direction = self._direction(lagrangian.z_gradient(t), state, t)
         return lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction))

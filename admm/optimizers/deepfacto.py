@@ -24,8 +24,8 @@ from admm.optimizers.coupling import (
     ZState,
     ZUpdate,
     gather,
+    mixing_schedule,
     penalties,
-    refresh_schedule,
     scatter,
 )
 from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
@@ -173,18 +173,18 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step.
         beta: β_t > 0, the penalties, of a factorisation its γ; one value per replica, and per block.
         batch_size: samples per mini-batch, from 1 to N.
-        together: a mini-batch has runs of so many samples of equal y, so that a loss of pairs has some; at least 1.
+        group_size: a mini-batch has runs of so many samples of equal y, so that a loss of pairs has some; at least 1.
         primal_rounds: primal updates, Z and then Θ, per visit, at least 1.
         score_sweeps: sweeps of S per primal update, at least 1.
         basis_sweeps: sweeps of M per epoch, at least 1.
         warm_rounds: rounds of S and M in the warm start, at least 1.
         frozen: iterations during which neither M nor the blocks before the first factorisation move, below
             `iterations`.
-        update: the optimizer of Θ.
+        theta_update: the optimizer of Θ.
         dual_step: α ≥ 0, the part of the residual that U and V grow by, 1 in Algorithm 1; a schedule, or one value per
             replica.
-        refresh: from 0 to 1, the part of the way to block_t(Z_{t−1}), or to its projection, that each visit first moves
-            Z_t and S; as dual_step.
+        forward_mixing: from 0 to 1, the part of the way to block_t(Z_{t−1}), or to its projection, that each visit
+            first moves Z_t and S; as dual_step.
         slice_size: samples that are evaluated at a time outside of mini-batches, at least 1.
 
     Raises:
@@ -201,15 +201,15 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     z_step: BlockValue = 0.1
     beta: BlockValue = 1.0
     batch_size: int = 128
-    together: int = 4
+    group_size: int = 4
     primal_rounds: int = 1
     score_sweeps: int = 2
     basis_sweeps: int = 2
     warm_rounds: int = 100
     frozen: int = 0
-    update: UpdateRule = field(default_factory=Adam)
+    theta_update: UpdateRule = field(default_factory=Adam)
     dual_step: Value = 0.0
-    refresh: Value = 1.0
+    forward_mixing: Value = 1.0
     slice_size: int = 2000
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> DeepFactoState:
@@ -233,7 +233,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=[self.update.init(flat) for flat in by_block(problem.blocks, theta)],
+            moments=[self.theta_update.init(flat) for flat in by_block(problem.blocks, theta)],
             z=z,
             u=[torch.zeros_like(v) for v in residuals] if schedules.dual_step.largest > 0.0 else [],
         )
@@ -246,13 +246,13 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         is_frozen = bool(factors) and state.iteration < self.frozen
         first = min(factors) if is_frozen else 1
         trained = [t for t in range(first, len(state.z) + 1) if t not in factors]
-        theta_update = BlockwiseThetaUpdate(self.update, problem.blocks, state.theta, state.moments, trained)
+        updater = BlockwiseThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments, trained)
         z_update = FactorisedZUpdate("gradient", score_sweeps=self.score_sweeps)
         batches = self._minibatches(problem, state)
         for number, batch in enumerate(batches):
             h = schedules.at((state.iteration + number / len(batches)) / self.iterations)
             lagrangian = _lagrangian(problem, state, factors, beta, batch)
-            visit(lagrangian, z_update, ZState(), theta_update, h, self.primal_rounds)
+            visit(lagrangian, z_update, ZState(), updater, h, self.primal_rounds)
             scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
             del lagrangian  # and the activations with it
         if not is_frozen:
@@ -262,10 +262,10 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         return state
 
     def _minibatches(self, problem: Problem, state: DeepFactoState) -> list[Tensor]:
-        groups = problem.y if self.together > 1 else None
+        groups = problem.y if self.group_size > 1 else None
         seeds, device = state.seeds, problem.x.device
         return minibatches(
-            len(problem.x), self.batch_size, seeds, state.iteration, device, groups=groups, group_size=self.together
+            len(problem.x), self.batch_size, seeds, state.iteration, device, groups=groups, group_size=self.group_size
         )
 
     def _update_basis(self, problem: Problem, state: DeepFactoState, t: int, basis: Tensor) -> None:
@@ -300,11 +300,11 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         return relative | {"lagrangian": value / len(problem.x)}
 
     def _check(self, problem: Problem) -> None:
-        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
         check_batch_size(self.batch_size, len(problem.x))
         for name in (
             "iterations",
-            "together",
+            "group_size",
             "primal_rounds",
             "score_sweeps",
             "basis_sweeps",
@@ -313,8 +313,8 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         ):
             at_least_one(name, getattr(self, name))
         in_range("frozen", self.frozen, self.iterations)
-        if self.together > 1 and problem.y.ndim > 1:
-            raise ValueError(f"together: {self.together} needs class indices as y, not {problem.y.ndim} axes")
+        if self.group_size > 1 and problem.y.ndim > 1:
+            raise ValueError(f"group_size: {self.group_size} needs class indices as y, not {problem.y.ndim} axes")
 
     def _penalties(self, problem: Problem, state: DeepFactoState) -> Tensor:
         return penalties(self.beta, len(state.z), len(state.seeds), like=problem.x)
@@ -324,7 +324,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             theta_steps=block_schedules("theta_step", self.theta_step, n_blocks, n_replicas),
             z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
             dual_step=schedule("dual_step", self.dual_step, n_replicas),
-            mixing=refresh_schedule(self.refresh, n_replicas),
+            mixing=mixing_schedule(self.forward_mixing, n_replicas),
         )
 
 

@@ -75,7 +75,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_rounds: rounds from z_{T−1} to z_1 per mini-batch, at least 1.
         z_update: the optimizer of z, which begins with each mini-batch.
-        update: the optimizer of Θ.
+        theta_update: the optimizer of Θ.
 
     Raises:
         ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem.
@@ -93,7 +93,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
     epoch_parts: int | None = None
     z_rounds: int = 1
     z_update: UpdateRule = field(default_factory=SGD)
-    update: UpdateRule = field(default_factory=Adam)
+    theta_update: UpdateRule = field(default_factory=Adam)
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> GotmareState:
         """Θ by the problem's initialisation, or from the starting variable `theta`, one tensor [S, P].
@@ -105,14 +105,14 @@ class Gotmare(Options, Optimizer[GotmareState]):
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)
         at_least_one("z_rounds", self.z_rounds)
-        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
         has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
         z_steps, rho = self._schedules(problem, len(seeds)).z_steps, self._penalties(problem, len(seeds))
         if isinstance(self.z_update, SGD):
             warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.x.dtype)
         theta = problem.initial(seeds)
         set_initial_values("theta", [theta.flat], start)
-        return GotmareState(seeds, 0, theta, self.update.init(theta.flat))
+        return GotmareState(seeds, 0, theta, self.theta_update.init(theta.flat))
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
         """One iteration, an epoch or a part of one."""
@@ -124,7 +124,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
             self._update_z(terms, h)
             for t in range(1, len(problem.blocks) + 1):
                 terms.vjp(t, terms.coupling_gradient(t).div_(-x.shape[1]), grad_params=gradient)
-            self.update.apply(state.theta.flat, gradient.flat, state.moments, h.theta_steps[0])
+            self.theta_update.apply(state.theta.flat, gradient.flat, state.moments, h.theta_steps[0])
             del terms  # and the activations with them
         state.iteration += 1
         return state

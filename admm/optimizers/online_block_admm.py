@@ -97,8 +97,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_update: how z follows its gradient; with a dual the term is not quadratic, and it must be "adam" or
-            "gradient", with last="step".
-        update: the optimizer of Θ.
+            "gradient", with output_update="step".
+        theta_update: the optimizer of Θ.
         dual: "paper": u_t grows by the mean over the mini-batch of ‖z_t − block_t(z_{t−1})‖₂ (printed for one sample at
             a time; a sum would make it grow `batch_size` times faster). "reset": the same, from 0 at the beginning of
             each epoch. "decay": the same, with u_t multiplied by `dual_decay` before. "none": u_t = 0, a quadratic
@@ -121,7 +121,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     batch_size: int = 64
     epoch_parts: int | None = None
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
-    update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
+    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
     dual: Literal["paper", "reset", "decay", "none"] = "none"
     dual_decay: float = 0.9
     curvature_every: int = 1
@@ -140,14 +140,14 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=self.update.init(theta.flat),
+            moments=self.theta_update.init(theta.flat),
             u=problem.x.new_zeros(len(problem.blocks), len(seeds)),
             z_state=self.z_update.init(problem.blocks, theta),
         )
 
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         """One iteration of Algorithm 2, an epoch or a part of one."""
-        theta_update = ThetaUpdate(self.update, problem.blocks, state.theta, state.moments)
+        updater = ThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments)
         schedules = self._schedules(*state.u.shape)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
@@ -159,7 +159,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
                 self.z_update.update_curvature(problem.blocks, state.theta, beta, state.z_state)
             lagrangian, z_state = self._start(problem, state, beta, x, y)  # line 5: z by a forward pass
             self.z_update.step(lagrangian, z_state, h.z_steps)  # lines 6 to 9: z_T … z_1
-            theta_update.step(lagrangian, h.theta_steps)  # line 11: Θ
+            updater.step(lagrangian, h.theta_steps)  # line 11: Θ
             if self.dual == "decay":
                 state.u *= self.dual_decay
             lagrangian.update_duals(h.dual_step)  # line 12: u
@@ -202,15 +202,16 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         )
 
     def _check(self, problem: Problem) -> None:
-        has_type("update", self.update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
         has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
         check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
         at_least_one("iterations", self.iterations)
         at_least_one("curvature_every", self.curvature_every)
         in_range("dual_decay", self.dual_decay)
-        if self.dual != "none" and (self.z_update.last == "prox" or self.z_update.name in ("lipschitz", "majorised")):
+        z_update = self.z_update
+        if self.dual != "none" and (z_update.output_update == "prox" or z_update.name in ("lipschitz", "majorised")):
             raise ValueError(
-                f"dual: {self.dual!r} is not quadratic in Z: it needs a z_update with last='step' and name 'adam' or "
-                "'gradient'"
+                f"dual: {self.dual!r} is not quadratic in Z: it needs a z_update with output_update='step' and name "
+                "'adam' or 'gradient'"
             )

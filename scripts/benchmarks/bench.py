@@ -307,14 +307,14 @@ def block_admm_flops(optimizer: BlockADMM, problem: Problem) -> float:
     """Matrix-product FLOPs that a replica's iteration needs; for sweep=minibatch, one primal round, majorised Z.
 
     With W_t of p_t = d_{t−1} d_t entries, a sample needs these products, each 2 FLOPs an entry: block_1(x) once before
-    the Z steps and all other blocks for the refresh; in each round block_t and its transpose for t ≥ 2, and the
+    the Z steps and all other blocks for the mixing; in each round block_t and its transpose for t ≥ 2, and the
     inverse curvature of Z_1..Z_{T−1}; for Θ, block_t for t ≥ 2 and all p_t of the gradient; for the dual, every block.
     """
     assert (optimizer.sweep, optimizer.z_update.name, optimizer.primal_rounds) == ("minibatch", "majorised", 1)
     weights = [p for name, p in problem.blocks.network.named_parameters() if name.endswith("weight")]
     first, rest = weights[0].numel(), sum(w.numel() for w in weights[1:])
     curvature = sum(w.shape[1] ** 2 for w in weights[1:])
-    forward = first + (rest if optimizer.refresh else 0)
+    forward = first + (rest if optimizer.forward_mixing else 0)
     rounds = optimizer.z_update.steps * (2 * rest + curvature)
     theta = rest + first + rest
     dual = first + rest
