@@ -3,8 +3,9 @@
 It covers the choices (experiment, method, setting), the values of the configuration, and the content of the data.
 Class paths, the spelling of keys, and where and how a run is executed do not enter it.
 
-To rename a key, a class or a choice, add one line to `RENAMED`: finished runs keep their identity, and their stored
-configurations are read under the new name.
+To rename a key or a class, add one line to `FORMER_NAMES`: finished runs keep their identity, and their stored
+configurations are read under the new name. To rename it once more, change the left side of its line, and append the
+name that it had to the right side. A choice names a run's folder, and is not renamed.
 """
 
 from __future__ import annotations
@@ -23,20 +24,25 @@ SCHEMA = 2  # of identities; runs of schema 1 are brought up to date by `python 
 OWN = ("admm", "experiments")  # packages whose classes are known by their names alone
 CHOICES = ("experiment", "method", "setting")
 
-# Name today: name in identities. A line is never removed, and a former name never gets another meaning. A name is
-# a key with its path ("optimizer.rounds"), the path of a class ("admm.losses.Hinge"), or a choice ("setting=tuned").
-RENAMED: dict[str, str] = {
-    "admm.optimizers.DeepFacto": "admm.deepfacto.training.DeepFacto",
-    "admm.losses.TripletLoss": "admm.deepfacto.triplet.TripletLoss",
-    "experiments.faces.probes.Probe": "admm.deepfacto.probes.Probe",
-    "experiments.tasks.deepfacto.PCA": "experiments.deepfacto.PCA",
-    "experiments.tasks.deepfacto.PostHocNMF": "experiments.deepfacto.PostHocNMF",
-    "experiments.tasks.deepfacto.Raw": "experiments.deepfacto.Raw",
-    "optimizer.forward_mixing": "optimizer.refresh",
-    "optimizer.theta_update": "optimizer.update",
-    "optimizer.z_update.output_update": "optimizer.z_update.last",
-    "optimizer.sample_storage": "optimizer.variables",
-    "optimizer.group_size": "optimizer.together",
+# Name today: the names that it had, the first of which is the one in identities. A name is the path of a class, a key
+# of one class ("BlockADMM.forward_mixing"), or a key of a group that names no class ("dataset.holdout").
+FORMER_NAMES: dict[str, tuple[str, ...]] = {
+    "admm.optimizers.DeepFacto": ("admm.deepfacto.training.DeepFacto",),
+    "admm.losses.TripletLoss": ("admm.deepfacto.triplet.TripletLoss",),
+    "experiments.faces.probes.Probe": ("admm.deepfacto.probes.Probe",),
+    "experiments.tasks.deepfacto.PCA": ("experiments.deepfacto.PCA",),
+    "experiments.tasks.deepfacto.PostHocNMF": ("experiments.deepfacto.PostHocNMF",),
+    "experiments.tasks.deepfacto.Raw": ("experiments.deepfacto.Raw",),
+    "Backprop.theta_update": ("update",),
+    "BlockADMM.theta_update": ("update",),
+    "BlockADMM.forward_mixing": ("refresh",),
+    "BlockADMM.sample_storage": ("variables",),
+    "DeepFacto.theta_update": ("update",),
+    "DeepFacto.forward_mixing": ("refresh",),
+    "DeepFacto.group_size": ("together",),
+    "Gotmare.theta_update": ("update",),
+    "OnlineBlockADMM.theta_update": ("update",),
+    "ZUpdate.output_update": ("last",),
 }
 # Keys that say what a run is called, where and how it is executed, and how it is reported, not what its numbers are.
 NOT_IN_IDENTITY = (
@@ -76,9 +82,8 @@ def identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256:
         choices: Names of the experiment, the method and the setting, by `CHOICES`.
         data_sha256: SHA-256 of the data's content.
     """
-    named = {key: RENAMED.get(f"{key}={value}", f"{key}={value}") for key, value in choices.items()}
     values = _canonical(with_former_names(without_nulls(identity_config(config))))
-    content = json.dumps([SCHEMA, named, values, data_sha256], sort_keys=True)
+    content = json.dumps([SCHEMA, dict(choices), values, data_sha256], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -119,38 +124,45 @@ def without_nulls(node: Any) -> Any:
     return node
 
 
-def with_former_names(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the names that identities use, by `RENAMED`."""
-    return _renamed(config, RENAMED)
+def with_former_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the names that identities use."""
+    result: dict[str, Any] = _translated(dict(config), to_former=True)
+    return result
 
 
-def with_todays_names(config: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration, of whatever age, with the names of today, by `RENAMED`."""
-    return _renamed(config, {former: today for today, former in RENAMED.items()})
+def with_todays_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration, of whatever age, with the names of today."""
+    result: dict[str, Any] = _translated(dict(config), to_former=False)
+    return result
 
 
-def _renamed(config: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    renamed: dict[str, Any] = _with_classes(config, names)
-    for old, new in names.items():
-        value = _pop(renamed, old)
-        if value is not _MISSING:
-            *groups, name = new.split(".")
-            node = renamed
-            for group in groups:
-                node = node.setdefault(group, {})
-            node[name] = value
-    return renamed
-
-
-def _with_classes(node: Any, names: Mapping[str, str]) -> Any:
-    """A copy of a configuration in which each `_target_` has its other name."""
+def _translated(node: Any, to_former: bool, group: str = "") -> Any:
+    """A part of a configuration with other names. group: its path, with the names of today."""
     match node:
         case dict():
-            targets = {"_target_": names.get(node["_target_"], node["_target_"])} if "_target_" in node else {}
-            return {key: _with_classes(value, names) for key, value in node.items()} | targets
+            today = _todays_class(node["_target_"]) if "_target_" in node else ""
+            names = _key_names(today.rpartition(".")[2] or group, to_former)
+            target = {"_target_": FORMER_NAMES.get(today, (today,))[0] if to_former else today} if today else {}
+            return {
+                names.get(key, key): _translated(value, to_former, f"{group}.{names.get(key, key)}".lstrip("."))
+                for key, value in node.items()
+            } | target
         case list():
-            return [_with_classes(item, names) for item in node]
+            return [_translated(item, to_former, group) for item in node]
     return node
+
+
+def _key_names(owner: str, to_former: bool) -> dict[str, str]:
+    """The other names of the keys of a class or of a group without one."""
+    lines = {line.rpartition(".")[2]: names for line, names in FORMER_NAMES.items() if line.rpartition(".")[0] == owner}
+    if to_former:
+        return {today: names[0] for today, names in lines.items()}
+    return {name: today for today, names in lines.items() for name in names}
+
+
+def _todays_class(path: str) -> str:
+    """The path of a class today, given one that it has or had."""
+    return next((today for today, names in FORMER_NAMES.items() if path in names), path)
 
 
 def _canonical(node: Any) -> Any:
@@ -177,13 +189,11 @@ def _defaults_of(target: str) -> dict[str, Any]:
     return {}
 
 
-_MISSING = object()
-
-
-def _pop(config: dict[str, Any], path: str) -> Any:
-    """Remove a key, given with its path, and return its value; `_MISSING` where there is no such key."""
+def _pop(config: dict[str, Any], path: str) -> None:
+    """Remove a key, given with its path, where it is."""
     *groups, name = path.split(".")
     node: Any = config
     for group in groups:
         node = node.get(group) if isinstance(node, dict) else None
-    return node.pop(name, _MISSING) if isinstance(node, dict) else _MISSING
+    if isinstance(node, dict):
+        node.pop(name, None)

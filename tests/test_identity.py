@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hydra.utils import get_object
 from stores import info
 
+import admm.optimizers
 from experiments import identity as module
 from experiments.identity import (
+    FORMER_NAMES,
     NOT_IN_IDENTITY,
-    RENAMED,
     identity,
     identity_config,
     row_identity,
@@ -82,16 +85,34 @@ def test_a_row_has_one_identity_for_all_seeds_but_where_a_value_is_per_replica()
 
 
 def test_a_rename_costs_a_line_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = {"optimizer.weight_penalty": "optimizer.gamma", "mine.Descent": "admm.optimizers.BCD"}
-    monkeypatch.setattr(module, "RENAMED", RENAMED | now | {"setting=best": "setting=tuned"})
-    renamed = CONFIG | {"optimizer": {"_target_": "mine.Descent", "weight_penalty": 1.0}}
-    assert identity(renamed, CHOICES | {"setting": "best"}, "data") == of(CONFIG)
+    lines = {"Descent.weight_penalty": ("gamma",), "mine.Descent": ("admm.optimizers.BCD",), "dataset.path": ("name",)}
+    monkeypatch.setattr(module, "FORMER_NAMES", lines)
+    optimizer = {"_target_": "mine.Descent", "weight_penalty": 1.0}
+    renamed = CONFIG | {"optimizer": optimizer, "dataset": {"path": "a", "root": "x"}}
+    assert of(renamed) == of(CONFIG)
     assert with_todays_names(CONFIG) == renamed and with_former_names(renamed) == CONFIG
     assert with_todays_names(renamed) == renamed, "a configuration of today stays as it is"
+    others = {"backbone": {"gamma": 1.0}, "loss": {"_target_": "admm.losses.Hinge", "gamma": 1.0}}
+    assert with_todays_names(others) == others, "a key of the same name elsewhere stays as it is"
 
 
-def test_no_name_has_two_meanings() -> None:
-    assert not set(RENAMED) & set(RENAMED.values()) and len(set(RENAMED.values())) == len(RENAMED)
+def test_a_second_rename_costs_no_run_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FORMER_NAMES", {"BCD.penalty": ("gamma", "weight_penalty")})
+    names = ("gamma", "weight_penalty", "penalty")
+    stored = [with_todays_names({"optimizer": {"_target_": "admm.optimizers.BCD", name: 1.0}}) for name in names]
+    assert stored == 3 * [{"optimizer": {"_target_": "admm.optimizers.BCD", "penalty": 1.0}}]
+    assert {of(CONFIG | config) for config in stored} == {of(CONFIG)}
+
+
+def test_names_of_today_exist() -> None:
+    """And those that they had belong to nothing else of the same class."""
+    for line, former_names in FORMER_NAMES.items():
+        if line[0].islower():
+            get_object(line)
+        else:
+            owner, name = line.split(".")
+            fields = signature(getattr(admm.optimizers, owner)).parameters
+            assert name in fields and not fields.keys() & set(former_names)
 
 
 # The configuration and the identity that a run of the paper's Figure 3 had by schema 1.
@@ -180,7 +201,7 @@ def test_a_run_of_schema_1_with_former_keys_is_migrated_to_the_identity_that_it_
     former(tmp_path, "block_admm", "c467fa653c12", FORMER_KEYS)
     list(migrate(tmp_path))
     (moved,) = tmp_path.glob("runs/mnist_shallow/*")
-    assert moved.name == "block_admm-tuned-d5b2c7e83356"
+    assert moved.name == "block_admm-tuned-da4044245623"
     optimizer = Run(moved).config["optimizer"]
     assert (optimizer["forward_mixing"], optimizer["theta_update"]["weight_decay"]) == (0.9, 1.0)
     assert (optimizer["z_update"]["output_update"], optimizer["sample_storage"]) == ("prox", "device")
