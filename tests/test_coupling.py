@@ -70,7 +70,7 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
         expected = (lagrangian.z_gradient(t) * direction).flatten(1).sum(1)
 
         def shift_z(by: float, t: int = t, direction: Tensor = direction) -> None:
-            lagrangian.move(t, lagrangian.z[t - 1] + by * direction)
+            lagrangian.set_z(t, lagrangian.z[t - 1] + by * direction)
 
         torch.testing.assert_close(slope(lagrangian, shift_z), expected, rtol=1e-6, atol=1e-6)
     theta = lagrangian.theta.flat
@@ -86,13 +86,15 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
 
 
 # Of three blocks: the steps of Z need each, and a VJP through two; Θ needs two again, whose inputs have moved, and
-# three VJPs; U needs all again. Where Z is a forward pass, that has evaluated them. Between slices nothing is kept.
+# three VJPs; U needs all again, unless its step is 0. Where Z is a forward pass, that has evaluated them. Between slices nothing is kept.
 DEFAULTS = BlockADMM(1, 0.01, batch_size=24)
+WITH_DUALS = replace(DEFAULTS, forward_mixing=0.0, dual_step=1.0)
 ONLINE = OnlineBlockADMM(1, 0.01, batch_size=24)
 EVALUATIONS = {
-    "mini-batch": ({"linearize": 8, "vjp": 5}, replace(DEFAULTS, forward_mixing=0.0)),
-    "with a forward pass": ({"forward": 2, "linearize": 8, "vjp": 5}, DEFAULTS),
-    "two slices": ({"linearize": 15, "vjp": 7}, replace(DEFAULTS, forward_mixing=0.0, sweep="batch", slice_size=12)),
+    "mini-batch": ({"linearize": 8, "vjp": 5}, WITH_DUALS),
+    "without duals": ({"linearize": 5, "vjp": 5}, replace(WITH_DUALS, dual_step=0.0)),
+    "with a forward pass": ({"forward": 2, "linearize": 5, "vjp": 5}, DEFAULTS),
+    "two slices": ({"linearize": 15, "vjp": 7}, replace(WITH_DUALS, sweep="batch", slice_size=12)),
     "online": ({"linearize": 5, "vjp": 5}, ONLINE),
     "online with a dual": ({"linearize": 8, "vjp": 5}, replace(ONLINE, dual="paper")),
     "blockprop": ({"linearize": 5, "vjp": 5}, Gotmare(1, 0.01, batch_size=24)),

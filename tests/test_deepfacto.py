@@ -68,7 +68,7 @@ def lagrangian_of(options, task, state):
 
 def update_z(options, lagrangian, t, step=0.0):
     update = FactorisedZUpdate("gradient", score_sweeps=options.score_sweeps)
-    lagrangian.move(t, update.moved(lagrangian, ZState(), t, step))
+    lagrangian.set_z(t, update.updated_z(lagrangian, ZState(), t, step))
 
 
 def trained(options, task, seeds=SEEDS, epochs=2):
@@ -156,7 +156,7 @@ def test_the_mixing_of_scores_is_the_projection(monkeypatch):
     part.mix_with_forward(0.25)
     assert_close(part.z[0], torch.lerp(lagrangian.z[0], lagrangian.output(1), 0.25))
     for r, basis in enumerate(lagrangian.factors[2].numpy()):
-        target = matrix(whole.before(2) + whole.u[1])[r].numpy()
+        target = matrix(whole.block_input(2) + whole.u[1])[r].numpy()
         expected = np.stack([nnls(basis, column)[0] for column in target.T], axis=1)
         assert_close(matrix(whole.z[1])[r], torch.from_numpy(expected), rtol=1e-5, atol=1e-7)
 

@@ -94,7 +94,7 @@ class AdaptivePenalty(Options):
         return torch.where(grows, torch.full_like(beta, 1.0 / self.c), 1.0)
 
 
-def visit(
+def update_minibatch(
     lagrangian: AugmentedLagrangian,
     z_update: ZUpdate,
     z_state: ZState,
@@ -249,7 +249,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
             lagrangian, z_state = self._gather(problem, state, batch)
-            visit(lagrangian, self.z_update, z_state, updater, h, rounds)
+            update_minibatch(lagrangian, self.z_update, z_state, updater, h, rounds)
             squares.append(self._squared_residual(lagrangian))
             variables = [*state.z, *state.u, *state.z_state.tensors()]
             scatter(batch, variables, [*lagrangian.z, *lagrangian.u, *z_state.tensors()])
@@ -353,10 +353,10 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
         if self.primal_growth is not None:
             values["primal_rounds"] = torch.full_like(state.beta[0], self.rounds(max(state.iteration - 1, 0)))
-        leak = label_leak(problem, theta, self.batch_size, partial(self._moved, problem, state))
+        leak = label_leak(problem, theta, self.batch_size, partial(self._after_z_update, problem, state))
         return values | leak | spectral_norms(problem, theta)
 
-    def _moved(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
+    def _after_z_update(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """Copies of the samples [S, B] after a visit's first update of Z with the last iteration's ζ."""
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
         lagrangian, z_state = self._gather(problem, state, batch)

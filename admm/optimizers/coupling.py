@@ -110,8 +110,8 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
 
 
 def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Warns where gradient steps ζ_t of the coupling variables between the blocks, under penalties β_t [S], hand less
-    of the loss on to block 1 than rounding leaves: from block to block it is the part β_t ζ_t."""
+    """Warns where gradient steps ζ_t of the coupling variables between the blocks, under penalties β_t [S], attenuate
+    the loss's gradient below the rounding error at block 1: each block multiplies it by β_t ζ_t."""
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
     if 0.0 < signal < torch.finfo(dtype).eps:
         warnings.warn(
@@ -144,7 +144,7 @@ class BlockOutputs:
             for t in range(1, len(blocks) + 1):
                 self.z.append(self.output(t, for_vjp=t == len(blocks)))
 
-    def before(self, t: int) -> Tensor:
+    def block_input(self, t: int) -> Tensor:
         """What block t is applied to: Z_{t−1}, or the inputs."""
         return self.x if t == 1 else self.z[t - 2]
 
@@ -172,7 +172,7 @@ class BlockOutputs:
             self._evaluations[t - 1] = output, None
         return None
 
-    def move(self, t: int, z: Tensor) -> None:
+    def set_z(self, t: int, z: Tensor) -> None:
         """Replace Z_t, which makes block_{t+1}'s value stale."""
         self.z[t - 1] = z
         if t < len(self.blocks):
@@ -190,7 +190,7 @@ class BlockOutputs:
         return self.blocks.execution.recompute and bool(self.blocks[t - 1].is_autograd)
 
     def _evaluate(self, t: int, record: bool = True) -> tuple[Tensor, Any]:
-        block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.before(t)
+        block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.block_input(t)
         evaluation = block.linearize(views, before, True) if record else (block.forward(views, before, True), None)
         self._evaluations[t - 1] = evaluation
         return evaluation
@@ -271,9 +271,9 @@ class AugmentedLagrangian(BlockOutputs):
             return
         ahead = self.x
         for t in range(1, len(self.blocks) + 1):
-            ahead = self._ahead(t, ahead)
+            ahead = self._forward_output(t, ahead)
             weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
-            self.move(t, torch.lerp(self.z[t - 1], ahead, weight))
+            self.set_z(t, torch.lerp(self.z[t - 1], ahead, weight))
 
     def update_duals(self, step: StepSize) -> None:
         """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Algorithm 1, line 12), in place."""
@@ -288,7 +288,7 @@ class AugmentedLagrangian(BlockOutputs):
         residual = self.residual(t, for_vjp)
         return residual.add_(self.u[t - 1]) if self.u else residual
 
-    def _ahead(self, t: int, before: Tensor) -> Tensor:
+    def _forward_output(self, t: int, before: Tensor) -> Tensor:
         """Output of block t for `before`, which at t = 1 are the inputs, in a forward pass."""
         return self.output(1) if t == 1 else self.blocks[t - 1].forward(self.theta.blocks[t - 1], before, training=True)
 
@@ -423,14 +423,14 @@ class ZUpdate(Options):
         for _ in range(self.steps):
             state.count += 1
             for t in range(len(lagrangian.blocks), 0, -1):
-                lagrangian.move(t, self.moved(lagrangian, state, t, steps[t - 1]))
+                lagrangian.set_z(t, self.updated_z(lagrangian, state, t, steps[t - 1]))
 
-    def moved(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
+    def updated_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
         """Z_t after its step ζ_t."""
         if t == len(lagrangian.blocks) and self.output_update == "prox":
             return lagrangian.last_minimiser()
         direction = self._direction(lagrangian.z_gradient(t), state, t)
-        return lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction))
+        return lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction))  # Algorithm 1, lines 5 and 7
 
     def _direction(self, gradient: Tensor, state: ZState, t: int) -> Tensor:
         """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient."""

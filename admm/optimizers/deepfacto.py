@@ -14,7 +14,7 @@ from admm.layers import LinearLayer
 from admm.minibatches import minibatches, slices
 from admm.nmf import NMF, feature_maps, hals_sweep, matrix, nonnegative_least_squares, warm_start
 from admm.numbers import Options
-from admm.optimizers.block_admm import visit
+from admm.optimizers.block_admm import update_minibatch
 from admm.optimizers.checks import same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
@@ -72,16 +72,16 @@ class FactorisedLagrangian(AugmentedLagrangian):
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Z_t − block_t(Z_{t−1}), or Z − M S."""
-        return self.before(t) - self.product(t) if t in self.factors else super().residual(t, for_vjp)
+        return self.block_input(t) - self.product(t) if t in self.factors else super().residual(t, for_vjp)
 
     def product(self, t: int) -> Tensor:
         """M S as feature maps."""
-        return feature_maps(self.factors[t] @ matrix(self.z[t - 1]), like=self.before(t))
+        return feature_maps(self.factors[t] @ matrix(self.z[t - 1]), like=self.block_input(t))
 
     def projected(self, t: int) -> Tensor:
         """argmin over S ≥ 0 of ‖Z + V − M S‖², from what S is."""
         scores = nonnegative_least_squares(*self._normal_equations(t), matrix(self.z[t - 1]))
-        return feature_maps(scores, like=self.before(t))
+        return feature_maps(scores, like=self.block_input(t))
 
     def factorised_minimiser(self, t: int) -> Tensor:
         """argmin over Z_t before a factorisation, of β_t/2 ‖Z_t − block_t + U_t‖² + γ/2 ‖Z_t − M S + V‖²."""
@@ -107,16 +107,16 @@ class FactorisedLagrangian(AugmentedLagrangian):
         scores = matrix(now).clone(memory_format=torch.contiguous_format)  # of one sample it is a view
         for _ in range(sweeps):
             hals_sweep(gram, cross, scores)
-        return feature_maps(scores, like=self.before(t))
+        return feature_maps(scores, like=self.block_input(t))
 
-    def _ahead(self, t: int, before: Tensor) -> Tensor:
+    def _forward_output(self, t: int, before: Tensor) -> Tensor:
         # Of the Z_{t−1} that has moved. Were S left short of its projection, all S would be off by the same shift,
         # which Θ would be trained to undo, and which a loss of directions alone never corrects.
         return self.projected(t) if t in self.factors else self.output(t)
 
     def _normal_equations(self, t: int) -> tuple[Tensor, Tensor]:
         """MᵀM [R, r, r] and Mᵀ(Z + V) [R, r, n·…]."""
-        basis, before = self.factors[t], self.before(t)
+        basis, before = self.factors[t], self.block_input(t)
         return basis.mT @ basis, basis.mT @ matrix(before + self.u[t - 1] if self.u else before)
 
 
@@ -129,14 +129,14 @@ class FactorisedZUpdate(ZUpdate):
 
     score_sweeps: int = 2
 
-    def moved(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
+    def updated_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
         """Z_t, or S, after its update."""
         assert isinstance(lagrangian, FactorisedLagrangian)
         if t in lagrangian.factors:
             return lagrangian.swept_scores(t, self.score_sweeps)
         if t + 1 in lagrangian.factors:
             return lagrangian.factorised_minimiser(t)
-        return super().moved(lagrangian, state, t, step)
+        return super().updated_z(lagrangian, state, t, step)
 
 
 class BlockwiseThetaUpdate(ThetaUpdate):
@@ -239,7 +239,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         )
 
     def step(self, problem: Problem, state: DeepFactoState) -> DeepFactoState:
-        """One epoch: `visit` of each mini-batch, then M."""
+        """One epoch: `update_minibatch` for each mini-batch, then M."""
         same_samples(problem, state.z[0])
         schedules = self._schedules(len(state.z), len(state.seeds))
         factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
@@ -252,7 +252,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         for number, batch in enumerate(batches):
             h = schedules.at((state.iteration + number / len(batches)) / self.iterations)
             lagrangian = _lagrangian(problem, state, factors, beta, batch)
-            visit(lagrangian, z_update, ZState(), updater, h, self.primal_rounds)
+            update_minibatch(lagrangian, z_update, ZState(), updater, h, self.primal_rounds)
             scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
             del lagrangian  # and the activations with it
         if not is_frozen:
@@ -293,7 +293,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             lagrangian = _lagrangian(problem, state, factors, beta, part)
             value += lagrangian.value()
             for t in range(1, len(state.z) + 1):
-                of_norm = lagrangian.before(t) if t in factors else lagrangian.z[t - 1]
+                of_norm = lagrangian.block_input(t) if t in factors else lagrangian.z[t - 1]
                 square[t - 1] += lagrangian.residual(t).square().flatten(1).sum(1)
                 norm[t - 1] += of_norm.square().flatten(1).sum(1)
         relative = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}

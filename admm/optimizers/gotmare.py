@@ -132,10 +132,10 @@ class Gotmare(Options, Optimizer[GotmareState]):
     def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
         """The spectral norms `sigma_t`; of more than one block `loss_forward` and `loss_moved`, see `label_leak`, of
         `batch_size` training samples with the last iteration's ζ."""
-        leak = label_leak(problem, state.theta, self.batch_size, partial(self._moved, problem, state))
+        leak = label_leak(problem, state.theta, self.batch_size, partial(self._after_z_update, problem, state))
         return leak | spectral_norms(problem, state.theta)
 
-    def _moved(self, problem: Problem, state: GotmareState, batch: Tensor) -> GluingTerms:
+    def _after_z_update(self, problem: Problem, state: GotmareState, batch: Tensor) -> GluingTerms:
         """The samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(problem, len(state.seeds)).at(max(state.iteration - 1, 0) / self.iterations)
         rho = self._penalties(problem, len(state.seeds))
@@ -151,7 +151,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
                 gradient = terms.z_gradient(t)
                 z = terms.z[t - 1].clone(memory_format=torch.contiguous_format)
                 self.z_update.apply(z.flatten(1), gradient.flatten(1), moments[t - 1], h.z_steps[t - 1])
-                terms.move(t, z)
+                terms.set_z(t, z)
 
     def _schedules(self, problem: Problem, n_replicas: int) -> Schedules:
         return Schedules(

@@ -181,10 +181,10 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         """The scalar duals `dual_t` and the spectral norms `sigma_t`; of more than one block `loss_forward` and
         `loss_moved`, see `label_leak`, of `batch_size` training samples with the last iteration's ζ."""
         duals = {f"dual_{t}": u.clone() for t, u in enumerate(state.u, start=1)} if self.dual != "none" else {}
-        leak = label_leak(problem, state.theta, self.batch_size, partial(self._moved, problem, state))
+        leak = label_leak(problem, state.theta, self.batch_size, partial(self._after_z_update, problem, state))
         return duals | leak | spectral_norms(problem, state.theta)
 
-    def _moved(self, problem: Problem, state: OnlineBlockADMMState, batch: Tensor) -> AugmentedLagrangian:
+    def _after_z_update(self, problem: Problem, state: OnlineBlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """The samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(*state.u.shape).at(max(state.iteration - 1, 0) / self.iterations)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
