@@ -14,8 +14,8 @@ from torch import Tensor
 from admm.numbers import is_number, plain
 
 Number = float | Sequence[float]  # a scalar, or one value per replica [S]; arrays and tensors are sequences, too
-Value = Number | Mapping[str, Any]  # or {start: Number, end: Number}
-BlockValue = Value  # or {blocks: [Value, …]}, one per block
+Value = Number | Mapping[str, Any]  # or {"start": Number, "end": Number}
+BlockValue = Value  # or {"blocks": [Value, …]}, one per block
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def schedule(name: str, value: Value, replicas: int) -> Schedule:
         number = per_replica(name, value, replicas)
         return Schedule(number, number)
     if set(value) != {"start", "end"}:
-        raise ValueError(f"{name}: a schedule is {{start: …, end: …}}, got {dict(value)}")
+        raise ValueError(f"{name}: a schedule is {{'start': …, 'end': …}}, got {dict(value)}")
     return Schedule(*(per_replica(f"{name}.{k}", value[k], replicas) for k in ("start", "end")))
 
 
@@ -79,7 +79,7 @@ def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     if not isinstance(value, Mapping) or "blocks" not in value:
         return [value] * blocks
     if set(value) != {"blocks"} or not isinstance(value["blocks"], Sequence) or len(value["blocks"]) != blocks:
-        raise ValueError(f"{name}: {dict(value)} is not {{blocks: [{blocks} values, one per block]}}")
+        raise ValueError(f"{name}: {dict(value)} is not {{'blocks': [{blocks} values, one per block]}}")
     return list(value["blocks"])
 
 
@@ -128,7 +128,7 @@ def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def warn_beyond_horizon(optimizer: object, iterations: int) -> None:
-    """Warn if training goes on for more iterations than the optimizer's own, at which its schedules end."""
+    """Warn if training goes on for more iterations than the optimizer's `iterations`, at which its schedules end."""
     options = getattr(optimizer, "__dict__", {})
     horizon = options.get("iterations", iterations)
     scheduled = [name for name, value in options.items() if _is_scheduled(value)]

@@ -734,7 +734,7 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"theta_passes": -1.0}, "theta_passes"),
         (
             {"beta": {"blocks": [1.0, 2.0]}},
-            "beta: {'blocks': [1.0, 2.0]} is not {blocks: [3 values",
+            "beta: {'blocks': [1.0, 2.0]} is not {'blocks': [3 values",
         ),
         ({"beta": {"blocks": [1.0, 2.0, (1.0, 2.0)]}}, "beta: 2 values for 3 replicas"),
         ({"beta": 0.0}, "beta: 0.0 is not positive"),
@@ -747,21 +747,30 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"forward_mixing": (1.0,)}, "forward_mixing: 1 values for 3 replicas"),
         ({"forward_mixing": {"start": 0.5, "end": (0.5, 1.5, 1.0)}}, "is more than the whole way to the forward pass"),
         ({"primal_growth": -1.0}, "primal_growth: -1.0 is not a number from 0 up"),
-        (
-            {"z_update": ZUpdate("newton", output_update="prox")},
-            "name: 'newton' is not one of gradient, adam",
-        ),
-        (
-            {"z_update": ZUpdate("adam", output_update="exact")},
-            "output_update: 'exact' is not one of prox, step",
-        ),
-        ({"z_update": ZUpdate("adam", steps=0, output_update="prox")}, "steps: 0 is"),
+        ({"sweep": "minibatch", "theta_passes": 2.0}, "sweep='minibatch' has one step of Θ per visit"),
+        ({"epoch_parts": 2}, "sweep='batch' moves all samples at a time"),
+        ({"sweep": "minibatch", "epoch_parts": 2, "primal_growth": 0.1}, "epoch_parts must be None"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
     with pytest.raises(ValueError) as error:
         replace(BASE, **options).init(mlp_problem(), SEEDS)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "newton"}, "name: 'newton' is not one of gradient, adam"),
+        ({"output_update": "exact"}, "output_update: 'exact' is not one of prox, step"),
+        ({"steps": 0}, "steps: 0 is not a whole number from 1 up"),
+        ({"beta1": 1.0}, "beta1: 1.0 is not a number from 0 up and below 1.0"),
+        ({"epsilon": -1.0}, "epsilon: -1.0 is not a number from 0 up"),
+    ],
+)
+def test_a_z_update_refuses_a_wrong_field_by_name(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ZUpdate(**{"name": "adam"} | options)
 
 
 @pytest.mark.parametrize("optimizer", [BASE, OnlineBlockADMM(1, 0.1, batch_size=7, dual="none")])

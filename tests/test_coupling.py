@@ -85,8 +85,9 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
     torch.testing.assert_close(slope(lagrangian, shift_theta), expected, rtol=1e-6, atol=1e-6)
 
 
-# Of three blocks: the steps of Z need each, and a VJP through two; Θ needs two again, whose inputs have moved, and
-# three VJPs; U needs all again, unless its step is 0. Where Z is a forward pass, that has evaluated them. Between slices nothing is kept.
+# With three blocks, the steps of Z evaluate each, and take a VJP through two; Θ needs two of them again, whose inputs
+# have moved, and three VJPs; U needs all again, unless its step is 0. Where Z starts from a forward pass, this has
+# evaluated them. Slices share nothing.
 DEFAULTS = BlockADMM(1, 0.01, batch_size=24)
 WITH_DUALS = replace(DEFAULTS, forward_mixing=0.0, dual_step=1.0)
 ONLINE = OnlineBlockADMM(1, 0.01, batch_size=24)

@@ -223,7 +223,6 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
             {"dual": "decay", "z_update": ZUpdate("majorised", 1, "step")},
             "dual: 'decay' is not quadratic",
         ),
-        ({"z_update": ZUpdate("exact", output_update="prox")}, "name: 'exact' is not one of"),
         ({"theta_step": (0.1, 0.2)}, "theta_step: 2 values for 3 replicas"),
         ({"z_step": {"start": 0.1}}, "z_step: a schedule is"),
         ({"beta": (1.0, 1.0)}, "beta: 2 values for 3 replicas"),

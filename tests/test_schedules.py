@@ -76,5 +76,5 @@ def test_a_value_by_block_is_one_for_each_block():
 
 @pytest.mark.parametrize("value", [{"blocks": [1.0]}, {"blocks": [1.0, 2.0], "start": 1.0}])
 def test_a_wrong_value_by_block_is_refused_by_name(value):
-    with pytest.raises(ValueError, match=r"beta: .* is not {blocks: \[2 values, one per block\]}"):
+    with pytest.raises(ValueError, match=r"beta: .* is not {'blocks': \[2 values, one per block\]}"):
         block_values("beta", value, 2)

@@ -1,4 +1,4 @@
-"""Stochastic Block-ADMM (paper, Algorithm 1): coupling variables and duals of all samples are kept."""
+"""Stochastic Block-ADMM (paper, Algorithm 1), which stores the coupling variables and duals of all samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from admm.optimizers.coupling import (
     mixing_schedule,
     penalties,
     scatter,
-    warn_of_lost_signal,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
@@ -40,8 +39,12 @@ from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedu
 class BlockADMMState:
     """Block-ADMM's variables for T blocks, N samples, S replicas.
 
-    theta: parameters [S, P]. moments: the Θ rule's, [S, P] each. z, u: coupling variables Z_t and scaled duals
-    U_t, T tensors [S, N, d_t] each. z_state: what the Z update carries on. beta: penalties [T, S].
+    Attributes:
+        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+        z, u: coupling variables Z_t and scaled duals U_t, T tensors [S, N, d_t] each.
+        z_state: see `ZState`; its moments are [S, N, d_t].
+        beta: penalties [T, S].
     """
 
     seeds: tuple[int, ...]
@@ -61,10 +64,10 @@ class AdaptivePenalty(Options):
     ‖h‖ = (Σ_t ‖Z_t − block_t(Z_{t−1})‖² / N)^½, so that `bound` does not depend on N.
 
     Args:
-        c: between 0 and 1.
+        c: a number between 0 and 1.
         bound: η_0 ≥ 0.
-        shrink: ≥ 0, by which η_k shrinks per iteration.
-        largest: > 0, β stays at or below this.
+        shrink: the factor ≥ 0 by which η_k shrinks per iteration.
+        largest: a number > 0; β does not grow beyond it.
 
     Raises:
         ValueError: with the name of an argument that is out of range.
@@ -85,11 +88,11 @@ class AdaptivePenalty(Options):
             raise ValueError(f"largest: {self.largest} is not positive")
 
     def eta(self, iteration: int) -> float:
-        """η_k, where iteration k is the k-th to be finished."""
+        """Return η_k for the k-th iteration, counted from 1."""
         return self.bound * self.shrink**iteration
 
     def factor(self, beta: Tensor, residual: Tensor, iteration: int) -> Tensor:
-        """What β [T, S] is multiplied with, [T, S], given the residual's norm [S]."""
+        """Return the factors [T, S] of β [T, S] for a norm of the residual [S] after `iteration` iterations."""
         grows = (residual > self.eta(iteration)) & (beta / self.c <= self.largest)
         return torch.where(grows, torch.full_like(beta, 1.0 / self.c), 1.0)
 
@@ -102,7 +105,7 @@ def update_minibatch(
     h: Hyperparameters,
     rounds: int,
 ) -> None:
-    """Algorithm 1, lines 5 to 12, on the samples of a mini-batch alone, with `rounds` primal updates."""
+    """Do lines 5 to 12 of Algorithm 1 on the samples of a mini-batch alone, with `rounds` primal updates."""
     lagrangian.mix_with_forward(h.mixing)
     for _ in range(rounds):
         z_update.step(lagrangian, z_state, h.z_steps)  # lines 5 to 8: Z_T … Z_1
@@ -112,7 +115,7 @@ def update_minibatch(
 
 @dataclass(frozen=True)
 class BlockADMM(Options, Optimizer[BlockADMMState]):
-    """Stochastic Block-ADMM, the paper's Algorithm 1, and what it leaves open as options.
+    """Stochastic Block-ADMM, the paper's Algorithm 1, with options for what the paper leaves open.
 
     It minimises Eq. 2, J(Y, Z_T) + Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖², over Z and Θ. J is the sum over samples;
     the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². Batch normalisation takes the statistics of the samples
@@ -133,18 +136,19 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: with sweep="minibatch", an iteration is an epoch (None), or one of so many parts of it.
         primal_rounds: primal updates, Z and then Θ, per iteration or visit, at least 1.
-        primal_growth: ≥ 0, so many rounds more with each iteration: 0.1 for one every tenth (after Proposition 1).
-        theta_passes: > 0, with sweep="batch" passes of Θ over the samples per round; below 1 for a part of the
-            mini-batches.
-        z_update: how Z follows its gradient.
+        primal_growth: ≥ 0, the number of rounds that each iteration adds: 0.1 adds one every tenth iteration (after
+            Proposition 1). None is for a constant number.
+        theta_passes: > 0, with sweep="batch" the passes of Θ over the samples per round; a number below 1 visits a part
+            of the mini-batches.
+        z_update: the update of Z by its gradient.
         theta_update: the optimizer of Θ.
         dual_step: α ≥ 0, the part of the residual that U grows by, 1 in Algorithm 1; as theta_step.
-        dual_init: ≥ 0, U begins uniform on (0, dual_init).
+        dual_init: ≥ 0; U starts uniform on (0, dual_init).
         forward_mixing: from 0 to 1, the part of the way to a forward pass that each visit first moves Z; as theta_step.
         curvature_every: visits of a mini-batch between two evaluations of the Z update's curvature, at least 1.
         penalty: Eq. 6, or None for a constant β.
         slice_size: samples that a batch sweep holds in the CPU's cache at a time, at least 1.
-        sample_storage: where Z, U and the moments of Z are: "device", "host" or "disk".
+        sample_storage: the place of Z, U and the moments of Z, see `admm.placement.allocate`: "device", "host", "disk".
 
     Raises:
         ValueError: from `init`, with the name of an argument that is out of range or does not fit the problem.
@@ -175,27 +179,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     sample_storage: Place = "device"
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
-        """Z by a forward pass, U uniform, Θ by the problem's initialisation (Algorithm 1, §4.1)."""
+        """Return Z by a forward pass, U uniform, and Θ by the problem's initialisation (Algorithm 1, §4.1)."""
         seeds = whole_seeds(seeds)
         self._check(problem)
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
-        self.z_update.check(problem, theta)
-        z_steps = self._schedules(len(problem.blocks), len(seeds)).z_steps
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
-        if self.z_update.name == "gradient":
-            warn_of_lost_signal(z_steps[:-1], beta[:-1].unbind(), problem.x.dtype)
-        z: list[Tensor] = []
-        for part in slices(len(problem.x), self.slice_size):
-            x = problem.x[part].expand(len(seeds), *problem.x[part].shape)
-            outputs = list(problem.blocks.outputs(theta, x, training=True))
-            if not z:
-                shapes = [(len(seeds), len(problem.x), *o.shape[2:]) for o in outputs]
-                of_each = 2 + self.z_update.moments_of_each
-                wholes = allocate(self.sample_storage, of_each * shapes, like=problem.x)
-                z, u, *moments = (wholes[k * len(shapes) : (k + 1) * len(shapes)] for k in range(of_each))
-            for whole, values in zip(z, outputs, strict=True):
-                whole[:, part] = values
+        self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
+        z, u, *moments = self._forward_pass(problem, theta)
         self._draw_duals(u, seeds)
         return BlockADMMState(
             seeds=seeds,
@@ -208,12 +199,26 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             beta=beta,
         )
 
+    def _forward_pass(self, problem: Problem, theta: Parameters) -> list[list[Tensor]]:
+        """Return Z by a forward pass, U = 0 and the moments of Z, which are 0; T tensors [S, N, d_t] each."""
+        replicas, n_blocks, samples = len(theta.flat), len(problem.blocks), len(problem.x)
+        variables: list[Tensor] = []
+        for part in slices(samples, self.slice_size):
+            x = problem.x[part].expand(replicas, *problem.x[part].shape)
+            outputs = list(problem.blocks.outputs(theta, x, training=True))
+            if not variables:
+                shapes = [(replicas, samples, *output.shape[2:]) for output in outputs]
+                variables = allocate(self.sample_storage, (2 + self.z_update.moments_of_each) * shapes, like=problem.x)
+            for z, output in zip(variables, outputs, strict=False):  # the first T variables are Z
+                z[:, part] = output
+        return [variables[start : start + n_blocks] for start in range(0, len(variables), n_blocks)]
+
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
-        """One iteration of Algorithm 1, and Eq. 6."""
+        """Do one iteration of Algorithm 1, and update β by Eq. 6."""
         same_samples(problem, state.z[0])
         updater = ThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments)
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
-        residual = sweep(problem, state, updater)
+        residual = sweep(problem, state, updater, self._schedules(*state.beta.shape), self.rounds(state.iteration))
         state.iteration += 1
         if self.penalty is not None:
             # λ = β U is kept while β changes (Eq. 5b, 6).
@@ -223,9 +228,10 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                 u.div_(broadcast(f, u))
         return state
 
-    def _batch_sweep(self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate) -> Tensor:
-        """Algorithm 1 as printed: all of Z, then Θ by mini-batches, at the end all of U. Returns as `_norm` does."""
-        schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
+    def _batch_sweep(
+        self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate, schedules: Schedules, rounds: int
+    ) -> Tensor:
+        """Update all of Z, then Θ by mini-batches, and at the end all of U (Algorithm 1); return ‖h‖ [S]."""
         parts = list(slices(len(problem.x), self.slice_size))
         for r in range(rounds):
             h = schedules.at((state.iteration + r / rounds) / self.iterations)
@@ -238,9 +244,10 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         squares = [self._update_duals(problem, state, part, h) for part in parts]  # line 12: U
         return self._norm(squares, len(problem.x))
 
-    def _minibatch_sweep(self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate) -> Tensor:
-        """Gauss-Seidel order: Z, Θ and U of a mini-batch before the next one's. Returns as `_norm` does."""
-        schedules, rounds = self._schedules(*state.beta.shape), self.rounds(state.iteration)
+    def _minibatch_sweep(
+        self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate, schedules: Schedules, rounds: int
+    ) -> Tensor:
+        """Update Z, Θ and U of each mini-batch before those of the next one (Gauss-Seidel order); return ‖h‖ [S]."""
         k, device = state.iteration, problem.x.device
         batches = minibatches(len(problem.x), self.batch_size, state.seeds, k, device, self.epoch_parts)
         squares = []
@@ -248,7 +255,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             h = schedules.at((k + number / len(batches)) / self.iterations)
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            lagrangian, z_state = self._gather(problem, state, batch)
+            lagrangian, z_state = self._gather(problem, state, batch, state.z_state)
             update_minibatch(lagrangian, self.z_update, z_state, updater, h, rounds)
             squares.append(self._squared_residual(lagrangian))
             variables = [*state.z, *state.u, *state.z_state.tensors()]
@@ -259,22 +266,22 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         return self._norm(squares, sum(batch.shape[1] for batch in batches))
 
     def _update_z(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters, mix: bool) -> None:
-        """Z of consecutive samples."""
-        lagrangian, z_state = self._gather(problem, state, part)
+        """Update Z of consecutive samples, after the mixing with a forward pass if `mix`."""
+        lagrangian, z_state = self._gather(problem, state, part, state.z_state)
         if mix:
             lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         scatter(part, [*state.z, *state.z_state.tensors()], [*lagrangian.z, *z_state.tensors()])
 
     def _update_duals(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters) -> Tensor:
-        """U of consecutive samples. Returns as `_squared_residual` does."""
+        """Update U of consecutive samples; return their `_squared_residual`."""
         lagrangian = self._lagrangian(problem, state, part)
         lagrangian.update_duals(h.dual_step)
         scatter(part, state.u, lagrangian.u)
         return self._squared_residual(lagrangian)
 
     def _theta_batches(self, problem: Problem, state: BlockADMMState, r: int) -> list[Tensor]:
-        """Mini-batches [S, B] of round r: `theta_passes` passes over the samples, each in an order of its own."""
+        """Return the mini-batches [S, B] of round r: `theta_passes` passes over the samples, each in another order."""
         passes = math.ceil(self.theta_passes)
         first = (sum(map(self.rounds, range(state.iteration))) + r) * passes
         batches = [
@@ -285,39 +292,57 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         return batches[: math.ceil(self.theta_passes / passes * len(batches))]
 
     @staticmethod
-    def _lagrangian(problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> AugmentedLagrangian:
-        """Of the samples `batch`, see `gather`."""
-        x, y, (z, u) = gather(problem, batch, [state.z, state.u])
-        return AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
+    def _gather(
+        problem: Problem, state: BlockADMMState, batch: Tensor | slice, z_state: ZState
+    ) -> tuple[AugmentedLagrangian, ZState]:
+        """Return the Lagrangian of the samples `batch`, see `gather`; `z_state` gets their moments."""
+        x, y, (z, u, *moments) = gather(problem, batch, [state.z, state.u, *z_state.moments])
+        return AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u), replace(z_state, moments=moments)
 
-    @staticmethod
-    def _gather(problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> tuple[AugmentedLagrangian, ZState]:
-        """As `_lagrangian`, with what the Z update carries on of these samples."""
-        x, y, (z, u, *moments) = gather(problem, batch, [state.z, state.u, *state.z_state.moments])
-        lagrangian = AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u)
-        return lagrangian, replace(state.z_state, moments=moments)
+    def _lagrangian(self, problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> AugmentedLagrangian:
+        """Return the Lagrangian of the samples `batch` alone, without their moments."""
+        return self._gather(problem, state, batch, ZState())[0]
 
     def _squared_residual(self, lagrangian: AugmentedLagrangian) -> Tensor:
-        """Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S] for the adaptive penalty; 0 without one."""
+        """Return Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S] for the adaptive penalty; 0 without one."""
         return torch.zeros_like(lagrangian.beta[0]) if self.penalty is None else lagrangian.squared_residual()
 
     @staticmethod
     def _norm(squares: list[Tensor], samples: int) -> Tensor:
-        """‖h‖ [S], see `AdaptivePenalty`, from squared residuals of parts of so many samples in all."""
+        """Return ‖h‖ [S] of `AdaptivePenalty` from the squared residuals [S] of parts of the samples."""
         return (torch.stack(squares).sum(0) / samples).sqrt()
 
     def rounds(self, iteration: int) -> int:
-        """Primal rounds of an iteration, counted from 0."""
+        """Return the number of primal rounds of an iteration, which is counted from 0."""
         return self.primal_rounds + int((self.primal_growth or 0.0) * iteration)
 
     def diagnostics(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
-        """By block, `residual_t` = ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, `dual_rms_t` = rms(U_t), `beta_t`, `sigma_t`; `h`,
-        the ‖h‖ of `AdaptivePenalty` at the end of the iteration (with sweep=minibatch that one has the residuals of the
-        visits), and `bound`, its η_k; and `kkt`, the norm of the gradient of the Lagrangian
-        J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, in which gradients by Z count as the root of the mean square over
-        samples, and by Θ as the mean over samples. Of more than one block also `loss_forward` and `loss_moved`, see
-        `label_leak`, of `batch_size` samples that are visited once more with the last iteration's ζ."""
-        n_blocks, theta, samples = len(state.z), state.theta, len(problem.x)
+        """Return quantities [S] of the state after an iteration.
+
+        Returns:
+            For each block t `residual_t` = ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, `dual_rms_t` = rms(U_t), `beta_t` and
+            `sigma_t` (see `spectral_norms`). Besides these:
+
+            - `h`: the ‖h‖ of `AdaptivePenalty` at the end of the iteration. (With sweep="minibatch" Eq. 6 takes the
+              residuals of the visits instead.)
+            - `bound`: its η_k, with a `penalty`.
+            - `kkt`: the norm of the gradient of J + Σ_t ⟨β_t U_t, Z_t − block_t(Z_{t−1})⟩, the Lagrangian. The gradient
+              by Z counts as the root of its mean square over samples, and that by Θ as its mean over samples.
+            - `primal_rounds`: the rounds of the iteration, with a `primal_growth`.
+            - `loss_forward`, `loss_moved`: see `label_leak`, for more than one block; of `batch_size` samples that are
+              visited once more with the last iteration's ζ.
+        """
+        values = self._residuals(problem, state)
+        if self.penalty is not None:
+            values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
+        if self.primal_growth is not None:
+            values["primal_rounds"] = torch.full_like(state.beta[0], self.rounds(max(state.iteration - 1, 0)))
+        leak = label_leak(problem, state.theta, self.batch_size, partial(self._after_z_update, problem, state))
+        return values | leak | spectral_norms(problem, state.theta)
+
+    def _residuals(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
+        """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`; running statistics stay."""
+        theta, samples = state.theta, len(problem.x)
         statistics = theta.buffers.clone()
         gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
@@ -326,40 +351,28 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             lagrangian = self._lagrangian(problem, state, part)
             z, u = lagrangian.z, lagrangian.u
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
-            for t in range(1, n_blocks + 1):
+            for t in range(1, len(z) + 1):
                 residual = lagrangian.residual(t, for_vjp=True)
                 for total, v in ((square, residual), (norm, z[t - 1]), (dual_norm, u[t - 1])):
-                    total[t - 1] += v.square().flatten(1).sum(1)
+                    total[t - 1] += _squared_norm(v)
                 lagrangian.vjp(t, multiplier[t - 1], grad_params=gradient)
-                by_z = multiplier[t - 1].clone()
-                if t < n_blocks:
-                    from_above = lagrangian.vjp(t + 1, multiplier[t])
-                    assert from_above is not None
-                    by_z -= from_above
-                else:
-                    by_z += problem.loss.gradient(z[-1], lagrangian.y)
-                z_square += by_z.square().flatten(1).sum(1)
+                z_square += _squared_norm(_gradient_by_z(lagrangian, multiplier, t))
             theta_gradient += gradient.flat
         theta.buffers.copy_(statistics)
         values = {
             "kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
         }
-        for t, of_block in enumerate(state.u, start=1):
+        for t, dual in enumerate(state.u, start=1):
             values[f"residual_{t}"] = (square[t - 1] / norm[t - 1]).sqrt()
-            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / of_block[0].numel()).sqrt()
+            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / dual[0].numel()).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
-        if self.penalty is not None:
-            values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
-        if self.primal_growth is not None:
-            values["primal_rounds"] = torch.full_like(state.beta[0], self.rounds(max(state.iteration - 1, 0)))
-        leak = label_leak(problem, theta, self.batch_size, partial(self._after_z_update, problem, state))
-        return values | leak | spectral_norms(problem, theta)
+        return values
 
     def _after_z_update(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
-        """Copies of the samples [S, B] after a visit's first update of Z with the last iteration's ζ."""
+        """Return the Lagrangian of copies of the samples [S, B] after an update of Z with the last iteration's ζ."""
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
-        lagrangian, z_state = self._gather(problem, state, batch)
+        lagrangian, z_state = self._gather(problem, state, batch, state.z_state)
         self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
         lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
@@ -386,16 +399,31 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         if not is_number(self.theta_passes) or self.theta_passes <= 0.0:
             raise ValueError(f"theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
-            raise ValueError(f"theta_passes: {self.theta_passes}, but sweep=minibatch has one step of Θ per visit")
+            raise ValueError(f"theta_passes: {self.theta_passes}, but sweep='minibatch' has one step of Θ per visit")
         if self.sweep == "batch" and self.epoch_parts is not None:
-            raise ValueError(f"epoch_parts: {self.epoch_parts}, but sweep=batch moves all samples at a time")
+            raise ValueError(f"epoch_parts: {self.epoch_parts}, but sweep='batch' moves all samples at a time")
         if self.primal_growth is not None and self.epoch_parts is not None:
-            raise ValueError(f"primal_growth: {self.primal_growth} goes by epochs; epoch_parts must be null")
+            raise ValueError(f"primal_growth: {self.primal_growth} goes by epochs; epoch_parts must be None")
 
     def _draw_duals(self, u: Sequence[Tensor], seeds: Sequence[int]) -> None:
+        """Overwrite U by numbers uniform on (0, `dual_init`), from a generator per block and seed."""
         if not self.dual_init:
             return
-        for t, of_block in enumerate(u, start=1):
-            for replica, seed in zip(of_block, seeds, strict=True):
+        for t, dual in enumerate(u, start=1):
+            for replica, seed in zip(dual, seeds, strict=True):
                 draw = torch.empty(replica.shape, dtype=replica.dtype)
                 replica.copy_(draw.uniform_(0.0, self.dual_init, generator=stateless_rng(seed, "dual", t)))
+
+
+def _gradient_by_z(lagrangian: AugmentedLagrangian, multiplier: Sequence[Tensor], t: int) -> Tensor:
+    """Return the gradient by Z_t of J + Σ_t ⟨λ_t, Z_t − block_t(Z_{t−1})⟩, with `multiplier` λ_1..λ_T."""
+    if t == len(multiplier):
+        return multiplier[-1] + lagrangian.loss.gradient(lagrangian.z[-1], lagrangian.y)
+    from_above = lagrangian.vjp(t + 1, multiplier[t])
+    assert from_above is not None
+    return multiplier[t - 1] - from_above
+
+
+def _squared_norm(values: Tensor) -> Tensor:
+    """Return ‖·‖² of each replica, [S]."""
+    return values.square().flatten(1).sum(1)

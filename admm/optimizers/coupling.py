@@ -32,10 +32,13 @@ StepSize = float | Tensor  # of all replicas, or one per replica [S]
 
 
 class Hyperparameters(NamedTuple):
-    """What may have a schedule, at one moment of the run.
+    """The values of what may have a schedule, at one moment of the run.
 
-    theta_steps: η, one for all of Θ or one per block. z_steps: ζ_1..ζ_T. dual_step: α. mixing: the part of the way to
-    the forward pass that each visit first moves Z.
+    Attributes:
+        theta_steps: η, as many as the `ThetaUpdate` takes: one for all of Θ, or for DeepFacto η_1..η_T.
+        z_steps: ζ_t of the coupling variables that the algorithm moves.
+        dual_step: α.
+        mixing: the part of the way to the forward pass that each visit first moves Z.
     """
 
     theta_steps: list[StepSize]
@@ -45,30 +48,33 @@ class Hyperparameters(NamedTuple):
 
 
 class Schedules(NamedTuple):
-    """The schedules of `Hyperparameters`."""
+    """The schedules of `Hyperparameters`; without options for α and the mixing, neither has an effect."""
 
     theta_steps: list[Schedule]
     z_steps: list[Schedule]
-    dual_step: Schedule = Schedule(1.0, 1.0)
+    dual_step: Schedule = Schedule(0.0, 0.0)
     mixing: Schedule = Schedule(0.0, 0.0)
 
     def at(self, progress: float) -> Hyperparameters:
-        """The values where the part `progress` of the run, from 0 to 1, is done."""
-        theta_steps, z_steps = ([of_block(progress) for of_block in several] for several in self[:2])
+        """Return the values where the part `progress` of the run, from 0 to 1, is done."""
+        theta_steps, z_steps = ([value(progress) for value in values] for values in self[:2])
         return Hyperparameters(theta_steps, z_steps, self.dual_step(progress), self.mixing(progress))
 
 
 def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor) -> Tensor:
-    """β [T, S] of a hyperparameter, in the dtype of `like`. Raises ValueError unless all are positive."""
+    """Return the penalties β [T, S] in the dtype of `like`. Raises ValueError unless all are positive."""
     return torch.stack([positive("beta", value, n_replicas) for value in block_values("beta", beta, n_blocks)]).to(like)
 
 
 def label_leak(
     problem: Problem, theta: Parameters, batch_size: int, visit: Callable[[Tensor], AugmentedLagrangian]
 ) -> dict[str, Tensor]:
-    """`loss_forward` and `loss_moved` [S], the mean J of `batch_size` training samples after a forward pass, and of the
-    last block's outputs at a Z_{T−1} that has been moved by J's gradient and so tells something of the label; of one
-    block nothing. `visit` moves the Z of the samples with indices [S, B], on copies."""
+    """Return two losses [S] whose difference shows how much Z_{T−1} tells of the labels; nothing for one block.
+
+    `loss_forward` is the mean J of `batch_size` training samples after a forward pass. `loss_moved` is that of the last
+    block's outputs for Z_{T−1} after `visit`, which moves copies of the Z of the samples with indices [S, B] by J's
+    gradient.
+    """
     last = len(problem.blocks)
     if last == 1:
         return {}
@@ -80,12 +86,12 @@ def label_leak(
 
 
 def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
-    """Warns where the newest rows of a history are the first in which the label shows in the coupling variables.
+    """Warn if the newest rows of a history are the first in which the label shows in the coupling variables.
 
-    It shows where, from the middle of the optimizer's iterations on, some replica's `loss_forward`, the loss in
-    evaluation, exceeds `loss_moved`, the loss that the last block is trained on, by more than a sixth of its
-    `loss_forward` before the first iteration. With less, networks still reach the accuracy that they have without a
-    leak.
+    The label shows if, from the middle of the optimizer's iterations on, some replica's `loss_forward` (the loss in
+    evaluation) exceeds its `loss_moved` (the loss that the last block is trained on) by more than a sixth of its
+    `loss_forward` before the first iteration. With a smaller difference, networks still reach the accuracy that they
+    have without a leak.
     """
     if not rows or "loss_moved" not in rows[-1]:
         return
@@ -110,8 +116,11 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
 
 
 def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Warns where gradient steps ζ_t of the coupling variables between the blocks, under penalties β_t [S], attenuate
-    the loss's gradient below the rounding error at block 1: each block multiplies it by β_t ζ_t."""
+    """Warn if the loss's gradient is below the rounding error at block 1.
+
+    Each block multiplies it by β_t ζ_t, for gradient steps ζ_t of the coupling variables between the blocks and
+    penalties β_t [S]. The caller is a check of an optimizer's `init`.
+    """
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
     if 0.0 < signal < torch.finfo(dtype).eps:
         warnings.warn(
@@ -122,10 +131,7 @@ def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dt
 
 
 def mixing_schedule(value: Value, replicas: int) -> Schedule:
-    """Return the schedule of the part of the way to the forward pass that coupling variables are moved.
-
-    Raises ValueError for more than 1, and as `schedule` does.
-    """
+    """Return the schedule of `forward_mixing`. Raises ValueError for more than 1, and as `schedule` does."""
     mixing = schedule("forward_mixing", value, replicas)
     if mixing.largest > 1.0:
         raise ValueError(f"forward_mixing: {value} is more than the whole way to the forward pass, 1")
@@ -133,10 +139,16 @@ def mixing_schedule(value: Value, replicas: int) -> Schedule:
 
 
 class BlockOutputs:
-    """block_t(Z_{t−1}) for t = 1..T, each evaluated when asked for and kept until its input or Θ changes."""
+    """The outputs block_t(Z_{t−1}) for t = 1..T, each evaluated on demand and cached until its input or Θ changes.
+
+    Args:
+        blocks: the network.
+        theta: its parameters.
+        x: inputs [S, n, ...].
+        z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None.
+    """
 
     def __init__(self, blocks: Blocks, theta: Parameters, x: Tensor, z: list[Tensor] | None = None) -> None:
-        """x: inputs [S, n, ...]. z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None."""
         self.blocks, self.theta, self.x = blocks, theta, x
         self._evaluations: list[tuple[Tensor, Any] | None] = [None] * len(blocks)  # a record may be None
         self.z: list[Tensor] = [] if z is None else z
@@ -145,21 +157,26 @@ class BlockOutputs:
                 self.z.append(self.output(t, for_vjp=t == len(blocks)))
 
     def block_input(self, t: int) -> Tensor:
-        """What block t is applied to: Z_{t−1}, or the inputs."""
+        """Return what block t is applied to: Z_{t−1}, or the inputs for t = 1."""
         return self.x if t == 1 else self.z[t - 2]
 
     def output(self, t: int, for_vjp: bool | None = None) -> Tensor:
-        """block_t(Z_{t−1}), [S, n, d_t]; not to be written to. `for_vjp` keeps the activations that `vjp` through block
-        t needs, by default for t > 1, as block 1 has no Z below it; without, and where the blocks' execution says
-        `recompute`, they are evaluated again."""
+        """Return block_t(Z_{t−1}) [S, n, d_t], which must not be written to.
+
+        `for_vjp` keeps the activations that `vjp` through block t needs; by default it is true for t > 1, as block 1
+        has no Z below it. If it is false and the blocks' execution says `recompute`, `vjp` evaluates the block again.
+        """
         if (evaluation := self._evaluations[t - 1]) is None:
             for_vjp = t > 1 if for_vjp is None else for_vjp
             evaluation = self._evaluate(t, record=for_vjp or not self._recomputes(t))
         return evaluation[0]
 
     def vjp(self, t: int, grad_output: Tensor, grad_params: Parameters | None = None) -> Tensor | None:
-        """∂block_tᵀ · grad_output: by Z_{t−1}, returned, or, with `grad_params`, by Θ_t, written there; this moves
-        running statistics in `theta`."""
+        """Multiply the transposed Jacobian of block t by `grad_output` [S, n, d_t].
+
+        Returns the product with respect to Z_{t−1}. With `grad_params`, the product with respect to Θ_t is written
+        there instead, running statistics in `theta` are updated, and None is returned.
+        """
         output, record = self._evaluations[t - 1] or (None, None)
         if record is None:
             output, record = self._evaluate(t)
@@ -173,17 +190,17 @@ class BlockOutputs:
         return None
 
     def set_z(self, t: int, z: Tensor) -> None:
-        """Replace Z_t, which makes block_{t+1}'s value stale."""
+        """Replace Z_t, and forget block t + 1's output, which depends on it."""
         self.z[t - 1] = z
         if t < len(self.blocks):
             self.forget(t + 1)
 
     def forget(self, t: int) -> None:
-        """Let go of block t's value and activations, before another block's are made."""
+        """Free block t's output and activations."""
         self._evaluations[t - 1] = None
 
     def forget_all(self) -> None:
-        """Forget every value: Θ has been updated."""
+        """Free the outputs and activations of all blocks, as is needed after an update of Θ."""
         self._evaluations = [None] * len(self.blocks)
 
     def _recomputes(self, t: int) -> bool:
@@ -197,7 +214,17 @@ class BlockOutputs:
 
 
 class AugmentedLagrangian(BlockOutputs):
-    """J(Y, Z_T) + Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖² of some samples (Eq. 2), whose J is summed."""
+    """Eq. 2 for some samples: J(Y, Z_T) + Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖², with J summed over them.
+
+    Args:
+        problem: has the blocks and the loss J.
+        theta: the blocks' parameters.
+        beta: penalties [T, S].
+        x: inputs [S, n, ...].
+        y: targets [S, n, ...].
+        z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None.
+        u: scaled duals in the shapes of z; an empty sequence stands for 0.
+    """
 
     def __init__(
         self,
@@ -209,41 +236,41 @@ class AugmentedLagrangian(BlockOutputs):
         z: list[Tensor] | None = None,
         u: Sequence[Tensor] = (),
     ) -> None:
-        """beta: penalties [T, S]. x, y: inputs and targets [S, n, ...]. z: coupling variables, T tensors [S, n, d_t]; a
-        forward pass makes them if None. u: scaled duals like z, or none, which stands for 0."""
         super().__init__(problem.blocks, theta, x, z)
         self.loss, self.beta, self.y, self.u = problem.loss, beta, y, u
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
-        """Z_t − block_t(Z_{t−1}), [S, n, d_t], in a new tensor; `for_vjp` as in `output`."""
+        """Return Z_t − block_t(Z_{t−1}) [S, n, d_t] in a new tensor; `for_vjp` is as in `output`."""
         return self.z[t - 1] - self.output(t, for_vjp)
 
     def squared_residual(self) -> Tensor:
-        """Σ_t ‖Z_t − block_t(Z_{t−1})‖², [S]."""
+        """Return Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
         square = torch.zeros_like(self.beta[0])
         for t in range(1, len(self.blocks) + 1):
             square += self.residual(t, for_vjp=False).square().flatten(1).sum(1)
         return square
 
     def value(self) -> Tensor:
-        """The augmented Lagrangian, [S]."""
+        """Return the augmented Lagrangian [S]."""
         value = self.loss.value(self.z[-1], self.y).flatten(1).sum(1)
         for t in range(1, len(self.blocks) + 1):
             value = value + self.coupling_value(t)
         return value
 
     def coupling_value(self, t: int) -> Tensor:
-        """Coupling term t, β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖², [S]."""
+        """Return coupling term t, β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖² [S]."""
         return self.beta[t - 1] / 2 * self._with_dual(t).square().flatten(1).sum(1)
 
     def coupling_gradient(self, t: int, for_vjp: bool | None = None) -> Tensor:
-        """Derivative β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t, in a new tensor; by block_t(Z_{t−1})
-        it is the negative. `for_vjp` as in `output`."""
+        """Return the gradient β_t (Z_t − block_t(Z_{t−1}) + U_t) of coupling term t by Z_t, in a new tensor.
+
+        The gradient by block_t(Z_{t−1}) is its negative. `for_vjp` is as in `output`.
+        """
         gradient = self._with_dual(t, for_vjp)
         return gradient.mul_(broadcast(self.beta[t - 1], gradient))
 
     def z_gradient(self, t: int) -> Tensor:
-        """Gradient by Z_t, in a new tensor. Block t + 1's value is forgotten, as Z_t is to move."""
+        """Return the gradient by Z_t in a new tensor, and forget block t + 1's output, as Z_t is to move."""
         if t == len(self.blocks):
             return self.coupling_gradient(t).add_(self.loss.gradient(self.z[-1], self.y))
         from_above = self.vjp(t + 1, self.coupling_gradient(t + 1))
@@ -252,21 +279,23 @@ class AugmentedLagrangian(BlockOutputs):
         return self.coupling_gradient(t).sub_(from_above)
 
     def last_minimiser(self) -> Tensor:
-        """argmin over Z_T, by the loss's proximal operator."""
+        """Return the minimiser over Z_T, by the loss's proximal operator."""
         last = len(self.blocks)
         assert isinstance(self.loss, ProximalLoss)
         anchor = self.output(last) - self.u[-1] if self.u else self.output(last)
         return self.loss.prox(anchor, self.y, broadcast(self.beta[-1], anchor))
 
     def theta_gradient(self, gradient: Parameters, trained: Iterable[int] | None = None) -> None:
-        """Gradient by Θ_t of the coupling terms' mean over the samples, of the blocks `trained`, by default all,
-        written to `gradient`; moves running statistics."""
+        """Write the gradient by Θ_t of the mean coupling term of a sample to `gradient`; update running statistics.
+
+        `trained` are the numbers t of the blocks, by default all.
+        """
         for t in range(1, len(self.blocks) + 1) if trained is None else trained:
             by_output = self.coupling_gradient(t, for_vjp=True).mul_(-1.0 / self.y.shape[1])
             self.vjp(t, by_output, grad_params=gradient)
 
     def mix_with_forward(self, mixing: StepSize) -> None:
-        """Z_t moves the part `mixing` of the way to a forward pass."""
+        """Move each Z_t the part `mixing` of the way to its value in a forward pass."""
         if isinstance(mixing, float) and mixing == 0.0:
             return
         ahead = self.x
@@ -276,7 +305,7 @@ class AugmentedLagrangian(BlockOutputs):
             self.set_z(t, torch.lerp(self.z[t - 1], ahead, weight))
 
     def update_duals(self, step: StepSize) -> None:
-        """U_t ← U_t + α (Z_t − block_t(Z_{t−1})) (Algorithm 1, line 12), in place."""
+        """Update U_t ← U_t + α (Z_t − block_t(Z_{t−1})) in place, with α = `step` (Algorithm 1, line 12)."""
         if isinstance(step, float) and step == 0.0:
             return
         for t, u in enumerate(self.u, start=1):
@@ -284,36 +313,39 @@ class AugmentedLagrangian(BlockOutputs):
             u.add_(residual.mul_(broadcast(step, residual)))
 
     def _with_dual(self, t: int, for_vjp: bool | None = None) -> Tensor:
-        """Z_t − block_t(Z_{t−1}) + U_t, in a new tensor."""
+        """Return Z_t − block_t(Z_{t−1}) + U_t in a new tensor."""
         residual = self.residual(t, for_vjp)
         return residual.add_(self.u[t - 1]) if self.u else residual
 
     def _forward_output(self, t: int, before: Tensor) -> Tensor:
-        """Output of block t for `before`, which at t = 1 are the inputs, in a forward pass."""
+        """Return block t's output for `before`, its input in a forward pass; for t = 1 these are the inputs."""
         return self.output(1) if t == 1 else self.blocks[t - 1].forward(self.theta.blocks[t - 1], before, training=True)
 
 
 class ThetaUpdate:
-    """Steps of Θ on the coupling terms' mean over some samples (Algorithm 1, line 10; Algorithm 2, line 11)."""
+    """An update of Θ on the mean coupling terms of some samples (Algorithm 1, line 10; Algorithm 2, line 11)."""
 
     def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
         self.rule, self.theta, self.moments = rule, theta, moments
         self.gradient = blocks.parameters(torch.empty_like(theta.flat))
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
-        """steps: η, one for all of Θ."""
+        """Move Θ once, by the one step size η in `steps`."""
+        (step,) = steps
         lagrangian.theta_gradient(self.gradient)
-        self.rule.apply(self.theta.flat, self.gradient.flat, self.moments, steps[0])
+        self.rule.apply(self.theta.flat, self.gradient.flat, self.moments, step)
         lagrangian.forget_all()
 
 
 @dataclass
 class ZState:
-    """What a `ZUpdate` carries from step to step.
+    """What a `ZUpdate` carries from step to step; lists are empty where it needs none.
 
-    moments: Adam's, by block two in the shape of Z_t, or none. count: Adam's steps that they have seen. power_vectors:
-    of the power iterations, [S, d_t, 1] for t = 1..T−1, or none. inverse_curvature: for t = 1..T−1 what multiplies the
-    gradient of Z_t, [S, 1, 1], or [S, d_t, d_t] from the right, or none.
+    Attributes:
+        moments: Adam's two moments per block, in the shape of Z_t.
+        count: the number of Adam's steps so far.
+        power_vectors: the vectors of the power iterations, [S, d_t, 1] for t = 1..T−1.
+        inverse_curvature: the factor of the gradient by Z_t for t = 1..T−1: [S, 1, 1], or [S, d_t, d_t] from the right.
     """
 
     moments: list[list[Tensor]] = field(default_factory=list)
@@ -322,13 +354,13 @@ class ZState:
     inverse_curvature: list[Tensor] = field(default_factory=list)
 
     def tensors(self) -> list[Tensor]:
-        """All moments."""
+        """Return all moments, block by block."""
         return list(chain.from_iterable(self.moments))
 
 
 @dataclass(frozen=True)
 class ZUpdate(Options):
-    """How the coupling variables follow their gradients ∇, in rounds from Z_T to Z_1.
+    """The update of the coupling variables by their gradients ∇, in rounds from Z_T to Z_1.
 
     "lipschitz" and "majorised" need every block but the first to have exactly one linear layer. A ReLU at its end makes
     WᵀW smaller, so that for ζ ≤ 1 the step is no longer than Newton's wherever the ReLU is differentiable. For a ReLU
@@ -344,10 +376,14 @@ class ZUpdate(Options):
             "majorised": ζ_t H⁻¹ ∇ with H = β_t I + β_{t+1} WᵀW: for ζ_t = 1 the exact minimiser over Z_t where block
             t + 1 is affine.
         steps: rounds per primal update, at least 1.
-        output_update: "step": Z_T moves likewise. "prox": to its exact minimiser, by the loss's proximal operator.
-        beta1: Adam's, from 0 to below 1.
-        beta2: Adam's, from 0 to below 1.
-        epsilon: Adam's, ≥ 0.
+        output_update: "step": Z_T takes the same step. "prox": it moves to its exact minimiser, by the loss's proximal
+            operator.
+        beta1: Adam's decay rate of the mean, in [0, 1).
+        beta2: Adam's decay rate of the mean square, in [0, 1).
+        epsilon: Adam's ε ≥ 0.
+
+    Raises:
+        ValueError: for an unknown name, or a number out of range.
 
     References:
         Kingma & Ba (2014), "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980
@@ -360,27 +396,37 @@ class ZUpdate(Options):
     beta2: float = 0.999
     epsilon: float = 1e-8
 
-    def check(self, problem: Problem, theta: Parameters) -> None:
-        """Raises ValueError for an unknown name, or where blocks or loss do not have what the update needs."""
-        blocks = problem.blocks
+    def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
         one_of("output_update", self.output_update, ("prox", "step"))
         at_least_one("steps", self.steps)
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf)):
             in_range(name, getattr(self, name), below)
+
+    def check(self, problem: Problem, theta: Parameters, steps: Sequence[Schedule], beta: Tensor) -> None:
+        """Raise ValueError if the blocks or the loss lack what the update needs; warn as `warn_of_lost_signal` does.
+
+        Args:
+            problem: what is trained on.
+            theta: the blocks' parameters.
+            steps: schedules of ζ_1..ζ_T.
+            beta: penalties [T, S].
+        """
         if self.output_update == "prox":
             check_prox(problem.loss, "output_update='prox'")
         if self.name in ("lipschitz", "majorised"):
-            for t, (block, views) in enumerate(zip(blocks, theta.blocks, strict=True), start=1):
+            for t, (block, views) in enumerate(zip(problem.blocks, theta.blocks, strict=True), start=1):
                 if t > 1 and block.linear_weight(views) is None:
                     raise ValueError(
-                        f"name: {self.name!r} needs blocks of one linear layer, with or without a "
-                        f"ReLU; block {t} is {list(blocks.names[t - 1])}; use gradient or adam, or split "
-                        "per_layer"
+                        f"name: {self.name!r} needs blocks of one linear layer, with or without a ReLU; block {t} is "
+                        f"{list(problem.blocks.names[t - 1])}; take 'gradient' or 'adam', or cut with per_layer=True"
                     )
+        if self.name == "gradient":
+            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.x.dtype)
 
     def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
-        """The state before the first step, of moments that are 0."""
+        """Return the state before the first step; `moments` are zeros, by block."""
         vectors = []
         if self.name == "lipschitz":
             weights = [block.linear_weight(views) for block, views in zip(blocks, theta.blocks, strict=True)]
@@ -389,51 +435,53 @@ class ZUpdate(Options):
 
     @property
     def moments_of_each(self) -> int:
-        """How many moments go with a coupling variable."""
+        """The number of moments per coupling variable."""
         return 2 if self.name == "adam" else 0
 
     def moments(self, z: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Zero moments for coupling variables."""
+        """Return moments of zeros for coupling variables, by block."""
         return [[torch.zeros_like(v) for _ in range(self.moments_of_each)] for v in z]
 
     def update_curvature(self, blocks: Blocks, theta: Parameters, beta: Tensor, state: ZState) -> None:
-        """Replaces the inverse curvature, under penalties `beta` [T, S], and the power vectors, where the update needs
-        them; no tensor is overwritten."""
+        """Replace the inverse curvature and the power vectors in `state`, if the update needs them.
+
+        `beta` are penalties [T, S]. No tensor is overwritten.
+        """
         if self.name in ("gradient", "adam"):
             return
         inverses, vectors = [], []
         for t in range(1, len(blocks)):
             weight = blocks[t].linear_weight(theta.blocks[t])
             assert weight is not None
-            own, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)
+            below, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)  # β_t, β_{t+1}
             if self.name == "majorised":
                 w = weight.double()  # float32 does not see β_t beside a large W
-                factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), own.squeeze(2))
+                factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), below.squeeze(2))
                 inverses.append(torch.cholesky_inverse(factor).to(weight))
             else:
-                # Tends to σ² from below, after a first one of up to d_t^½ σ².
+                # ‖WᵀW v‖ tends to σ² from below; the first one is at most d_t^½ σ².
                 image = weight.mT @ (weight @ state.power_vectors[t - 1])
                 square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
                 vectors.append(torch.where(square > 0, image / square, state.power_vectors[t - 1]))
-                inverses.append(1.0 / (own + 1.1 * above * square))
+                inverses.append(1.0 / (below + 1.1 * above * square))
         state.inverse_curvature, state.power_vectors = inverses, vectors
 
     def step(self, lagrangian: AugmentedLagrangian, state: ZState, steps: Sequence[StepSize]) -> None:
-        """Rounds from Z_T to Z_1 (Algorithm 1, lines 5 to 8; Algorithm 2, lines 6 to 9). steps: ζ_1..ζ_T."""
+        """Move Z_T, …, Z_1 in each round, by steps ζ_1..ζ_T (Algorithm 1, lines 5 to 8; Algorithm 2, lines 6 to 9)."""
         for _ in range(self.steps):
             state.count += 1
             for t in range(len(lagrangian.blocks), 0, -1):
                 lagrangian.set_z(t, self.updated_z(lagrangian, state, t, steps[t - 1]))
 
     def updated_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
-        """Z_t after its step ζ_t."""
+        """Return Z_t after its step ζ_t."""
         if t == len(lagrangian.blocks) and self.output_update == "prox":
             return lagrangian.last_minimiser()
         direction = self._direction(lagrangian.z_gradient(t), state, t)
         return lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction))  # Algorithm 1, lines 5 and 7
 
     def _direction(self, gradient: Tensor, state: ZState, t: int) -> Tensor:
-        """The step to subtract from Z_t, for ζ = 1; may overwrite the gradient."""
+        """Return the step to subtract from Z_t for ζ = 1; it may overwrite the gradient."""
         if t <= len(state.inverse_curvature):
             inverse = state.inverse_curvature[t - 1]
             if inverse.shape[1] == 1:
@@ -452,25 +500,33 @@ class ZUpdate(Options):
 def gather(
     problem: Problem, batch: Tensor | slice, variables: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Inputs and targets [S, n, ...] of some samples, and their own of each list of variables [S, N, ...]: copies for a
-    mini-batch with indices [S, B]; for consecutive samples, the same of all replicas, views where these are on the
-    device."""
+    """Return the inputs x and targets y [S, n, ...] of some samples, and their part of each list of variables.
+
+    Args:
+        problem: has the data of all N samples.
+        batch: a mini-batch's indices [S, B], for which copies are returned; or a slice of samples, the same for all
+            replicas, for which views are returned where the variables are on the device.
+        variables: lists of tensors [S, N, ...]; the first is not empty.
+    """
     if isinstance(batch, Tensor):
-        own = flat_indices(batch, len(problem.x))
+        indices = flat_indices(batch, len(problem.x))
         x, y = (gather_shared(data, batch) for data in (problem.x, problem.y))
-        return x, y, [[gather_per_replica(whole, own) for whole in several] for several in variables]
+        return x, y, [[gather_per_replica(variable, indices) for variable in group] for group in variables]
     replicas, device = len(variables[0][0]), problem.x.device
     x, y = (data[batch].expand(replicas, *data[batch].shape) for data in (problem.x, problem.y))
-    return x, y, [[whole[:, batch].to(device, non_blocking=True) for whole in several] for several in variables]
+    return x, y, [[variable[:, batch].to(device, non_blocking=True) for variable in group] for group in variables]
 
 
 def scatter(batch: Tensor | slice, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Puts what `gather` has taken from variables [S, N, ...] back, unless a view of them was changed in place."""
+    """Write the samples' `values` [S, n, ...] back to variables [S, N, ...], from where `gather` has read them.
+
+    A value that is a view of its variable, and was changed in place, is there already.
+    """
     if isinstance(batch, Tensor):
-        own = flat_indices(batch, variables[0].shape[1])
-        for whole, found in zip(variables, values, strict=True):
-            scatter_per_replica(whole, own, found)
+        indices = flat_indices(batch, variables[0].shape[1])
+        for variable, value in zip(variables, values, strict=True):
+            scatter_per_replica(variable, indices, value)
     else:
-        for whole, found in zip(variables, values, strict=True):
-            if whole[:, batch].data_ptr() != found.data_ptr():
-                whole[:, batch] = found
+        for variable, value in zip(variables, values, strict=True):
+            if variable[:, batch].data_ptr() != value.data_ptr():
+                variable[:, batch] = value

@@ -1,5 +1,4 @@
-"""BlockProp (Gotmare, Thomas, Brea & Jaggi 2018, "Decoupling backpropagation using constrained optimization methods"):
-blocks that are held together by a quadratic penalty on gluing variables, without dual variables."""
+"""BlockProp (Gotmare et al. 2018): a quadratic penalty on gluing variables holds the blocks together, without duals."""
 
 from __future__ import annotations
 
@@ -23,7 +22,12 @@ from admm.schedules import BlockValue, Number, Value, block_schedules, positive,
 
 @dataclass
 class GotmareState:
-    """theta: parameters [S, P]. moments: the Θ rule's, [S, P] each (Adam's count of steps is [S])."""
+    """BlockProp's variables for S replicas.
+
+    Attributes:
+        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+    """
 
     seeds: tuple[int, ...]
     iteration: int
@@ -38,14 +42,14 @@ class GluingTerms(AugmentedLagrangian):
     """
 
     def value(self) -> Tensor:
-        """The sum of all terms, [S]."""
+        """Return the sum of all terms [S]."""
         value = self.loss.value(self.output(len(self.blocks)), self.y).flatten(1).sum(1)
         for t in range(1, len(self.blocks)):
             value = value + self.coupling_value(t)
         return value
 
     def coupling_gradient(self, t: int, for_vjp: bool | None = None) -> Tensor:
-        """The negative derivative of block t's own term by block_t(z_{t−1}); for t < T that by z_t."""
+        """Return the negative gradient of block t's term by block_t(z_{t−1}); for t < T, it is the gradient by z_t."""
         if t == len(self.blocks):
             return self.loss.gradient(self.output(t, for_vjp), self.y).neg()
         return super().coupling_gradient(t, for_vjp)
@@ -53,14 +57,14 @@ class GluingTerms(AugmentedLagrangian):
 
 @dataclass(frozen=True)
 class Gotmare(Options, Optimizer[GotmareState]):
-    """BlockProp on mini-batches: blocks of any network, held together by a quadratic penalty on gluing variables.
+    """BlockProp on mini-batches, in which a quadratic penalty on gluing variables holds the blocks together.
 
     It minimises, with gluing variables z_1..z_{T−1}, z_0 = x, and J summed over the mini-batch,
 
         J(block_T(z_{T−1}), y) + Σ_{t<T} ρ/2 ‖z_t − block_t(z_{t−1})‖²
 
     z starts with a forward pass and takes `z_rounds` rounds of steps, each from z_{T−1} to z_1; then each block takes
-    one step on its own term's mean over the mini-batch. One block is back-propagation.
+    one step on the mean of its term over the mini-batch. With one block this is back-propagation.
 
     After a cut weights and running statistics are those for gluing variables that have moved, while evaluation feeds
     these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
@@ -74,7 +78,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_rounds: rounds from z_{T−1} to z_1 per mini-batch, at least 1.
-        z_update: the optimizer of z, which begins with each mini-batch.
+        z_update: the optimizer of z, which starts again with each mini-batch.
         theta_update: the optimizer of Θ.
 
     Raises:
@@ -96,26 +100,19 @@ class Gotmare(Options, Optimizer[GotmareState]):
     theta_update: UpdateRule = field(default_factory=Adam)
 
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> GotmareState:
-        """Θ by the problem's initialisation, or from the starting variable `theta`, one tensor [S, P].
+        """Return Θ by the problem's initialisation, or `theta` of `start`, one tensor [S, P].
 
-        Raises ValueError that names a hyperparameter, or for a starting variable of another name or shape.
+        Raises ValueError that names a hyperparameter, or for an initial value of another name or shape.
         """
         seeds = whole_seeds(seeds)
         check_initial_names(start, ("theta",))
-        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
-        at_least_one("iterations", self.iterations)
-        at_least_one("z_rounds", self.z_rounds)
-        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
-        has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
-        z_steps, rho = self._schedules(problem, len(seeds)).z_steps, self._penalties(problem, len(seeds))
-        if isinstance(self.z_update, SGD):
-            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.x.dtype)
+        self._check(problem, len(seeds))
         theta = problem.initial(seeds)
         set_initial_values("theta", [theta.flat], start)
         return GotmareState(seeds, 0, theta, self.theta_update.init(theta.flat))
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
-        """One iteration, an epoch or a part of one."""
+        """Do one iteration, an epoch or a part of one."""
         schedules, rho = self._schedules(problem, len(state.seeds)), self._penalties(problem, len(state.seeds))
         gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
         for fraction, x, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
@@ -124,19 +121,20 @@ class Gotmare(Options, Optimizer[GotmareState]):
             self._update_z(terms, h)
             for t in range(1, len(problem.blocks) + 1):
                 terms.vjp(t, terms.coupling_gradient(t).div_(-x.shape[1]), grad_params=gradient)
-            self.theta_update.apply(state.theta.flat, gradient.flat, state.moments, h.theta_steps[0])
+            (eta,) = h.theta_steps
+            self.theta_update.apply(state.theta.flat, gradient.flat, state.moments, eta)
             del terms  # and the activations with them
         state.iteration += 1
         return state
 
     def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
-        """The spectral norms `sigma_t`; of more than one block `loss_forward` and `loss_moved`, see `label_leak`, of
-        `batch_size` training samples with the last iteration's ζ."""
+        """Return the spectral norms `sigma_t`, and for more than one block `loss_forward` and `loss_moved` (see
+        `label_leak`) of `batch_size` training samples with the last iteration's ζ."""
         leak = label_leak(problem, state.theta, self.batch_size, partial(self._after_z_update, problem, state))
         return leak | spectral_norms(problem, state.theta)
 
     def _after_z_update(self, problem: Problem, state: GotmareState, batch: Tensor) -> GluingTerms:
-        """The samples [S, B] after an update of z with the last iteration's ζ."""
+        """Return the terms of the samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(problem, len(state.seeds)).at(max(state.iteration - 1, 0) / self.iterations)
         rho = self._penalties(problem, len(state.seeds))
         terms = GluingTerms(problem, state.theta, rho, gather_shared(problem.x, batch), gather_shared(problem.y, batch))
@@ -144,7 +142,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
         return terms
 
     def _update_z(self, terms: GluingTerms, h: Hyperparameters) -> None:
-        """Rounds from z_{T−1} to z_1, each with the newest neighbours."""
+        """Do the rounds from z_{T−1} to z_1, each step with the newest neighbours."""
         moments = [self.z_update.init(z.flatten(1)) for z in terms.z[:-1]]
         for _ in range(self.z_rounds):
             for t in range(len(terms.blocks) - 1, 0, -1):
@@ -160,5 +158,15 @@ class Gotmare(Options, Optimizer[GotmareState]):
         )
 
     def _penalties(self, problem: Problem, n_replicas: int) -> Tensor:
-        """ρ for each block, [T, S]."""
+        """Return ρ for each block, [T, S]."""
         return positive("rho", self.rho, n_replicas).to(problem.x).expand(len(problem.blocks), -1)
+
+    def _check(self, problem: Problem, n_replicas: int) -> None:
+        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
+        at_least_one("iterations", self.iterations)
+        at_least_one("z_rounds", self.z_rounds)
+        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
+        has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
+        z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)
+        if isinstance(self.z_update, SGD):
+            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.x.dtype)

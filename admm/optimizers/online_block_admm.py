@@ -1,4 +1,4 @@
-"""Online Stochastic Block-ADMM (paper, Algorithm 2): coupling variables live for one mini-batch only."""
+"""Online Stochastic Block-ADMM (paper, Algorithm 2), whose coupling variables last for one mini-batch only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from admm.optimizers.coupling import (
     ZUpdate,
     label_leak,
     penalties,
-    warn_of_lost_signal,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
@@ -32,8 +31,14 @@ from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedu
 
 @dataclass
 class OnlineBlockADMMState:
-    """theta: parameters [S, P]. moments: the Θ rule's, [S, P] each. u: one scalar dual per block, [T, S]. z_state: what
-    the Z update carries on, without moments, which live for one mini-batch."""
+    """Online Block-ADMM's variables for T blocks, S replicas.
+
+    Attributes:
+        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+        u: one scalar dual per block, [T, S].
+        z_state: see `ZState`; it has no moments, which last for one mini-batch only.
+    """
 
     seeds: tuple[int, ...]
     iteration: int
@@ -46,15 +51,18 @@ class OnlineBlockADMMState:
 class ScalarDuals(AugmentedLagrangian):
     """J(y, z_T) + Σ_t β_t/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)², summed over the samples of a mini-batch (Algorithm 2).
 
-    u: T duals [S], the same for all samples. The derivative of the norm at 0 is taken as 0.
+    The duals `u` are T tensors [S], which all samples share. The gradient of the norm at 0 is taken as 0.
     """
 
     def coupling_value(self, t: int) -> Tensor:
-        """Coupling term t, [S]."""
+        """Return coupling term t [S]."""
         return self.beta[t - 1] / 2 * (self._norm(t) + self.u[t - 1].unsqueeze(1)).square().sum(1)
 
     def coupling_gradient(self, t: int, for_vjp: bool | None = None) -> Tensor:
-        """Derivative β_t (1 + u_t/‖r‖) r of coupling term t by z_t, where r = z_t − block_t(z_{t−1}); 0 at r = 0."""
+        """Return the gradient β_t (1 + u_t/‖r‖) r of coupling term t by z_t, with r = z_t − block_t(z_{t−1}).
+
+        It is 0 at r = 0.
+        """
         residual = self.residual(t, for_vjp)
         norm = torch.linalg.vector_norm(residual.flatten(2), dim=2)
         weight = torch.where(norm > 0, 1.0 + self.u[t - 1].unsqueeze(1) / norm, 0.0)
@@ -62,19 +70,19 @@ class ScalarDuals(AugmentedLagrangian):
         return residual.mul_(broadcast(self.beta[t - 1], residual))
 
     def update_duals(self, step: StepSize) -> None:
-        """u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ (Algorithm 2, line 12, where α is 1), in place."""
+        """Update u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ in place, with α = `step` (Algorithm 2, line 12)."""
         for t, u in enumerate(self.u, start=1):
             u.add_(self._norm(t).mean(1).mul_(step))
 
     def _norm(self, t: int) -> Tensor:
-        """‖z_t − block_t(z_{t−1})‖₂ of each sample, [S, n]."""
+        """Return ‖z_t − block_t(z_{t−1})‖₂ of each sample, [S, n]."""
         norm: Tensor = torch.linalg.vector_norm(self.residual(t, for_vjp=False).flatten(2), dim=2)
         return norm
 
 
 @dataclass(frozen=True)
 class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
-    """Online Stochastic Block-ADMM, the paper's Algorithm 2: coupling variables live for one mini-batch only.
+    """Online Stochastic Block-ADMM, the paper's Algorithm 2: coupling variables last for one mini-batch only.
 
     It minimises J(y, z_T) + Σ_t β_t/2 (‖z_t − block_t(z_{t−1})‖₂ + u_t)², summed over samples, with a scalar dual u_t
     per block. (Eq. 3 prints the coupling term as β_t/2 (‖·‖² + u_t), in which u_t has no gradient; this is that of
@@ -96,14 +104,14 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         beta: β_t > 0, the penalties; one value per replica, and per block.
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
-        z_update: how z follows its gradient; with a dual the term is not quadratic, and it must be "adam" or
+        z_update: the update of z by its gradient; with a dual, whose term is not quadratic in z, it must be "adam" or
             "gradient", with output_update="step".
         theta_update: the optimizer of Θ.
         dual: "paper": u_t grows by the mean over the mini-batch of ‖z_t − block_t(z_{t−1})‖₂ (printed for one sample at
             a time; a sum would make it grow `batch_size` times faster). "reset": the same, from 0 at the beginning of
             each epoch. "decay": the same, with u_t multiplied by `dual_decay` before. "none": u_t = 0, a quadratic
             penalty.
-        dual_decay: ≥ 0.
+        dual_decay: ≥ 0, for dual="decay".
         curvature_every: mini-batches between two evaluations of the Z update's curvature, at least 1.
 
     Raises:
@@ -127,26 +135,23 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     curvature_every: int = 1
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> OnlineBlockADMMState:
-        """Θ by the problem's initialisation, u = 0."""
+        """Return Θ by the problem's initialisation, and u = 0."""
         seeds = whole_seeds(seeds)
         self._check(problem)
         theta = problem.initial(seeds)
-        self.z_update.check(problem, theta)
-        z_steps = self._schedules(len(problem.blocks), len(seeds)).z_steps
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
-        if self.z_update.name == "gradient":
-            warn_of_lost_signal(z_steps[:-1], beta[:-1].unbind(), problem.x.dtype)
+        self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
         return OnlineBlockADMMState(
             seeds=seeds,
             iteration=0,
             theta=theta,
             moments=self.theta_update.init(theta.flat),
-            u=problem.x.new_zeros(len(problem.blocks), len(seeds)),
+            u=torch.zeros_like(beta),
             z_state=self.z_update.init(problem.blocks, theta),
         )
 
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
-        """One iteration of Algorithm 2, an epoch or a part of one."""
+        """Do one iteration of Algorithm 2, an epoch or a part of one."""
         updater = ThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments)
         schedules = self._schedules(*state.u.shape)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
@@ -162,7 +167,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
             updater.step(lagrangian, h.theta_steps)  # line 11: Θ
             if self.dual == "decay":
                 state.u *= self.dual_decay
-            lagrangian.update_duals(h.dual_step)  # line 12: u
+            lagrangian.update_duals(step=1.0)  # line 12: u
             del lagrangian, z_state  # and the activations with them
         state.iteration += 1
         return state
@@ -170,7 +175,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     def _start(
         self, problem: Problem, state: OnlineBlockADMMState, beta: Tensor, x: Tensor, y: Tensor
     ) -> tuple[AugmentedLagrangian, ZState]:
-        """Of a mini-batch x, y [S, B, ...], with z by a forward pass and no steps of z yet."""
+        """Return the Lagrangian of a mini-batch x, y [S, B, ...] with z by a forward pass, and the Z update's state."""
         if self.dual == "none":
             lagrangian = AugmentedLagrangian(problem, state.theta, beta, x, y)
         else:
@@ -178,14 +183,14 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         return lagrangian, replace(state.z_state, moments=self.z_update.moments(lagrangian.z))
 
     def diagnostics(self, problem: Problem, state: OnlineBlockADMMState) -> dict[str, Tensor]:
-        """The scalar duals `dual_t` and the spectral norms `sigma_t`; of more than one block `loss_forward` and
-        `loss_moved`, see `label_leak`, of `batch_size` training samples with the last iteration's ζ."""
+        """Return the spectral norms `sigma_t`, with a dual `dual_t` = u_t, and for more than one block `loss_forward`
+        and `loss_moved` (see `label_leak`) of `batch_size` training samples with the last iteration's ζ."""
         duals = {f"dual_{t}": u.clone() for t, u in enumerate(state.u, start=1)} if self.dual != "none" else {}
         leak = label_leak(problem, state.theta, self.batch_size, partial(self._after_z_update, problem, state))
         return duals | leak | spectral_norms(problem, state.theta)
 
     def _after_z_update(self, problem: Problem, state: OnlineBlockADMMState, batch: Tensor) -> AugmentedLagrangian:
-        """The samples [S, B] after an update of z with the last iteration's ζ."""
+        """Return the Lagrangian of the samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(*state.u.shape).at(max(state.iteration - 1, 0) / self.iterations)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
         lagrangian, z_state = self._start(
