@@ -139,13 +139,28 @@ class SquaredError(Options, ProximalLoss):
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Options, ProximalLoss):
+class _NewtonLoss(Options, ProximalLoss):
+    """The options of a loss whose proximal operator is Newton's method."""
+
+    scale: float = 1.0
+    max_steps: int = 2000
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one("max_steps", self.max_steps)
+        check_positive("scale", self.scale)
+        check_positive("tolerance", self.tolerance)
+
+
+@dataclass(frozen=True)
+class CrossEntropy(_NewtonLoss):
     """J = scale · −Σ_c y_c log softmax(z)_c, with `y` one-hot or any distribution over the classes.
 
     Args:
         scale: the factor.
         max_steps: the most steps of Newton's method in the proximal operator.
-        tolerance: the largest entry of its gradient at the end, relative to scale + penalty (1 + max |v|).
+        tolerance: the largest entry of its objective's gradient at the end, relative to scale + penalty (1 + max |v|).
 
     Raises:
         ValueError: unless all are positive, and `max_steps` a whole number.
@@ -156,16 +171,6 @@ class CrossEntropy(Options, ProximalLoss):
     >>> loss.prox(z, y, penalty=1.0)
     tensor([[ 0.3374, -0.3374]])
     """
-
-    scale: float = 1.0
-    max_steps: int = 2000
-    tolerance: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one("max_steps", self.max_steps)
-        for name in ("scale", "tolerance"):
-            check_positive(name, getattr(self, name))
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
         """Return distributions over at least two classes, or class indices as one-hot targets, see `as_targets`."""
@@ -216,8 +221,8 @@ class CrossEntropy(Options, ProximalLoss):
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy(Options, ProximalLoss):
-    """J = scale · Σ_c log(1 + exp(z_c)) − y_c z_c, where each output is a logit of its own and `y` is between 0 and 1.
+class BinaryCrossEntropy(_NewtonLoss):
+    """J = scale · Σ_c log(1 + exp(z_c)) − y_c z_c, where each output is a logit and `y` is between 0 and 1.
 
     It is for several labels per sample, or one output that means yes or no. PyTorch's `BCEWithLogitsLoss`, a mean over
     the C outputs too, is `scale = 1/C`.
@@ -225,7 +230,7 @@ class BinaryCrossEntropy(Options, ProximalLoss):
     Args:
         scale: the factor.
         max_steps: the most steps of Newton's method in the proximal operator.
-        tolerance: its gradient at the end, relative to scale + penalty (1 + |v|).
+        tolerance: the largest gradient of its objective at the end, relative to scale + penalty (1 + |v|).
 
     Raises:
         ValueError: unless all are positive, and `max_steps` a whole number.
@@ -236,15 +241,6 @@ class BinaryCrossEntropy(Options, ProximalLoss):
     """
 
     threshold: ClassVar[float | None] = 0.0
-    scale: float = 1.0
-    max_steps: int = 2000
-    tolerance: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one("max_steps", self.max_steps)
-        for name in ("scale", "tolerance"):
-            check_positive(name, getattr(self, name))
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
         """Return numbers from 0 to 1, or class indices as one-hot targets, see `as_targets`."""
@@ -353,20 +349,23 @@ class FunctionLoss(Loss):
         return values.unflatten(0, z.shape[:2])  # type: ignore[no-any-return]
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            gradient: Tensor = torch.autograd.grad(self.value(leaf, y).sum(), leaf)[0]
-        return gradient
+        return _autograd_gradient(self, z, y)
 
 
 @dataclass(frozen=True)
 class TripletLoss(Loss):
-    """J of an anchor a = the mean over its positives p of scale · max(0, d(a, p) − d(a, n) + margin), with squared
-    distances of embeddings of length 1 and n the nearest negative beyond p, or the farthest one where none is (Schroff
-    et al. 2015, Eq. 3 and §3.2; Hoffer & Ailon 2015). It is 0 where a has no positive or no negative.
+    """J of an anchor a is the mean over its positives p of scale · max(0, d(a, p) − d(a, n) + margin).
 
-    Shapes: embeddings z [..., B, d]; identities y [..., B]; the mini-batch is what triplets are made of. There is no
-    proximal operator: the loss is not a sum over samples.
+    d is the squared distance of embeddings, which are scaled to length 1; n is the nearest negative beyond p, or the
+    farthest one if none is beyond. J is 0 for an anchor without a positive or without a negative.
+
+    Embeddings are z [..., B, d], identities y [..., B]; the triplets are those within a mini-batch of B samples. There
+    is no proximal operator, as the loss is not a sum over samples. Raises ValueError unless scale and margin are
+    positive.
+
+    References:
+        Schroff, Kalenichenko & Philbin (2015), "FaceNet", Eq. 3 and §3.2, https://arxiv.org/abs/1503.03832
+        Hoffer & Ailon (2015), "Deep metric learning using triplet network", https://arxiv.org/abs/1412.6622
     """
 
     scale: float = 1.0
@@ -377,33 +376,39 @@ class TripletLoss(Loss):
         check_positive("margin", self.margin)
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
-        """Identities [N], whole numbers. Raises ValueError for others."""
+        """Return identities [N], which are whole numbers. Raises ValueError for others."""
         if y.ndim != 1 or y.is_floating_point() or y.is_complex():
             raise ValueError(f"y: TripletLoss takes identities [N], whole numbers, not {y.dtype} {list(y.shape)}")
         return y
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        """J of each anchor, [..., B]."""
+        """Return J of each anchor, [..., B]."""
         unit = torch.nn.functional.normalize(z, dim=-1)
         distance = 2.0 - 2.0 * (unit @ unit.mT)
         same = y.unsqueeze(-1) == y.unsqueeze(-2)
         positive = same & ~torch.eye(y.shape[-1], dtype=torch.bool, device=y.device)
         negative = self._negative(distance.detach(), same)
         excess = (distance - distance.gather(-1, negative) + self.margin).clamp(min=0.0)
-        used = positive & ~same.all(-1, keepdim=True)
-        return self.scale * (excess * used).sum(-1) / used.sum(-1).clamp(min=1)
+        counted = positive & ~same.all(-1, keepdim=True)
+        return self.scale * (excess * counted).sum(-1) / counted.sum(-1).clamp(min=1)
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
-        """Of the sum over anchors, [..., B, d]; the choice of negatives counts as fixed."""
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            return torch.autograd.grad(self.value(leaf, y).sum(), leaf)[0]
+        """Return the gradient of the sum over anchors, [..., B, d], for a fixed choice of negatives."""
+        return _autograd_gradient(self, z, y)
 
     @staticmethod
     def _negative(distance: Tensor, same: Tensor) -> Tensor:
-        """For each anchor a and positive p the index of their negative, [..., B, B]."""
-        # In the order of distance from a, with those of a's own identity last, p is followed by the nearest beyond it.
+        """Return the index of the negative for each anchor a and positive p, [..., B, B]."""
+        # Sorted by the distance from a, with those of a's identity last, the nearest negative beyond p follows p.
         ordered, order = distance.masked_fill(same, torch.inf).sort(-1)
         others = (~same).sum(-1, keepdim=True)
         beyond = torch.searchsorted(ordered, distance.contiguous(), right=True)
         return order.gather(-1, torch.minimum(beyond, others - 1).clamp(min=0))
+
+
+def _autograd_gradient(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient by z of the sum of a loss's values."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        gradient: Tensor = torch.autograd.grad(loss.value(leaf, y).sum(), leaf)[0]
+    return gradient

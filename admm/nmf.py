@@ -15,50 +15,64 @@ from admm.minibatches import slices
 
 Matrix = NDArray[np.float64]
 WIDTH = 16  # rows of a factor whose effect on all others is one product
-CHECK_EVERY = 10  # steps
-LEAVE = 0.1  # the part of the columns that has ended, at which these leave
-COLUMNS = 2**20  # entries of a factor that are worked on at a time, so that they stay in the processor's cache
+CHECK_EVERY = 10  # steps between two checks for convergence
+LEAVE = 0.1  # converged columns are dropped once they are this part of all
+COLUMNS = 2**20  # entries of a factor that are processed at a time, so that they stay in the CPU's cache
 
 
 def matrix(maps: Tensor) -> Tensor:
-    """Feature maps [R, n, C, ...] as a matrix [R, C, n·…] (supplement D)."""
+    """Return feature maps [R, n, C, ...] as a matrix [R, C, n·…] (supplement D)."""
     places: Tensor = maps.flatten(3) if maps.ndim > 3 else maps.unsqueeze(3)
     return places.transpose(1, 2).flatten(2)
 
 
-def feature_maps(matrix: Tensor, like: Tensor) -> Tensor:
-    """A matrix [R, r, n·…] as feature maps [R, n, r, ...] with the samples and the places of `like` [R, n, C, ...]."""
-    by_sample = matrix.view(*matrix.shape[:2], like.shape[1], -1).transpose(1, 2)
+def feature_maps(values: Tensor, like: Tensor) -> Tensor:
+    """Return a matrix [R, r, n·…] as feature maps [R, n, r, ...] of the samples and places of `like` [R, n, C, ...]."""
+    by_sample = values.view(*values.shape[:2], like.shape[1], -1).transpose(1, 2)
     return by_sample.reshape(*like.shape[:2], -1, *like.shape[3:])
 
 
 def nonnegative_least_squares(
     gram: Tensor, cross: Tensor, start: Tensor, steps: int = 5000, tolerance: float = 1e-5
 ) -> Tensor:
-    """argmin over S ≥ 0 of ½⟨S, G S⟩ − ⟨S, B⟩, column by column: of ½‖Z − M S‖² for G = MᵀM and B = MᵀZ.
+    """Return the minimiser over S ≥ 0 of ½⟨S, G S⟩ − ⟨S, B⟩, which is that of ½‖Z − M S‖² for G = MᵀM and B = MᵀZ.
 
-    gram: G [R, r, r], positive semi-definite. cross: B [R, r, m]. start: S [R, r, m], not changed. By accelerated
-    projected gradient (Beck & Teboulle 2009, FISTA) on rows scaled so that G has a unit diagonal; a column loses its
-    momentum where that points uphill (O'Donoghue & Candès 2015, §3.2). A column ends when in ten steps none of its
-    entries has changed by more than `tolerance` times the largest, or after `steps`.
+    The method is accelerated projected gradient (FISTA), column by column, on rows scaled so that G has a unit
+    diagonal. A column loses its momentum where that points uphill.
+
+    Args:
+        gram: G [R, r, r], positive semi-definite.
+        cross: B [R, r, m].
+        start: the S [R, r, m] of the first step, which is not changed.
+        steps: the most steps of a column.
+        tolerance: a column has converged when in ten steps none of its entries has changed by more than this times the
+            largest.
+
+    References:
+        Beck & Teboulle (2009), "A fast iterative shrinkage-thresholding algorithm for linear inverse problems",
+        https://doi.org/10.1137/080716542
+        O'Donoghue & Candès (2015), "Adaptive restart for accelerated gradient schemes", §3.2,
+        https://arxiv.org/abs/1204.3982
     """
     scale = gram.diagonal(dim1=1, dim2=2).sqrt()
     scale = torch.where(scale > 0, scale, 1.0).unsqueeze(2)
     gram = gram / scale / scale.mT
     largest = torch.linalg.eigvalsh(gram.nan_to_num())[:, -1].clamp(min=1.0).view(-1, 1, 1)
     advance = torch.eye(gram.shape[-1]).to(gram) - gram / largest  # y − (G y − B)/L = advance · y + B/L
-    found = torch.empty_like(cross)
-    for replica in (slice(r, r + 1) for r in range(len(cross))):  # none goes on for another's sake
+    scores = torch.empty_like(cross)
+    for replica in (slice(r, r + 1) for r in range(len(cross))):  # each stops when its own columns have converged
         for part in slices(cross.shape[2], _columns(cross)):
             b, s = (v[replica, :, part] / d[replica] for v, d in ((cross, scale * largest), (start, 1.0 / scale)))
-            found[replica, :, part] = _accelerated(advance[replica], b, s, steps, tolerance) / scale[replica]
-    return found
+            scores[replica, :, part] = _accelerated(advance[replica], b, s, steps, tolerance) / scale[replica]
+    return scores
 
 
 def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
-    """The same minimiser by SciPy's L-BFGS-B in float64, the paper's choice (§3.4), a replica's columns at once. The
-    units are such that the objective is not small, as SciPy compares its change with 1. NaN for a replica that is not
-    finite. Raises ImportError without SciPy."""
+    """Return the minimiser of `nonnegative_least_squares` by SciPy's L-BFGS-B in float64, the paper's choice (§3.4).
+
+    It solves for all columns of a replica at once, in units in which the objective is not small, as SciPy compares its
+    change with 1. A replica that is not finite gets NaN. Raises ImportError without SciPy.
+    """
     try:
         from scipy.optimize import Bounds, minimize
     except ImportError as error:
@@ -79,19 +93,19 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
 
         options = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 1e-13, "gtol": 1e-9}
         begin, bounds = (start / unit).ravel(), Bounds(0.0, np.inf)
-        found = minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-        return np.asarray(found).reshape(cross.shape) * unit
+        result = minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        return np.asarray(result.x).reshape(cross.shape) * unit
 
     replicas = zip(*(v.double().cpu().numpy() for v in (gram, cross, start)), strict=True)
     return torch.stack([torch.from_numpy(solved(*replica)) for replica in replicas]).to(cross)
 
 
 def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tolerance: float) -> Tensor:
-    """Of one replica. Columns that have ended leave, most of them long before the last."""
-    found, left = start.clone(), torch.arange(start.shape[2], device=start.device)
-    s = ahead = kept = start
+    """Return the minimiser for one replica; converged columns are dropped, most of them long before the last one."""
+    result, columns = start.clone(), torch.arange(start.shape[2], device=start.device)
+    s = ahead = at_check = start
     momentum = torch.ones_like(start[:, :1])
-    ended = torch.zeros_like(left, dtype=torch.bool)
+    converged = torch.zeros_like(columns, dtype=torch.bool)
     for step in range(1, steps + 1):
         new = torch.baddbmm(offset, advance, ahead).clamp_(min=0.0)
         change = new - s
@@ -100,23 +114,25 @@ def _accelerated(advance: Tensor, offset: Tensor, start: Tensor, steps: int, tol
         ahead = torch.addcmul(new, change, torch.where(uphill, 0.0, (momentum - 1.0) / grown))
         s, momentum = new, grown
         if step % CHECK_EVERY == 0:
-            ended |= ~((s - kept).abs().amax(1) > tolerance * s.amax(1))[0]  # NaN has ended, too
-            kept = s
-            if ended.sum() >= LEAVE * len(ended):
-                found[:, :, left[ended]] = s[:, :, ended]
-                s, ahead, kept, momentum, offset = (v[:, :, ~ended] for v in (s, ahead, kept, momentum, offset))
-                left, ended = left[~ended], ended[~ended]
-                if not len(left):
+            converged |= ~((s - at_check).abs().amax(1) > tolerance * s.amax(1))[0]  # NaN counts as converged
+            at_check = s
+            if converged.sum() >= LEAVE * len(converged):
+                result[:, :, columns[converged]] = s[:, :, converged]
+                active = ~converged
+                s, ahead, at_check, momentum, offset = (v[:, :, active] for v in (s, ahead, at_check, momentum, offset))
+                columns, converged = columns[active], converged[active]
+                if not len(columns):
                     break
-    found[:, :, left] = s
-    return found
+    result[:, :, columns] = s
+    return result
 
 
 def hals_sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
-    """One sweep of hierarchical alternating least squares over the rows of S [R, r, m], in place: each becomes in turn
-    the exact minimiser over it of ½⟨S, G S⟩ − ⟨S, B⟩ on S ≥ 0 (Cichocki & Phan 2009). Gram and cross are as above.
+    """Do one sweep of hierarchical alternating least squares over the rows of S [R, r, m] = `factor`, in place.
 
-    What `WIDTH` rows change in the gradient of all others is one product. A row that G hardly sees stays.
+    Each row in turn becomes the exact minimiser over it of ½⟨S, G S⟩ − ⟨S, B⟩ on S ≥ 0, with G = `gram` [R, r, r] and
+    B = `cross` [R, r, m] (Cichocki & Phan 2009). The effect of `WIDTH` rows on the gradient by all others is one
+    product. A row whose entry in G's diagonal is negligible stays.
     """
     diagonal = gram.diagonal(dim1=1, dim2=2).unsqueeze(2)
     seen = diagonal > torch.finfo(gram.dtype).eps ** 2 * diagonal.amax(1, keepdim=True)
@@ -133,7 +149,7 @@ def hals_sweep(gram: Tensor, cross: Tensor, factor: Tensor) -> None:
 
 
 def _hals_rows(gram: Tensor, inverse: Tensor, descent: Tensor, s: Tensor) -> Tensor:
-    """The same for a few rows, in place; returns their change. `descent` is left as it is."""
+    """Do the sweep on a few rows, in place, and return their change; `descent` is left as it is."""
     descent, change = descent.clone(), torch.empty_like(s)
     for k in range(s.shape[1]):
         row = slice(k, k + 1)
@@ -145,10 +161,10 @@ def _hals_rows(gram: Tensor, inverse: Tensor, descent: Tensor, s: Tensor) -> Ten
 
 
 def nmf_steps(z: Tensor, basis: Tensor, scores: Tensor, rounds: int) -> None:
-    """Makes ½‖Z − M S‖² smaller for z [R, C, m] ≥ 0, by `rounds` sweeps of S and of M in turn, in place.
+    """Lower ½‖Z − M S‖² for Z = `z` [R, C, m] ≥ 0, by `rounds` sweeps of S and of M in turn, in place.
 
-    basis: M [R, C, r]. scores: S [R, r, m]. No sweep raises the objective; they are those of scikit-learn's `NMF` with
-    `solver="cd"`.
+    `basis` is M [R, C, r], `scores` is S [R, r, m]. No sweep raises the objective. The sweeps are those of
+    scikit-learn's `NMF` with `solver="cd"`.
     """
     transposed = basis.mT.contiguous()
     for _ in range(rounds):
@@ -158,8 +174,11 @@ def nmf_steps(z: Tensor, basis: Tensor, scores: Tensor, rounds: int) -> None:
 
 
 def warm_start(z: Tensor, basis: Tensor, rounds: int) -> Tensor:
-    """S [R, r, m] for z [R, C, m] ≥ 0 by `rounds` of `nmf_steps`; M [R, C, r], in place, from its random entries."""
-    size = (z.mean((1, 2), keepdim=True).clamp(min=0.0) / basis.shape[2]).sqrt()  # then M S is of the size of Z
+    """Return S [R, r, m] for Z = `z` [R, C, m] ≥ 0, and update M = `basis` [R, C, r] in place from its random entries.
+
+    It scales M, and a constant S, so that M S is of the size of Z, and then does `rounds` of `nmf_steps`.
+    """
+    size = (z.mean((1, 2), keepdim=True).clamp(min=0.0) / basis.shape[2]).sqrt()
     scores = size.expand(-1, basis.shape[2], z.shape[2]).clone()
     basis.mul_(size)
     nmf_steps(z, basis, scores, rounds)
@@ -167,15 +186,23 @@ def warm_start(z: Tensor, basis: Tensor, rounds: int) -> Tensor:
 
 
 def _columns(factor: Tensor) -> int:
+    """Return how many columns of a factor [R, r, m] are processed at a time."""
     return max(1, COLUMNS // (factor.shape[0] * factor.shape[1]))
 
 
 class NMF(nn.Module):
-    """A layer that passes on the scores S ≥ 0 with Z ≈ M S alone (paper, §3.4, Figure 2): feature maps [n, C, ...] to
-    [n, r, ...], by the non-negative projection on the basis M [C, r], its buffer, which `DeepFacto` trains; with
-    `lbfgs` by L-BFGS, as in the paper.
+    """A layer from feature maps Z [n, C, ...] to scores S ≥ 0 [n, r, ...] with Z ≈ M S (paper, §3.4, Figure 2).
 
-    No gradient goes back through it. Raises ValueError for a rank that is not between 1 and C.
+    S is the non-negative projection of Z on the basis M [C, r]. M is a buffer, which `DeepFacto` trains. No gradient
+    goes back through the layer.
+
+    Args:
+        channels: C.
+        rank: r.
+        lbfgs: projects by L-BFGS, as the paper does.
+
+    Raises:
+        ValueError: for a rank that is not between 1 and C.
     """
 
     basis: Tensor
@@ -189,7 +216,7 @@ class NMF(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Half-normal entries; `DeepFacto` starts from them, at the scale of its data."""
+        """Draw half-normal entries of M, which `DeepFacto` scales to its data."""
         nn.init.normal_(self.basis).abs_()
 
     @torch.no_grad()

@@ -32,16 +32,19 @@ from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value,
 from admm.optimizers.rules import Adam, UpdateRule
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 
-Factors = dict[int, Tensor]  # by the number t of a factorisation's block its basis M [R, C, r]
+Factors = dict[int, Tensor]  # the basis M [R, C, r] of a factorisation, by the number t of its block
 
 
 @dataclass
 class DeepFactoState:
-    """Variables for T blocks, N samples, R replicas; a factorisation counts as a block.
+    """DeepFacto's variables for T blocks, N samples, R replicas; each factorisation is a block.
 
-    theta: parameters [R, P], and among its buffers the bases M. moments: the Θ rule's, by block. z: the outputs of the
-    blocks [R, N, ...], coupling variables Z_t or, of a factorisation, scores S ≥ 0. u: duals, U_t in the shape of Z_t
-    and V in that of the factorisation's input; none where the dual step is 0.
+    Attributes:
+        seeds, iteration: see `admm.optimizers.protocol.State`.
+        theta: parameters [R, P]; the bases M are among its buffers.
+        moments: those of `theta_update`, by block.
+        z: T tensors [R, N, ...], coupling variables Z_t, or the scores S ≥ 0 of a factorisation.
+        u: T duals, U_t in the shape of Z_t, or V in that of a factorisation's input; empty where the dual step is 0.
     """
 
     seeds: tuple[int, ...]
@@ -53,8 +56,10 @@ class DeepFactoState:
 
 
 class FactorisedLagrangian(AugmentedLagrangian):
-    """Eq. 9 of some samples: Eq. 2, in which the term of each factorisation, of block t, is γ/2 ‖Z − M S + V‖² with Z
-    its input, S = Z_t, V = U_t and γ = β_t."""
+    """Eq. 9 for some samples: Eq. 2, in which the term of a factorisation is γ/2 ‖Z − M S + V‖².
+
+    For the factorisation of block t, Z is its input, S = Z_t, V = U_t and γ = β_t. `factors` has the bases M.
+    """
 
     def __init__(
         self,
@@ -71,20 +76,20 @@ class FactorisedLagrangian(AugmentedLagrangian):
         self.factors = factors
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
-        """Z_t − block_t(Z_{t−1}), or Z − M S."""
+        """Return Z_t − block_t(Z_{t−1}), or Z − M S for a factorisation."""
         return self.block_input(t) - self.product(t) if t in self.factors else super().residual(t, for_vjp)
 
     def product(self, t: int) -> Tensor:
-        """M S as feature maps."""
+        """Return M S as feature maps."""
         return feature_maps(self.factors[t] @ matrix(self.z[t - 1]), like=self.block_input(t))
 
     def projected(self, t: int) -> Tensor:
-        """argmin over S ≥ 0 of ‖Z + V − M S‖², from what S is."""
+        """Return the minimiser over S ≥ 0 of ‖Z + V − M S‖², by iterations from the current S."""
         scores = nonnegative_least_squares(*self._normal_equations(t), matrix(self.z[t - 1]))
         return feature_maps(scores, like=self.block_input(t))
 
     def factorised_minimiser(self, t: int) -> Tensor:
-        """argmin over Z_t before a factorisation, of β_t/2 ‖Z_t − block_t + U_t‖² + γ/2 ‖Z_t − M S + V‖²."""
+        """Return the minimiser of β_t/2 ‖Z_t − block_t + U_t‖² + γ/2 ‖Z_t − M S + V‖² over Z_t, a factorisation's Z."""
         beta, gamma = (broadcast(self.beta[k], self.z[t - 1]) for k in (t - 1, t))
         from_below, from_above = self.output(t), self.product(t + 1)
         if self.u:
@@ -92,8 +97,11 @@ class FactorisedLagrangian(AugmentedLagrangian):
         return (beta * from_below + gamma * from_above) / (beta + gamma)
 
     def swept_scores(self, t: int, sweeps: int) -> Tensor:
-        """S ≥ 0 after sweeps on γ/2 ‖Z + V − M S‖² + ⟨∇, S⟩ + β_{t+1} σ²/2 ‖S − S_now‖², where ∇ is the gradient of
-        coupling term t + 1 at S_now and σ the spectral norm of block t + 1: above Eq. 9, and equal to it at S_now."""
+        """Return S ≥ 0 after sweeps on an upper bound of Eq. 9, which is tight at the current scores S_now.
+
+        It is γ/2 ‖Z + V − M S‖² + ⟨∇, S⟩ + β_{t+1} σ²/2 ‖S − S_now‖², up to a constant, where ∇ is the gradient of
+        coupling term t + 1 at S_now, and σ the spectral norm of block t + 1.
+        """
         now = self.z[t - 1]
         gamma, beta = (self.beta[k].view(-1, 1, 1) for k in (t - 1, t))
         weight = self.blocks[t].linear_weight(self.theta.blocks[t])
@@ -104,33 +112,34 @@ class FactorisedLagrangian(AugmentedLagrangian):
         gram = gamma * gram
         gram.diagonal(dim1=1, dim2=2).add_(curvature.squeeze(2))
         cross = gamma * cross + curvature * matrix(now) + matrix(descent)
-        scores = matrix(now).clone(memory_format=torch.contiguous_format)  # of one sample it is a view
+        scores = matrix(now).clone(memory_format=torch.contiguous_format)  # for one sample `matrix` returns a view
         for _ in range(sweeps):
             hals_sweep(gram, cross, scores)
         return feature_maps(scores, like=self.block_input(t))
 
     def _forward_output(self, t: int, before: Tensor) -> Tensor:
-        # Of the Z_{t−1} that has moved. Were S left short of its projection, all S would be off by the same shift,
-        # which Θ would be trained to undo, and which a loss of directions alone never corrects.
+        # Z_{t−1} has moved already, unlike in a plain forward pass. If S stopped short of its projection, all S would
+        # be off by the same shift; Θ would be trained to undo it, and a loss of directions alone never corrects it.
         return self.projected(t) if t in self.factors else self.output(t)
 
     def _normal_equations(self, t: int) -> tuple[Tensor, Tensor]:
-        """MᵀM [R, r, r] and Mᵀ(Z + V) [R, r, n·…]."""
+        """Return MᵀM [R, r, r] and Mᵀ(Z + V) [R, r, n·…]."""
         basis, before = self.factors[t], self.block_input(t)
         return basis.mT @ basis, basis.mT @ matrix(before + self.u[t - 1] if self.u else before)
 
 
 @dataclass(frozen=True)
 class FactorisedZUpdate(ZUpdate):
-    """S by sweeps of non-negative least squares, Z_t exactly where a factorisation follows, other Z_t as `ZUpdate`.
+    """An update of S by sweeps, of Z_t before a factorisation to its minimiser, and of any other Z_t as in `ZUpdate`.
 
-    S and Z_t before a factorisation never raise Eq. 9; gradient steps lower it where they are small enough.
+    The `score_sweeps` are sweeps of non-negative least squares. Updates of S, and of Z_t before a factorisation, never
+    raise Eq. 9; gradient steps lower it if they are small enough.
     """
 
     score_sweeps: int = 2
 
     def updated_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
-        """Z_t, or S, after its update."""
+        """Return Z_t, or S, after its update."""
         assert isinstance(lagrangian, FactorisedLagrangian)
         if t in lagrangian.factors:
             return lagrangian.swept_scores(t, self.score_sweeps)
@@ -140,7 +149,7 @@ class FactorisedZUpdate(ZUpdate):
 
 
 class BlockwiseThetaUpdate(ThetaUpdate):
-    """Steps of the blocks `trained`, each with its own η_t and moments."""
+    """An update of the blocks whose numbers t are in `trained`, with one η_t and one list of moments per block."""
 
     def __init__(
         self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[list[Tensor]], trained: list[int]
@@ -150,7 +159,7 @@ class BlockwiseThetaUpdate(ThetaUpdate):
         self.by_block = list(zip(by_block(blocks, theta), by_block(blocks, self.gradient), moments, strict=True))
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
-        """steps: η_1..η_T."""
+        """Move Θ_t of each block in `trained` once, by η_t from the step sizes η_1..η_T."""
         lagrangian.theta_gradient(self.gradient, self.trained)
         for t in self.trained:
             self.rule.apply(*self.by_block[t - 1], steps[t - 1])
@@ -159,27 +168,29 @@ class BlockwiseThetaUpdate(ThetaUpdate):
 
 @dataclass(frozen=True)
 class DeepFacto(Options, Optimizer[DeepFactoState]):
-    """Block-ADMM's mini-batch sweep with another update of Z where a block is a factorisation, one `NMF` layer.
+    """Block-ADMM on mini-batches for networks in which some blocks are factorisations, one `NMF` layer each.
 
     It minimises Eq. 9, Block-ADMM's augmented Lagrangian with γ/2 ‖Z − M S + V‖² for each factorisation, M ≥ 0, S ≥ 0.
-    `init` lets a forward pass make the variables, each factorisation by the paper's warm start (§4.2). An iteration is
-    an epoch of mini-batches in Gauss-Seidel order, as in `BlockADMM`: of a mini-batch first, from the last block to the
-    first, S by sweeps of non-negative least squares, Z_t exactly where a factorisation follows and else by a gradient
-    step, as Z_T; then Θ, and the duals. After the epoch each M by sweeps over all samples, which never raise Eq. 9.
+    `init` makes the variables by a forward pass, those of each factorisation by the paper's warm start (§4.2). An
+    iteration is an epoch of mini-batches in Gauss-Seidel order, as in `BlockADMM`. Each visit updates, from the last
+    block to the first, S by sweeps of non-negative least squares, Z_t before a factorisation to its exact minimiser,
+    and any other Z_t by a gradient step; then Θ, and the duals. After the epoch, sweeps over all samples update each M.
+    They never raise Eq. 9.
 
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η_t ≥ 0, the step size of Θ_t; may have a schedule, and one value per replica, and per block.
         z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step.
-        beta: β_t > 0, the penalties, of a factorisation its γ; one value per replica, and per block.
+        beta: β_t > 0, the penalties, which are the γ of factorisations; one value per replica, and per block.
         batch_size: samples per mini-batch, from 1 to N.
-        group_size: a mini-batch has runs of so many samples of equal y, so that a loss of pairs has some; at least 1.
+        group_size: the number of samples of equal y that follow one another in a mini-batch, so that a loss of pairs
+            has some; at least 1.
         primal_rounds: primal updates, Z and then Θ, per visit, at least 1.
         score_sweeps: sweeps of S per primal update, at least 1.
         basis_sweeps: sweeps of M per epoch, at least 1.
         warm_rounds: rounds of S and M in the warm start, at least 1.
-        frozen: iterations during which neither M nor the blocks before the first factorisation move, below
-            `iterations`.
+        frozen: the first iterations, during which neither M nor the blocks before the first factorisation move; fewer
+            than `iterations`.
         theta_update: the optimizer of Θ.
         dual_step: α ≥ 0, the part of the residual that U and V grow by, 1 in Algorithm 1; a schedule, or one value per
             replica.
@@ -213,7 +224,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     slice_size: int = 2000
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> DeepFactoState:
-        """Θ by the problem's initialisation, M by the warm start, Z and S by a forward pass, duals 0."""
+        """Return Θ by the problem's initialisation, M by the warm start, Z and S by a forward pass, and duals 0."""
         seeds = whole_seeds(seeds)
         schedules = self._schedules(len(problem.blocks), len(seeds))
         self._check(problem)
@@ -239,7 +250,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         )
 
     def step(self, problem: Problem, state: DeepFactoState) -> DeepFactoState:
-        """One epoch: `update_minibatch` for each mini-batch, then M."""
+        """Do one epoch: `update_minibatch` for each mini-batch, then the sweeps of M."""
         same_samples(problem, state.z[0])
         schedules = self._schedules(len(state.z), len(state.seeds))
         factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
@@ -262,6 +273,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         return state
 
     def _minibatches(self, problem: Problem, state: DeepFactoState) -> list[Tensor]:
+        """Return the indices [R, B] of an epoch's mini-batches."""
         groups = problem.y if self.group_size > 1 else None
         seeds, device = state.seeds, problem.x.device
         return minibatches(
@@ -269,7 +281,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         )
 
     def _update_basis(self, problem: Problem, state: DeepFactoState, t: int, basis: Tensor) -> None:
-        """M by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
+        """Update M in place, by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
         before = state.z[t - 2] if t > 1 else problem.x.expand(len(state.seeds), *problem.x.shape)
         gram = basis.new_zeros(len(basis), basis.shape[2], basis.shape[2])
         cross = basis.new_zeros(len(basis), basis.shape[2], basis.shape[1])
@@ -284,8 +296,11 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         basis.copy_(transposed.mT)
 
     def diagnostics(self, problem: Problem, state: DeepFactoState) -> dict[str, Tensor]:
-        """By block, `residual_t`: ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, of a factorisation ‖Z − M S‖/‖Z‖; and `lagrangian`,
-        Eq. 9 as a mean over samples, with the J of slices of `slice_size` samples."""
+        """Return `residual_t` and `lagrangian`.
+
+        `residual_t` is ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, or ‖Z − M S‖/‖Z‖ for a factorisation. `lagrangian` is Eq. 9
+        divided by N, with J evaluated on slices of `slice_size` samples.
+        """
         factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
         square, norm = problem.x.new_zeros(2, len(state.z), len(state.seeds))
         value = torch.zeros_like(square[0])
@@ -293,24 +308,17 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             lagrangian = _lagrangian(problem, state, factors, beta, part)
             value += lagrangian.value()
             for t in range(1, len(state.z) + 1):
-                of_norm = lagrangian.block_input(t) if t in factors else lagrangian.z[t - 1]
+                target = lagrangian.block_input(t) if t in factors else lagrangian.z[t - 1]
                 square[t - 1] += lagrangian.residual(t).square().flatten(1).sum(1)
-                norm[t - 1] += of_norm.square().flatten(1).sum(1)
+                norm[t - 1] += target.square().flatten(1).sum(1)
         relative = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
         return relative | {"lagrangian": value / len(problem.x)}
 
     def _check(self, problem: Problem) -> None:
         has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
         check_batch_size(self.batch_size, len(problem.x))
-        for name in (
-            "iterations",
-            "group_size",
-            "primal_rounds",
-            "score_sweeps",
-            "basis_sweeps",
-            "warm_rounds",
-            "slice_size",
-        ):
+        sweeps = ("score_sweeps", "basis_sweeps", "warm_rounds")
+        for name in ("iterations", "group_size", "primal_rounds", *sweeps, "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("frozen", self.frozen, self.iterations)
         if self.group_size > 1 and problem.y.ndim > 1:
@@ -329,35 +337,30 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
 
 
 def factorisations(blocks: Blocks, theta: Parameters) -> Factors:
-    """The basis M [R, C, r] of each block t that is one `NMF` layer, a view into `theta`.
+    """Return the basis M [R, C, r], a view into `theta`, of each block t that is one `NMF` layer.
 
-    Raises ValueError where an `NMF` is not a block of its own, or is not followed by a block of one linear layer, after
-    which nothing comes.
+    Raises ValueError unless each `NMF` layer is a block alone, followed by a block that ends with its one linear layer.
     """
-    found: Factors = {}
+    factors: Factors = {}
     modules = dict(blocks.network.named_modules())
     for t, (names, views) in enumerate(zip(blocks.names, theta.blocks, strict=True), start=1):
         if not any(isinstance(modules[name], NMF) for name in names):
             continue
         if len(names) > 1:
             raise ValueError(
-                f"split: an NMF layer is a block of its own, but block {t} is {list(names)}; cut before and after it"
+                f"split: an NMF layer must be a block alone, but block {t} is {list(names)}; cut before and after it"
             )
-        after = blocks[t] if t < len(blocks) else None
-        if (
-            after is None
-            or after.linear_weight(theta.blocks[t]) is None
-            or not isinstance(after.layers[-1], LinearLayer)
-        ):
+        is_followed = t < len(blocks) and isinstance(blocks[t].layers[-1], LinearLayer)
+        if not is_followed or blocks[t].linear_weight(theta.blocks[t]) is None:
             raise ValueError(
                 f"split: the NMF layer {names[0]!r} must be followed by a block that ends with its one linear layer"
             )
-        (found[t],) = views[0].values()
-    return found
+        (factors[t],) = views[0].values()
+    return factors
 
 
 def by_block(blocks: Blocks, theta: Parameters) -> list[Tensor]:
-    """The parameters of each block, views [R, P_t]."""
+    """Return the parameters of each block, views [R, P_t]."""
     sizes = [
         sum(p.numel() for name in names for p in blocks.network.get_submodule(name).parameters())
         for names in blocks.names
@@ -368,14 +371,14 @@ def by_block(blocks: Blocks, theta: Parameters) -> list[Tensor]:
 def _lagrangian(
     problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice
 ) -> FactorisedLagrangian:
-    """Of the samples `batch`, see `gather`."""
+    """Return Eq. 9 for the samples `batch`, see `gather`."""
     x, y, (z, u) = gather(problem, batch, [state.z, state.u])
     return FactorisedLagrangian(problem, state.theta, factors, beta, x, y, z, u)
 
 
 def _warm_scores(z: Tensor, basis: Tensor, rounds: int) -> Tensor:
-    """S for feature maps z of all samples by the exact projection on M, in place from `rounds` rounds."""
-    whole = matrix(z)
-    scores = warm_start(whole, basis, rounds)
-    scores = nonnegative_least_squares(basis.mT @ basis, basis.mT @ whole, scores)
+    """Return S for feature maps z of all samples, by the projection on M, which `warm_start` has updated in place."""
+    maps = matrix(z)
+    scores = warm_start(maps, basis, rounds)
+    scores = nonnegative_least_squares(basis.mT @ basis, basis.mT @ maps, scores)
     return feature_maps(scores, like=z).contiguous()

@@ -1,1 +1,1 @@
-"""The algorithms as printed, line by line: what the tests compare with, and the benchmark measures against."""
+"""The algorithms as printed, line by line; the tests compare with them, and the benchmark measures against them."""

@@ -6,7 +6,8 @@ With V_0 = X, samples as rows and γ, ρ > 0 it minimises
     ½ ‖V_L − Y‖² + γ/2 (‖V_L − U_L‖² + Σ_{l<L} ‖V_l − relu(U_l)‖²) + ρ/2 Σ_l ‖U_l − V_{l−1} W_lᵀ − b_l‖²
 
 over one variable after the other, from the last layer to the first: V_l, U_l, and W_l and b_l at once. V_L, hidden U_l,
-W_l and b_l have a proximal term α/2 ‖· − its old value‖² more. One replica; every product is made where it is needed.
+W_l and b_l also have a proximal term α/2 ‖· − its old value‖². There is one replica, and every product is made where it
+is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Variables = dict[str, list[Tensor]]
 
 
 def forward(weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Variables:
-    """The variables before the first iteration.
+    """Return the variables before the first iteration.
 
     w, b: W_l [d_l, d_{l−1}] and b_l [d_l]. u, v: U_l and V_l [N, d_l]. x: [N, d_0].
     """
@@ -32,7 +33,7 @@ def forward(weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Variables
 
 
 def iterate(variables: Variables, x: Tensor, y: Tensor, gamma: float, rho: float, alpha: float) -> None:
-    """One iteration, in place, on x [N, d_0] and y [N, C]."""
+    """Do one iteration, in place, on x [N, d_0] and y [N, C]."""
     w, b, u, v = (variables[name] for name in "wbuv")
     layers = len(w)
     for number in reversed(range(layers)):
@@ -50,26 +51,26 @@ def iterate(variables: Variables, x: Tensor, y: Tensor, gamma: float, rho: float
 
 
 def activations(u: Tensor, u_next: Tensor, w_next: Tensor, b_next: Tensor, gamma: float, rho: float) -> Tensor:
-    """argmin over V of ρ/2 ‖U_{l+1} − V Wᵀ − b‖² + γ/2 ‖V − relu(U_l)‖², with W = W_{l+1} and b = b_{l+1}."""
+    """Return the argmin over V of ρ/2 ‖U_{l+1} − V Wᵀ − b‖² + γ/2 ‖V − relu(U_l)‖² with W = W_{l+1}, b = b_{l+1}."""
     hessian = rho * w_next.T @ w_next + gamma * torch.eye(w_next.shape[1]).to(w_next)
     right = gamma * torch.relu(u) + rho * (u_next - b_next) @ w_next
     return right.matmul(torch.linalg.inv(hessian))
 
 
 def weight_minimiser(w: Tensor, b: Tensor, u: Tensor, before: Tensor, rho: float, alpha: float) -> Tensor:
-    """argmin over W of ρ/2 ‖U_l − V_{l−1} Wᵀ − b_l‖² + α/2 ‖W − W_l‖²."""
+    """Return the argmin over W of ρ/2 ‖U_l − V_{l−1} Wᵀ − b_l‖² + α/2 ‖W − W_l‖²."""
     hessian = rho * before.T @ before + alpha * torch.eye(before.shape[1]).to(w)
     right = rho * (u - b).T @ before + alpha * w
     return right.matmul(torch.linalg.inv(hessian))
 
 
 def bias_minimiser(w: Tensor, b: Tensor, u: Tensor, before: Tensor, rho: float, alpha: float) -> Tensor:
-    """argmin over b of ρ/2 ‖U_l − V_{l−1} W_lᵀ − b‖² + α/2 ‖b − b_l‖², for the old W_l."""
+    """Return the argmin over b of ρ/2 ‖U_l − V_{l−1} W_lᵀ − b‖² + α/2 ‖b − b_l‖², for the old W_l."""
     return (rho * (u - before @ w.T).sum(0) + alpha * b) / (rho * len(u) + alpha)
 
 
 def relu_minimiser(p: Tensor, q: Tensor, ratio: float) -> Tensor:
-    """Elementwise argmin_z ½ (z − p)² + ratio/2 (q − relu(z))²: the better minimiser of the two half-lines."""
+    """Return the elementwise argmin_z ½ (z − p)² + ratio/2 (q − relu(z))², the better one of the two half-lines."""
     negative = torch.clamp(p, max=0.0)
     positive = torch.clamp((p + ratio * q) / (1.0 + ratio), min=0.0)
     at_negative = (negative - p) ** 2 + ratio * q**2

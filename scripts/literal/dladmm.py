@@ -1,7 +1,7 @@
 """A literal transcription of dlADMM's updates (Wang et al. 2019, KDD), as its authors evaluate them.
 
-One replica, samples are columns. Nothing is kept: every update evaluates its own products, and each trial of the two
-searches evaluates the objective and the quadratic model from the data.
+There is one replica, and samples are columns. Nothing is cached: every update evaluates the products that it needs, and
+each trial of the two searches evaluates the objective and the quadratic model from the data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from torch import Tensor
 
 @dataclass
 class Variables:
-    """w, b, z: L tensors [d_l, d_{l−1}], [d_l, 1], [d_l, N]; a: L − 1 tensors [d_l, N]; u: [C, N]."""
+    """The variables, the penalty and the starts of the searches.
+
+    w, b, z: L tensors [d_l, d_{l−1}], [d_l, 1], [d_l, N]. a: L − 1 tensors [d_l, N]. u: [C, N]. costs: the mean loss
+    after each iteration. accepted_theta, accepted_tau: those of the last iteration, in its order.
+    """
 
     w: list[Tensor]
     b: list[Tensor]
@@ -26,12 +30,12 @@ class Variables:
     theta: float = 1.0
     tau: float = 1.0
     costs: list[float] = field(default_factory=list)
-    accepted_theta: list[float] = field(default_factory=list)  # of the last iteration, in its order
+    accepted_theta: list[float] = field(default_factory=list)
     accepted_tau: list[float] = field(default_factory=list)
 
 
 def iterate(v: Variables, x: Tensor, y: Tensor, loss: str = "cross_entropy", step: float = 4.0) -> None:
-    """One iteration in place. x: [d_0, N], y: one-hot [C, N]. step: FISTA's, 4 in the authors' program."""
+    """Do one iteration in place. x: [d_0, N]; y: one-hot [C, N]; step: FISTA's, 4 in the authors' program."""
     last = len(v.w) - 1
     v.accepted_theta, v.accepted_tau = [], []
 
@@ -76,6 +80,7 @@ def iterate(v: Variables, x: Tensor, y: Tensor, loss: str = "cross_entropy", ste
 
 
 def schedule(v: Variables, x: Tensor, y: Tensor, loss: str) -> None:
+    """Raise ρ, and where the searches start, when the cost has risen three times in a row."""
     output = x
     for i, (w, b) in enumerate(zip(v.w, v.b, strict=True)):
         output = w @ (output if i == 0 else output.clamp(min=0)) + b
@@ -88,22 +93,25 @@ def schedule(v: Variables, x: Tensor, y: Tensor, loss: str) -> None:
 
 
 def phi(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
+    """Return φ = ρ/2 ‖z − W a − b + u/ρ‖²."""
     residual = z - w @ a - b + u / rho
     return rho / 2 * (residual * residual).sum()
 
 
 def phi_by_w(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
+    """Return the gradient of φ by W."""
     return rho * (w @ a + b - z - u / rho) @ a.T
 
 
 def phi_by_a(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
+    """Return the gradient of φ by a."""
     return rho * w.T @ (w @ a + b - z - u / rho)
 
 
 def w_search(
     a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float, theta: float
 ) -> tuple[Tensor, float]:
-    """W − ∇φ/θ with the first θ of the doubling search."""
+    """Return W − ∇φ/θ and θ, the first that the doubling search accepts."""
 
     def model(new: Tensor) -> Tensor:
         change = new - w
@@ -121,7 +129,7 @@ def w_search(
 def a_search(
     a: Tensor, w: Tensor, b: Tensor, z_next: Tensor, u: Tensor | float, z: Tensor, rho: float, tau: float
 ) -> tuple[Tensor, float]:
-    """A − ∇/τ with the first τ of the doubling search; w, b, z_next, u are the next layer's."""
+    """Return A − ∇/τ and τ, the first that the doubling search accepts; w, b, z_next and u are the next layer's."""
 
     def objective(a: Tensor) -> Tensor:
         return phi(a, w, b, z_next, u, rho) + rho / 2 * ((a - z.clamp(min=0)) * (a - z.clamp(min=0))).sum()
@@ -142,6 +150,8 @@ def a_search(
 
 
 def z_minimiser(before: Tensor, w: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """Return the minimiser of ‖z − W a_{l−1} − b‖² + ‖a − relu(z)‖², the better one of the two half-lines."""
+
     def objective(z: Tensor) -> Tensor:
         return (z - w @ before - b) * (z - w @ before - b) + (a - z.clamp(min=0)) * (a - z.clamp(min=0))
 
@@ -160,15 +170,14 @@ def fista(
     rho: float,
     loss: str,
     step: float,
-    max_steps: int = 500,
-    tolerance: float = 1e-3,
 ) -> Tensor:
-    """argmin over z of J(z, y) + ρ/2 ‖z − W a − b + u/ρ‖² by FISTA (Beck & Teboulle 2009), which takes 1/step for the
-    Lipschitz constant of J's gradient. Returns an extrapolated point."""
+    """Minimise J(z, y) + ρ/2 ‖z − W a − b + u/ρ‖² by FISTA (Beck & Teboulle 2009), which takes 1/step for the Lipschitz
+    constant of J's gradient; at most 500 steps, until the objective changes by less than 1e-3. Return the extrapolated
+    point, as the authors' program does."""
     target, inertia, previous, last_value = w @ before + b - u / rho, 1.0, z, math.inf
-    for _ in range(max_steps):
+    for _ in range(500):
         objective = float(value(z, y, loss) + rho / 2 * ((z - target) ** 2).sum())
-        if abs(last_value - objective) < tolerance:
+        if abs(last_value - objective) < 1e-3:
             break
         slope = torch.softmax(z, 0) - y if loss == "cross_entropy" else z - y
         current = (rho * target + z / step - slope) / (rho + 1 / step)
@@ -179,7 +188,7 @@ def fista(
 
 
 def value(z: Tensor, y: Tensor, loss: str) -> Tensor:
-    """Summed over the samples. The authors' softmax clips what overflows; this one cannot overflow."""
+    """Return J summed over the samples. The authors' softmax clips what overflows; this one cannot overflow."""
     if loss == "cross_entropy":
         return -(y * torch.log_softmax(z, 0)).sum()
     return ((z - y) * (z - y)).sum() / 2

@@ -11,7 +11,7 @@ Variables = dict[str, list[Tensor]]
 def iterate(
     variables: Variables, x: Tensor, y: Tensor, beta: float, gamma: float, weight_decay: float, scale: float = 1.0
 ) -> None:
-    """One iteration, in place, with J = scale/2 ‖Z_L − Y‖².
+    """Do one iteration, in place, with J = scale/2 ‖Z_L − Y‖².
 
     w: [W_l b_l], L matrices [d_l, d_{l−1} + 1]. z, u: L matrices [N, d_l]. a, v: L − 1 matrices [N, d_l]. x: [N, d_0].
     """
@@ -37,16 +37,17 @@ def iterate(
 
 
 def _before(x: Tensor, a: list[Tensor]) -> Tensor:
+    """Return A_{L−1}, which is X for one layer."""
     return a[-1] if a else x
 
 
 def _extended(a: Tensor) -> Tensor:
-    """With the intercept's column of ones."""
+    """Return [A 1], with the intercept's column of ones."""
     return torch.cat([a, a.new_ones(len(a), 1)], 1)
 
 
 def _minimiser(p: Tensor, q: Tensor, beta: float, gamma: float) -> Tensor:
-    """Elementwise argmin_z β/2 (z − p)² + γ/2 (q − max(z, 0))²: the better minimiser of the two half-lines."""
+    """Return the elementwise argmin_z β/2 (z − p)² + γ/2 (q − max(z, 0))², the better one of the two half-lines."""
     negative = torch.clamp(p, max=0.0)
     positive = torch.clamp((beta * p + gamma * q) / (beta + gamma), min=0.0)
     at_negative = beta / 2 * (negative - p) ** 2 + gamma / 2 * (q - torch.relu(negative)) ** 2

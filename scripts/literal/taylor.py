@@ -19,7 +19,7 @@ def iterate(
     scale: float = 1.0,
     transpose_reduction: bool = True,
 ) -> None:
-    """One iteration, in place, with J = scale/2 ‖Z_L − Y‖² or scale times the binary hinge.
+    """Do one iteration, in place, with J = scale/2 ‖Z_L − Y‖² or scale times the binary hinge.
 
     w: L matrices [d_l, d_{l−1}]. z: L matrices [N, d_l]. a: L − 1 matrices [N, d_l]. multiplier: one, [N, d_L].
     x: [N, d_0].
@@ -46,7 +46,7 @@ def iterate(
 
 
 def _regression(z: Tensor, a: Tensor, transpose_reduction: bool) -> Tensor:
-    """Zᵀ (A†)ᵀ, directly or as ZᵀA (AᵀA)†."""
+    """Return Zᵀ (A†)ᵀ, directly or as ZᵀA (AᵀA)†."""
     if transpose_reduction:
         inverse: Tensor = torch.linalg.pinv(a.T @ a, hermitian=True)
         return z.T @ a @ inverse
@@ -55,7 +55,7 @@ def _regression(z: Tensor, a: Tensor, transpose_reduction: bool) -> Tensor:
 
 
 def _minimiser(m: Tensor, a: Tensor, beta: float, gamma: float) -> Tensor:
-    """Elementwise argmin_z γ (a − max(z, 0))² + β (z − m)²: the better minimiser of the two half-lines."""
+    """Return the elementwise argmin_z γ (a − max(z, 0))² + β (z − m)²: the better minimiser of the two half-lines."""
     negative = torch.clamp(m, max=0.0)
     positive = torch.clamp((beta * m + gamma * a) / (beta + gamma), min=0.0)
     at_negative = gamma * (a - torch.relu(negative)) ** 2 + beta * (negative - m) ** 2
@@ -64,7 +64,7 @@ def _minimiser(m: Tensor, a: Tensor, beta: float, gamma: float) -> Tensor:
 
 
 def _hinge_minimiser(m: Tensor, multiplier: Tensor, y: Tensor, beta: float, scale: float) -> Tensor:
-    """Elementwise argmin_z ℓ(z, y) + λz + β (z − m)²: the best of the kink and the two stationary points."""
+    """Return the elementwise argmin_z ℓ(z, y) + λz + β (z − m)²: the best of the kink and the two stationary points."""
     kink = y
     flat = m - multiplier / (2.0 * beta)
     sloped = flat + torch.where(y == 1, scale, -scale) / (2.0 * beta)
