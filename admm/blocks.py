@@ -99,7 +99,7 @@ class Block:
         return linear[0]["weight"] if plain and len(linear) == 1 else None
 
     def _is_temporary(self, position: int) -> bool:
-        # The output of a linear layer inside the block belongs to nobody else.
+        # Nothing else reads the output of a linear layer inside the block, so that the next layer may overwrite it.
         return position > 0 and isinstance(self.layers[position - 1], LinearLayer)
 
 
@@ -119,15 +119,15 @@ class Parameters:
 
 
 class Blocks(Sequence[Block]):
-    """A network cut into T blocks; `T = 1` is the network as a whole. `split` makes it."""
+    """A network cut into T blocks, which `split` makes; for T = 1, the block is the network."""
 
     def __init__(self, network: nn.Module, names: Sequence[Sequence[str]], execution: Execution | None = None) -> None:
         """Cut a network at the layers that are named.
 
-        What a module of the caller's own does in its `forward` is seen when a `Problem` is made (`admm.comparison`).
+        What the `forward` of a caller's module does is checked when a `Problem` is made (`admm.comparison`).
 
         Args:
-            network: an `nn.Sequential`; it is kept, and neither evaluated nor changed.
+            network: an `nn.Sequential`, which is stored, and neither evaluated nor changed.
             names: names of the network's layers, block by block, in the order of evaluation.
             execution: how blocks are evaluated.
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its history, and its state as a checkpoint from which it goes on."""
+"""The history of a run, and its state as a checkpoint from which it goes on."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class CheckpointError(ValueError):
 
 @dataclass
 class History:
-    """What a run has measured so far.
+    """The measurements of a run so far.
 
     Attributes:
         rows: one per evaluation and replica, with `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
             whole stack), what `measure` returns (see `admm.training.train`), and the optimizer's diagnostics.
         seconds: the time of all steps.
-        diverged: by replica, the iteration after which it was found not to be finite. Such a replica has no rows from
+        diverged: the iteration, by replica, after which its numbers are not all finite. Such a replica has no rows from
             there on, except for that before the first iteration.
     """
 
@@ -48,8 +48,7 @@ class History:
 def save(state: Any) -> dict[str, Any]:
     """Return a state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`.
 
-    The tensors are the state's own, which `Optimizer.step` changes in place; `copy.deepcopy(save(state))` keeps what
-    they hold now.
+    The tensors are those of the state, which `Optimizer.step` changes in place; `copy.deepcopy(save(state))` is a copy.
 
     Raises:
         TypeError: for a value that `restore` could not bring back.

@@ -1,4 +1,4 @@
-"""Whether the blocks of a network compute what the network itself does, compared once on a few samples."""
+"""A check, on a few samples, that the blocks of a network compute what the network itself computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def outputs_of(blocks: Blocks, x: Tensor) -> torch.Size:
     """Return the shape of the network's outputs per sample of x [N, ...].
 
     The first time for samples of a shape, dtype and device, the blocks are compared with the network, in evaluation and
-    in training mode, with the network's own parameters.
+    in training mode, with the network's present parameters.
 
     Raises:
         ValueError: that names a layer which cannot be evaluated, or not twice with the same result, as it draws random
@@ -62,7 +62,7 @@ def _outputs(blocks: Blocks, x: Tensor, training: bool) -> Tensor:
             "random numbers, or a hook of all modules changes them"
         )
     for name, buffer in network.named_buffers():
-        if buffer.is_floating_point():  # its own in each replica
+        if buffer.is_floating_point():  # each replica has a copy
             buffer.copy_(blocks.network.get_buffer(name))
     if not _same(outputs, network(x)):
         raise ValueError(

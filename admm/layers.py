@@ -79,7 +79,7 @@ class LinearLayer(Layer):
             weight, inputs = grad_params["weight"], saved.flatten(1, -2)
             if weight.is_contiguous() or weight.device.type != "cpu":
                 torch.bmm(rows.mT, inputs, out=weight)
-            else:  # where each replica would be a product of its own, which is slower than this copy
+            else:  # bmm would compute one product per replica, which is slower than this copy
                 weight.copy_(torch.bmm(rows.mT, inputs))
             if "bias" in grad_params:
                 torch.sum(rows, 1, out=grad_params["bias"])
@@ -300,7 +300,7 @@ def check_layer(name: str, module: nn.Module) -> None:
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
         raise ValueError(f"{layer} is lazy; evaluate the network once, on a sample, before it is cut")
     if any("forward" in vars(m) for m in module.modules()):
-        raise ValueError(f"{layer} has a `forward` of its own, which its copies would share; make it a subclass")
+        raise ValueError(f"{layer} has its own `forward`, which its copies would share; make it a subclass")
     if not all(p.requires_grad for p in module.parameters()):
         raise ValueError(
             f"{layer} has parameters with requires_grad=False, which is not supported; of frozen first layers, take "
@@ -319,6 +319,6 @@ def check_layer(name: str, module: nn.Module) -> None:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[Literal["parameters", "buffers"], str, Tensor]]:
-    """Yield the kind, the name and the value of each tensor that every replica has its own of."""
+    """Yield the kind, the name and the value of each tensor that every replica has a copy of."""
     yield from (("parameters", name, p) for name, p in module.named_parameters())
     yield from (("buffers", name, b) for name, b in module.named_buffers() if b.is_floating_point())

@@ -1,7 +1,7 @@
 """Losses J(Y, Z_T): value, gradient and proximal operator, one row per sample.
 
 Shapes: outputs `z` and one-hot targets `y` are [..., C]. Values are per sample; whether an algorithm sums or averages
-over samples is the algorithm's own definition.
+over samples is part of the algorithm's definition.
 """
 
 from __future__ import annotations
@@ -196,10 +196,11 @@ class CrossEntropy(_NewtonLoss):
         return (torch.softmax(z, -1) - y).mul_(self.scale)
 
     def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
-        """Newton's method; its Hessian `scale (diag p − p pᵀ) + penalty I` is a rank-one change of a diagonal.
+        """Return the minimiser by Newton's method, whose Hessian is a rank-one change of a diagonal matrix.
 
-        The step log(1 + δ)/δ with δ = max d − min d makes each step descend: the objective is generalised
-        self-concordant (Sun & Tran-Dinh 2019, "Generalized self-concordant functions", Thm. 2 for ν = 2).
+        The Hessian is `scale (diag p − p pᵀ) + penalty I`. With the step size log(1 + δ)/δ, δ = max d − min d, each
+        step d descends, as the objective is generalised self-concordant (Sun & Tran-Dinh 2019, "Generalized
+        self-concordant functions", Thm. 2 for ν = 2).
         """
         # Each row stops by itself, so that a sample's result does not depend on its neighbours.
         z, tolerance = v.clone(), self.tolerance * (self.scale + penalty * (1.0 + v.abs().amax(-1, keepdim=True)))
@@ -259,7 +260,7 @@ class BinaryCrossEntropy(_NewtonLoss):
         return (torch.sigmoid(z) - y).mul_(self.scale)
 
     def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
-        """Newton's method for each output, with the step of `CrossEntropy.prox`, which makes each step descend."""
+        """Return the minimiser by Newton's method for each output, with the step size of `CrossEntropy.prox`."""
         z, tolerance = v.clone(), self.tolerance * (self.scale + penalty * (1.0 + v.abs()))
         for _ in range(self.max_steps):
             p = torch.sigmoid(z)

@@ -1,4 +1,4 @@
-"""Parts of the samples: mini-batches without replacement, shuffled once per epoch and replica, and slices."""
+"""Mini-batches without replacement, shuffled once per epoch and replica, and slices of the samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from admm.numbers import plain
 def stateless_rng(seed: int, stream: str, counter: int = 0) -> torch.Generator:
     """Return a generator of random numbers that depend on (seed, stream, counter) alone.
 
-    No generator's state is carried along, so that a replica draws the same in any stack, and after a resume.
+    No generator has to be stored, so that a replica draws the same numbers in any stack, and after a resume.
     """
     entropy = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), counter))
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
@@ -34,7 +34,7 @@ def minibatches(
 ) -> list[Tensor]:
     """Return the indices [S, B] of each mini-batch of an iteration, which is an epoch or a part of one.
 
-    In an epoch each replica sees every sample once, in an order of its own; the last mini-batch may be smaller.
+    In an epoch each replica sees every sample once, in the order of its seed; the last mini-batch may be smaller.
 
     Args:
         samples: N.
@@ -80,7 +80,7 @@ def gather_per_replica(variables: Tensor, indices: Tensor) -> Tensor:
 
 
 def scatter_per_replica(variables: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Overwrite what `gather_per_replica` returns, in place, by `values` [S, B, ...]."""
+    """Overwrite, in place, the samples that `gather_per_replica` returns by `values` [S, B, ...]."""
     variables.view(-1, *variables.shape[2:]).index_copy_(
         0, indices.flatten().to(variables.device), values.flatten(0, 1).to(variables.device)
     )

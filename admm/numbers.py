@@ -1,4 +1,4 @@
-"""Numbers of a caller: Python's, NumPy's, and tensors."""
+"""Numbers that a caller gives: those of Python and NumPy, and tensors."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ def plain(value: Any) -> Any:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is one finite number; True and False are none."""
+    """Whether `value` is one finite number; True and False are not numbers here."""
     value = plain(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
-    """Whether `value` is a whole number from `least` up; True, False and 2.0 are none."""
+    """Whether `value` is a whole number from `least` up; True, False and 2.0 are not."""
     value = plain(value)
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class Options:
-    """Base of the frozen dataclasses of hyperparameters, whose fields keep NumPy's numbers and arrays, and tensors, as
-    Python's numbers and lists."""
+    """The base of frozen dataclasses of hyperparameters.
+
+    A NumPy number or array, or a tensor, becomes a Python number or list when it is stored in a field.
+    """
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):

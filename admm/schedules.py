@@ -1,4 +1,4 @@
-"""Values of hyperparameters: a number, one number per replica, or either with a cosine schedule over the run."""
+"""Hyperparameters that are a number, one number per replica, or a cosine schedule of either over the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Schedule:
 
     Args:
         start: the first value, a number or a tensor [S].
-        end: the last value, kept where the progress is above 1.
+        end: the last value, also for a progress above 1.
 
     >>> at = Schedule(start=1.0, end=0.0)
     >>> at(0.0), round(at(0.25), 3), round(at(0.5), 3), at(1.0)

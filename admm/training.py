@@ -27,7 +27,7 @@ _EVAL_BATCH_IMAGES, _EVAL_BATCH_VECTORS, _EVAL_ROWS_ALL_REPLICAS = 128, 2000, 80
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
-    """Score a forward pass in evaluation mode of the training samples, and of a test set if there is one.
+    """Return the scores of a forward pass in evaluation mode, for the training samples and a test set.
 
     Args:
         problem: the training samples, the blocks and the loss.
@@ -42,8 +42,9 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
         - several labels per sample, 0 or 1 (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, the percentage of the
           labels that are predicted right, and `exact_match`, the percentage of the samples of which all are; for one
           label, `accuracy`;
-        - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets' variance;
-        - those of another loss: nothing more.
+        - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets' variance.
+
+        For targets of other losses there is no further score.
 
     Raises:
         ValueError: for a test set that does not fit.
@@ -89,7 +90,7 @@ def _sample_scores(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Average over all axes but the first two."""
+    """Return the mean over all axes but the first two."""
     return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
@@ -135,16 +136,16 @@ def train(
     Args:
         problem: what is trained on.
         optimizer: the algorithm.
-        state: what `optimizer.init` has returned; it is trained in place.
+        state: the state that `optimizer.init` has returned; it is trained in place.
         iterations: the number of iterations, those before a resume included.
         test: inputs [M, ...] and class indices [M] or targets; None; or what another `measure` takes.
         evaluate_every: iterations between two evaluations.
         checkpoint: a file for the state and the history. A run that finds such a file goes on from it as if it had not
             been interrupted.
         checkpoint_seconds: the least time between two checkpoints.
-        observe: is called with the rows of each evaluation, and at a resume with all rows before.
-        measure: returns `train_loss` and other quantities [S] of the parameters.
-        keep_last: writes a checkpoint at the end, too.
+        observe: a function that gets the rows of each evaluation and the history; at a resume, all rows so far.
+        measure: a function that returns `train_loss` and other quantities [S] of the parameters.
+        keep_last: whether a checkpoint is written at the end, too.
 
     Returns:
         The rows of all evaluations, the seconds, and which replicas have diverged.
@@ -172,10 +173,7 @@ def train(
     >>> problem.blocks.export(state.theta, replica=1)(x[:2]).detach().flatten()
     tensor([-1.0000, -0.4286], dtype=torch.float64)
     """
-    at_least_one("iterations", iterations)
-    at_least_one("evaluate_every", evaluate_every)
-    if not is_number(checkpoint_seconds) and checkpoint_seconds != math.inf:
-        raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
+    _check(iterations, evaluate_every, checkpoint_seconds)
     check_state(optimizer, state)
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
 
@@ -206,6 +204,14 @@ def train(
             write_checkpoint(path, made_by, state, history)
             last_write = time.monotonic()
     return history
+
+
+def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> None:
+    """Raise ValueError for an argument of `train` that is out of range."""
+    at_least_one("iterations", iterations)
+    at_least_one("evaluate_every", evaluate_every)
+    if not is_number(checkpoint_seconds) and checkpoint_seconds != math.inf:
+        raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
 
 
 def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) -> float:

@@ -325,8 +325,8 @@ def test_diagnostics():
 @pytest.mark.parametrize(
     ("after", "message"),
     [
-        (["0"], r"an NMF layer is a block of its own, but block 2 is \['1', '2.0', '2.1'\]; cut before and after it"),
-        (["1"], r"an NMF layer is a block of its own"),
+        (["0"], r"an NMF layer must be a block alone, but block 2 is \['1', '2.0', '2.1'\]; cut before and after it"),
+        (["1"], r"an NMF layer must be a block alone"),
     ],
 )
 def test_an_nmf_inside_a_block_is_refused(after, message):

@@ -1,4 +1,4 @@
-"""Block coordinate descent, three-splitting: the network's pre-activations and activations are variables, too."""
+"""Block coordinate descent, three-splitting, whose variables include all pre-activations and activations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.layers import ParamDict
+from admm.losses import ProximalLoss
 from admm.minibatches import slices
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox, same_samples
@@ -29,6 +30,7 @@ from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_s
 from admm.schedules import Number, positive
 
 _SLICE = 2000  # samples that are visited at a time: their temporaries stay in the CPU's cache
+Penalties = tuple[Tensor, Tensor, Tensor]  # γ, ρ and α, [S, 1, 1] each
 
 
 @dataclass
@@ -37,7 +39,7 @@ class BCDState:
 
     Attributes:
         seeds, iteration: see `admm.optimizers.protocol.State`.
-        theta: weights W_l and biases b_l.
+        theta: weights W_l [S, d_l, d_{l−1}] and biases b_l [S, d_l].
         u, v: pre-activations U_l and activations V_l, l = 1..L, [S, N, d_l] each.
         x_factor: the Cholesky factor of α/ρ I + XᵀX, [S, d_0, d_0] in float64, which never changes.
     """
@@ -149,7 +151,7 @@ class BCD(Options, Optimizer[BCDState]):
             **spectral_norms(problem, state.theta),
         }
 
-    def _penalties(self, problem: Problem, replicas: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _penalties(self, problem: Problem, replicas: int) -> Penalties:
         """Return γ, ρ and α, [S, 1, 1] each. Raises ValueError that names one that is not positive."""
         gamma, rho, alpha = (
             positive(name, getattr(self, name), replicas).to(problem.x).view(-1, 1, 1)
@@ -159,33 +161,21 @@ class BCD(Options, Optimizer[BCDState]):
 
     def _update_layer(self, problem: Problem, state: BCDState, layers: list[ParamDict], number: int) -> None:
         """Update V_l, U_l, and W_l and b_l, for l = `number`."""
-        gamma, rho, alpha = self._penalties(problem, len(state.seeds))
-        loss, layer, last = check_prox(problem.loss, "BCD"), layers[number - 1], number == len(layers)
-        weight, bias = layer["weight"], layer["bias"]
-        if not last:
-            above = layers[number]
-            above_gain = ridge_gain(above["weight"], gamma / rho)
+        penalties = self._penalties(problem, len(state.seeds))
+        gamma, rho, alpha = penalties
+        layer, above = layers[number - 1], layers[number] if number < len(layers) else None
+        above_gain = None if above is None else ridge_gain(above["weight"], gamma / rho)
+        weight, bias, scratch = layer["weight"], layer["bias"], Scratch(layer["weight"])
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
-        scratch, gram = Scratch(weight), None
-        if number > 1:
-            gram = zero_gram(len(weight), weight.shape[2], weight)
+        gram = zero_gram(len(weight), weight.shape[2], weight) if number > 1 else None
         for part in slices(len(problem.x), _SLICE):
             layer_input = _layer_input(problem, state, number, part)
-            u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
             affine = pre_activation(layer, layer_input)
-            if last:
-                # V_L = argmin J(V) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_L‖²; U_L = (γ V_L + ρ (W_L V_{L−1} + b_L))/(γ + ρ)
-                v.copy_(loss.prox((gamma * u + alpha * v) / (gamma + alpha), problem.y[part], gamma + alpha))
-                u.copy_((gamma * v + rho * affine) / (gamma + rho))
+            u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
+            if above is None or above_gain is None:
+                _update_last(penalties, u, v, affine, check_prox(problem.loss, "BCD"), problem.y[part])
             else:
-                # V_l = (ρ WᵀW + γ I)⁻¹ (ρ Wᵀ(U_{l+1} − b) + γ h) with W = W_{l+1}, b = b_{l+1}, h = relu(U_l), which is
-                # h + (ρ WᵀW + γ I)⁻¹ ρ Wᵀ (U_{l+1} − b − W h)
-                hidden = u.relu()
-                gap = pre_activation(above, hidden).neg_().add_(state.u[number][:, part])
-                torch.baddbmm(hidden, gap, above_gain, out=v)
-                # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
-                u.lerp_(affine, rho / (rho + alpha))
-                relu_prox_(u, hidden.copy_(v), gamma / (rho + alpha), scratch.take("spare", hidden.shape))
+                _update_hidden(penalties, u, v, affine, above, above_gain, state.u[number][:, part], scratch)
             residual = affine.neg_().add_(u)
             cross.baddbmm_(residual.mT, layer_input)
             total += residual.sum(1)
@@ -194,11 +184,45 @@ class BCD(Options, Optimizer[BCDState]):
         # With E = U_l − W_l V_{l−1} − b_l for the old W_l and b_l, the authors' updates of both are
         # W_l = (α W_l + ρ (U_l − b_l)ᵀV_{l−1}) (α I + ρ VᵀV)⁻¹ = W_l + EᵀV_{l−1} (α/ρ I + VᵀV)⁻¹ and
         # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for
-        # two blocks of a convex quadratic this never raises it either.
+        # two blocks of a convex quadratic this never raises the objective either.
         ridge = (alpha / rho).view(-1, 1)
         factor = state.x_factor if gram is None else cholesky_with_ridge(gram, ridge, _epsilon(weight))
         weight += torch.cholesky_solve(cross.mT.double(), factor).mT
         bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
+
+
+def _update_last(penalties: Penalties, u: Tensor, v: Tensor, affine: Tensor, loss: ProximalLoss, y: Tensor) -> None:
+    """Update V_L and U_L of some samples, in place; `affine` is W_L V_{L−1} + b_L."""
+    gamma, rho, alpha = penalties
+    # V_L = argmin J(V) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_L‖²; U_L = (γ V_L + ρ (W_L V_{L−1} + b_L))/(γ + ρ)
+    v.copy_(loss.prox((gamma * u + alpha * v) / (gamma + alpha), y, gamma + alpha))
+    u.copy_((gamma * v + rho * affine) / (gamma + rho))
+
+
+def _update_hidden(
+    penalties: Penalties,
+    u: Tensor,
+    v: Tensor,
+    affine: Tensor,
+    above: ParamDict,
+    above_gain: Tensor,
+    next_u: Tensor,
+    scratch: Scratch,
+) -> None:
+    """Update V_l and U_l of some samples, in place, for l < L.
+
+    `affine` is W_l V_{l−1} + b_l; `above` has W_{l+1} and b_{l+1}, of which `above_gain` is the `ridge_gain`; `next_u`
+    is U_{l+1}.
+    """
+    gamma, rho, alpha = penalties
+    # V_l = (ρ WᵀW + γ I)⁻¹ (ρ Wᵀ(U_{l+1} − b) + γ h) with W = W_{l+1}, b = b_{l+1}, h = relu(U_l), which is
+    # h + (ρ WᵀW + γ I)⁻¹ ρ Wᵀ (U_{l+1} − b − W h)
+    hidden = u.relu()
+    gap = pre_activation(above, hidden).neg_().add_(next_u)
+    torch.baddbmm(hidden, gap, above_gain, out=v)
+    # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
+    u.lerp_(affine, rho / (rho + alpha))
+    relu_prox_(u, hidden.copy_(v), gamma / (rho + alpha), scratch.take("spare", hidden.shape))
 
 
 def _epsilon(weight: Tensor) -> float:

@@ -221,7 +221,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         residual = sweep(problem, state, updater, self._schedules(*state.beta.shape), self.rounds(state.iteration))
         state.iteration += 1
         if self.penalty is not None:
-            # λ = β U is kept while β changes (Eq. 5b, 6).
+            # U is divided by the factor of β, so that λ = β U stays the same (Eq. 5b, 6).
             factor = self.penalty.factor(state.beta, residual, state.iteration)
             state.beta *= factor
             for u, f in zip(state.u, factor, strict=True):

@@ -1,4 +1,4 @@
-"""What an algorithm needs of a problem: each check raises ValueError that says what is missing."""
+"""Checks that a problem has what an algorithm needs; each raises ValueError that says what is missing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What Block-ADMM, its online form, BlockProp and DeepFacto share: the augmented Lagrangian of some samples, and the
-updates of Z and Θ (paper, Algorithms 1 and 2).
+"""The augmented Lagrangian of some samples, and the updates of Z and Θ (paper, Algorithms 1 and 2).
+
+Block-ADMM, its online form, BlockProp and DeepFacto share them.
 
 Blocks are numbered t = 1..T as in the paper; Python lists of them start at 0, so `z[t - 1]` is Z_t. The lines of an
 algorithm are counted from its `Define` on.
@@ -28,7 +29,7 @@ from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
 
-StepSize = float | Tensor  # of all replicas, or one per replica [S]
+StepSize = float | Tensor  # one for all replicas, or one per replica [S]
 
 
 class Hyperparameters(NamedTuple):
@@ -431,7 +432,7 @@ class ZUpdate(Options):
         if self.name == "lipschitz":
             weights = [block.linear_weight(views) for block, views in zip(blocks, theta.blocks, strict=True)]
             vectors = [w.new_ones(len(w), w.shape[2], 1) for w in weights[1:] if w is not None]
-        return ZState([list(of_block) for of_block in moments], power_vectors=vectors)
+        return ZState([list(pair) for pair in moments], power_vectors=vectors)
 
     @property
     def moments_of_each(self) -> int:

@@ -85,7 +85,7 @@ class DLADMM(Options, Optimizer[DLADMMState]):
     G = ∇φ(W), φ(W − G/θ) = φ(W) − ‖G‖²/θ + ρ‖A Gᵀ‖²/(2θ²) and the model φ(W) − ‖G‖²/θ + ‖G‖²/(2θ); it is accepted
     when ρ‖A Gᵀ‖²/‖G‖² ≤ θ. For A_l likewise when ρ(‖G Wᵀ‖²/‖G‖² + 1) ≤ τ, with W = W_{l+1}. A search that evaluates
     both sides rounds them by about ε φ. It can decide otherwise only in a tie, |q − θ| ‖G‖²/(2θ²) ≤ c ε φ, where q is
-    the left side above; this one decides by q ≤ θ, to within q's own rounding.
+    the left side above; this one decides by q ≤ θ, to within the rounding of q.
 
     Z_L is FISTA's on J + φ_L: it stops before a step when the objective has changed by less than `fista_tolerance`, and
     returns the extrapolated point, as the authors' program does.
@@ -451,7 +451,7 @@ def _doubled(start: Tensor, least: Tensor) -> Tensor:
 
 
 def _square(value: Tensor) -> Tensor:
-    """Return ‖·‖² of each replica, [S], in the data's own precision and without a copy: enough for a line search."""
+    """Return ‖·‖² of each replica, [S], without a copy, in the data's precision, which is enough for a line search."""
     norm: Tensor = torch.linalg.vector_norm(value, dim=(1, 2))
     return norm.square_()
 

@@ -1,5 +1,6 @@
-"""What the algorithms for fully connected ReLU networks share: the network's form, initial values, the ReLU's prox, the
-residuals of the constraints.
+"""The common parts of the algorithms for fully connected ReLU networks.
+
+These are the network's form, initial values, the proximal operator of the ReLU, and the residuals of the constraints.
 
 Notation: layer l = 1..L has a weight W_l [S, d_l, d_{l−1}] and, if the algorithm knows it, a bias b_l [S, d_l];
 Z_l = A_{l−1} W_lᵀ + b_l is the pre-activation [S, N, d_l], A_l = relu(Z_l), and A_0 = X. Python lists start at 0.

@@ -3,7 +3,7 @@
 Sums over samples are taken slice by slice, so that the temporaries stay in the CPU's cache.
 Systems are factored in float64. Normal equations with a small ridge have to be summed in float64 too, on both sides:
 where Gram's eigenvalue λ is small, they multiply the rounding error of a sum by 1/λ, a factorisation of the features
-themselves only by 1/√λ. Where there is no such ridge, sums in the data's own precision do, with an epsilon of that
+themselves only by 1/√λ. Where there is no such ridge, sums in the data's precision are enough, with an epsilon of that
 precision in `cholesky_with_ridge`.
 """
 

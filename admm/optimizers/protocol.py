@@ -1,4 +1,4 @@
-"""What an optimizer is given, and what it promises."""
+"""The interface of optimizers: the problem, the state, and what an optimizer promises."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Problem:
             become one-hot, or distributions [N, C].
         blocks: the network, cut by `admm.blocks.split`.
         loss: a `Loss`, or a plain function as `FunctionLoss` takes it.
-        initialise: fills a network's parameters in place from PyTorch's global random state, such as
+        initialise: a function that fills a network's parameters in place from PyTorch's global random state, such as
             `admm.models.initialiser("pytorch")`.
-        augmentation: changes the inputs of mini-batches, for optimizers that keep no variables of each sample.
+        augmentation: random changes of the inputs of mini-batches, for optimizers without variables of each sample.
 
     Raises:
         ValueError: for inputs or targets that the network or the loss cannot take, a loss that has no value per sample
@@ -95,7 +95,7 @@ class Problem:
 
     @cached_property
     def threshold(self) -> float | None:
-        """The loss's threshold, above which outputs mean yes, where all targets are 0 or 1; else None."""
+        """The threshold of the loss, above which an output means yes, if all targets are 0 or 1; else None."""
         return self.loss.threshold if bool(((self.y == 0) | (self.y == 1)).all()) else None
 
     def _inputs(self, inputs: Any) -> Tensor:
@@ -131,7 +131,7 @@ class Problem:
             raise ValueError(f"loss: the gradient for {shapes} is {list(gradient.shape)}, expected the outputs'")
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
-        """Return freshly initialised parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
+        """Return initial parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
         return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.x)
 
     def minibatches(
@@ -177,8 +177,7 @@ class State(Protocol):
     Attributes:
         seeds: one whole number per replica, from which all its random numbers follow.
         iteration: the number of finished iterations; `Optimizer.step` counts it.
-        theta: the blocks' parameters [S, P], the state's own tensors, which `Optimizer.step` changes in place.
-            `Blocks.export` makes a copy.
+        theta: the blocks' parameters [S, P], which `Optimizer.step` changes in place; `Blocks.export` makes a copy.
     """
 
     seeds: tuple[int, ...]
@@ -192,7 +191,7 @@ StateT = TypeVar("StateT", bound=State)
 class Optimizer(ABC, Generic[StateT]):
     """An algorithm: an immutable object with hyperparameters, over an explicit state of tensors.
 
-    Replica s of a state depends on its own seed alone, so that a stack of replicas equals runs of one seed each. An
+    Replica s of a state depends on seeds[s] alone, so that a stack of replicas equals runs of one seed each. An
     optimizer never prints, logs, evaluates or reads a clock.
     """
 
@@ -249,8 +248,8 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
         return torch.as_tensor(value, device=device)
     except Exception as error:  # of whatever type it is
         raise ValueError(
-            f"{name}: a {type(value).__name__} is no tensor, nor an array or a list of numbers ({error}); of several "
-            "inputs, or of a data loader's batches, make one tensor"
+            f"{name}: a {type(value).__name__} is no tensor, nor an array or a list of numbers ({error}); join several "
+            "inputs, or a data loader's batches, to one tensor"
         ) from None
 
 
