@@ -1,4 +1,4 @@
-"""Files that are whole or absent, also on a full disk and after a power cut, and messages for failed writes."""
+"""Files that are complete or absent, even on a full disk or after a power cut, and messages for failed writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WriteError(OSError):
 
 @contextmanager
 def explain_write_errors(path: Path, what: str, needed: int | None = None) -> Iterator[None]:
-    """Turn a failed write within this context into a WriteError that says what to do.
+    """Raise WriteError, whose message says what to do, for a failed write within this context.
 
     Args:
         path: the file or folder that is written.

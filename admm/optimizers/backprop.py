@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.checks import at_least_one, check_batch_size, has_type
 from admm.numbers import Options
+from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import UpdateRule
 from admm.schedules import Value, schedule
@@ -68,9 +68,7 @@ class Backprop(Options, Optimizer[BackpropState]):
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
         seeds = whole_seeds(seeds)
-        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
-        at_least_one("iterations", self.iterations)
-        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
+        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
         return BackpropState(seeds, 0, theta, self.theta_update.init(theta.flat))

@@ -163,8 +163,8 @@ class BCD(Options, Optimizer[BCDState]):
         """Update V_l, U_l, and W_l and b_l, for l = `number`."""
         penalties = self._penalties(problem, len(state.seeds))
         gamma, rho, alpha = penalties
-        layer, above = layers[number - 1], layers[number] if number < len(layers) else None
-        above_gain = None if above is None else ridge_gain(above["weight"], gamma / rho)
+        layer, is_last = layers[number - 1], number == len(layers)
+        above_gain = None if is_last else ridge_gain(layers[number]["weight"], gamma / rho)
         weight, bias, scratch = layer["weight"], layer["bias"], Scratch(layer["weight"])
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
         gram = zero_gram(len(weight), weight.shape[2], weight) if number > 1 else None
@@ -172,10 +172,10 @@ class BCD(Options, Optimizer[BCDState]):
             layer_input = _layer_input(problem, state, number, part)
             affine = pre_activation(layer, layer_input)
             u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
-            if above is None or above_gain is None:
+            if above_gain is None:
                 _update_last(penalties, u, v, affine, check_prox(problem.loss, "BCD"), problem.y[part])
             else:
-                _update_hidden(penalties, u, v, affine, above, above_gain, state.u[number][:, part], scratch)
+                _update_hidden(penalties, u, v, affine, layers[number], above_gain, state.u[number][:, part], scratch)
             residual = affine.neg_().add_(u)
             cross.baddbmm_(residual.mT, layer_input)
             total += residual.sum(1)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.checks import at_least_one, check_batch_size, has_type, in_range, one_of
+from admm.checks import at_least_one, has_type, in_range, one_of
 from admm.minibatches import minibatches, slices, stateless_rng
 from admm.numbers import Options, is_number
-from admm.optimizers.checks import same_samples
+from admm.optimizers.checks import check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Hyperparameters,
@@ -387,12 +387,11 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         )
 
     def _check(self, problem: Problem) -> None:
-        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
+        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("sweep", self.sweep, ("batch", "minibatch"))
         one_of("sample_storage", self.sample_storage, PLACES)
-        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
-        for name in ("iterations", "primal_rounds", "curvature_every", "slice_size"):
+        for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("dual_init", self.dual_init)
         in_range("primal_growth", self.primal_growth or 0.0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from admm.checks import at_least_one, check_batch_size, has_type
 from admm.losses import Loss, ProximalLoss
 from admm.optimizers.protocol import Problem
+from admm.optimizers.rules import UpdateRule
 
 
 def check_prox(loss: Loss, algorithm: str) -> ProximalLoss:
@@ -16,6 +18,15 @@ def check_prox(loss: Loss, algorithm: str) -> ProximalLoss:
             "SquaredError, CrossEntropy, BinaryCrossEntropy or Hinge"
         )
     return loss
+
+
+def check_minibatch_options(
+    problem: Problem, iterations: int, theta_update: UpdateRule, batch_size: int, epoch_parts: int | None = None
+) -> None:
+    """Raise ValueError for an option of a mini-batch method that is out of range, or an update rule that is none."""
+    at_least_one("iterations", iterations)
+    has_type("theta_update", theta_update, UpdateRule, "admm.optimizers.Adam()")
+    check_batch_size(batch_size, len(problem.x), epoch_parts)
 
 
 def same_samples(problem: Problem, variables: Tensor) -> None:

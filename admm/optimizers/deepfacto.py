@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
-from admm.checks import at_least_one, check_batch_size, has_type, in_range
+from admm.checks import at_least_one, in_range
 from admm.layers import LinearLayer
 from admm.minibatches import minibatches, slices
 from admm.nmf import NMF, feature_maps, hals_sweep, matrix, nonnegative_least_squares, warm_start
 from admm.numbers import Options
 from admm.optimizers.block_admm import update_minibatch
-from admm.optimizers.checks import same_samples
+from admm.optimizers.checks import check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Schedules,
@@ -315,10 +315,9 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         return relative | {"lagrangian": value / len(problem.x)}
 
     def _check(self, problem: Problem) -> None:
-        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
-        check_batch_size(self.batch_size, len(problem.x))
+        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size)
         sweeps = ("score_sweeps", "basis_sweeps", "warm_rounds")
-        for name in ("iterations", "group_size", "primal_rounds", *sweeps, "slice_size"):
+        for name in ("group_size", "primal_rounds", *sweeps, "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("frozen", self.frozen, self.iterations)
         if self.group_size > 1 and problem.y.ndim > 1:

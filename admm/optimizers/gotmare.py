@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.checks import at_least_one, check_batch_size, has_type
+from admm.checks import at_least_one, has_type
 from admm.minibatches import gather_shared
 from admm.numbers import Options
+from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import AugmentedLagrangian, Hyperparameters, Schedules, label_leak, warn_of_lost_signal
 from admm.optimizers.fully_connected import Start, check_initial_names, set_initial_values
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
@@ -162,10 +163,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
         return positive("rho", self.rho, n_replicas).to(problem.x).expand(len(problem.blocks), -1)
 
     def _check(self, problem: Problem, n_replicas: int) -> None:
-        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
-        at_least_one("iterations", self.iterations)
+        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         at_least_one("z_rounds", self.z_rounds)
-        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
         has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
         z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)
         if isinstance(self.z_update, SGD):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.checks import at_least_one, check_batch_size, has_type, in_range, one_of
+from admm.checks import at_least_one, has_type, in_range, one_of
 from admm.minibatches import gather_shared
 from admm.numbers import Options
+from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Schedules,
@@ -207,11 +208,9 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         )
 
     def _check(self, problem: Problem) -> None:
-        has_type("theta_update", self.theta_update, UpdateRule, "admm.optimizers.Adam()")
+        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
-        check_batch_size(self.batch_size, len(problem.x), self.epoch_parts)
-        at_least_one("iterations", self.iterations)
         at_least_one("curvature_every", self.curvature_every)
         in_range("dual_decay", self.dual_decay)
         z_update = self.z_update
