@@ -152,7 +152,7 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
 
 
 def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **others: Any) -> dict[str, str]:
-    """Describe what determines the numbers of a run besides its seeds, as text by name.
+    """Return what determines the numbers of a run besides its seeds, as text by name.
 
     That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data, and
     `others`; of the initialisation the mean and the mean size of the parameters, to three digits. What a network's own

@@ -36,7 +36,7 @@ class DatasetError(RuntimeError):
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a data set has to be, before it is read."""
+    """The properties that the stored content of a data set must have."""
 
     image: tuple[int, ...]  # shape of one stored image, channels last
     sha256: str  # of x_train, y_train, x_test, y_test as contiguous uint8, one after the other

@@ -121,15 +121,16 @@ class FlattenLayer(Layer):
 
 @dataclass(frozen=True)
 class Execution:
-    """How blocks are evaluated that have other layers than linear, ReLU and flatten, which are one product each.
+    """Options for the evaluation of blocks that have other layers than linear, ReLU and flatten.
 
     Args:
         precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling
             variables and gradients keep their type.
-        compile: evaluates by `torch.compile`.
-        channels_last: keeps images in that memory format, except on a CPU in blocks with a strided 1×1 convolution.
-        recompute: makes Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters'
-            gradient instead of keeping its activations while those of the other blocks are in use.
+        compile: whether blocks are evaluated by `torch.compile`.
+        channels_last: whether images are in that memory format, except on a CPU in blocks with a strided 1×1
+            convolution.
+        recompute: whether Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters'
+            gradient, instead of storing its activations while those of the other blocks are in use.
 
     Raises:
         ValueError: for another precision. `Blocks` raises it for bf16 or compile without such a block.

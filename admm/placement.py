@@ -1,4 +1,4 @@
-"""Where an optimizer keeps the variables of all samples: on the device, in the host's memory, or in a file."""
+"""Storage for an optimizer's variables of all samples: on the device, in the host's memory, or in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GIB = 2**30
 
 
 def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
-    """Make tensors of zeros, in the dtype of `like`.
+    """Return tensors of zeros, in the dtype of `like`.
 
     Args:
         place: "device", that of `like`; "host", the host's memory, page-locked for a GPU, where consecutive samples of
@@ -72,7 +72,7 @@ def free_bytes(place: Place, device: torch.device) -> float:
 
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Make zeros in a file that has no name any more."""
+    """Return zeros that are mapped from a file without a name."""
     with tempfile.TemporaryFile() as file:
         size = dtype.itemsize * int(np.prod(shape))
         if hasattr(os, "posix_fallocate"):

@@ -1,4 +1,4 @@
-"""Where a network is cut: the names of its layers, and the boundaries between its blocks."""
+"""The names of a network's layers, and the boundaries between its blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def layer_names(network: nn.Module) -> list[str]:
-    """Name the layers of a network in the order of evaluation.
+    """Return the names of a network's layers in the order of evaluation.
 
     Layers are the modules inside nested `nn.Sequential`s; one with hooks, or a `forward` of its own, is a layer itself.
 
@@ -52,7 +52,7 @@ def names_by_block(
     n_blocks: int | None,
     activation: Literal["end", "start"] | None,
 ) -> tuple[tuple[str, ...], ...]:
-    """Name the layers of each block, for the arguments of `admm.blocks.split`, which documents them and the errors."""
+    """Return the names of each block's layers for the arguments of `admm.blocks.split`, which documents the errors."""
     names = layer_names(network)
     _check_network(network, names)
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:

@@ -58,7 +58,7 @@ class Schedules(NamedTuple):
 
     def at(self, progress: float) -> Hyperparameters:
         """Return the values where the part `progress` of the run, from 0 to 1, is done."""
-        theta_steps, z_steps = ([value(progress) for value in values] for values in self[:2])
+        theta_steps, z_steps = ([at(progress) for at in schedules] for schedules in (self.theta_steps, self.z_steps))
         return Hyperparameters(theta_steps, z_steps, self.dual_step(progress), self.mixing(progress))
 
 
@@ -103,7 +103,7 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
         is_late = row["iteration"] >= max(middle, 1)
         return is_late and row["loss_forward"] - row["loss_moved"] > start[row["replica"]] / 6 > 0
 
-    # The others are looked through only where one of the newest leaks.
+    # Older rows are searched only if one of the newest leaks.
     if any(map(leaks, takewhile(lambda row: row["iteration"] == newest, reversed(rows)))):
         first = next(filter(leaks, rows))
         if first["iteration"] < newest:
@@ -125,8 +125,8 @@ def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dt
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
     if 0.0 < signal < torch.finfo(dtype).eps:
         warnings.warn(
-            f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient, as each block hands on "
-            "z_step times beta (or rho) of it, and will hardly learn; raise z_step or beta, or cut fewer blocks",
+            f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient and will hardly learn, as each block "
+            "passes on z_step times beta (or rho) of it; raise z_step or beta, or cut into fewer blocks",
             stacklevel=4,
         )
 
@@ -340,7 +340,7 @@ class ThetaUpdate:
 
 @dataclass
 class ZState:
-    """What a `ZUpdate` carries from step to step; lists are empty where it needs none.
+    """The state that a `ZUpdate` carries from step to step; a list is empty if the update does not need it.
 
     Attributes:
         moments: Adam's two moments per block, in the shape of Z_t.
