@@ -39,7 +39,7 @@ def has_type(name: str, value: object, kind: type, such_as: str) -> None:
         raise ValueError(f"{name}: {value!r} is no {kind.__name__}, such as {such_as}")
 
 
-def check_batch_size(batch_size: int, samples: int, parts: int | None = None) -> None:
+def check_batch_size(batch_size: int, samples: int, parts: int | None) -> None:
     """Raise ValueError unless 1 <= batch_size <= samples, and each of an epoch's `parts` has a mini-batch."""
     if not is_whole(batch_size, 1) or batch_size > samples:
         raise ValueError(f"batch_size: {batch_size!r} is not between 1 and the {samples} training samples")

@@ -89,7 +89,10 @@ class FactorisedLagrangian(AugmentedLagrangian):
         return feature_maps(scores, like=self.block_input(t))
 
     def factorised_minimiser(self, t: int) -> Tensor:
-        """Return the minimiser of β_t/2 ‖Z_t − block_t + U_t‖² + γ/2 ‖Z_t − M S + V‖² over Z_t, a factorisation's Z."""
+        """Return the minimiser over Z_t, the input of a factorisation, of the two terms of Eq. 9 that contain it.
+
+        They are β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖² + γ/2 ‖Z_t − M S + V‖².
+        """
         beta, gamma = (broadcast(self.beta[k], self.z[t - 1]) for k in (t - 1, t))
         from_below, from_above = self.output(t), self.product(t + 1)
         if self.u:
@@ -349,7 +352,7 @@ def factorisations(blocks: Blocks, theta: Parameters) -> Factors:
             raise ValueError(
                 f"split: an NMF layer must be a block alone, but block {t} is {list(names)}; cut before and after it"
             )
-        is_followed = t < len(blocks) and isinstance(blocks[t].layers[-1], LinearLayer)
+        is_followed = t < len(blocks) and isinstance(blocks[t].layers[-1], LinearLayer)  # blocks[t] is block t + 1
         if not is_followed or blocks[t].linear_weight(theta.blocks[t]) is None:
             raise ValueError(
                 f"split: the NMF layer {names[0]!r} must be followed by a block that ends with its one linear layer"
