@@ -71,6 +71,11 @@ NOT_IN_IDENTITY = (
 )
 
 
+def choices_of(run: Any) -> dict[str, str]:
+    """The choices of a job's `Launch` or of a finished run's `RunRecord`: its names by `CHOICES`."""
+    return {key: getattr(run, key) for key in CHOICES}
+
+
 def identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256: str) -> str:
     """The first twelve hexadecimal digits of the SHA-256 of what determines a run's numbers.
 

@@ -16,7 +16,7 @@ from admm.files import atomic_write
 from experiments.checks import DTYPES, check, check_place, check_row, check_search
 from experiments.device import ready_device
 from experiments.errors import user_errors
-from experiments.identity import SCHEMA, identity
+from experiments.identity import SCHEMA, choices_of, identity
 from experiments.launch import Launch
 from experiments.overrides import changes_numbers, key_of
 from experiments.provenance import changed, changed_since, provenance
@@ -69,7 +69,7 @@ def run_once(
             return []
         finished = job.slot.finished()
         if finished is not None and not job.rerun:
-            log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
+            log.info("%s is there already, made by %s: %s", job.slot.name, finished.record.commit, finished.folder)
         else:
             finished = make(config, job)
     runs = [*job.reused, finished]
@@ -110,7 +110,7 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     origin = provenance(device, plain)
     overrides, by_seed = changing_overrides(config, launch), config.task == TASK
     root = Path(config.outputs if overrides else config.results)
-    sha256, choices = dataset.sha256, launch.choices
+    sha256, choices = dataset.sha256, choices_of(launch)
     slot = Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity(plain, choices, sha256))
     found = runs_of_row(slot, plain, choices, sha256) if by_seed else finished_in(slot)
     there = [] if config.force else [run for run in found if is_reusable(run, origin, config.other_code)]
@@ -148,7 +148,7 @@ def changing_overrides(config: DictConfig, launch: Launch) -> list[str]:
 def seeds_to_run(asked: Sequence[int], there: Sequence[Run]) -> list[int]:
     """Those that none of the runs has; if there are none, the last run's."""
     missing = [seed for seed in asked if not any(seed in run.seeds for run in there)]
-    return missing or list(there[-1].info["seeds"])
+    return missing or list(there[-1].record.seeds)
 
 
 def record(
@@ -157,7 +157,7 @@ def record(
     """What `run.json` says of what was run."""
     return {
         "schema": SCHEMA,
-        **launch.choices,
+        **choices_of(launch),
         "note": config.note,
         "overrides": overrides,
         "identity": slot.identity,
@@ -175,14 +175,16 @@ def is_reusable(run: Run, origin: dict[str, Any], other_code: str) -> bool:
     A run from before sources were hashed is always kept: its files are compared as far as git knows them. origin: the
     `provenance` of the run asked for. Raises ValueError for changed files where `other_code` is refuse.
     """
-    made = run.info
-    names, is_hashed = list(origin["sources"]), "sources" in made
-    files = changed(made["sources"], origin["sources"]) if is_hashed else changed_since(made["commit"], names)
+    record, is_hashed = run.record, bool(run.record.sources)
+    if is_hashed:
+        files = changed(record.sources, origin["sources"])
+    else:
+        files = changed_since(record.commit, list(origin["sources"]))
     if files is None:
-        log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, made["commit"])
+        log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, record.commit)
     if not files:
         return True
-    told = f"{run.folder.name}: made by other code, {made['commit']}, now {origin['commit']}: {listed(files)}"
+    told = f"{run.folder.name}: made by other code, {record.commit}, now {origin['commit']}: {listed(files)}"
     if is_hashed and other_code == "refuse":
         raise ValueError(f"other_code=refuse: {told}")
     is_kept = not (is_hashed and other_code == "rerun")

@@ -64,11 +64,6 @@ class Launch:
         return cls.of(config.hydra)
 
     @property
-    def choices(self) -> dict[str, str]:
-        """The names that enter a run's identity."""
-        return {"experiment": self.experiment, "method": self.method, "setting": self.setting}
-
-    @property
     def setting(self) -> str:
         """The name of the row's setting."""
         return self.row.setting if self.row else DEFAULT

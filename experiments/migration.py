@@ -17,9 +17,17 @@ from typing import Any
 
 import yaml
 
-from experiments.identity import SCHEMA, identity, identity_config, with_former_names, with_todays_names, without_nulls
+from experiments.identity import (
+    SCHEMA,
+    choices_of,
+    identity,
+    identity_config,
+    with_former_names,
+    with_todays_names,
+    without_nulls,
+)
 from experiments.reports.base import report_of
-from experiments.store import SUMS, Run, delete, slot_of, sums
+from experiments.store import Run, delete, describe, slot_of
 
 # What schema 1 took for granted where a configuration did not say it.
 IMPLIED = {"precision": "fp32"}
@@ -66,18 +74,20 @@ def _without_former_nulls(config: dict[str, Any]) -> dict[str, Any]:
 
 def _migrated(run: Run) -> Run:
     """The run in its new place, where it appears whole; the former one is deleted after that."""
-    info, slot = run.info, slot_of(run.folder)
+    record, slot = run.record, slot_of(run.folder)
     stored = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
-    data = info["dataset"]["sha256"]
+    data = record.dataset.sha256
     if (expected := former_identity(stored, data)) != slot.identity:
         raise ValueError(f"{run.folder}: config.yaml hashes to {expected}, not to {slot.identity}; see `check`")
     config = _explicit(identity_config(with_todays_names(stored)))
-    kind = report_of(run.record.experiment).kind
-    record = {"schema": SCHEMA} | info | {"identity": identity(config, run.record.choices, data), "kind": kind}
-    target = run.folder.with_name(f"{slot.name}-{record['identity']}")
+    new_identity = identity(config, choices_of(record), data)
+    info = {"schema": SCHEMA} | run.info | {"identity": new_identity, "kind": report_of(record.experiment).kind}
+    target = run.folder.with_name(f"{slot.name}-{new_identity}")
     if not target.exists():  # as it does after an interruption
         with tempfile.TemporaryDirectory(dir=run.folder.parent, prefix=".") as folder:
-            os.replace(_copied(run, Path(folder, target.name), config, record), target)
+            copy = shutil.copytree(run.folder, Path(folder, target.name))
+            describe(copy, config, info)
+            os.replace(copy, target)
     delete(run.folder, slot.partial)
     return Run(target)
 
@@ -86,13 +96,3 @@ def _explicit(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration that says what schema 1 implied."""
     optimizer = config["optimizer"]
     return IMPLIED | config | {"optimizer": IMPLIED_OF.get(optimizer["_target_"], {}) | optimizer}
-
-
-def _copied(run: Run, folder: Path, config: dict[str, Any], record: dict[str, Any]) -> Path:
-    """A copy of a run with another configuration and `run.json`, and with the sums of its files."""
-    shutil.copytree(run.folder, folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    lines = "".join(f"{sha}  {name}\n" for name, sha in sums(folder).items())
-    (folder / SUMS).write_text(lines, encoding="utf-8")
-    return folder

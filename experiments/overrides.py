@@ -12,7 +12,8 @@ from hydra.core.override_parser.types import Override
 
 from experiments.identity import NOT_IN_IDENTITY
 
-ROW_SELECTORS = ("experiment", "optimizer", "setting", "row")
+ROW_FILTERS = ("optimizer", "setting")  # choose among an experiment's rows
+ROW_SELECTORS = ("experiment", *ROW_FILTERS, "row")
 NOT_SEARCHED = ("dataset", "dataset.*", "seeds", "iterations", "search")
 REDUCING = ("iterations", "seeds", "model.*", "dataset.first")
 COMPARABLE_WITH_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from experiments.identity import CHOICES
-
 
 @dataclass(frozen=True)
 class DatasetRecord:
@@ -51,11 +49,6 @@ class RunRecord:
     labels: str = ""
     scores_verification: tuple[float, ...] = ()
     frozen: int = 0
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """The choices that enter the run's identity."""
-        return {key: getattr(self, key) for key in CHOICES}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> RunRecord:

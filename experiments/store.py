@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 
 from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.files import WriteError, explain_write_errors, fsync_path
-from experiments.identity import identity_config, row_identity, with_todays_names
+from experiments.identity import choices_of, identity_config, row_identity, with_todays_names
 from experiments.records import RunRecord
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Run:
     def row(self) -> str:
         """See `row_identity`."""
         record = self.record
-        return row_identity(self.config, record.choices, record.dataset.sha256)
+        return row_identity(self.config, choices_of(record), record.dataset.sha256)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -228,16 +228,11 @@ class Slot:
             with tempfile.TemporaryDirectory(dir=self.partial) as folder:
                 made = Path(folder, self.folder.name)
                 made.mkdir()
-                text = {"config.yaml": yaml.safe_dump(identity_config(config), sort_keys=False)}
-                text["run.json"] = json.dumps(info, indent=2) + "\n"
-                for name, written in text.items():
-                    (made / name).write_text(written, encoding="utf-8")
                 for name, content in ({"history": pd.DataFrame(rows)} | (tables or {})).items():
                     content.to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
                 if arrays:
                     np.savez_compressed(made / "arrays.npz", **arrays)
-                hashes = "".join(f"{sha}  {name}\n" for name, sha in sums(made).items())
-                (made / SUMS).write_text(hashes, encoding="utf-8")
+                describe(made, identity_config(config), info)
                 self._put(made)
         self.discard()
         return Run(self.folder)
@@ -310,6 +305,15 @@ def delete(folder: Path, partial: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
         os.replace(folder, removed)
     shutil.rmtree(removed)
+
+
+def describe(folder: Path, config: dict[str, Any], info: dict[str, Any]) -> None:
+    """Write a run's `config.yaml` and `run.json` into its folder, and the sums of all files there. Raises OSError."""
+    texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False), "run.json": json.dumps(info, indent=2) + "\n"}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    lines = "".join(f"{sha}  {name}\n" for name, sha in sums(folder).items())
+    (folder / SUMS).write_text(lines, encoding="utf-8")
 
 
 def sums(folder: Path) -> dict[str, str]:

@@ -124,6 +124,10 @@ def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["experiment=mnist_walltime", "optimizer=sgd"], r"optimizer: a race has several; optimizers=\[sgd,gotmare\]"),
+        (
+            ["experiment=mnist_walltime", "optimizers=[block_admm,bcd]", "optimizer.epoch_parts=5"],
+            r"optimizer.epoch_parts: optimizer=bcd, which is in the race, has no such key; optimizers=\[…\] chooses",
+        ),
         (["experiment=mnist_walltime", "optimizers=[]"], r"optimizers: \[\] is not a list of optimizers"),
         (["experiment=memory", "optimizer=sgd"], "optimizer: memory is measured of .*, not admm.optimizers.Backprop"),
     ],

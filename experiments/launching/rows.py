@@ -12,10 +12,8 @@ from omegaconf import DictConfig, open_dict, read_write
 from experiments.errors import user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
-from experiments.overrides import key_of, parse
+from experiments.overrides import ROW_FILTERS, key_of, parse
 from experiments.rows import DEFAULT, TableRows
-
-CHOOSING = ("optimizer", "setting")
 
 
 class Rows(Callback):
@@ -32,12 +30,12 @@ class Rows(Callback):
         given = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
         if "row" in given or "optimizers" in config:
             return
-        methods, settings = (values(given.get(key)) for key in CHOOSING)
+        methods, settings = (values(given.get(key)) for key in ROW_FILTERS)
         with user_errors():
             chosen = choices(rows_of_launch(config, given, settings), methods, settings)
         with read_write(config), open_dict(config):
-            overrides.task = [*chosen, *(override for override in overrides.task if key_of(override) not in CHOOSING)]
-            for key in params.keys() & CHOOSING:
+            overrides.task = [*chosen, *(override for override in overrides.task if key_of(override) not in ROW_FILTERS)]
+            for key in params.keys() & ROW_FILTERS:
                 del params[key]
 
 

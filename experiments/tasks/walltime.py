@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hydra import compose
+from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -74,7 +76,7 @@ def run(config: DictConfig, launch: Launch) -> None:
         if any(job.rerun for job in jobs.values()) or len(runs) < len(jobs):
             runs = race(config, jobs)
         else:
-            machine = runs[0].info["machine"]
+            machine = runs[0].record.machine
             log.info("%s is there already, timed on %s; force=true times again", slots[0].experiment, machine)
         record_in_launch(runs, launch)
         for job in jobs.values():
@@ -94,8 +96,21 @@ def job_of(method: str, config: DictConfig, launch: Launch) -> Job:
     table = TableRows.of(launch.experiment, config.rows, launch.conf)
     row = next(iter(table.chosen(method, config.setting)), None)
     own = [override for override in launch.overrides if key_of(override) != "setting"]
-    chosen = compose("config", [*own, f"row={row.name}" if row else f"optimizer={method}"])
+    chosen = composed(own, f"row={row.name}" if row else f"optimizer={method}", method)
     return find_job(chosen, replace(launch, method=method, row=row))
+
+
+def composed(overrides: list[str], choice: str, method: str) -> DictConfig:
+    """The configuration of an optimizer's part of the race. Raises ValueError for a key that the optimizer lacks."""
+    try:
+        return compose("config", [*overrides, choice])
+    except ConfigCompositionException as error:
+        if not (key := re.search(r"'(optimizer\.\S+)'", str(error))):
+            raise
+        raise ValueError(
+            f"{key[1]}: optimizer={method}, which is in the race, has no such key; "
+            "optimizers=[…] chooses those that have it"
+        ) from error
 
 
 def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
