@@ -51,7 +51,9 @@ def _search_path(arguments: Sequence[str]) -> list[str]:
     """The overrides that name the folders of configuration besides conf, those of `--config-dir` too."""
     options = get_args_parser().parse_args(list(arguments))
     given = [o for o in options.overrides if o.startswith("hydra.searchpath=")]
-    return given or ([f"hydra.searchpath=['file://{Path(options.config_dir).absolute()}']"] if options.config_dir else [])
+    return given or (
+        [f"hydra.searchpath=['file://{Path(options.config_dir).absolute()}']"] if options.config_dir else []
+    )
 
 
 def _composed(overrides: list[str]) -> tuple[DictConfig, DictConfig]:

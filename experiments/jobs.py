@@ -21,7 +21,7 @@ from experiments.launch import Launch
 from experiments.overrides import changes_numbers, key_of
 from experiments.provenance import changed, changed_since, provenance
 from experiments.records import kind_of
-from experiments.store import LEFT, Run, Slot, runs_of_row
+from experiments.store import LEFT, Run, Slot, runs_of_row, warn_of_former_runs
 
 log = logging.getLogger(__name__)
 TASK = "experiments.tasks.classification.run"
@@ -112,6 +112,7 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     root = Path(config.outputs if overrides else config.results)
     sha256, choices = dataset.sha256, choices_of(launch)
     slot = Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity(plain, choices, sha256))
+    warn_of_former_runs(slot.folder.parent)
     found = runs_of_row(slot, plain, choices, sha256) if by_seed else finished_in(slot)
     there = [] if config.force else [run for run in found if is_reusable(run, origin, config.other_code)]
     if by_seed and not config.force:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from filelock import FileLock, Timeout
 
 from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.files import WriteError, explain_write_errors, fsync_path
-from experiments.identity import choices_of, identity_config, row_identity, with_todays_names
+from experiments.identity import SCHEMA, choices_of, identity_config, row_identity, with_todays_names
 from experiments.records import RunRecord
 
 log = logging.getLogger(__name__)
@@ -355,9 +356,26 @@ class Store:
 
 
 def runs_named(folder: Path, name: str) -> list[Run]:
-    """The finished runs of an experiment's folder that have this name, from the oldest to the newest."""
+    """The finished runs of an experiment's folder that have this name, from the oldest to the newest, without those of
+    a former schema."""
     found = folder.glob(f"{name}-*/run.json")
-    return oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
+    runs = oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
+    return [run for run in runs if run.record.schema == SCHEMA]
+
+
+@cache  # a launch says it once
+def warn_of_former_runs(folder: Path) -> None:
+    """Log a warning if an experiment's folder has finished runs of a former schema, which no job finds."""
+    if number := sum(map(is_former, folder.glob("*/run.json"))):
+        command = f"python -m scripts.store migrate --store {folder.parents[1]}"
+        log.warning("%s: %d runs of a former version are not seen; %s brings them up to date", folder, number, command)
+
+
+def is_former(note: Path) -> bool:
+    """Whether a run.json is of a former schema; False if it cannot be read."""
+    with suppress(OSError, ValueError, KeyError):
+        return Run(note.parent).record.schema < SCHEMA
+    return False
 
 
 def runs_of_row(slot: Slot, config: dict[str, Any], choices: Mapping[str, str], data_sha256: str) -> list[Run]:

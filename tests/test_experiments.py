@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from launches import Launch
 from omegaconf import OmegaConf
-from stores import info
+from stores import run_json
 
 from admm.data import load
 from admm.training import train
@@ -374,7 +374,7 @@ def history(*finals: float | None) -> list[dict[str, float]]:
 
 def finish(root: Path, name: str, rows: list[dict[str, Any]], tables: Any = None, **said: Any) -> Run:
     experiment, method, setting = name.split()
-    told = info(method, setting, "2001", experiment=experiment, seeds=[3, 4], iterations=2, **said)
+    told = run_json(method, setting, "2001", experiment=experiment, seeds=[3, 4], iterations=2, **said)
     slot = Slot(root, experiment, f"{method}-{setting}", f"{len(list(root.glob('runs/*/*'))):012x}")
     return slot.complete({"optimizer": {}}, rows, told, tables)
 

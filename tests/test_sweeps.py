@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from joblib import cpu_count
 from launches import Launch, multirun, places, single
 from omegaconf import DictConfig, OmegaConf
-from stores import info, put
+from stores import add_run, run_json
 from test_protocol import CASES
 
 from admm.checkpoints import History, save, size
@@ -870,11 +870,11 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
     """A number, and a word."""
     overrides = (["a.b=1"], ["a.b=2", "c=0.5"], ["a.b=3", "d=word"])
     runs = [
-        put(
+        add_run(
             tmp_path,
             f"sgd-{n}",
             [50.0 + n],
-            info("sgd", "tuned", "2001", dataset={"holdout": 5, "sha256": "abc"}, seeds=[0], overrides=o),
+            run_json("sgd", "tuned", "2001", dataset={"holdout": 5, "sha256": "abc"}, seeds=[0], overrides=o),
         )
         for n, o in enumerate(overrides)
     ]
