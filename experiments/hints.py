@@ -4,6 +4,7 @@ had failed before an error ended it."""
 from __future__ import annotations
 
 import difflib
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +31,11 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
         return failed
     row = _missing_row(error)
     try:
-        keys = {o: key_of(o) for o in get_args_parser().parse_args(list(arguments)).overrides if "=" in o}
+        options = get_args_parser().parse_args(list(arguments))
+        keys = {o: key_of(o) for o in options.overrides if "=" in o}
         keys = {o: key for o, key in keys.items() if not key.startswith("hydra.") and not (row and key == "row")}
         groups = [o for o, key in keys.items() if (CONF / key).is_dir() and "," not in o]
-        config, hydra = _composed([*groups, *_search_path(arguments)])
+        config, hydra = _composed([*groups, *_search_path(options)])
     except HydraException:
         return []
     if row:
@@ -47,13 +49,11 @@ def _missing_row(error: BaseException | None) -> str:
     return file.removeprefix("row/") if file.startswith("row/") else ""
 
 
-def _search_path(arguments: Sequence[str]) -> list[str]:
-    """The overrides that name the folders of configuration besides conf, those of `--config-dir` too."""
-    options = get_args_parser().parse_args(list(arguments))
-    given = [o for o in options.overrides if o.startswith("hydra.searchpath=")]
-    return given or (
-        [f"hydra.searchpath=['file://{Path(options.config_dir).absolute()}']"] if options.config_dir else []
-    )
+def _search_path(options: Namespace) -> list[str]:
+    """The override that names the folders of configuration besides conf: `hydra.searchpath` or `--config-dir`."""
+    if options.config_dir:
+        return [f"hydra.searchpath=['file://{Path(options.config_dir).absolute()}']"]
+    return [o for o in options.overrides if o.startswith("hydra.searchpath=")]
 
 
 def _composed(overrides: list[str]) -> tuple[DictConfig, DictConfig]:

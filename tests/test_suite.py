@@ -261,7 +261,7 @@ def test_bad_input_names_the_key_and_what_would_be_right(
         ),
         (
             "row=digits_shallow/sgd-tund",
-            r"no row 'digits_shallow/sgd-tund': experiment=digits_shallow has \S+-tuned(, digits_shallow/\S+-tuned)*\n",
+            r"no row 'digits_shallow/sgd-tund': experiment=digits_shallow has digits\S+-tuned(, digits\S+)*\n",
         ),
         ("iterations=many", r"error: iterations: 'many' is not a whole number"),
     ],

@@ -34,10 +34,7 @@ class Rows(Callback):
         with user_errors():
             chosen = choices(rows_of_launch(config, given, settings), methods, settings)
         with read_write(config), open_dict(config):
-            overrides.task = [
-                *chosen,
-                *(override for override in overrides.task if key_of(override) not in ROW_FILTERS),
-            ]
+            overrides.task = [*chosen, *(o for o in overrides.task if key_of(o) not in ROW_FILTERS)]
             for key in params.keys() & ROW_FILTERS:
                 del params[key]
 
