@@ -1,5 +1,5 @@
-"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, and which jobs of a sweep
-had failed before an error ended it."""
+"""Lines that follow Hydra's own error message: which keys or rows there are, what to do where files cannot be written,
+and which jobs of a sweep had failed before an error ended it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,16 @@ from experiments.rows import CONF, TableRows
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
-    """Lines for the user: which jobs have failed, of a sweep that has not ended; what to do about an error in writing;
-    which rows the experiment has, if the chosen one is missing; else each override `a.b=c` whose key `a.b` is none."""
-    failed = [line for config in failures.begun for line in failures.listed(config)]
+    """Return lines for the user after Hydra has ended with an error.
+
+    They say which jobs of an unfinished sweep have failed, and what to do about an error in writing. Otherwise they say
+    which rows the experiment has, if the chosen row is missing, or name each override `a.b=c` whose key `a.b` is missing.
+
+    Args:
+        arguments: The command line, without the program's name.
+        error: What Hydra has caught, or None.
+    """
+    failed = [line for config in failures.unfinished_sweep for line in failures.causes_of_failures(config)]
     if isinstance(error, OSError) and (isinstance(error, WriteError) or error.errno in ADVICE):
         return [*failed, _write_hint(error)]
     if failed:

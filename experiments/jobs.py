@@ -19,7 +19,7 @@ from experiments.errors import user_errors
 from experiments.identity import SCHEMA, choices_of, identity
 from experiments.launch import Launch
 from experiments.overrides import changes_numbers, key_of
-from experiments.provenance import changed, changed_since, provenance
+from experiments.provenance import changed_sources, provenance, sources_changed_since
 from experiments.records import kind_of
 from experiments.store import LEFT, Run, Slot, runs_of_row, warn_of_former_runs
 
@@ -177,15 +177,15 @@ def is_reusable(run: Run, origin: dict[str, Any], other_code: str) -> bool:
     `provenance` of the run asked for. Raises ValueError for changed files where `other_code` is refuse.
     """
     record, is_hashed = run.record, bool(run.record.sources)
-    if is_hashed:
-        files = changed(record.sources, origin["sources"])
-    else:
-        files = changed_since(record.commit, list(origin["sources"]))
+    names: list[str] = list(origin["sources"])
+    files = (
+        changed_sources(record.sources, origin["sources"]) if is_hashed else sources_changed_since(record.commit, names)
+    )
     if files is None:
         log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, record.commit)
     if not files:
         return True
-    told = f"{run.folder.name}: made by other code, {record.commit}, now {origin['commit']}: {listed(files)}"
+    told = f"{run.folder.name}: made by other code, {record.commit}, now {origin['commit']}: {first_few(files)}"
     if is_hashed and other_code == "refuse":
         raise ValueError(f"other_code=refuse: {told}")
     is_kept = not (is_hashed and other_code == "rerun")
@@ -194,7 +194,7 @@ def is_reusable(run: Run, origin: dict[str, Any], other_code: str) -> bool:
     return is_kept
 
 
-def listed(files: Sequence[str]) -> str:
+def first_few(files: Sequence[str]) -> str:
     """The first of them, and how many more."""
     more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
     return f"{', '.join(files[:LISTED])}{more}"

@@ -7,7 +7,7 @@ import hashlib
 import platform
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -41,10 +41,10 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -155,12 +155,12 @@ def defined_in(module: str, name: str) -> str:
     return found if is_own(found) else module
 
 
-def changed(then: dict[str, str], now: dict[str, str]) -> list[str]:
+def changed_sources(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The names of the sources that differ, and of those that only one has."""
     return [name for name in {**now, **then} if then.get(name) != now.get(name)]
 
 
-def changed_since(commit: str | None, names: list[str], folder: Path = ROOT) -> list[str] | None:
+def sources_changed_since(commit: str | None, names: list[str], folder: Path = ROOT) -> list[str] | None:
     """The names of those sources that differ from a commit's in git; None where git does not have them as they were."""
     if commit is None or commit.endswith("+"):
         return None

@@ -22,10 +22,10 @@ from admm.losses import one_hot
 from admm.optimizers import Optimizer, Problem
 from admm.training import train
 from experiments.errors import one_sample_in_words, user_errors
-from experiments.jobs import Job, listed
+from experiments.jobs import Job, first_few
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
-from experiments.provenance import changed
+from experiments.provenance import changed_sources
 from experiments.store import PROBES, Slot
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ def write_start_record(slot: Slot, info: dict[str, Any]) -> None:
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:
                 log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
-        if "sources" in started and (files := changed(started["sources"], info["sources"])):
-            log.warning("%s: begun with other code, resumed with another %s", slot.name, listed(files))
+        if "sources" in started and (files := changed_sources(started["sources"], info["sources"])):
+            log.warning("%s: begun with other code, resumed with another %s", slot.name, first_few(files))
     with atomic_write(record, "the record of the run's start") as part:
         part.write_text(json.dumps(info), encoding="utf-8")
 

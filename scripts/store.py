@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def named(name: str, folders: list[Path]) -> Path:
+def find_folder(name: str, folders: list[Path]) -> Path:
     """The one of these folders. Ends the program where there is none, or more than one."""
     if Path(name).is_dir():
         matches = [path for path in folders if path.samefile(name)]
@@ -154,7 +154,7 @@ def migrate_(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """What two runs' configurations differ in, where they come from, and their numbers."""
     folders = Store(options.store).folders()
-    first, second = (Run(Path(n) if (Path(n) / "run.json").exists() else named(n, folders)) for n in options.runs)
+    first, second = (Run(Path(n) if (Path(n) / "run.json").exists() else find_folder(n, folders)) for n in options.runs)
     configurations = side_by_side(settings(first), settings(second))
     print_table(configurations[configurations["1"] != configurations["2"]], "configuration, where it differs")
     runs = side_by_side(origin(first), origin(second))
@@ -202,7 +202,7 @@ def remove(options: argparse.Namespace) -> int:
         slots = {folder: slot_of(folder) for folder in store.folders(options.experiment)}
     if not (options.runs or options.experiment or options.interrupted):
         sys.exit("error: which? runs, --experiment or --interrupted")
-    chosen = list(dict.fromkeys(named(name, list(slots)) for name in options.runs) if options.runs else slots)
+    chosen = list(dict.fromkeys(find_folder(name, list(slots)) for name in options.runs) if options.runs else slots)
     for folder in chosen:
         print(folder)
     if not (chosen and (options.yes or confirmed(f"remove these {len(chosen)}?"))):

@@ -32,12 +32,13 @@ from experiments.errors import BadInput
 from experiments.jobs import is_reusable
 from experiments.launch import Launch
 from experiments.launching.rows import choices
+from experiments.launching.study import without_end
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
-from experiments.provenance import changed_since, sources
+from experiments.provenance import sources, sources_changed_since
 from experiments.reports.accuracy import Accuracy
 from experiments.reports.results_page import best_of_search
-from experiments.reports.searches import rankings, read_ranking, without_end, write_ranking
+from experiments.reports.searches import rankings, read_ranking, write_ranking
 from experiments.reports.text import markdown
 from experiments.rows import Row, TableRows
 from experiments.store import Run, Slot, Store
@@ -569,16 +570,16 @@ def test_of_a_run_before_sources_were_hashed_git_tells_what_has_changed(
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         git(*arguments)
     first, names = git("rev-parse", "HEAD").strip(), ["b.py", "a.py", "elsewhere.py"]
-    assert changed_since(first, names, tmp_path) == []
+    assert sources_changed_since(first, names, tmp_path) == []
     for name in ("a.py", "b.py", "of_no_run.py"):
         (tmp_path / name).write_text("second")
-    assert changed_since(first, names, tmp_path) == ["b.py", "a.py"]
-    assert changed_since(first, ["elsewhere.py"], tmp_path) == []
+    assert sources_changed_since(first, names, tmp_path) == ["b.py", "a.py"]
+    assert sources_changed_since(first, ["elsewhere.py"], tmp_path) == []
     for unknown in (f"{first}+", None, "0" * 12):
-        assert changed_since(unknown, names, tmp_path) is None
+        assert sources_changed_since(unknown, names, tmp_path) is None
     run = add_run(tmp_path, "sgd-tuned", [90.0], run_json("sgd", "tuned", "2001", seeds=[0], commit=first))
     origin = {"commit": "now", "sources": dict.fromkeys(names, "0")}
-    monkeypatch.setattr(jobs, "changed_since", lambda *asked: changed_since(*asked, tmp_path))
+    monkeypatch.setattr(jobs, "sources_changed_since", lambda *asked: sources_changed_since(*asked, tmp_path))
     for other_code in ("keep", "rerun", "refuse"):
         assert is_reusable(run, origin, other_code)
     assert caplog.text.count(f"made by other code, {first}, now now: b.py, a.py; kept") == 3

@@ -35,7 +35,7 @@ from experiments.reports.paper import entry_of, paper
 from experiments.reports.results_page import best_of_search, missing_rows, papers_numbers, sections
 from experiments.reports.walltime import seconds_to
 from experiments.reports.writing import with_tables
-from experiments.store import Run, Slot, Store, sealed
+from experiments.store import Run, Slot, Store, seal
 from experiments.training import build_problem
 from scripts import reproduce
 from scripts import search as collect
@@ -114,7 +114,7 @@ def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     (sgd,) = tmp_path.glob("runs/*/sgd-*/run.json")
     kept = tmp_path / "runs/.partial" / json.loads(sgd.read_text())["identity"] / "race.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(sealed({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
+    kept.write_text(seal({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
     output = launch(tmp_path, *RACE, "force=true")
     assert "starts anew: it was begun with other settings, code or machine" in output and "seed 0: " in output
     assert not kept.exists()

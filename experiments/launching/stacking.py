@@ -21,7 +21,7 @@ from admm.checkpoints import History, Row, save, size
 from admm.data import load
 from admm.optimizers.protocol import Optimizer, Problem
 from experiments.device import find_device
-from experiments.errors import TOLD, in_words
+from experiments.errors import FOR_USERS, in_words
 from experiments.jobs import TASK, Job, find_job
 from experiments.launch import Launch
 from experiments.loggers import Guarded, Logger
@@ -122,7 +122,7 @@ def template(job: Job) -> str:
     seeds = len(config.pop("seeds"))
     del config["note"]
     for name in hyperparameters(config["optimizer"]):
-        config["optimizer"][name] = blanked(config["optimizer"][name], seeds)
+        config["optimizer"][name] = with_blanks(config["optimizer"][name], seeds)
     own = [job.info[key] for key in ("experiment", "method", "dataset")]
     return json.dumps([config, seeds, *own, str(job.slot.root)], sort_keys=True)
 
@@ -133,25 +133,25 @@ def hyperparameters(optimizer: dict[str, Any]) -> list[str]:
     return [name for name in optimizer if Sequence[float] in get_args(hints.get(name))]
 
 
-def blanked(value: Any, seeds: int) -> Any:
+def with_blanks(value: Any, seeds: int) -> Any:
     """A blank for a number, or for one per replica; inside of a schedule and of {blocks: […]} too."""
     match value:
         case {"blocks": list(parts)}:
-            return {"blocks": [blanked(part, seeds) for part in parts]}
+            return {"blocks": [with_blanks(part, seeds) for part in parts]}
         case dict():
-            return {key: blanked(part, seeds) for key, part in value.items()}
+            return {key: with_blanks(part, seeds) for key, part in value.items()}
         case list():
             return "a number" if len(value) == seeds else value
     return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def joined(values: Sequence[Any], seeds: int) -> Any:
+def join_values(values: Sequence[Any], seeds: int) -> Any:
     """A hyperparameter of all cells, of so many seeds each: their number, or one per replica."""
     match values[0]:
         case {"blocks": _}:
-            return {"blocks": [joined(parts, seeds) for parts in zip(*(v["blocks"] for v in values), strict=True)]}
+            return {"blocks": [join_values(parts, seeds) for parts in zip(*(v["blocks"] for v in values), strict=True)]}
         case dict() as first:
-            return {key: joined([value[key] for value in values], seeds) for key in first}
+            return {key: join_values([value[key] for value in values], seeds) for key in first}
         case first if not isinstance(first, list) and all(value == first for value in values):
             return first
     return [number for value in values for number in (value if isinstance(value, list) else [value] * seeds)]
@@ -177,10 +177,10 @@ def largest_stack(cell: Cell, replicas: int | None, memory: float | None) -> int
     fitting = int((whole / 4 if memory is None else memory * 2**30) / cell.size)
     if replicas is not None:
         return min(fitting, replicas)
-    return fitting if on_gpu else min(fitting, paying_on_a_processor(cell.samples))
+    return fitting if on_gpu else min(fitting, worthwhile_on_cpu(cell.samples))
 
 
-def paying_on_a_processor(samples: int) -> int:
+def worthwhile_on_cpu(samples: int) -> int:
     """Replicas, given the samples of a step: the larger the step, the fewer keep a processor busy, and what more of
     them hold no longer fits its caches."""
     return min(REPLICAS, SAMPLES // samples)
@@ -197,7 +197,7 @@ def train_stack(cells: Sequence[Cell], wait: bool = False) -> bool:
     try:
         return _train_stack(cells, slot, slots, wait)
     except Exception as error:
-        where = None if isinstance(error, TOLD) else error
+        where = None if isinstance(error, FOR_USERS) else error
         log.warning("%s failed, its cells are run one by one: %s", slot.name, in_words(error), exc_info=where)
         return True
 
@@ -254,7 +254,7 @@ def stacked_config(stack: Sequence[Cell]) -> dict[str, Any]:
     configs = [cell.job.config for cell in stack]
     optimizer = configs[0]["optimizer"]
     values = {
-        name: joined([config["optimizer"][name] for config in configs], stack[0].replicas)
+        name: join_values([config["optimizer"][name] for config in configs], stack[0].replicas)
         for name in hyperparameters(optimizer)
     }
     seeds = [seed for config in configs for seed in config["seeds"]]

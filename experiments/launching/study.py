@@ -6,10 +6,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from hydra.core.override_parser.types import RangeSweep
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -19,7 +21,7 @@ from experiments.identity import identity
 from experiments.launching.failures import failures_end_the_program
 from experiments.overrides import chooses_row, parse
 from experiments.reports.scores import is_of_a_search
-from experiments.reports.searches import as_in_a_grid, rankings, write_ranking
+from experiments.reports.searches import rankings, write_ranking
 from experiments.store import failed_writes_in_words, launched_runs
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
-held: list[FileLock] = []  # of studies, until the process ends; no part of the callback, which is sent to workers
+study_locks: list[
+    FileLock
+] = []  # of studies, until the process ends; no part of the callback, which is sent to workers
 
 
 class Study(Callback):
@@ -55,7 +59,7 @@ class Study(Callback):
 
         as_in_a_grid(config)
         with read_write(config):
-            sweeper.study_name = f"{sweeper.study_name}_{searched(config)}"
+            sweeper.study_name = f"{sweeper.study_name}_{search_hash(config)}"
         if not sweeper.storage.startswith(SQLITE):
             raise BadInput(f"hydra.sweeper.storage: {sweeper.storage} is not {SQLITE}<file>")
         file = Path(sweeper.storage.removeprefix(SQLITE))
@@ -86,7 +90,7 @@ class Study(Callback):
                     write_ranking(name, ranked, launch)
 
 
-def searched(config: DictConfig) -> str:
+def search_hash(config: DictConfig) -> str:
     """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, the row,
     and the space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -105,6 +109,34 @@ def space(config: DictConfig) -> dict[str, Any]:
     }
 
 
+def as_in_a_grid(config: DictConfig) -> None:
+    """Make the ranges of a study's space those of a grid, whose ends are excluded; Optuna's sweeper includes them.
+
+    config: with its `hydra`.
+    """
+    sweeper, overrides = config.hydra.sweeper, config.hydra.overrides
+    with read_write(config):
+        overrides.task = [without_end(override) for override in overrides.task]
+        for key, space in (sweeper.params or {}).items():
+            sweeper.params[key] = without_end(f"{key}={space}").removeprefix(f"{key}=")
+
+
+def without_end(override: str) -> str:
+    """An override whose value is a range(…), up to the last of its values, in rising order; another one as it is.
+
+    Raises BadInput for a range without values.
+    """
+    space = parse([override])[0].value()
+    if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
+        return override
+    first, step = Decimal(str(space.start)), Decimal(str(space.step))
+    last = first + (len(list(space.range())) - 1) * step
+    low, high = (first, last) if step > 0 else (last, first)
+    if low > high:
+        raise BadInput(f"{override}: a range without a value, as its end is not part of it")
+    return f"{override.partition('=')[0]}=range({low},{high},{abs(step)})"
+
+
 def wait_for(lock: FileLock, name: str) -> None:
     """Hold a study's lock until the process ends."""
     try:
@@ -112,7 +144,7 @@ def wait_for(lock: FileLock, name: str) -> None:
     except Timeout:
         log.info("%s: another launch is at it; this one waits for its end, and goes on with what is missing then", name)
         lock.acquire()
-    held.append(lock)
+    study_locks.append(lock)
 
 
 def take_up(study: OptunaStudy) -> None:

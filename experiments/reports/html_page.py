@@ -79,7 +79,7 @@ def read_store(root: Path) -> Contents:
     for folder in store.folders():
         run = Run(folder)
         try:
-            contents.alone[run.name] = checked(run)
+            contents.alone[run.name] = check_run(run)
             contents.by_experiment.setdefault(folder.parent.name, []).append(run)
         except Exception as error:  # whatever a damaged file can raise anywhere in a report
             contents.damaged[folder] = f"{type(error).__name__}: {error}"
@@ -88,7 +88,7 @@ def read_store(root: Path) -> Contents:
     return contents
 
 
-def checked(run: Run) -> Comparison:
+def check_run(run: Run) -> Comparison:
     """The number of a run alone. Raises whatever a report of the run raises, and where the run is not complete."""
     report = report_on(run)
     run_summary(run), report.score(run), report.table([run]), report.figures([run]), report.further_tables([run])
@@ -283,7 +283,7 @@ def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
     groups = {name: [curve for curve in curves if curve.record.setting == name] for name in settings}
     colour_of = {id(c): colour for group in groups.values() for c, colour in zip(group, colours(group), strict=True)}
     plotted = [
-        plotted_curve(curve, to_hex(colour_of[id(curve)]), DASHES[settings.index(curve.record.setting) % len(DASHES)])
+        curve_data(curve, to_hex(colour_of[id(curve)]), DASHES[settings.index(curve.record.setting) % len(DASHES)])
         for curve in curves
     ]
     quantities = sorted(
@@ -313,7 +313,7 @@ def in_words(name: str) -> str:
     return name.replace("_", " ") + (" (%)" if name.endswith("accuracy") else "")
 
 
-def plotted_curve(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
+def curve_data(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
     """A curve's means and standard deviations over the seeds, by iteration."""
     by_name = {name: curve.by_iteration(name) for name in curve.history.select_dtypes("number").columns}
     record = curve.record

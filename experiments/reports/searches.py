@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
 from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
-from hydra.core.override_parser.types import RangeSweep
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, read_write
 
 from admm.files import atomic_write
-from experiments.errors import BadInput
-from experiments.overrides import is_searched, parse
+from experiments.overrides import is_searched
 from experiments.reports.scores import scores
 from experiments.reports.text import in_figure
 from experiments.store import Run
@@ -25,34 +21,6 @@ from experiments.store import Run
 RESULTS = ("held-out", "seeds", "iterations", "samples held out")  # columns after those that are
 FEW = 6  # values of a hyperparameter, which its axis names
 WIDE = 4.0  # the quotient of a hyperparameter's largest and smallest value from which on its axis is logarithmic
-
-
-def as_in_a_grid(config: DictConfig) -> None:
-    """Make the ranges of a study's space those of a grid, whose ends are excluded; Optuna's sweeper includes them.
-
-    config: with its `hydra`.
-    """
-    sweeper, overrides = config.hydra.sweeper, config.hydra.overrides
-    with read_write(config):
-        overrides.task = [without_end(override) for override in overrides.task]
-        for key, space in (sweeper.params or {}).items():
-            sweeper.params[key] = without_end(f"{key}={space}").removeprefix(f"{key}=")
-
-
-def without_end(override: str) -> str:
-    """An override whose value is a range(…), up to the last of its values, in rising order; another one as it is.
-
-    Raises BadInput for a range without values.
-    """
-    space = parse([override])[0].value()
-    if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
-        return override
-    first, step = Decimal(str(space.start)), Decimal(str(space.step))
-    last = first + (len(list(space.range())) - 1) * step
-    low, high = (first, last) if step > 0 else (last, first)
-    if low > high:
-        raise BadInput(f"{override}: a range without a value, as its end is not part of it")
-    return f"{override.partition('=')[0]}=range({low},{high},{abs(step)})"
 
 
 def rankings(runs: Iterable[Run]) -> dict[str, pd.DataFrame]:

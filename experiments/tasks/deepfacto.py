@@ -39,7 +39,7 @@ from experiments.jobs import Job, run_once
 from experiments.launch import Launch
 from experiments.loggers import Logger
 from experiments.reports.scores import mean_score
-from experiments.store import PROBES, Run, sealed, unsealed
+from experiments.store import PROBES, Run, seal, unseal
 from experiments.training import (
     NO_LOGGER,
     Observer,
@@ -260,7 +260,7 @@ def execute(config: DictConfig, job: Job) -> Run:
     info, history = job.info | {"labels": faces.labels}, list[Row]()
     with logger_of(config) as logger:  # of the joint training, which alone opens it
         if isinstance(method, DeepFacto):
-            represented, rows, how = jointly(config, job, features, task, logger)
+            represented, rows, how = train_jointly(config, job, features, task, logger)
             history, info = rows, info | how
         else:
             write_start_record(job.slot, job.info)
@@ -270,13 +270,13 @@ def execute(config: DictConfig, job: Job) -> Run:
         for found in represented:
             history += [found.row] if found.row else []
             info["scores_verification"].append(task.accuracy(found.scores[task.images].flatten(1)))
-            probed += probed_attributes(found, faces, probe, columns, job.slot.journal(PROBES))
+            probed += probe_attributes(found, faces, probe, columns, job.slot.journal(PROBES))
             if isinstance(method, DeepFacto):
                 shown = shown or heat_maps(found, faces)
         return job.slot.complete(job.config, history, info, {"probes": pd.DataFrame(probed, columns=PROBED)}, shown)
 
 
-def jointly(
+def train_jointly(
     config: DictConfig, job: Job, features: Features, task: Verification, logger: Logger = NO_LOGGER
 ) -> tuple[Iterator[Represented], list[Row], dict[str, Any]]:
     """The paper's: backbone, factorisation and embedding trained together, from the frozen features on. Returns what
@@ -285,7 +285,7 @@ def jointly(
         problem = build_problem(config, features)
     test = (features, features.frozen[task.images], task)
     observer = Observer(logger, shown="verification")
-    state, history = train_or_resume(config, job, problem, test, observer, measure=verified, keep_last=True)
+    state, history = train_or_resume(config, job, problem, test, observer, measure=measure_faces, keep_last=True)
     blocks, theta, seeds = problem.blocks, state.theta, state.seeds  # all else of the state is not kept meanwhile
 
     def represented() -> Iterator[Represented]:
@@ -315,7 +315,9 @@ def build_problem(config: DictConfig, features: Features) -> Problem:
     return Problem(x, y, blocks, instantiate(config.loss), initialise)
 
 
-def verified(problem: Problem, theta: Parameters, test: tuple[Features, Tensor, Verification]) -> dict[str, Tensor]:
+def measure_faces(
+    problem: Problem, theta: Parameters, test: tuple[Features, Tensor, Verification]
+) -> dict[str, Tensor]:
     """Verification accuracy on the test pairs, and the triplet loss of a mini-batch of training faces, each [R]."""
     features, x, task = test
     size = min(BATCH, len(problem.x))
@@ -337,7 +339,7 @@ def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:
     enough = torch.stack([torch.stack(counts[0]).amin(0) >= fewest, torch.stack(counts[1]).amin(0) > 0]).all(0)
     columns, left_out = list[int](), list[str]()
     for column in enough.nonzero().flatten().tolist():
-        kept, _ = labelled(faces, column)
+        kept, _ = labelled_faces(faces, column)
         if probe.can_choose(faces.attributes[kept, column].numpy(), faces.people[kept].numpy()):
             columns.append(column)
         else:
@@ -356,24 +358,24 @@ def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:
     return columns
 
 
-def labelled(faces: Faces, column: int) -> tuple[Tensor, Tensor]:
+def labelled_faces(faces: Faces, column: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the test faces of which it is known whether they have an attribute."""
     train, test = (part[faces.attributes[part, column] >= 0] for part in (faces.train, faces.test))
     return train, test
 
 
-def probed_attributes(
+def probe_attributes(
     found: Represented, faces: Faces, probe: Probe, columns: Sequence[int], done: Path
 ) -> Iterator[dict[str, Any]]:
     """A row for each attribute. What is in the file `done` is not measured again; what is measured goes there."""
     content = digest(found.scores, repr(probe))
-    known = {(row["scores"], row["attribute"]): row for row in measured_before(done)}
+    known = {(row["scores"], row["attribute"]): row for row in recorded_rows(done)}
     x, people, attributes = found.scores.flatten(1).numpy(), faces.people.numpy(), faces.attributes.numpy()
     for column in columns:
         attribute, y = faces.attribute_names[column], attributes[:, column]
         row = known.get((content, attribute))
         if row is None:
-            kept, tested = (part.numpy() for part in labelled(faces, column))
+            kept, tested = (part.numpy() for part in labelled_faces(faces, column))
             positives = int((y[tested] == 1).sum())
             share = 100.0 * positives / len(tested)
             row = {
@@ -384,16 +386,16 @@ def probed_attributes(
             }
             row |= probe(x[kept], y[kept], people[kept], x[tested], y[tested])
             with explain_write_errors(done, "what was probed"), done.open("a", encoding="utf-8") as file:
-                file.write(f"\n{sealed(row)}\n")  # in a line of its own, also after one that was cut off
+                file.write(f"\n{seal(row)}\n")  # in a line of its own, also after one that was cut off
         yield {"replica": found.replica, "seed": found.seed} | {key: row[key] for key in row if key != "scores"}
 
 
-def measured_before(done: Path) -> list[dict[str, Any]]:
+def recorded_rows(done: Path) -> list[dict[str, Any]]:
     """The rows of an interrupted run's file, without those that were cut off or changed."""
     rows = []
     for line in done.read_text(encoding="utf-8").splitlines() if done.exists() else ():
         with suppress(ValueError):
-            rows.append(unsealed(line))
+            rows.append(unseal(line))
     return rows
 
 

@@ -24,7 +24,7 @@ from experiments.launch import Launch
 from experiments.overrides import key_of
 from experiments.progress import RunProgress
 from experiments.rows import TableRows
-from experiments.store import RACE, Run, sealed, unsealed
+from experiments.store import RACE, Run, seal, unseal
 from experiments.training import build_problem, write_start_record
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
     histories: dict[str, list[list[Row]]] = {method: [] for method in jobs}
     if kept.exists():
         try:
-            begun = unsealed(kept.read_text(encoding="utf-8"))
+            begun = unseal(kept.read_text(encoding="utf-8"))
             if begun["conditions"] != conditions:
                 raise ValueError("it was begun with other settings, code or machine")
             histories = begun["histories"]
@@ -135,7 +135,7 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
         for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
         with atomic_write(kept, "the seeds raced so far") as part:
-            part.write_text(sealed({"conditions": conditions, "histories": histories}), encoding="utf-8")
+            part.write_text(seal({"conditions": conditions, "histories": histories}), encoding="utf-8")
     # the first, which keeps the race, is completed last
     return [complete(job, histories[method]) for method, job in reversed(jobs.items())]
 
