@@ -20,16 +20,11 @@ NO_CONFIG = OmegaConf.create()
 
 
 class BadInput(Exception):
-    """Raised for a configuration or a launch that cannot be run. The message names the key or file, what was found and what would be right."""
+    """Raised for what cannot be run. The message names the key or file, what was found and what would be right."""
 
 
-FOR_USERS = (
-    BadInput,
-    BackboneError,
-    CheckpointError,
-    DatasetError,
-    WriteError,
-)  # their messages are all that is to be said
+# The messages of these errors are all that a user needs; with any other error, the traceback is shown too.
+FOR_USERS = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)
 
 
 def in_words(error: BaseException) -> str:

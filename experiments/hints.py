@@ -25,7 +25,7 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     """Return lines for the user after Hydra has ended with an error.
 
     They say which jobs of an unfinished sweep have failed, and what to do about an error in writing. Otherwise they say
-    which rows the experiment has, if the chosen row is missing, or name each override `a.b=c` whose key `a.b` is missing.
+    which rows the experiment has, if the chosen row is missing, or name the overrides whose keys are missing.
 
     Args:
         arguments: The command line, without the program's name.

@@ -1,7 +1,7 @@
 """Bring the finished runs of a store of schema 1 up to date: their identities covered class paths and keys' spelling.
 
-Of a run, `config.yaml` gets the names of today and the two keys that schema 1 left out, `run.json` its schema, kind and
-new identity, and the folder its new name. Every other file stays as it is, byte for byte.
+A run's `config.yaml` gets today's names and the two keys that schema 1 left out; its `run.json` gets the schema, the
+kind and the new identity; its folder gets the new name. Every other file stays as it is, byte for byte.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ IMPLIED_OF = {"admm.optimizers.BlockADMM": {"sample_storage": "device"}}
 def migrate(root: Path) -> Iterator[str]:
     """Migrate the finished runs of a store, one after the other. Yields one line per run.
 
-    It can be interrupted and started again. What interrupted runs have left is not migrated, as their checkpoints are
-    of the code that made them.
+    A migration can be interrupted and started again. Unfinished runs are not migrated: their checkpoints belong to the
+    code that wrote them.
 
     Raises:
         ValueError: A run does not have the identity that schema 1 gave it; it is left as it is, with those after it.
@@ -51,7 +51,7 @@ def migrate(root: Path) -> Iterator[str]:
 
 
 def former_identity(config: dict[str, Any], data_sha256: str) -> str:
-    """The identity by schema 1, of a configuration as it was stored, with `setting`."""
+    """Return the identity by schema 1 of a configuration as it was stored, with `setting`."""
     explicit = {key: value for key, value in config.items() if (key, value) != ("precision", "fp32")}
     if explicit["optimizer"].get("variables") == "device":
         explicit["optimizer"] = {key: value for key, value in config["optimizer"].items() if key != "variables"}

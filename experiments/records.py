@@ -22,7 +22,7 @@ class RunRecord:
 
     overrides: of the command line, those that change the numbers. of_seeds: how many seeds the row has, 0 in old runs.
     seconds: of training; None where nothing was trained. diverged: for each replica that diverged, the iteration after
-    which it was not finite. kind: of the report, see `kind_of`; empty in old runs, for which the experiment declares it.
+    which it was not finite. kind: of the report, see `kind_of`; empty in old runs: the experiment declares it.
     labels, scores_verification, frozen: only of runs on faces. stack: how many replicas were trained together.
     """
 

@@ -202,7 +202,7 @@ class Slot:
 
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
-        """Hold the run's lock. Yields True; or False, without `wait`, if another process holds it. Raises WriteError."""
+        """Hold the run's lock. Yields whether it is held, which is certain with `wait`. Raises WriteError."""
         lock = lock_of(self.partial)
         with explain_write_errors(self.partial.parent, "the run's lock"), suppress(Timeout):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -234,19 +234,19 @@ class Slot:
         with explain_write_errors(self.folder, "the finished run"):
             self.partial.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.partial) as folder:
-                written = Path(folder, self.folder.name)
-                written.mkdir()
+                new = Path(folder, self.folder.name)
+                new.mkdir()
                 for name, content in ({"history": pd.DataFrame(rows)} | (tables or {})).items():
-                    content.to_csv(written / f"{name}.csv", index=False, float_format="%.7g")
+                    content.to_csv(new / f"{name}.csv", index=False, float_format="%.7g")
                 if arrays:
-                    np.savez_compressed(written / "arrays.npz", **arrays)
-                describe(written, identity_config(config), info)
-                self._put(written)
+                    np.savez_compressed(new / "arrays.npz", **arrays)
+                describe(new, identity_config(config), info)
+                self._put(new)
         self.discard()
         return Run(self.folder)
 
-    def _put(self, written: Path) -> None:
-        for path in (*written.iterdir(), written):
+    def _put(self, new: Path) -> None:
+        for path in (*new.iterdir(), new):
             fsync_path(path)  # a rename can outlive, in a power cut, what it has named
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if self.finished():
@@ -254,15 +254,15 @@ class Slot:
                 delete(self.former, self.partial)
             os.replace(self.folder, self.former)
         try:
-            os.replace(written, self.folder)
+            os.replace(new, self.folder)
         except OSError:
             self.finished()  # puts the former one back
             raise
         fsync_path(self.folder.parent)
 
     def supersede(self, place: Path) -> None:
-        """Move the runs that this run replaces to `place`: those of the same experiment and name that have other values,
-        or only seeds that this run has too. Raises WriteError."""
+        """Move the runs that this run replaces to `place`: those of its experiment and name that have other values, or
+        only seeds that this run has too. Raises WriteError."""
         own = Run(self.folder)
         for other in runs_named(self.folder.parent, self.name):
             folder = other.folder
@@ -408,7 +408,7 @@ def age(run: Run) -> tuple[str, str]:
 
 
 def launched_runs(launch: Path) -> list[Run]:
-    """Return the runs that the jobs of a launch have noted in Hydra's folder, each once, without those removed since."""
+    """Return the runs that a launch's jobs have noted in Hydra's folder, each once, without those removed since."""
     notes = sorted(launch.rglob("runs.txt"))
     folders = dict.fromkeys(line for note in notes for line in note.read_text(encoding="utf-8").splitlines())
     return [Run(Path(folder)) for folder in folders if Path(folder).exists()]

@@ -109,14 +109,14 @@ def test_a_killed_race_goes_on_with_the_seed_that_it_was_at(tmp_path: Path) -> N
     assert all(run.history["seed"].unique().tolist() == [0, 1] for run in stored(tmp_path).values())
 
 
-def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
+def test_a_race_that_was_begun_otherwise_starts_again(tmp_path: Path) -> None:
     launch(tmp_path, *RACE)
     (sgd,) = tmp_path.glob("runs/*/sgd-*/run.json")
     kept = tmp_path / "runs/.partial" / json.loads(sgd.read_text())["identity"] / "race.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(seal({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
     output = launch(tmp_path, *RACE, "force=true")
-    assert "starts anew: it was begun with other settings, code or machine" in output and "seed 0: " in output
+    assert "starts again: it was begun with other settings, code or machine" in output and "seed 0: " in output
     assert not kept.exists()
 
 

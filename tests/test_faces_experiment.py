@@ -443,7 +443,7 @@ def test_the_scores_of_deepfacto_are_projections_of_the_trained_maps(faces: Face
     scores = next(iter(represented)).scores
     problem = deepfacto.build_problem(options, features)
     test = features, features.frozen[task.images], task
-    observer = Observer(shown="verification")
+    observer = Observer(quantity="verification")
     state, _ = train_or_resume(options, found, problem, test, observer, measure=deepfacto.measure_faces)
     network = problem.blocks.export(state.theta, 0)
     assert isinstance(network, nn.Sequential)

@@ -1,4 +1,4 @@
-"""Searches by Optuna that can be stopped and go on, and what a search has found."""
+"""Optuna studies that can be stopped and resumed, and the rankings that searches end with."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
-study_locks: list[
-    FileLock
-] = []  # of studies, until the process ends; no part of the callback, which is sent to workers
+study_locks: list[FileLock] = []  # until the process ends; a callback cannot hold them, as it is sent to workers
 
 
 class Study(Callback):
-    """Before a launch of hydra/sweeper=study: trials of former ones that have a value count towards `n_trials`, those
-    of launches that have died are the first that are made, from their runs' checkpoints, and those that have failed are
-    not made again. A sampler's seed moves with the number of trials, so that it draws new ones.
+    """Before a launch of hydra/sweeper=study: resumes the study. At the end of any search: ranks its configurations.
 
-    A study is of one command: its name ends with the hash of the configuration and of the space, so that no other
-    command goes on with its trials. A second launch waits until the first one has ended.
+    Former trials that have a value count towards `n_trials`. Trials that were cut short are made first, from their
+    runs' checkpoints. Failed trials are not made again. The sampler's seed grows with the number of trials, so that it
+    draws new ones.
 
-    After a launch of any search, on held-out data: its ranking, in the launch's folder; of a study, all launches'.
+    A study belongs to one command: its name ends with a hash of the configuration and the space, so that no other
+    command resumes it. A second launch of the command waits until the first one has ended.
+
+    The ranking is by the score on held-out data. It is in the launch's folder; that of a study covers all its launches.
     """
 
-    launches: Sequence[str] = ()  # of a study, folders
+    launches: Sequence[str] = ()  # folders of a study's launches
 
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -91,8 +91,8 @@ class Study(Callback):
 
 
 def search_hash(config: DictConfig) -> str:
-    """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, the row,
-    and the space, of search=… and of the command line."""
+    """Return eight hexadecimal digits of a hash of what is searched: the configuration without its neutral keys, the
+    row, and the space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     row = [override for override in config.hydra.overrides.task if chooses_row(override)]
     searched_by = row, space(config), str(config.hydra.sweeper.direction)
@@ -102,7 +102,7 @@ def search_hash(config: DictConfig) -> str:
 
 
 def space(config: DictConfig) -> dict[str, Any]:
-    """By key what search=… and the command line vary, as it is written there."""
+    """Return what search=… and the command line vary: by key, the values as they are written there."""
     params: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
     return params | {
         o.get_key_element(): o.get_value_string() for o in parse(config.hydra.overrides.task) if o.is_sweep_override()
@@ -110,9 +110,9 @@ def space(config: DictConfig) -> dict[str, Any]:
 
 
 def as_in_a_grid(config: DictConfig) -> None:
-    """Make the ranges of a study's space those of a grid, whose ends are excluded; Optuna's sweeper includes them.
+    """Exclude the ends of the ranges of a study's space, as a grid does; Optuna's sweeper includes them.
 
-    config: with its `hydra`.
+    config: The launch's configuration, with its `hydra`; changed in place.
     """
     sweeper, overrides = config.hydra.sweeper, config.hydra.overrides
     with read_write(config):
@@ -122,7 +122,7 @@ def as_in_a_grid(config: DictConfig) -> None:
 
 
 def without_end(override: str) -> str:
-    """An override whose value is a range(…), up to the last of its values, in rising order; another one as it is.
+    """Return an override whose value is a range(…) as a rising range that ends with its last value; any other as it is.
 
     Raises BadInput for a range without values.
     """
@@ -148,8 +148,10 @@ def wait_for(lock: FileLock, name: str) -> None:
 
 
 def take_up(study: OptunaStudy) -> None:
-    """Enqueue the trials that a kill has cut short, but once those of the same parameters; for the holder of the
-    study's lock. Each is told to have failed when it is in the queue: a kill in here neither doubles nor loses one."""
+    """Enqueue the trials that a kill has cut short, once per set of parameters. Only the holder of the study's lock may
+    call this.
+
+    A trial is marked as failed after it is in the queue, so that a kill here neither doubles nor loses one."""
     from optuna.trial import TrialState
 
     def parameters(trial: FrozenTrial) -> dict[str, Any]:
@@ -157,9 +159,9 @@ def take_up(study: OptunaStudy) -> None:
 
     known = [parameters(trial) for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING))]
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        own = parameters(trial)
-        # one that was killed among its suggestions has some of the parameters only
-        if not any(own.items() <= other.items() for other in known):
-            study.enqueue_trial(own)
-            known.append(own)
+        cut_short = parameters(trial)
+        # a trial that was killed between two suggestions has only some of the parameters
+        if not any(cut_short.items() <= other.items() for other in known):
+            study.enqueue_trial(cut_short)
+            known.append(cut_short)
         study.tell(trial.number, state=TrialState.FAIL)
