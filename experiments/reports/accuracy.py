@@ -143,7 +143,7 @@ def _plot_panel(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def accuracy_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the accuracies to show: from below the worst final one, or 0 if a method has not learnt, to above the best."""
+    """Return the range to show: from below the worst final accuracy, or 0 if that is at most 50, to above the best."""
     finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in curves]
     finals += [curve.reference for curve in curves if curve.reference is not None]
     missing = 100.0 - min(finals)

@@ -21,7 +21,7 @@ WIDTH = 7.4  # inches, of a caption's 120 characters
 
 @dataclass(frozen=True)
 class Convergence(Accuracy):
-    """The table has the residuals at the end; the figures show residuals against iteration, and growing primal rounds."""
+    """The table has the residuals at the end; the figures show residuals and primal rounds against iteration."""
 
     def table(self, runs: list[Run]) -> pd.DataFrame:
         return table_of(curves(runs), row)

@@ -204,7 +204,7 @@ def share_of_peak() -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """Training variables of a seed, batch over online."""
+    """Training variables per seed, batch over online."""
     configs = [_config(name) for name in ("block_admm", "online_block_admm")]
     batch, online = (sum(variables(config, _problem(config), SEEDS[0]).values()) for config in configs)
     return [
@@ -246,7 +246,7 @@ def _objective(z: NDArray[np.float32], basis: NDArray[np.float32], scores: NDArr
 
 def cifar() -> list[Row]:
     """ResNet-18, one seed: online Block-ADMM over SGD on the narrow one, their FLOP/s as a share of a large product's,
-    which may exceed 1, as PyTorch's convolutions and products on a processor come from different libraries, and what
+    which may exceed 1, as PyTorch's convolutions and products on a CPU come from different libraries, and what
     `cifar_flops` counts."""
     narrow = [
         _step(_config(method, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))
