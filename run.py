@@ -12,7 +12,7 @@ from experiments.progress import show_what_can_be_shown
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float | None:
-    """Returns what a search maximises."""
+    """Run one job. Returns what a search maximises, or None."""
     return run_task(config, Launch.current())
 
 

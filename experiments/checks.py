@@ -1,4 +1,4 @@
-"""Which values a configuration may have; each error names the key, what was found and what would be right."""
+"""Checks of a configuration before it is run; each error names the key, what was found and what would be right."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def check_place() -> None:
 
 
 def check_row(config: DictConfig, launch: Launch) -> None:
-    """Raises ValueError for names that are taken for others, and for a row of another optimizer."""
+    """Raises ValueError for a name that would be read as another one, and for a row of another optimizer."""
     for key, name in (("experiment", launch.experiment), ("optimizer", launch.method)):
         if "/" in name:
             raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
@@ -116,13 +116,13 @@ def check_row(config: DictConfig, launch: Launch) -> None:
 
 
 def check_search(is_search: bool, holdout: Any) -> None:
-    """Raises BadInput for a search of Optuna's that would choose by the test set."""
+    """Raises BadInput for an Optuna search that would choose by the test set."""
     if is_search and not holdout:
         raise BadInput("dataset.holdout: with 0 a search would choose by the test set; take 10000 or so")
 
 
 def check_words(node: Any, key: str = "") -> None:
-    """Raises ValueError for infinity as the command line or YAML does not write it, and so takes for a word."""
+    """Raises ValueError for an infinity or a NaN that is spelt so that it has become a string."""
     parts: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in parts:
         check_words(value, f"{key}.{name}".lstrip("."))

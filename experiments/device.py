@@ -9,13 +9,13 @@ from joblib import cpu_count, effective_n_jobs
 from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
-THREADS = torch.get_num_threads()  # of a job that does not say how many
+THREADS = torch.get_num_threads()  # for a job whose `threads` is null
 
 
 def ready_device(config: DictConfig, workers: int | None) -> torch.device:
-    """The device, with as many threads as the job is to have. workers: as in `experiments.launch.Launch`.
+    """Return the job's device, and set the number of PyTorch's threads. workers: as in `experiments.launch.Launch`.
 
-    Raises ValueError for a device that cannot be used, or lacks the precision.
+    Raises ValueError for a device that cannot be used, or that lacks the precision.
     """
     device = find_device(config.device)
     if config.precision == "tf32" and device.type != "cuda":
@@ -27,12 +27,12 @@ def ready_device(config: DictConfig, workers: int | None) -> torch.device:
 
 
 def threads_of_a_worker(workers: int | None) -> int | None:
-    """Its share of the CPU's; None where the launcher has no workers."""
+    """Return one worker's share of the CPU's threads; None if the launcher has no workers."""
     return None if workers is None else max(1, cpu_count() // effective_n_jobs(workers))
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ValueError for a device that cannot be used."""
+    """Return the device of a name; `auto` is CUDA where it is available. Raises ValueError for an unusable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""What a user is told of what goes wrong."""
+"""Errors whose message is meant for the user, and how others become such errors."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ NO_CONFIG = OmegaConf.create()
 
 
 class BadInput(Exception):
-    """What was asked for cannot be done. The message names the key or file, what was found and what would be right."""
+    """Raised for what cannot be run. The message names the key or file, what was found and what would be right."""
 
 
-TOLD = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)  # their messages are all that is to be said
+# The messages of these errors are all that a user needs; with any other error, the traceback is shown too.
+FOR_USERS = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)
 
 
 def in_words(error: BaseException) -> str:
-    """An error's message: alone where it says all, else after the error's type."""
+    """Return an error's message; it follows the error's type unless the error is one of `FOR_USERS`."""
     if isinstance(error, WriteError):
         return f"{error}.\n{RESUME}"
-    return str(error) if isinstance(error, TOLD) else f"{type(error).__name__}: {error}".rstrip(": ")
+    return str(error) if isinstance(error, FOR_USERS) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 @contextmanager
 def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[None]:
-    """Raises BadInput for an error that bad input raises, and for any of a class or function of the configuration.
+    """Turn errors into BadInput: ValueError and ImportError, and any error of an object that the configuration names.
 
-    The message names the key of `config`, which is looked for in `group` first.
+    The message names the key of `config`; the key is looked for in `group` first.
     """
     try:
         yield
@@ -45,7 +46,7 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
         raise BadInput(with_key_path(str(error), config, group) or repr(error)) from error
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, ImportError, *TOLD)) and str(cause):
+        if isinstance(cause, (ValueError, ImportError, *FOR_USERS)) and str(cause):
             target = re.search(r"^full_key: (.*)$", str(error), re.MULTILINE)
             raise BadInput(with_key_path(str(cause), config, target[1] if target else group)) from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
@@ -54,7 +55,7 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
 
 @contextmanager
 def one_sample_in_words() -> Iterator[None]:
-    """Raises BadInput that names the keys where PyTorch cannot normalise a batch of one pixel."""
+    """Turn PyTorch's error for batch normalisation of a single value into BadInput, which names the keys."""
     try:
         yield
     except ValueError as error:

@@ -1,48 +1,82 @@
-"""What Hydra leaves out: which keys there are, what to do where its files cannot be written, and which jobs of a sweep
-had failed before an error ended it."""
+"""Lines that follow Hydra's own error message: which keys or rows there are, what to do where files cannot be written,
+and which jobs of a sweep had failed before an error ended it."""
 
 from __future__ import annotations
 
 import difflib
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from admm.files import ADVICE, WriteError, explain_write_errors
+from experiments.launch import conf_folders
 from experiments.launching import failures
 from experiments.overrides import key_of
-from experiments.rows import CONF, row_files
+from experiments.rows import CONF, TableRows
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
-    """Lines for the user: which jobs have failed, of a sweep that has not ended; what to do about an error in writing;
-    which rows there are, if one is not; else each override `a.b=c` whose key `a.b` does not exist."""
-    failed = [line for config in failures.begun for line in failures.listed(config)]
+    """Return lines for the user after Hydra has ended with an error.
+
+    They say which jobs of an unfinished sweep have failed, and what to do about an error in writing. Otherwise they say
+    which rows the experiment has, if the chosen row is missing, or name the overrides whose keys are missing.
+
+    Args:
+        arguments: The command line, without the program's name.
+        error: What Hydra has caught, or None.
+    """
+    failed = [line for config in failures.unfinished_sweep for line in failures.causes_of_failures(config)]
     if isinstance(error, OSError) and (isinstance(error, WriteError) or error.errno in ADVICE):
         return [*failed, _write_hint(error)]
     if failed:
         return failed
-    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("row/"):
-        return [_row_hint(str(error.missing_cfg_file).removeprefix("row/"))]
-    GlobalHydra.instance().clear()
+    row = _missing_row(error)
     try:
-        keys = {a: key_of(a) for a in arguments if "=" in a and not a.startswith(("-", "hydra."))}
-        groups = [a for a, key in keys.items() if (CONF / key).is_dir() and "," not in a]
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", groups)
+        options = get_args_parser().parse_args(list(arguments))
+        keys = {o: key_of(o) for o in options.overrides if "=" in o}
+        keys = {o: key for o, key in keys.items() if not key.startswith("hydra.") and not (row and key == "row")}
+        groups = [o for o, key in keys.items() if (CONF / key).is_dir() and "," not in o]
+        config, hydra = _composed([*groups, *_search_path(options)])
     except HydraException:
         return []
-    return [line for a, key in keys.items() if a not in groups if (line := _hint(config, key))]
+    if row:
+        return [_row_hint(row, config, hydra)]
+    return [line for o, key in keys.items() if o not in groups if (line := _key_hint(config, key))]
 
 
-def _row_hint(name: str) -> str:
-    rows = row_files(CONF)
-    there = [row for row in rows if row.partition("/")[0] == name.partition("/")[0]] or rows
-    return f"no row {name!r}: there are {', '.join(sorted(there))}"
+def _missing_row(error: BaseException | None) -> str:
+    """The name of the row whose file Hydra has not found; empty for another error."""
+    file = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
+    return file.removeprefix("row/") if file.startswith("row/") else ""
+
+
+def _search_path(options: Namespace) -> list[str]:
+    """The override that names the folders of configuration besides conf: `hydra.searchpath` or `--config-dir`."""
+    if options.config_dir:
+        return [f"hydra.searchpath=['file://{Path(options.config_dir).absolute()}']"]
+    return [o for o in options.overrides if o.startswith("hydra.searchpath=")]
+
+
+def _composed(overrides: list[str]) -> tuple[DictConfig, DictConfig]:
+    """A configuration, and its node `hydra`. Raises HydraException."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides, return_hydra_config=True)
+    with open_dict(config):
+        return config, config.pop("hydra")
+
+
+def _row_hint(row: str, config: DictConfig, hydra: DictConfig) -> str:
+    experiment = hydra.runtime.choices.experiment
+    table = TableRows.of(experiment, config.rows, conf_folders(hydra))
+    names = ", ".join(row.name for row in (*table.listed, *table.others))
+    return f"no row {row!r}: experiment={experiment} has {names or 'no rows'}"
 
 
 def _write_hint(error: OSError) -> str:
@@ -53,7 +87,7 @@ def _write_hint(error: OSError) -> str:
         return f"error: {told}."
 
 
-def _hint(config: DictConfig, key: str) -> str | None:
+def _key_hint(config: DictConfig, key: str) -> str | None:
     *parents, name = key.split(".")
     node = OmegaConf.select(config, ".".join(parents)) if parents else config
     if not isinstance(node, DictConfig) or name in node or (CONF / key).is_dir():

@@ -21,7 +21,7 @@ from typing import Any
 from hydra.utils import get_object
 
 SCHEMA = 2  # of identities; runs of schema 1 are brought up to date by `python -m scripts.store migrate`
-OWN = ("admm", "experiments")  # packages whose classes are known by their names alone
+OWN_PACKAGES = ("admm", "experiments")  # packages whose classes are known by their names alone
 CHOICES = ("experiment", "method", "setting")
 
 # Name today: the names that it had, the first of which is the one in identities. A name is the path of a class, a key
@@ -71,8 +71,13 @@ NOT_IN_IDENTITY = (
 )
 
 
+def choices_of(run: Any) -> dict[str, str]:
+    """Return the `CHOICES` of a job's `Launch` or of a finished run's `RunRecord`, by name."""
+    return {key: getattr(run, key) for key in CHOICES}
+
+
 def identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256: str) -> str:
-    """The first twelve hexadecimal digits of the SHA-256 of what determines a run's numbers.
+    """Return the first twelve hexadecimal digits of the SHA-256 of what determines a run's numbers.
 
     Keys that are null where null is the default do not count, so that a new option that is null where it is not used
     leaves finished runs valid. Numbers count by their value: 1 and 1.0 are one.
@@ -88,7 +93,7 @@ def identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256:
 
 
 def row_identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256: str) -> str:
-    """The identity without the seeds: the same for runs that make one row of a table.
+    """Return the identity without the seeds, which is the same for all runs that make one row of a table.
 
     Where a hyperparameter is given per replica, the seeds count.
     """
@@ -107,7 +112,7 @@ def is_per_replica(value: Any) -> bool:
 
 
 def identity_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the configuration without its `NOT_IN_IDENTITY`."""
+    """Return a copy of the configuration without its `NOT_IN_IDENTITY`."""
     copy: dict[str, Any] = json.loads(json.dumps(config))
     for path in NOT_IN_IDENTITY:
         _pop(copy, path)
@@ -115,8 +120,8 @@ def identity_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_nulls(node: Any) -> Any:
-    """A configuration without the keys that are null, except those whose default, in the class that the configuration
-    names, is another value."""
+    """Return a configuration without the keys that are null. A null stays where the class that the configuration names
+    has another default for the key."""
     if isinstance(node, dict):
         defaults = _defaults_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
         kept = {key for key, value in node.items() if value is not None or defaults.get(key) is not None}
@@ -125,13 +130,13 @@ def without_nulls(node: Any) -> Any:
 
 
 def with_former_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the names that identities use."""
+    """Return a configuration with the names that identities use."""
     result: dict[str, Any] = _translated(dict(config), to_former=True)
     return result
 
 
 def with_todays_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration, of whatever age, with the names of today."""
+    """Return a stored configuration, however old, with the names of today."""
     result: dict[str, Any] = _translated(dict(config), to_former=False)
     return result
 
@@ -166,7 +171,7 @@ def _todays_class(path: str) -> str:
 
 
 def _canonical(node: Any) -> Any:
-    """A configuration in which own classes have no package, and whole numbers are integers."""
+    """A configuration in which classes of `OWN_PACKAGES` have no package, and whole numbers are integers."""
     match node:
         case dict():
             return {key: _class_name(v) if key == "_target_" else _canonical(v) for key, v in node.items()}
@@ -178,12 +183,12 @@ def _canonical(node: Any) -> Any:
 
 
 def _class_name(path: str) -> str:
-    return path.rpartition(".")[2] if path.partition(".")[0] in OWN else path
+    return path.rpartition(".")[2] if path.partition(".")[0] in OWN_PACKAGES else path
 
 
 @cache
 def _defaults_of(target: str) -> dict[str, Any]:
-    """The defaults, by name, of what `_target_` calls; empty where it cannot be found, as its use will report."""
+    """The defaults, by name, of what `_target_` calls. Empty if that cannot be found: its use will report the error."""
     with suppress(Exception):
         return {name: parameter.default for name, parameter in signature(get_object(target)).parameters.items()}
     return {}

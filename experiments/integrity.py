@@ -1,4 +1,4 @@
-"""Whether what is in a results store is whole, and what was written."""
+"""The check of a results store: whether its runs are complete, and as they were written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, yaml.YAMLError
 
 
 def problems_of(store: Store, experiment: str | None = None) -> Iterator[str]:
-    """What is wrong with a store's runs, of one experiment or of all, a line each."""
+    """Yield what is wrong with a store's runs, of one experiment or of all, one line per problem."""
     for folder in store.folders(experiment):
         yield from (f"{folder}: {problem}" for problem in problems(folder))
     for interrupted in store.interrupted(experiment):
@@ -31,7 +31,7 @@ def problems_of(store: Store, experiment: str | None = None) -> Iterator[str]:
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """What is wrong with a finished run, a line each."""
+    """Yield what is wrong with a finished run, one line per problem."""
     damaged = list(unreadable(folder))
     yield from damaged
     if not damaged:
@@ -45,7 +45,7 @@ def problems(folder: Path) -> Iterator[str]:
 
 
 def unreadable(folder: Path) -> Iterator[str]:
-    """Files that are missing, changed or cut off."""
+    """Yield the files that are missing, changed or cut off."""
     try:
         written = recorded_sums(folder)
     except ValueError:
@@ -69,14 +69,14 @@ def unreadable(folder: Path) -> Iterator[str]:
 
 
 def recorded_sums(folder: Path) -> dict[str, str]:
-    """The sums that were written with the run; none for the oldest runs. Raises ValueError."""
+    """Return the sums that were written with the run; none for the oldest runs. Raises ValueError."""
     path = folder / SUMS
     pairs = (line.split("  ") for line in path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
     return {name: sha for sha, name in pairs}
 
 
 def misnamed(run: Run, config: dict[str, Any]) -> Iterator[str]:
-    """Where configuration, data, `run.json` and the folder's name do not belong together."""
+    """Yield where configuration, data, `run.json` and the folder's name do not belong together."""
     record, slot = run.record, slot_of(run.folder)
     if record.schema != SCHEMA:
         yield f"run.json: of schema {record.schema}, not {SCHEMA}: python -m scripts.store migrate"
@@ -97,7 +97,7 @@ def misnamed(run: Run, config: dict[str, Any]) -> Iterator[str]:
 
 
 def incomplete(run: Run, config: dict[str, Any]) -> Iterator[str]:
-    """Evaluations that a trained run lacks, or has too many of; none is due once a seed has diverged."""
+    """Yield which evaluations a trained run lacks, or has too many of; none is due once a seed has diverged."""
     record = run.record
     if record.seconds is None:
         return  # nothing was trained
@@ -113,7 +113,7 @@ def incomplete(run: Run, config: dict[str, Any]) -> Iterator[str]:
 
 
 def text(path: Path) -> str:
-    """Raises ValueError where the last line is cut off."""
+    """Return a file's text. Raises ValueError if the last line is cut off."""
     content = path.read_text(encoding="utf-8")
     if not content.endswith("\n"):
         raise ValueError("cut off")

@@ -1,4 +1,4 @@
-"""From a job of a launch to a run in the store: find its place, see what is there, make what is missing."""
+"""From a job of a launch to a run in the store: find the run's place, reuse what is there, make what is missing."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from admm.files import atomic_write
 from experiments.checks import DTYPES, check, check_place, check_row, check_search
 from experiments.device import ready_device
 from experiments.errors import user_errors
-from experiments.identity import SCHEMA, identity
+from experiments.identity import SCHEMA, choices_of, identity
 from experiments.launch import Launch
 from experiments.overrides import changes_numbers, key_of
-from experiments.provenance import changed, changed_since, provenance
+from experiments.provenance import changed_sources, provenance, sources_changed_since
 from experiments.records import kind_of
-from experiments.store import LEFT, Run, Slot, runs_of_row
+from experiments.store import LEFT, Run, Slot, runs_of_row, warn_of_former_runs
 
 log = logging.getLogger(__name__)
 TASK = "experiments.tasks.classification.run"
 load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
-LISTED = 6  # sources that a message names
+FEW = 6  # files that a message names
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that was asked for: its data, its place in a store, and what its `run.json` says.
+    """A run that is to be made: its data, its place in a store, its configuration, and what its `run.json` says.
 
     reused: finished runs of the same row that have some of the seeds asked for. rerun: whether the run is finished and
-    is made once more.
+    is made again.
     """
 
     dataset: Any  # with its `sha256`
@@ -51,11 +51,14 @@ def run_once(
     make: Callable[[DictConfig, Job], Run],
     load: Callable[..., Any] = load_once,
 ) -> list[Run]:
-    """Find or `make` the run that one job of a launch asks for; `load` as in `find_job`. Returns it after
-    those that are reused.
+    """Find or `make` the run that one job of a launch asks for. Returns the runs that are reused, then this run.
 
-    A run that another process is making is waited for. But in a grid there is none at first: the launch goes on with
-    its other jobs, and comes back to it at the end (`experiments.launching.leftovers`).
+    If another process is making the run, the job waits for it. In a grid it does not wait, and returns no runs: the
+    launch goes on with its other jobs, and comes back at its end (`experiments.launching.leftovers`).
+
+    Args:
+        make: Called with the configuration and the job; puts the run into the store and returns it.
+        load: As in `find_job`.
 
     Raises BadInput, or another error whose message is for the user (`experiments.errors`).
     """
@@ -69,7 +72,7 @@ def run_once(
             return []
         finished = job.slot.finished()
         if finished is not None and not job.rerun:
-            log.info("%s is there already, made by %s: %s", job.slot.name, finished.info["commit"], finished.folder)
+            log.info("%s is there already, made by %s: %s", job.slot.name, finished.record.commit, finished.folder)
         else:
             finished = make(config, job)
     runs = [*job.reused, finished]
@@ -79,13 +82,13 @@ def run_once(
 
 
 def record_in_launch(runs: Sequence[Run], launch: Launch) -> None:
-    """Leave a note of finished runs in Hydra's folder, for the report at the end of the launch."""
+    """Note finished runs in Hydra's folder, for the report at the end of the launch. Raises WriteError."""
     with atomic_write(launch.output_dir / "runs.txt", "the note of finished runs") as note:
         note.write_text("\n".join(str(run.folder.absolute()) for run in runs), encoding="utf-8")
 
 
 def supersede(job: Job, config: DictConfig) -> None:
-    """Move the runs out of the way that a committed row's own one replaces."""
+    """Move the runs that a committed row's run replaces out of the results store. Raises WriteError."""
     if not job.info["overrides"]:
         job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
 
@@ -93,11 +96,11 @@ def supersede(job: Job, config: DictConfig) -> None:
 def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load_once) -> Job:
     """Check a job's configuration, load the data set, and find the run's place.
 
-    For a classifier, the run has those seeds alone that no finished run of the same row has; if all are finished, the
-    newest such run is returned.
+    A classifier's run has only the seeds that no finished run of the same row has. If all seeds are finished, the job
+    is that of the newest such run.
 
     Args:
-        load: Called with `**config.dataset`, a device and a dtype; returns the data, with their `sha256`.
+        load: Called with `**config.dataset`, a device and a dtype; returns the data with their `sha256`.
 
     Raises:
         ValueError: The configuration or the launch asks for what cannot be done.
@@ -110,26 +113,27 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     origin = provenance(device, plain)
     overrides, by_seed = changing_overrides(config, launch), config.task == TASK
     root = Path(config.outputs if overrides else config.results)
-    sha256, choices = dataset.sha256, launch.choices
+    sha256, choices = dataset.sha256, choices_of(launch)
     slot = Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity(plain, choices, sha256))
+    warn_of_former_runs(slot.folder.parent)
     found = runs_of_row(slot, plain, choices, sha256) if by_seed else finished_in(slot)
-    there = [] if config.force else [run for run in found if is_reusable(run, origin, config.other_code)]
+    there = [] if config.force else [other for other in found if is_reusable(other, origin, config.other_code)]
     if by_seed and not config.force:
         plain["seeds"] = seeds_to_run(config.seeds, there)
         slot = replace(slot, identity=identity(plain, choices, sha256))
-    own = Run(slot.folder)
+    run = Run(slot.folder)
     info = record(config, launch, overrides, plain["seeds"], slot, sha256) | origin
-    reused = [run for run in there if run != own]
-    return Job(dataset, slot, info, plain, reused, rerun=own in found and own not in there)
+    reused = [other for other in there if other != run]
+    return Job(dataset, slot, info, plain, reused, rerun=run in found and run not in there)
 
 
 def finished_in(slot: Slot) -> list[Run]:
-    """The one run of a place, if there is one."""
+    """Return a list of the finished run of a place, empty if there is none."""
     return [Run(slot.folder)] if slot.folder.exists() else []
 
 
 def check_job(config: DictConfig, launch: Launch) -> None:
-    """Raises ValueError or BadInput for what no run can have."""
+    """Raises ValueError or BadInput for a configuration or a launch that no run can have."""
     check_place()
     check(config)
     check_row(config, launch)
@@ -137,27 +141,27 @@ def check_job(config: DictConfig, launch: Launch) -> None:
 
 
 def changing_overrides(config: DictConfig, launch: Launch) -> list[str]:
-    """The overrides that change a run's numbers, so that it is not the committed row's. Some of the committed seeds of
-    a classifier change nothing."""
-    own = [override for override in launch.overrides if changes_numbers(override)]
+    """Return the overrides that change a run's numbers, so that it is not the committed row's. A classifier's `seeds`
+    change nothing if they are among the committed ones."""
+    changing = [override for override in launch.overrides if changes_numbers(override)]
     if config.task == TASK and set(config.seeds) <= set(config.committed_seeds):
-        return [override for override in own if key_of(override) != "seeds"]
-    return own
+        return [override for override in changing if key_of(override) != "seeds"]
+    return changing
 
 
 def seeds_to_run(asked: Sequence[int], there: Sequence[Run]) -> list[int]:
-    """Those that none of the runs has; if there are none, the last run's."""
+    """Return the seeds that none of the runs has; if there are none, the last run's."""
     missing = [seed for seed in asked if not any(seed in run.seeds for run in there)]
-    return missing or list(there[-1].info["seeds"])
+    return missing or list(there[-1].record.seeds)
 
 
 def record(
     config: DictConfig, launch: Launch, overrides: list[str], seeds: list[int], slot: Slot, sha256: str
 ) -> dict[str, Any]:
-    """What `run.json` says of what was run."""
+    """Return what `run.json` says of what is run."""
     return {
         "schema": SCHEMA,
-        **launch.choices,
+        **choices_of(launch),
         "note": config.note,
         "overrides": overrides,
         "identity": slot.identity,
@@ -170,28 +174,30 @@ def record(
 
 
 def is_reusable(run: Run, origin: dict[str, Any], other_code: str) -> bool:
-    """Whether a finished run is kept, as `other_code` of the configuration says; logs which files have changed since.
+    """Return whether a finished run is kept, as `other_code` of the configuration says. Logs which files have changed.
 
     A run from before sources were hashed is always kept: its files are compared as far as git knows them. origin: the
-    `provenance` of the run asked for. Raises ValueError for changed files where `other_code` is refuse.
+    `provenance` of the run to be made. Raises ValueError for changed files where `other_code` is refuse.
     """
-    made = run.info
-    names, is_hashed = list(origin["sources"]), "sources" in made
-    files = changed(made["sources"], origin["sources"]) if is_hashed else changed_since(made["commit"], names)
+    record, is_hashed = run.record, bool(run.record.sources)
+    names: list[str] = list(origin["sources"])
+    files = (
+        changed_sources(record.sources, origin["sources"]) if is_hashed else sources_changed_since(record.commit, names)
+    )
     if files is None:
-        log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, made["commit"])
+        log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, record.commit)
     if not files:
         return True
-    told = f"{run.folder.name}: made by other code, {made['commit']}, now {origin['commit']}: {listed(files)}"
+    message = f"{run.folder.name}: made by other code, {record.commit}, now {origin['commit']}: {first_few(files)}"
     if is_hashed and other_code == "refuse":
-        raise ValueError(f"other_code=refuse: {told}")
+        raise ValueError(f"other_code=refuse: {message}")
     is_kept = not (is_hashed and other_code == "rerun")
     level = logging.WARNING if is_hashed else logging.INFO  # the oldest can be told by git alone, and are always kept
-    log.log(level, "%s; %s", told, "kept, force=true makes it again" if is_kept else "it is made again")
+    log.log(level, "%s; %s", message, "kept, force=true makes it again" if is_kept else "it is made again")
     return is_kept
 
 
-def listed(files: Sequence[str]) -> str:
-    """The first of them, and how many more."""
-    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
-    return f"{', '.join(files[:LISTED])}{more}"
+def first_few(files: Sequence[str]) -> str:
+    """Return the first `FEW` files in words, and how many more there are."""
+    more = f" and {len(files) - FEW} more" if len(files) > FEW else ""
+    return f"{', '.join(files[:FEW])}{more}"

@@ -1,4 +1,4 @@
-"""What Hydra says of a job beside its configuration."""
+"""What Hydra knows of a job besides its configuration."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Launch:
 
     @classmethod
     def current(cls) -> Launch:
-        """Of the job that runs in this process."""
+        """Return the launch of the job that runs in this process."""
         return cls.of(HydraConfig.get())
 
     @classmethod
     def of(cls, hydra: Any) -> Launch:
-        """Of the node `hydra` of a job's configuration."""
+        """Return the launch that the node `hydra` of a job's configuration describes."""
         choices, sweeper = hydra.runtime.choices, hydra.sweeper._target_
         return cls(
             experiment=choices["experiment"],
@@ -57,16 +57,11 @@ class Launch:
 
     @classmethod
     def saved(cls, folder: Path) -> Launch:
-        """Of a former job, from the `hydra.yaml` that Hydra has written to a folder."""
+        """Return the launch of a former job, read from the `hydra.yaml` that Hydra has written to a folder."""
         config = OmegaConf.create({"hydra": HydraConf})
         with open_dict(config.hydra):
             config.merge_with(OmegaConf.load(folder / "hydra.yaml"))
         return cls.of(config.hydra)
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """The names that enter a run's identity."""
-        return {"experiment": self.experiment, "method": self.method, "setting": self.setting}
 
     @property
     def setting(self) -> str:

@@ -1,4 +1,4 @@
-"""Where a run's rows go besides the store."""
+"""Loggers: where a run's rows go besides the results store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Logger(ABC):
 
 
 class NoLogger(Logger):
-    """The store alone."""
+    """A logger that does nothing."""
 
     def open(self, info: dict[str, Any], config: dict[str, Any]) -> None: ...
 
@@ -89,8 +89,8 @@ class Guarded(Logger):
 class WandbLogger(Logger):
     """Weights & Biases: one run per replica, grouped by experiment and optimizer. `mode` offline needs no account.
 
-    A run is called by its identity and seed, and all of its rows are sent when it is resumed: they take the place of
-    those that the interrupted run has left. Raises ImportError without the package.
+    A run is called by its identity and seed. When it is resumed, all of its rows are sent again, in the place of those
+    that the interrupted run has left. Raises ImportError without the package.
     """
 
     project: str

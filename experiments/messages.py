@@ -1,4 +1,4 @@
-"""The library's messages name an argument; a user of the suite needs the path of the key that sets it."""
+"""How a message of the library, which names an argument, gets the path of the key that sets the argument."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Bring the finished runs of a store of schema 1 up to date: their identities covered class paths and keys' spelling.
 
-Of a run, `config.yaml` gets the names of today and the two keys that schema 1 left out, `run.json` its schema, kind and
-new identity, and the folder its new name. Every other file stays as it is, byte for byte.
+A run's `config.yaml` gets today's names and the two keys that schema 1 left out; its `run.json` gets the schema, the
+kind and the new identity; its folder gets the new name. Every other file stays as it is, byte for byte.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ from typing import Any
 
 import yaml
 
-from experiments.identity import SCHEMA, identity, identity_config, with_former_names, with_todays_names, without_nulls
+from experiments.identity import (
+    SCHEMA,
+    choices_of,
+    identity,
+    identity_config,
+    with_former_names,
+    with_todays_names,
+    without_nulls,
+)
 from experiments.reports.base import report_of
-from experiments.store import SUMS, Run, delete, slot_of, sums
+from experiments.store import Run, delete, describe, slot_of
 
 # What schema 1 took for granted where a configuration did not say it.
 IMPLIED = {"precision": "fp32"}
@@ -29,8 +37,8 @@ IMPLIED_OF = {"admm.optimizers.BlockADMM": {"sample_storage": "device"}}
 def migrate(root: Path) -> Iterator[str]:
     """Migrate the finished runs of a store, one after the other. Yields one line per run.
 
-    It can be interrupted and started again. What interrupted runs have left is not migrated, as their checkpoints are
-    of the code that made them.
+    A migration can be interrupted and started again. Unfinished runs are not migrated: their checkpoints belong to the
+    code that wrote them.
 
     Raises:
         ValueError: A run does not have the identity that schema 1 gave it; it is left as it is, with those after it.
@@ -43,7 +51,7 @@ def migrate(root: Path) -> Iterator[str]:
 
 
 def former_identity(config: dict[str, Any], data_sha256: str) -> str:
-    """The identity by schema 1, of a configuration as it was stored, with `setting`."""
+    """Return the identity by schema 1 of a configuration as it was stored, with `setting`."""
     explicit = {key: value for key, value in config.items() if (key, value) != ("precision", "fp32")}
     if explicit["optimizer"].get("variables") == "device":
         explicit["optimizer"] = {key: value for key, value in config["optimizer"].items() if key != "variables"}
@@ -66,18 +74,20 @@ def _without_former_nulls(config: dict[str, Any]) -> dict[str, Any]:
 
 def _migrated(run: Run) -> Run:
     """The run in its new place, where it appears whole; the former one is deleted after that."""
-    info, slot = run.info, slot_of(run.folder)
+    record, slot = run.record, slot_of(run.folder)
     stored = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
-    data = info["dataset"]["sha256"]
+    data = record.dataset.sha256
     if (expected := former_identity(stored, data)) != slot.identity:
         raise ValueError(f"{run.folder}: config.yaml hashes to {expected}, not to {slot.identity}; see `check`")
     config = _explicit(identity_config(with_todays_names(stored)))
-    kind = report_of(run.record.experiment).kind
-    record = {"schema": SCHEMA} | info | {"identity": identity(config, run.record.choices, data), "kind": kind}
-    target = run.folder.with_name(f"{slot.name}-{record['identity']}")
+    new_identity = identity(config, choices_of(record), data)
+    info = {"schema": SCHEMA} | run.info | {"identity": new_identity, "kind": report_of(record.experiment).kind}
+    target = run.folder.with_name(f"{slot.name}-{new_identity}")
     if not target.exists():  # as it does after an interruption
         with tempfile.TemporaryDirectory(dir=run.folder.parent, prefix=".") as folder:
-            os.replace(_copied(run, Path(folder, target.name), config, record), target)
+            copy = shutil.copytree(run.folder, Path(folder, target.name))
+            describe(copy, config, info)
+            os.replace(copy, target)
     delete(run.folder, slot.partial)
     return Run(target)
 
@@ -86,13 +96,3 @@ def _explicit(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration that says what schema 1 implied."""
     optimizer = config["optimizer"]
     return IMPLIED | config | {"optimizer": IMPLIED_OF.get(optimizer["_target_"], {}) | optimizer}
-
-
-def _copied(run: Run, folder: Path, config: dict[str, Any], record: dict[str, Any]) -> Path:
-    """A copy of a run with another configuration and `run.json`, and with the sums of its files."""
-    shutil.copytree(run.folder, folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    lines = "".join(f"{sha}  {name}\n" for name, sha in sums(folder).items())
-    (folder / SUMS).write_text(lines, encoding="utf-8")
-    return folder

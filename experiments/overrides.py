@@ -12,53 +12,54 @@ from hydra.core.override_parser.types import Override
 
 from experiments.identity import NOT_IN_IDENTITY
 
-ROW_SELECTORS = ("experiment", "optimizer", "setting", "row")
+ROW_FILTERS = ("optimizer", "setting")  # choose among an experiment's rows
+ROW_SELECTORS = ("experiment", *ROW_FILTERS, "row")
 NOT_SEARCHED = ("dataset", "dataset.*", "seeds", "iterations", "search")
 REDUCING = ("iterations", "seeds", "model.*", "dataset.first")
 COMPARABLE_WITH_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")
 
 
 def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
-    """Overrides as Hydra reads them. loader: knows the options that `glob(…)` stands for. Raises HydraException."""
+    """Return overrides as Hydra reads them. loader: knows the options that `glob(…)` matches. Raises HydraException."""
     return OverridesParser.create(loader).parse_overrides(list(overrides))
 
 
 @cache
 def key_of(override: str) -> str:
-    """`a.b` of `a.b=c`, of `+a.b=c` and of `~a.b`. Raises HydraException for what is no override."""
+    """Return `a.b` for `a.b=c`, `+a.b=c` and `~a.b`. Raises HydraException for a text that is no override."""
     return parse([override])[0].key_or_group
 
 
 def is_of(override: str, keys: Sequence[str]) -> bool:
-    """Whether the override's key is one of these, in which `*` stands for any text."""
+    """Return whether the override's key is one of these keys, in which `*` stands for any text."""
     return any(fnmatchcase(key_of(override), key) for key in keys)
 
 
 def chooses_row(override: str) -> bool:
-    """Whether it chooses the experiment, or a row of it, instead of changing one."""
+    """Return whether an override chooses the experiment, or a row of it, instead of changing one."""
     return is_of(override, ROW_SELECTORS)
 
 
 def is_outside_identity(override: str) -> bool:
-    """Whether it says where and how a run is made, which its identity leaves out."""
+    """Return whether an override says where and how a run is executed, which its identity leaves out."""
     return any(is_of(override, (key, f"{key}.*")) for key in NOT_IN_IDENTITY)
 
 
 def changes_numbers(override: str) -> bool:
-    """Whether it makes a run another one than the experiment's row."""
+    """Return whether an override makes a run differ from the experiment's row."""
     return not (chooses_row(override) or is_outside_identity(override))
 
 
 def reduces(override: str) -> bool:
-    """Whether it makes less of an experiment: fewer iterations or seeds, a smaller network or data set."""
+    """Return whether an override may reduce an experiment: its iterations, seeds, network or data set."""
     return is_of(override, REDUCING)
 
 
 def is_comparable_with_paper(override: str) -> bool:
-    """Whether it leaves the data, the network and the loss as the experiment has them."""
+    """Return whether an override leaves the data, the network and the loss as the experiment has them."""
     return is_of(override, COMPARABLE_WITH_PAPER)
 
 
 def is_searched(override: str) -> bool:
-    """Whether it is a value that a search varies, and not a condition of the search."""
+    """Return whether an override is a value that a search varies, and not a condition of the search."""
     return not is_of(override, NOT_SEARCHED)

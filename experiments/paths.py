@@ -17,7 +17,7 @@ IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
 
 
 def in_full(text: str) -> Path:
-    """The path that an argument of a script means."""
+    """Return the path that an argument of a script means."""
     return Path(text).expanduser()
 
 
@@ -36,8 +36,10 @@ def expand(node: DictConfig | ListConfig) -> None:
 
 
 def expand_in_configurations() -> None:
-    """From here on, in each configuration that Hydra composes. It has no hook for this: the folders of a launch and of
-    a sweep's jobs are made before a callback, or the task, sees their configuration."""
+    """Make Hydra `expand` each configuration that it composes from now on.
+
+    Hydra has no hook for this: it makes the folders of a launch and of a sweep's jobs before a callback, or the task,
+    sees their configuration."""
     load = ConfigLoaderImpl.load_configuration
 
     @wraps(load)

@@ -14,13 +14,13 @@ log = logging.getLogger(__name__)
 
 
 def show_what_can_be_shown() -> None:
-    """From here on, print a question mark for a character that the output's encoding lacks."""
+    """Make standard output print a question mark for a character that its encoding lacks, from now on."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 class RunProgress:
-    """Iteration, the mean of a quantity in percent, such as the test accuracy, and time left."""
+    """Shows the iteration, the mean of a quantity in percent, such as the test accuracy, and the time left."""
 
     def __init__(self, name: str, iterations: int, enabled: bool, quantity: str = "test accuracy") -> None:
         console = Console(stderr=True)
@@ -50,7 +50,7 @@ class RunProgress:
         self._bar.stop()
 
     def update(self, iteration: int, accuracy: float, seconds: float) -> None:
-        """accuracy: the quantity's mean over replicas; seconds of training so far."""
+        """Show an iteration. accuracy: the quantity's mean over the replicas. seconds: of training so far."""
         self._bar.update(self._task, completed=iteration, accuracy=f"{accuracy:.2f} %")
         if self.enabled and not self.terminal:
             log.info(

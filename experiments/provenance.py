@@ -7,7 +7,7 @@ import hashlib
 import platform
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -26,7 +26,7 @@ SHARED = "experiments.training"  # what other tasks import of the suite that det
 
 
 def provenance(device: torch.device, config: dict[str, Any]) -> dict[str, Any]:
-    """The machine in words, library versions, the git commit, and the sources of what a configuration names."""
+    """Return the machine in words, library versions, the git commit, and the sources of what a configuration names."""
     return {
         "machine": machine(device),
         "versions": {name: version(name) for name in ("torch", "numpy", "hydra-core")}
@@ -37,14 +37,14 @@ def provenance(device: torch.device, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> str:
-    """Such as `AMD EPYC, 2 threads` or `NVIDIA GeForce RTX 2080 Ti`."""
+    """Return the machine in words, such as `AMD EPYC, 2 threads` or `NVIDIA GeForce RTX 2080 Ti`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -54,7 +54,7 @@ def _processor() -> str:
 
 
 def commit(folder: Path = ROOT) -> str | None:
-    """The git commit of a clone, with `+` if what determines numbers has changes there; None where there is no git."""
+    """Return the git commit of a clone, with `+` if what determines numbers has changes; None if there is no git."""
     try:
         changes = git(folder, "status", "--porcelain", "-uno", ".", ":!tests", ":!results", ":!*.md")
         return git(folder, "rev-parse", "--short=12", "HEAD").strip() + ("+" if changes else "")
@@ -63,7 +63,7 @@ def commit(folder: Path = ROOT) -> str | None:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What git prints. Raises OSError or CalledProcessError."""
+    """Run git, and return what it prints. Raises OSError or CalledProcessError."""
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8", check=True)
     return done.stdout
 
@@ -72,9 +72,11 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def sources(config: dict[str, Any]) -> dict[str, str]:
-    """The first twelve digits of the SHA-256 of the files that determine a run's numbers, by their names as modules
-    (admm/blocks.py): of all that its configuration names (`_target_`, the task), the optimizer first, and of what these
-    import that is no library's. Of the suite itself, neither the store nor figures and tables."""
+    """Return the first twelve digits of the SHA-256 of each file that determines a run's numbers, by the file's name
+    (admm/blocks.py).
+
+    These are the modules that the configuration names (`_target_`, the task), the optimizer's first, and the modules
+    that they import, without installed libraries. Of the suite's own imports only `SHARED` counts."""
     found: dict[str, str] = {}
     waiting = list(named_modules({"optimizer": config.get("optimizer")} | config))
     while waiting:
@@ -86,7 +88,7 @@ def sources(config: dict[str, Any]) -> dict[str, str]:
 
 
 def named_modules(config: dict[str, Any]) -> Iterator[str]:
-    """The modules of the objects that a configuration names, but for its logger's and its report's."""
+    """Yield the modules of the objects that a configuration names, except those of its logger and its report."""
     for key, value in config.items():
         if key in ("logger", "report") or not value:
             continue
@@ -99,7 +101,7 @@ def named_modules(config: dict[str, Any]) -> Iterator[str]:
 
 @cache
 def is_own(module: str) -> bool:
-    """Whether a module is this library's or a user's own. Another library is known by its version."""
+    """Return whether a module is this library's or a user's own. Other libraries are recorded by their version."""
     package = module.partition(".")[0]
     if package == "admm":
         return True  # installed or not
@@ -118,14 +120,14 @@ def is_own(module: str) -> bool:
 
 
 def file_name(module: str) -> str:
-    """Of its source, below the folder of its package."""
+    """Return the name of a module's source file, with the path from the folder that has the package."""
     is_package = hasattr(import_module(module), "__path__")
     return f"{module.replace('.', '/')}{'/__init__' if is_package else ''}.py"
 
 
 @cache
 def read(module: str) -> tuple[str, list[str]]:
-    """The hash of a module's source, as it is at the first call, and the modules that it imports."""
+    """Return the hash of a module's source, as it is at the first call, and the modules that it imports."""
     imported = import_module(module)
     if not getattr(imported, "__file__", None):
         return "", []  # a folder without a file of its own
@@ -134,8 +136,8 @@ def read(module: str) -> tuple[str, list[str]]:
 
 
 def imports(module: ModuleType, text: str) -> Iterator[str]:
-    """The modules that a module's source imports. For an imported name it is the module that defines it, so that a
-    package does not bring in all of its modules."""
+    """Yield the modules that a module's source imports. For an imported name it is the module that defines the name, so
+    that a package does not bring in all of its modules."""
     package = module.__name__ if hasattr(module, "__path__") else module.__name__.rpartition(".")[0]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -147,7 +149,7 @@ def imports(module: ModuleType, text: str) -> Iterator[str]:
 
 
 def defined_in(module: str, name: str) -> str:
-    """The module that defines what `module` calls by a name."""
+    """Return the module that defines a name of `module`."""
     with suppress(ImportError):
         import_module(f"{module}.{name}")  # a module of a package
     value = getattr(import_module(module), name, None)
@@ -155,13 +157,14 @@ def defined_in(module: str, name: str) -> str:
     return found if is_own(found) else module
 
 
-def changed(then: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The names of the sources that differ, and of those that only one has."""
+def changed_sources(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the names of the sources that differ, and of those that only one side has."""
     return [name for name in {**now, **then} if then.get(name) != now.get(name)]
 
 
-def changed_since(commit: str | None, names: list[str], folder: Path = ROOT) -> list[str] | None:
-    """The names of those sources that differ from a commit's in git; None where git does not have them as they were."""
+def sources_changed_since(commit: str | None, names: list[str], folder: Path = ROOT) -> list[str] | None:
+    """Return the names of the sources that differ from a commit's in git; None if git does not have the commit, or if
+    the commit had changes."""
     if commit is None or commit.endswith("+"):
         return None
     try:

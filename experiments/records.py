@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from experiments.identity import CHOICES
-
 
 @dataclass(frozen=True)
 class DatasetRecord:
@@ -20,12 +18,12 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What was run, from where, and how it ended. A default stands for a key that not every run has.
+    """What was run, where its code and numbers come from, and how it ended. Not every run has the keys with a default.
 
-    overrides: those of the command line that change the numbers. of_seeds: how many seeds the row has, 0 in old runs.
-    seconds: of training; None where nothing was trained. diverged: by replica, the iteration after which it was not
-    finite. kind: of the report, see `kind_of`; empty in old runs, which the experiment's declaration answers. labels,
-    scores_verification, frozen: of faces. stack: how many replicas were trained together.
+    overrides: of the command line, those that change the numbers. of_seeds: how many seeds the row has, 0 in old runs.
+    seconds: of training; None where nothing was trained. diverged: for each replica that diverged, the iteration after
+    which it was not finite. kind: of the report, see `kind_of`; empty in old runs: the experiment declares it.
+    labels, scores_verification, frozen: only of runs on faces. stack: how many replicas were trained together.
     """
 
     experiment: str
@@ -52,14 +50,9 @@ class RunRecord:
     scores_verification: tuple[float, ...] = ()
     frozen: int = 0
 
-    @property
-    def choices(self) -> dict[str, str]:
-        """The choices that enter the run's identity."""
-        return {key: getattr(self, key) for key in CHOICES}
-
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> RunRecord:
-        """The record of a parsed `run.json`, whose other keys do not count. Raises KeyError for a missing key."""
+        """Return the record of a parsed `run.json`; other keys are ignored. Raises KeyError for a missing key."""
         required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
         for name in sorted(required - content.keys()):
             raise KeyError(name)

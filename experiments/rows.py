@@ -1,4 +1,4 @@
-"""The rows of an experiment's table: a method in a setting each, with a file of its own below conf/row."""
+"""The rows of an experiment's table. Each is a method in a setting, and has a file below conf/row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ DEFAULT = "default"  # the setting of a run without a row: the optimizer's own d
 
 @dataclass(frozen=True)
 class Row:
-    """A row, named as its file conf/row/<name>.yaml: <experiment>/<method>-<setting>. Others may have it, too."""
+    """A row. Its name, <experiment>/<method>-<setting>, is that of its file conf/row/<name>.yaml. Other experiments may
+    list it too."""
 
     name: str
 
@@ -24,6 +25,7 @@ class Row:
 
     @property
     def setting(self) -> str:
+        """The name of its setting."""
         return self.name.rpartition("-")[2]
 
 
@@ -31,7 +33,7 @@ class Row:
 class TableRows:
     """The rows of an experiment.
 
-    listed: those of a launch that chooses none, in their order. others: what its own folder has besides.
+    listed: the rows of a launch that chooses none, in their order. others: the other rows of the experiment's folder.
     """
 
     experiment: str
@@ -40,7 +42,7 @@ class TableRows:
 
     @classmethod
     def of(cls, experiment: str, rows: Sequence[str] | None, conf: Iterable[Path] = (CONF,)) -> TableRows:
-        """Those that the experiment's key `rows` lists. conf: folders of configuration.
+        """Return the rows of an experiment. rows: its key `rows`, of globs. conf: folders of configuration.
 
         Raises ValueError for an entry of `rows` that no file matches.
         """
@@ -56,10 +58,10 @@ class TableRows:
         return cls(experiment, [Row(name) for name in listed], [Row(name) for name in own if name not in listed])
 
     def chosen(self, method: str | None, setting: str | None) -> list[Row]:
-        """The rows of a method and a setting, None for any. None of them where the optimizer's own default values are
-        meant: for the setting `default`, or for a method without rows if no setting is asked for.
+        """Return the rows of a method and a setting; None stands for any. The list is empty where the optimizer's own
+        default values are meant: for the setting `default`, or for a method without rows if no setting is asked for.
 
-        Raises ValueError for another setting that the experiment does not have.
+        Raises ValueError for any other setting that the experiment does not have.
         """
         for rows in (self.listed, self.others):
             found = [row for row in rows if method in (None, row.method) and setting in (None, row.setting)]
@@ -73,19 +75,19 @@ class TableRows:
         )
 
     def in_words(self) -> str:
-        """Which rows there are, for messages."""
+        """Return in words which rows there are, for messages."""
         names = [f"{row.method}-{row.setting}" for row in (*self.listed, *self.others)]
         rows = f"there are {', '.join(names)}, and" if names else "there is"
         return f"{rows} setting=default, an optimizer's own default values"
 
 
 def row_files(conf: Path) -> list[str]:
-    """The names of all rows that a folder of configuration has."""
+    """Return the names of all rows that a folder of configuration has."""
     return [path.relative_to(conf / "row").with_suffix("").as_posix() for path in conf.glob("row/*/*.yaml")]
 
 
 def with_braces_expanded(pattern: str) -> list[str]:
-    """As a shell does: a/{b,c}-d is a/b-d and a/c-d."""
+    """Expand braces as a shell does: a/{b,c}-d becomes a/b-d and a/c-d."""
     head, brace, rest = pattern.partition("{")
     if not brace:
         return [pattern]

@@ -1,11 +1,11 @@
-"""The results store: one folder a run, named by what determines its numbers, complete or absent.
+"""The results store: one folder per run, named by what determines its numbers, complete or absent.
 
     <root>/runs/<experiment>/<method>-<setting>-<identity>/
         config.yaml   all that determines the numbers
-        history.csv   one row an evaluation and replica, see `admm.training.History`; or what its task measures
-        probes.csv, arrays.npz   of DeepFacto: what probes found, and what heat maps show
+        history.csv   one row per evaluation and replica, see `admm.training.History`; or what its task measures
+        probes.csv, arrays.npz   DeepFacto's only: what probes measured, and what heat maps show
         run.json      what was run, from where, and how it ended, see `experiments.records.RunRecord`
-        SHA256SUMS    of the others, for `sha256sum -c`; the oldest runs have none
+        SHA256SUMS    hashes of the other files, for `sha256sum -c`; the oldest runs have none
 
 A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/` and holds the lock beside that folder.
 `python -m scripts.store` lists, checks, compares and removes runs.
@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from filelock import FileLock, Timeout
 
 from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.files import WriteError, explain_write_errors, fsync_path
-from experiments.identity import identity_config, row_identity, with_todays_names
+from experiments.identity import SCHEMA, choices_of, identity_config, row_identity, with_todays_names
 from experiments.records import RunRecord
 
 log = logging.getLogger(__name__)
@@ -44,14 +45,14 @@ RACE, PROBES = "race.json", "probes.jsonl"  # journals of tasks
 LEFT = "left_to_another_process"  # a note in Hydra's folder of a job
 
 
-def sealed(value: Any) -> str:
-    """A line of JSON after its checksum."""
+def seal(value: Any) -> str:
+    """Return a line of JSON after its checksum."""
     text = json.dumps(value)
     return f"{zlib.crc32(text.encode()):08x} {text}"
 
 
-def unsealed(line: str) -> Any:
-    """What `sealed` made a line of. Raises ValueError for one that was cut off or changed."""
+def unseal(line: str) -> Any:
+    """Return the value of a line by `seal`. Raises ValueError for a line that was cut off or changed."""
     checksum, _, text = line.partition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         raise ValueError("the checksum is another")
@@ -71,16 +72,17 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """The content of run.json, as it was written."""
+        """The content of run.json as it was written, with all of its keys; `record` has what the suite reads."""
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     @property
     def record(self) -> RunRecord:
-        """The same, typed."""
+        """The content of run.json, typed. Raises KeyError for a missing key."""
         return RunRecord.read(self.info)
 
     @property
     def seeds(self) -> set[int]:
+        """The seeds of its replicas."""
         return set(self.record.seeds)
 
     @property
@@ -90,23 +92,27 @@ class Run:
 
     @property
     def row(self) -> str:
-        """See `row_identity`."""
+        """Its `row_identity`: runs of the same row differ in their seeds alone."""
         record = self.record
-        return row_identity(self.config, record.choices, record.dataset.sha256)
+        return row_identity(self.config, choices_of(record), record.dataset.sha256)
 
     @property
     def history(self) -> pd.DataFrame:
+        """The content of history.csv."""
         return self.table("history")
 
     def table(self, name: str) -> pd.DataFrame:
+        """Return the content of <name>.csv."""
         return pd.read_csv(self.folder / f"{name}.csv")
 
     @property
     def has_arrays(self) -> bool:
+        """Whether it has arrays for heat maps."""
         return (self.folder / "arrays.npz").exists()
 
     @property
     def arrays(self) -> dict[str, Any]:
+        """The content of arrays.npz."""
         with np.load(self.folder / "arrays.npz") as content:
             return dict(content)
 
@@ -117,15 +123,17 @@ class Slot:
 
     root: Path
     experiment: str
-    name: str  # method-setting
+    name: str  # <method>-<setting>
     identity: str
 
     @property
     def folder(self) -> Path:
+        """The folder of the finished run."""
         return self.root / "runs" / self.experiment / f"{self.name}-{self.identity}"
 
     @property
     def partial(self) -> Path:
+        """The folder of what the unfinished run keeps."""
         return self.root / "runs" / ".partial" / self.identity
 
     @property
@@ -134,32 +142,32 @@ class Slot:
 
     @property
     def start_note(self) -> Path:
-        """The note of what began the run, in JSON."""
+        """What `run.json` will say of the run's start; written when it starts."""
         return self.partial / "started.json"
 
     def journal(self, name: str) -> Path:
-        """Where a task keeps what it has measured so far: `RACE`, `PROBES`."""
+        """Return the file in which a task keeps what it has measured so far. name: `RACE` or `PROBES`."""
         return self.partial / name
 
     @property
     def former(self) -> Path:
-        """Where a finished run is while another one takes its place."""
+        """The folder of a finished run while another run takes its place."""
         return self.partial / "former"
 
     def started(self) -> RunRecord | None:
-        """The record of an interrupted run, which has not finished; None if its note is damaged."""
+        """Return the record of an interrupted run, or None if its note is damaged."""
         try:
             return RunRecord.read({"finished": ""} | json.loads(self.start_note.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError):
             return None
 
     def progress(self) -> str:
-        """How far an interrupted run goes on from."""
+        """Return in words from where an interrupted run would resume."""
         if (start := self.started()) is None:
             return "damaged"
         try:
             if self.journal(RACE).exists():
-                histories = unsealed(self.journal(RACE).read_text(encoding="utf-8"))["histories"]
+                histories = unseal(self.journal(RACE).read_text(encoding="utf-8"))["histories"]
                 return f"seed {len(next(iter(histories.values())))} of {len(start.seeds)}"
             if not self.checkpoint.exists():
                 return "the start"
@@ -168,8 +176,8 @@ class Slot:
             return "damaged"
 
     def displaced(self) -> Slot | None:
-        """The place of a finished run that is among what an interrupted one has left, as a kill while the one was to
-        take the other's place leaves it; None if there is no such run, or if it is in its place."""
+        """Return the place of the finished run that this interrupted run was about to replace when it was killed; None
+        if there is no such run, or if the run is in its place."""
         try:
             record = Run(self.former).record
         except (OSError, ValueError, KeyError):
@@ -178,11 +186,11 @@ class Slot:
         return None if slot.folder.exists() else slot
 
     def last_written(self) -> float:
-        """When an interrupted run saved something, in seconds since the epoch."""
+        """Return when an interrupted run last saved something, in seconds since the epoch."""
         return max(path.stat().st_mtime for path in (self.partial, *self.partial.glob("[!.]*.*")))
 
     def is_held(self) -> bool:
-        """Whether a living process is at work on the run."""
+        """Return whether a living process is working on the run."""
         lock = lock_of(self.partial)
         if not Path(lock.lock_file).exists():
             return False
@@ -194,7 +202,7 @@ class Slot:
 
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
-        """Held by the one process that makes the run; others wait for it, or get False."""
+        """Hold the run's lock. Yields whether it is held, which is certain with `wait`. Raises WriteError."""
         lock = lock_of(self.partial)
         with explain_write_errors(self.partial.parent, "the run's lock"), suppress(Timeout):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +213,7 @@ class Slot:
             lock.release()
 
     def finished(self) -> Run | None:
-        """The finished run, for the holder of the lock."""
+        """Return the finished run, or None. Only the holder of the lock may call this."""
         if self.former.exists() and not self.folder.exists():  # killed between the two renames of `complete`
             os.replace(self.former, self.folder)
         return Run(self.folder) if self.folder.exists() else None
@@ -218,7 +226,7 @@ class Slot:
         tables: dict[str, pd.DataFrame] | None = None,
         arrays: dict[str, Any] | None = None,
     ) -> Run:
-        """Put the finished run in its place: written elsewhere and renamed. A former one is there until then.
+        """Write the finished run elsewhere, then rename it into its place. A former run stays there until then.
 
         rows: of history.csv. tables: of other CSV files, by name. arrays: of arrays.npz. Raises WriteError.
         """
@@ -226,24 +234,19 @@ class Slot:
         with explain_write_errors(self.folder, "the finished run"):
             self.partial.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.partial) as folder:
-                made = Path(folder, self.folder.name)
-                made.mkdir()
-                text = {"config.yaml": yaml.safe_dump(identity_config(config), sort_keys=False)}
-                text["run.json"] = json.dumps(info, indent=2) + "\n"
-                for name, written in text.items():
-                    (made / name).write_text(written, encoding="utf-8")
+                new = Path(folder, self.folder.name)
+                new.mkdir()
                 for name, content in ({"history": pd.DataFrame(rows)} | (tables or {})).items():
-                    content.to_csv(made / f"{name}.csv", index=False, float_format="%.7g")
+                    content.to_csv(new / f"{name}.csv", index=False, float_format="%.7g")
                 if arrays:
-                    np.savez_compressed(made / "arrays.npz", **arrays)
-                hashes = "".join(f"{sha}  {name}\n" for name, sha in sums(made).items())
-                (made / SUMS).write_text(hashes, encoding="utf-8")
-                self._put(made)
+                    np.savez_compressed(new / "arrays.npz", **arrays)
+                describe(new, identity_config(config), info)
+                self._put(new)
         self.discard()
         return Run(self.folder)
 
-    def _put(self, made: Path) -> None:
-        for path in (*made.iterdir(), made):
+    def _put(self, new: Path) -> None:
+        for path in (*new.iterdir(), new):
             fsync_path(path)  # a rename can outlive, in a power cut, what it has named
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if self.finished():
@@ -251,15 +254,15 @@ class Slot:
                 delete(self.former, self.partial)
             os.replace(self.folder, self.former)
         try:
-            os.replace(made, self.folder)
+            os.replace(new, self.folder)
         except OSError:
             self.finished()  # puts the former one back
             raise
         fsync_path(self.folder.parent)
 
     def supersede(self, place: Path) -> None:
-        """Move the runs of the same experiment and name that other settings have made, or that have no seed but this
-        run's, to `place`. Raises WriteError."""
+        """Move the runs that this run replaces to `place`: those of its experiment and name that have other values, or
+        only seeds that this run has too. Raises WriteError."""
         own = Run(self.folder)
         for other in runs_named(self.folder.parent, self.name):
             folder = other.folder
@@ -275,7 +278,7 @@ class Slot:
                     slot_of(folder).remove()
 
     def remove(self) -> None:
-        """Take the finished run out of the store. Raises OSError."""
+        """Delete the finished run. Raises OSError."""
         for folder in (self.former, self.folder):
             if folder.exists():
                 delete(folder, self.partial)
@@ -285,25 +288,25 @@ class Slot:
         delete(self.partial, self.partial)
 
     def discard(self) -> None:
-        """Delete what an interrupted run has left, or leave it where that fails."""
+        """Delete what an interrupted run has left, if that is possible."""
         with suppress(OSError):
             self.remove_left()
 
 
 def slot_of(folder: Path) -> Slot:
-    """The place in its store that a finished run's folder is."""
+    """Return the place in its store of a finished run, given the run's folder."""
     name, _, identity = folder.name.rpartition("-")
     return Slot(folder.parents[2], folder.parent.name, name, identity)
 
 
 def lock_of(partial: Path) -> FileLock:
-    """Of the run that keeps its checkpoint in this folder. It ends with the process that holds it."""
+    """Return the lock of the run that keeps its checkpoint in this folder. It ends with the process that holds it."""
     return FileLock(partial.with_suffix(".lock"))
 
 
 def delete(folder: Path, partial: Path) -> None:
-    """Delete a folder of the run that keeps its checkpoint in `partial`. Renamed first, so that it is there whole or
-    not at all. Raises OSError."""
+    """Delete a folder of the run that keeps its checkpoint in `partial`. The folder is renamed first, so that it is
+    there whole or not at all. Raises OSError."""
     removed = partial.with_suffix(".removed")
     removed.parent.mkdir(parents=True, exist_ok=True)
     if folder != removed:
@@ -312,8 +315,17 @@ def delete(folder: Path, partial: Path) -> None:
     shutil.rmtree(removed)
 
 
+def describe(folder: Path, config: dict[str, Any], info: dict[str, Any]) -> None:
+    """Write a run's `config.yaml` and `run.json` into its folder, and the sums of all files there. Raises OSError."""
+    texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False), "run.json": json.dumps(info, indent=2) + "\n"}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    lines = "".join(f"{sha}  {name}\n" for name, sha in sums(folder).items())
+    (folder / SUMS).write_text(lines, encoding="utf-8")
+
+
 def sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of a run's files by name, but for the file with these sums."""
+    """Return the SHA-256 of each of a run's files by name, except that of `SHA256SUMS`."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -325,21 +337,21 @@ class Store:
     root: Path
 
     def experiments(self) -> list[str]:
-        """Names of the experiments that have finished runs."""
+        """Return the names of the experiments that have finished runs."""
         return sorted({path.parent.parent.name for path in (self.root / "runs").glob("*/*/run.json")})
 
     def runs(self, experiment: str) -> list[Run]:
-        """The finished runs of an experiment, from the oldest to the newest."""
+        """Return the finished runs of an experiment, from the oldest to the newest."""
         return oldest_first((self.root / "runs" / experiment).glob("*/run.json"))
 
     def folders(self, experiment: str | None = None) -> list[Path]:
-        """Folders of the finished runs, of one experiment or of all, damaged ones too."""
+        """Return the folders of the finished runs, damaged ones too, of one experiment or of all."""
         folders = sorted(path for path in (self.root / "runs").glob("[!.]*/*") if path.is_dir())
         return [path for path in folders if experiment in (None, path.parent.name)]
 
     def interrupted(self, experiment: str | None = None) -> list[Slot]:
-        """The places of runs that have begun and not ended, of one experiment or of all; without names where the note
-        of the start is damaged."""
+        """Return the places of unfinished runs, of one experiment or of all. Where the note of the start is damaged,
+        experiment and name are empty."""
         folders = sorted(path for path in (self.root / "runs/.partial").glob("*") if path.is_dir())
         slots = [self._interrupted(folder.name) for folder in folders]
         return [slot for slot in slots if experiment in (None, slot.experiment)]
@@ -351,20 +363,38 @@ class Store:
 
 
 def runs_named(folder: Path, name: str) -> list[Run]:
-    """The finished runs of an experiment's folder that have this name, from the oldest to the newest."""
+    """Return the finished runs of an experiment's folder that have this name, from the oldest to the newest, without
+    those of a former schema."""
     found = folder.glob(f"{name}-*/run.json")
-    return oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
+    runs = oldest_first(path for path in found if path.parent.name.removeprefix(f"{name}-").isalnum())
+    return [run for run in runs if run.record.schema == SCHEMA]
+
+
+@cache  # a launch says it once
+def warn_of_former_runs(folder: Path) -> None:
+    """Log a warning if an experiment's folder has finished runs of a former schema, which no job finds."""
+    if number := sum(map(is_former, folder.glob("*/run.json"))):
+        command = f"python -m scripts.store migrate --store {folder.parents[1]}"
+        log.warning("%s: %d runs of a former version are not seen; %s brings them up to date", folder, number, command)
+
+
+def is_former(note: Path) -> bool:
+    """Return whether a run.json is of a former schema; False if it cannot be read."""
+    with suppress(OSError, ValueError, KeyError):
+        return Run(note.parent).record.schema < SCHEMA
+    return False
 
 
 def runs_of_row(slot: Slot, config: dict[str, Any], choices: Mapping[str, str], data_sha256: str) -> list[Run]:
-    """The finished runs of a slot's name that make one row with its own and have some of its seeds, from the oldest to
-    the newest. config, choices, data_sha256: of the slot's run, as `identity` takes them."""
+    """Return the finished runs that make one row with a slot's run and have some of its seeds, from the oldest to the
+    newest. config, choices, data_sha256: of the slot's run, as `identity` takes them."""
     same, row = runs_named(slot.folder.parent, slot.name), row_identity(config, choices, data_sha256)
     return [run for run in same if not run.seeds.isdisjoint(config["seeds"]) and run.row == row]
 
 
 def oldest_first(notes: Iterable[Path]) -> list[Run]:
-    """The runs of these run.json, but those that another process moves away meanwhile."""
+    """Return the runs of these run.json, from the oldest to the newest, without those that another process moves away
+    meanwhile."""
     ages = dict[Run, tuple[str, str]]()
     for run in (Run(note.parent) for note in notes):
         with suppress(FileNotFoundError):
@@ -373,12 +403,12 @@ def oldest_first(notes: Iterable[Path]) -> list[Run]:
 
 
 def age(run: Run) -> tuple[str, str]:
-    """To sort runs from the oldest to the newest."""
+    """Return a key that sorts runs from the oldest to the newest."""
     return run.record.finished, run.folder.name
 
 
 def launched_runs(launch: Path) -> list[Run]:
-    """The runs that the jobs of a launch have left notes of in Hydra's folder, each once, but those removed since."""
+    """Return the runs that a launch's jobs have noted in Hydra's folder, each once, without those removed since."""
     notes = sorted(launch.rglob("runs.txt"))
     folders = dict.fromkeys(line for note in notes for line in note.read_text(encoding="utf-8").splitlines())
     return [Run(Path(folder)) for folder in folders if Path(folder).exists()]
@@ -386,9 +416,9 @@ def launched_runs(launch: Path) -> list[Run]:
 
 @contextmanager
 def failed_writes_in_words(then: str = "") -> Iterator[None]:
-    """Ends the program with the message of a WriteError, unless `hydra.verbose` asks for more.
+    """End the program with the message of a WriteError; with `hydra.verbose` the error is raised again.
 
-    then: what comes after it.
+    then: a sentence after the message.
     """
     try:
         yield

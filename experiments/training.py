@@ -22,10 +22,10 @@ from admm.losses import one_hot
 from admm.optimizers import Optimizer, Problem
 from admm.training import train
 from experiments.errors import one_sample_in_words, user_errors
-from experiments.jobs import Job, listed
+from experiments.jobs import Job, first_few
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
-from experiments.provenance import changed
+from experiments.provenance import changed_sources
 from experiments.store import PROBES, Slot
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ NO_LOGGER = NoLogger()
 def train_or_resume(
     config: DictConfig, job: Job, problem: Problem, test: Any, observer: Observer, **options: Any
 ) -> tuple[Any, History]:
-    """Train, from the last checkpoint if there is one. Returns the optimizer's state at the end and the history.
+    """Train, from the last checkpoint if there is one. Returns the optimizer's last state and the history.
 
     test, options: as `admm.training.train` takes them. Raises BadInput, and what `train` does.
     """
@@ -64,22 +64,23 @@ def train_or_resume(
 class Observer:
     """Sees a run's rows as they come: sends them to the logger, shows progress, warns of replicas that diverge.
 
-    logger: is opened, and left open. shown: the quantity that the progress shows, in percent. names: of the replicas;
-    None for their seeds.
+    logger: is opened, and left open. quantity: what the progress shows, in percent. names: of the replicas;
+    None names them by their seeds.
     """
 
     logger: Logger = NO_LOGGER
-    shown: str = "test_accuracy"
+    quantity: str = "test_accuracy"
     names: Sequence[str] | None = None
 
     @contextmanager
     def watch(self, config: DictConfig, job: Job) -> Iterator[Callable[[list[Row], History], None]]:
-        """What `admm.training.train` calls as its `observe`, while a run is trained."""
+        """Open the logger and the progress for a run. Yields the function that `admm.training.train` takes as
+        `observe`."""
         self.logger.open(job.info, job.config)
         write_start_record(job.slot, job.info)
         names = self.names or [f"seed {seed}" for seed in job.info["seeds"]]
         reported: set[int] = set()
-        shows = RunProgress(job.slot.name, config.iterations, config.progress, self.shown.replace("_", " "))
+        bar = RunProgress(job.slot.name, config.iterations, config.progress, self.quantity.replace("_", " "))
 
         def observe(rows: list[Row], history: History) -> None:
             self.logger.log(rows)
@@ -89,15 +90,15 @@ class Observer:
                 reported.add(replica)
             if rows:
                 last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
-                mean = sum(row[self.shown] for row in last) / len(last)
+                mean = sum(row[self.quantity] for row in last) / len(last)
                 progress.update(int(last[0]["iteration"]), mean, history.seconds)
 
-        with shows as progress:
+        with bar as progress:
             yield observe
 
 
 def write_start_record(slot: Slot, info: dict[str, Any]) -> None:
-    """Write down what begins a run; warn if a run is resumed by another version of the code or libraries."""
+    """Note how a run starts. Logs a warning if it is resumed by other code, libraries or machine. Raises WriteError."""
     record = slot.start_note
     if slot.checkpoint.exists():
         log.info("resuming from %s", slot.checkpoint)
@@ -106,20 +107,20 @@ def write_start_record(slot: Slot, info: dict[str, Any]) -> None:
         for key in ("commit", "versions", "machine"):
             if started[key] != info[key]:
                 log.warning("%s: begun with %s %s, resumed with %s", slot.name, key, started[key], info[key])
-        if "sources" in started and (files := changed(started["sources"], info["sources"])):
-            log.warning("%s: begun with other code, resumed with another %s", slot.name, listed(files))
+        if "sources" in started and (files := changed_sources(started["sources"], info["sources"])):
+            log.warning("%s: begun with other code, resumed with another %s", slot.name, first_few(files))
     with atomic_write(record, "the record of the run's start") as part:
         part.write_text(json.dumps(info), encoding="utf-8")
 
 
 def end_record(history: History) -> dict[str, Any]:
-    """What `run.json` says of the end; `diverged` by replica."""
+    """Return what `run.json` says of the end of a run."""
     return {"seconds": round(history.seconds, 3), "diverged": history.diverged}
 
 
 def logger_of(config: DictConfig) -> Guarded:
-    """The configuration's; one that cannot be made, such as for want of a connection, is a warning. Raises BadInput for
-    a wrong key or a missing package."""
+    """Return the configuration's logger. If it cannot be made, such as for want of a connection, log a warning and
+    return one that does nothing. Raises BadInput for a wrong key or a missing package."""
     with user_errors(config):
         try:
             logger = instantiate(config.logger)
@@ -134,7 +135,7 @@ def logger_of(config: DictConfig) -> Guarded:
 
 
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
-    """The network, its blocks, the loss and the initialisation of a configuration, on a data set."""
+    """Return the problem of a configuration: its network in blocks, loss, initialisation and data."""
     network = instantiate(config.model, input_shape=dataset.input_shape, classes=dataset.classes, _convert_="all")
     return Problem(
         x=dataset.x_train,
@@ -147,7 +148,7 @@ def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
 
 
 def execution(config: DictConfig) -> Execution:
-    """How blocks are evaluated; sets PyTorch's precision of products on a GPU."""
+    """Return how blocks are evaluated, and set PyTorch's precision of products on a GPU."""
     precision = config.get("precision")  # a stored configuration has neither the default nor the neutral keys
     how = {key: config[key] for key in ("compile", "channels_last", "recompute") if key in config}
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

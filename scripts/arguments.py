@@ -10,7 +10,8 @@ from experiments.paths import in_full
 
 
 def store_of_the_command(description: str | None) -> Path:
-    """The results store that a command of one argument is for; ends the program where there is none."""
+    """Parse the command line of a command whose one argument is a results store, and return that store's folder. Ends
+    the program if it is no store."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=in_full, nargs="?", default=Path("results"), help="a results store")
     root: Path = parser.parse_args().results

@@ -23,7 +23,7 @@ DATA = Path(os.environ.get("ADMM_DATA", "data"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="of a reduced experiment the one that it is less than")
+    parser.add_argument("--full", action="store_true", help="run full-size experiments in place of reduced ones")
     options, overrides = parser.parse_known_args()
     for launch in launches(options.full):
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), *launch, *overrides])
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def launches(full: bool = False) -> Iterator[Sequence[str]]:
-    """The arguments of each launch."""
+    """Yield the arguments of each launch. full: replace a reduced experiment by the full-size one."""
     for report in declared_reports().values():
         if report.order is None or (report.needs and not (DATA / report.needs).exists()):
             continue

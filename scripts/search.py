@@ -1,4 +1,4 @@
-"""What launches of a search have found: python -m scripts.search <folder of a launch> ... [--results results]
+"""Rank the configurations of a search: python -m scripts.search <folder of a launch> ... [--results results]
 
 Writes <results>/searches/<experiment>_<optimizer>.csv, a row for each configuration tried, the best held-out score
 first, and beside it a figure of the score against each hyperparameter; prints the rows. The same is in the launch's

@@ -67,8 +67,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def named(name: str, folders: list[Path]) -> Path:
-    """The one of these folders. Ends the program where there is none, or more than one."""
+def find_folder(name: str, folders: list[Path]) -> Path:
+    """Return the folder of a run, given by its path or the beginning of its identity. Ends the program unless exactly
+    one of these folders matches."""
     if Path(name).is_dir():
         matches = [path for path in folders if path.samefile(name)]
     else:
@@ -97,7 +98,7 @@ def list_(options: argparse.Namespace) -> int:
 
 
 def finished_row(folder: Path) -> dict[str, str]:
-    """What the list says of a finished run."""
+    """Return what the list says of a finished run."""
     run, slot = Run(folder), slot_of(folder)
     try:
         record = run.record
@@ -154,7 +155,7 @@ def migrate_(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """What two runs' configurations differ in, where they come from, and their numbers."""
     folders = Store(options.store).folders()
-    first, second = (Run(Path(n) if (Path(n) / "run.json").exists() else named(n, folders)) for n in options.runs)
+    first, second = (Run(Path(n) if (Path(n) / "run.json").exists() else find_folder(n, folders)) for n in options.runs)
     configurations = side_by_side(settings(first), settings(second))
     print_table(configurations[configurations["1"] != configurations["2"]], "configuration, where it differs")
     runs = side_by_side(origin(first), origin(second))
@@ -164,29 +165,29 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def side_by_side(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:
-    """Two dictionaries' values as text, by key."""
+    """Return a table of two dictionaries' values as text, by key."""
     rows = [(key, str(first.get(key, "–")), str(second.get(key, "–"))) for key in {**first, **second}]
     return pd.DataFrame(rows, columns=["key", "1", "2"])
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """All that determines the numbers, by dotted key."""
+    """Return all that determines a run's numbers, by dotted key."""
     return flat(without_nulls(run.config))
 
 
 def flat(node: dict[str, Any]) -> dict[str, Any]:
-    """A nested dictionary's values by dotted key."""
+    """Return a nested dictionary's values by dotted key."""
     (row,) = pd.json_normalize(node).to_dict("records")
     return {str(key): value for key, value in row.items()}
 
 
 def numbers(run: Run) -> dict[str, str]:
-    """What was measured at the end of a run, as text."""
+    """Return what was measured at the end of a run, as text by name."""
     return {name: f"{value:.5g}" for name, value in report_on(run).numbers(run).items()}
 
 
 def origin(run: Run) -> dict[str, Any]:
-    """What `run.json` says."""
+    """Return what `run.json` says, by dotted key."""
     return {"folder": run.folder, **flat(run.info)}
 
 
@@ -202,7 +203,7 @@ def remove(options: argparse.Namespace) -> int:
         slots = {folder: slot_of(folder) for folder in store.folders(options.experiment)}
     if not (options.runs or options.experiment or options.interrupted):
         sys.exit("error: which? runs, --experiment or --interrupted")
-    chosen = list(dict.fromkeys(named(name, list(slots)) for name in options.runs) if options.runs else slots)
+    chosen = list(dict.fromkeys(find_folder(name, list(slots)) for name in options.runs) if options.runs else slots)
     for folder in chosen:
         print(folder)
     if not (chosen and (options.yes or confirmed(f"remove these {len(chosen)}?"))):
@@ -212,7 +213,7 @@ def remove(options: argparse.Namespace) -> int:
 
 
 def confirmed(question: str) -> bool:
-    """Whether the answer is yes; without a terminal it is no."""
+    """Return whether the user's answer is yes; without a terminal it is no."""
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
@@ -220,8 +221,8 @@ def confirmed(question: str) -> bool:
 
 
 def remove_one(folder: Path, slot: Slot, is_interrupted: bool) -> int:
-    """Remove it unless a living process is at work on the run; a finished run in it is put back. Returns the exit
-    code."""
+    """Remove a run unless a living process is working on it; a finished run that it was about to replace is put back.
+    Returns the exit code."""
     with slot.lock(wait=False) as is_free:
         if not is_free:
             print(f"{folder}: not removed, a process is at work on it")

@@ -59,8 +59,8 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
     finally:  # as at the end of a process
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers
-        while study.held:
-            study.held.pop().release()
+        while study.study_locks:
+            study.study_locks.pop().release()
 
 
 def once_per_job(load: Callable[[DictConfig, list[str]], DictConfig]) -> Callable[[DictConfig, list[str]], DictConfig]:

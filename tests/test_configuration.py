@@ -23,7 +23,7 @@ from hydra.utils import instantiate
 from launches import multirun, places
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from stores import info, put
+from stores import add_run, run_json
 
 from admm.optimizers import AdaptivePenalty
 from experiments import checks, jobs, overrides, provenance
@@ -32,12 +32,13 @@ from experiments.errors import BadInput
 from experiments.jobs import is_reusable
 from experiments.launch import Launch
 from experiments.launching.rows import choices
+from experiments.launching.study import without_end
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
-from experiments.provenance import changed_since, sources
+from experiments.provenance import sources, sources_changed_since
 from experiments.reports.accuracy import Accuracy
 from experiments.reports.results_page import best_of_search
-from experiments.reports.searches import rankings, read_ranking, without_end, write_ranking
+from experiments.reports.searches import rankings, read_ranking, write_ranking
 from experiments.reports.text import markdown
 from experiments.rows import Row, TableRows
 from experiments.store import Run, Slot, Store
@@ -280,7 +281,7 @@ def test_what_an_override_means() -> None:
 
 def test_a_run_does_not_supersede_one_whose_name_and_setting_are_divided_otherwise(tmp_path: Path) -> None:
     for method, setting in (("sgd", "a-b"), ("sgd-a", "b")):
-        run = put(tmp_path, "sgd-a-b", [90.0], info(method, setting, f"2001 {method}", seeds=[0]))
+        run = add_run(tmp_path, "sgd-a-b", [90.0], run_json(method, setting, f"2001 {method}", seeds=[0]))
         Slot(tmp_path, "mnist_shallow", "sgd-a-b", run.folder.name.removeprefix("sgd-a-b-")).supersede(tmp_path / "s")
     assert {run.info["method"] for run in Store(tmp_path).runs("mnist_shallow")} == {"sgd", "sgd-a"}
 
@@ -398,7 +399,9 @@ def test_null_is_a_value_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """In its table, its picture and as the best one."""
     held_out = {"dataset": {"holdout": 5, "sha256": "abc"}, "seeds": [0]}
     runs = [
-        put(tmp_path, f"sgd-{value}", [score], info("sgd", "tuned", "2001", overrides=[f"a.b={value}"], **held_out))
+        add_run(
+            tmp_path, f"sgd-{value}", [score], run_json("sgd", "tuned", "2001", overrides=[f"a.b={value}"], **held_out)
+        )
         for value, score in (("0.4", 50.0), ("null", 90.0), ("0.1", 70.0))
     ]
     drawn: list[Figure] = []
@@ -439,7 +442,7 @@ def is_text_without_encoding(call: ast.Call) -> bool:
 
 def test_pages_are_utf_8_in_any_locale_and_what_a_terminal_lacks_ends_nothing(tmp_path: Path) -> None:
     note = "784–128–10, β = 1"
-    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", note=note, commit="c"))
+    run = add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001", note=note, commit="c"))
     code = """import sys
 from pathlib import Path
 from experiments.reports.text import print_table
@@ -466,7 +469,7 @@ def test_a_character_that_the_output_lacks_is_a_question_mark(monkeypatch: pytes
 
 def test_a_note_stays_in_its_cell_and_is_no_formula(tmp_path: Path) -> None:
     assert markdown(pd.DataFrame({"a|b": ["x | y\nz", "c"]})) == "| a\\|b |\n| --- |\n| x \\| y z |\n| c |"
-    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", note="$x_{$ of 5$"))
+    run = add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001", note="$x_{$ of 5$"))
     picture = Accuracy("mnist_shallow", "").figures([run])["mnist_shallow"]
     picture.savefig(tmp_path / "a.png")
     (text,) = picture.axes[0].get_legend().get_texts()  # type: ignore[union-attr]
@@ -567,20 +570,20 @@ def test_of_a_run_before_sources_were_hashed_git_tells_what_has_changed(
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         git(*arguments)
     first, names = git("rev-parse", "HEAD").strip(), ["b.py", "a.py", "elsewhere.py"]
-    assert changed_since(first, names, tmp_path) == []
+    assert sources_changed_since(first, names, tmp_path) == []
     for name in ("a.py", "b.py", "of_no_run.py"):
         (tmp_path / name).write_text("second")
-    assert changed_since(first, names, tmp_path) == ["b.py", "a.py"]
-    assert changed_since(first, ["elsewhere.py"], tmp_path) == []
+    assert sources_changed_since(first, names, tmp_path) == ["b.py", "a.py"]
+    assert sources_changed_since(first, ["elsewhere.py"], tmp_path) == []
     for unknown in (f"{first}+", None, "0" * 12):
-        assert changed_since(unknown, names, tmp_path) is None
-    run = put(tmp_path, "sgd-tuned", [90.0], info("sgd", "tuned", "2001", seeds=[0], commit=first))
+        assert sources_changed_since(unknown, names, tmp_path) is None
+    run = add_run(tmp_path, "sgd-tuned", [90.0], run_json("sgd", "tuned", "2001", seeds=[0], commit=first))
     origin = {"commit": "now", "sources": dict.fromkeys(names, "0")}
-    monkeypatch.setattr(jobs, "changed_since", lambda *asked: changed_since(*asked, tmp_path))
+    monkeypatch.setattr(jobs, "sources_changed_since", lambda *asked: sources_changed_since(*asked, tmp_path))
     for other_code in ("keep", "rerun", "refuse"):
         assert is_reusable(run, origin, other_code)
     assert caplog.text.count(f"made by other code, {first}, now now: b.py, a.py; kept") == 3
-    unknown_run = put(tmp_path, "adam-tuned", [90.0], info("adam", "tuned", "2001", seeds=[0], commit="c+"))
+    unknown_run = add_run(tmp_path, "adam-tuned", [90.0], run_json("adam", "tuned", "2001", seeds=[0], commit="c+"))
     caplog.set_level("INFO")
     assert (
         is_reusable(unknown_run, origin, "refuse") and "the sources of c+, which made it, were not kept" in caplog.text

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from launches import Launch
 from omegaconf import OmegaConf
-from stores import info
+from stores import run_json
 
 from admm.data import load
 from admm.training import train
@@ -35,7 +35,7 @@ from experiments.reports.paper import entry_of, paper
 from experiments.reports.results_page import best_of_search, missing_rows, papers_numbers, sections
 from experiments.reports.walltime import seconds_to
 from experiments.reports.writing import with_tables
-from experiments.store import Run, Slot, Store, sealed
+from experiments.store import Run, Slot, Store, seal
 from experiments.training import build_problem
 from scripts import reproduce
 from scripts import search as collect
@@ -109,14 +109,14 @@ def test_a_killed_race_goes_on_with_the_seed_that_it_was_at(tmp_path: Path) -> N
     assert all(run.history["seed"].unique().tolist() == [0, 1] for run in stored(tmp_path).values())
 
 
-def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
+def test_a_race_that_was_begun_otherwise_starts_again(tmp_path: Path) -> None:
     launch(tmp_path, *RACE)
     (sgd,) = tmp_path.glob("runs/*/sgd-*/run.json")
     kept = tmp_path / "runs/.partial" / json.loads(sgd.read_text())["identity"] / "race.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(sealed({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
+    kept.write_text(seal({"conditions": {"sgd": {"commit": "another"}}, "histories": {"sgd": [[]], "bcd": [[]]}}))
     output = launch(tmp_path, *RACE, "force=true")
-    assert "starts anew: it was begun with other settings, code or machine" in output and "seed 0: " in output
+    assert "starts again: it was begun with other settings, code or machine" in output and "seed 0: " in output
     assert not kept.exists()
 
 
@@ -124,6 +124,10 @@ def test_a_race_that_was_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["experiment=mnist_walltime", "optimizer=sgd"], r"optimizer: a race has several; optimizers=\[sgd,gotmare\]"),
+        (
+            ["experiment=mnist_walltime", "optimizers=[block_admm,bcd]", "optimizer.epoch_parts=5"],
+            r"optimizer.epoch_parts: optimizer=bcd, which is in the race, has no such key; optimizers=\[…\] chooses",
+        ),
         (["experiment=mnist_walltime", "optimizers=[]"], r"optimizers: \[\] is not a list of optimizers"),
         (["experiment=memory", "optimizer=sgd"], "optimizer: memory is measured of .*, not admm.optimizers.Backprop"),
     ],
@@ -370,7 +374,7 @@ def history(*finals: float | None) -> list[dict[str, float]]:
 
 def finish(root: Path, name: str, rows: list[dict[str, Any]], tables: Any = None, **said: Any) -> Run:
     experiment, method, setting = name.split()
-    told = info(method, setting, "2001", experiment=experiment, seeds=[3, 4], iterations=2, **said)
+    told = run_json(method, setting, "2001", experiment=experiment, seeds=[3, 4], iterations=2, **said)
     slot = Slot(root, experiment, f"{method}-{setting}", f"{len(list(root.glob('runs/*/*'))):012x}")
     return slot.complete({"optimizer": {}}, rows, told, tables)
 

@@ -37,7 +37,7 @@ from experiments.launch import Launch
 from experiments.reports.base import report_of
 from experiments.reports.faces import chosen_factors
 from experiments.reports.results_page import experiment_section, rows_of
-from experiments.store import Run, Slot, Store, sealed, unsealed
+from experiments.store import Run, Slot, Store, seal, unseal
 from experiments.tasks import deepfacto
 from experiments.tasks.deepfacto import (
     Features,
@@ -250,11 +250,11 @@ def test_probes_that_were_measured_are_not_measured_again(
 
 
 def test_what_was_sealed_and_changed_is_not_read() -> None:
-    line = sealed({"auc": 87.5})
-    assert unsealed(line) == {"auc": 87.5}
+    line = seal({"auc": 87.5})
+    assert unseal(line) == {"auc": 87.5}
     for changed in (line.replace("87", "97"), line[:-3], line[1:], "", "{}"):
         with pytest.raises(ValueError, match="the checksum is another"):
-            unsealed(changed)
+            unseal(changed)
 
 
 def test_a_full_disk_leaves_the_probes_that_were_measured(
@@ -439,12 +439,12 @@ def test_the_scores_of_deepfacto_are_projections_of_the_trained_maps(faces: Face
     options = config(tmp_path, row("deepfacto"), *SMALL)
     features, task = Features(options, faces), Verification(faces, 20, 0)
     found = job(options, faces, tmp_path, "deepfacto")
-    represented, *_ = deepfacto.jointly(options, found, features, task)
+    represented, *_ = deepfacto.train_jointly(options, found, features, task)
     scores = next(iter(represented)).scores
     problem = deepfacto.build_problem(options, features)
     test = features, features.frozen[task.images], task
-    observer = Observer(shown="verification")
-    state, _ = train_or_resume(options, found, problem, test, observer, measure=deepfacto.verified)
+    observer = Observer(quantity="verification")
+    state, _ = train_or_resume(options, found, problem, test, observer, measure=deepfacto.measure_faces)
     network = problem.blocks.export(state.theta, 0)
     assert isinstance(network, nn.Sequential)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra.utils import get_object
-from stores import info
+from stores import run_json
 
 import admm.optimizers
 from experiments import identity as module
@@ -177,8 +177,10 @@ def former(root: Path, method: str = "bcd", identity: str = "470ff6e8c385", conf
     slot.folder.mkdir(parents=True)
     (slot.folder / "config.yaml").write_text(config, encoding="utf-8")
     (slot.folder / "history.csv").write_text("iteration,replica\n0,0\n", encoding="utf-8")
-    said = info(method, "tuned", "2026-11-22", identity=slot.identity, dataset={"sha256": DATA, "holdout": 0})
-    (slot.folder / "run.json").write_text(json.dumps(said), encoding="utf-8")
+    data = {"sha256": DATA, "holdout": 0}
+    content = run_json(method, "tuned", "2026-11-22", identity=slot.identity, dataset=data)
+    del content["schema"]  # schema 1 did not write it
+    (slot.folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
     return Run(slot.folder)
 
 

@@ -23,7 +23,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from launches import Launch, places
 from omegaconf import DictConfig, OmegaConf
-from stores import info, put
+from stores import add_run, run_json
 
 from admm.checkpoints import CheckpointError, read_checkpoint
 from admm.data import load
@@ -57,15 +57,16 @@ def job(root: Path, *overrides: str) -> Job:
     plain: Any = OmegaConf.to_container(composed(*overrides), resolve=True)
     data = load(**plain["dataset"])
     slot = Slot(root, "digits_shallow", "sgd-tuned", identity(plain, CHOICES, data.sha256))
-    given = {"schema": 2, "identity": slot.identity, "seeds": plain["seeds"], "iterations": plain["iterations"]}
-    given |= {"dataset": {"holdout": 0, "sha256": data.sha256}, "experiment": "digits_shallow"}
-    given |= {"commit": "c", "versions": {"torch": "t"}, "machine": "here"}
-    return Job(data, slot, info("sgd", "tuned", "2001-01-01T00:00:00+00:00") | given, plain)
+    content = {"identity": slot.identity, "seeds": plain["seeds"], "iterations": plain["iterations"]}
+    content |= {"dataset": {"holdout": 0, "sha256": data.sha256}, "experiment": "digits_shallow"}
+    content |= {"commit": "c", "versions": {"torch": "t"}, "machine": "here"}
+    return Job(data, slot, run_json("sgd", "tuned", "2001-01-01T00:00:00+00:00") | content, plain)
 
 
-def made(root: Path, *overrides: str) -> Run:
-    found = job(root, *overrides)
-    return execute(OmegaConf.create(found.config), found)
+def trained_run(root: Path, *overrides: str) -> Run:
+    """The finished run of a `job`."""
+    the_job = job(root, *overrides)
+    return execute(OmegaConf.create(the_job.config), the_job)
 
 
 def numbers(run: Run) -> pd.DataFrame:
@@ -98,9 +99,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:
-    former = put(tmp_path, "sgd-tuned", [10.0, 20.0], info("sgd", "tuned", "2001"))
-    other = put(tmp_path, "sgd-faithful", [10.0, 20.0], info("sgd", "faithful", "2001"))
-    newest = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
+    former = add_run(tmp_path, "sgd-tuned", [10.0, 20.0], run_json("sgd", "tuned", "2001"))
+    other = add_run(tmp_path, "sgd-faithful", [10.0, 20.0], run_json("sgd", "faithful", "2001"))
+    newest = add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2002"))
     Slot(tmp_path, "mnist_shallow", "sgd-tuned", newest.folder.name.removeprefix("sgd-tuned-")).supersede(
         tmp_path / "s"
     )
@@ -109,7 +110,7 @@ def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_completion_leaves_the_former_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001"))
+    run = add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001"))
     before = (run.folder / "run.json").read_text()
 
     def fail(*_: object, **__: object) -> str:
@@ -120,7 +121,7 @@ def test_an_interrupted_completion_leaves_the_former_run(tmp_path: Path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *a, **k: fail() if next(calls) == passes else real(*a, **k))  # noqa: B023
             with pytest.raises(OSError, match="disk full"):
-                put(tmp_path, "sgd-tuned", [1.0, 2.0], info("sgd", "tuned", "2001"))
+                add_run(tmp_path, "sgd-tuned", [1.0, 2.0], run_json("sgd", "tuned", "2001"))
         assert (run.folder / "run.json").read_text() == before
         assert run.history["test_accuracy"].max() == 92.0
         assert len(Store(tmp_path).runs("mnist_shallow")) == 1
@@ -206,15 +207,15 @@ def each_write(
 def test_a_full_disk_at_any_write_of_a_run_leaves_a_store_from_which_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, reached = numbers(made(tmp_path / "expected")), set()
-    for root in each_write(monkeypatch, tmp_path, made):
+    expected, reached = numbers(trained_run(tmp_path / "expected")), set()
+    for root in each_write(monkeypatch, tmp_path, trained_run):
         slot = job(root).slot
         assert [list(problems(folder)) for folder in Store(root).folders()] == [[]] * bool(slot.finished())
         left = {path.name for path in slot.partial.rglob("*")}
         assert left <= {"started.json", "checkpoint.pt"}
         has_checkpoint = "checkpoint.pt" in left
         reached.add(read_checkpoint(slot.checkpoint)["state"]["iteration"] if has_checkpoint else bool(slot.finished()))
-        run = made(root)
+        run = trained_run(root)
         assert list(problems(run.folder)) == [] and not list((root / "runs/.partial").glob("*"))
         pd.testing.assert_frame_equal(numbers(run), expected, check_exact=True)
     assert reached == {False, 1, 2}
@@ -223,8 +224,8 @@ def test_a_full_disk_at_any_write_of_a_run_leaves_a_store_from_which_it_goes_on(
 def test_a_full_disk_at_any_write_of_a_run_leaves_the_former_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, replaced = content(made(tmp_path / "former").folder), set()
-    for root in each_write(monkeypatch, tmp_path, made, partial(shutil.copytree, tmp_path / "former")):
+    before, replaced = content(trained_run(tmp_path / "former").folder), set()
+    for root in each_write(monkeypatch, tmp_path, trained_run, partial(shutil.copytree, tmp_path / "former")):
         (run,) = Store(root).runs("digits_shallow")
         assert list(problems(run.folder)) == []
         replaced.add(content(run.folder) != before)
@@ -234,7 +235,7 @@ def test_a_full_disk_at_any_write_of_a_run_leaves_the_former_one(
 def test_a_full_disk_at_any_write_of_a_report_leaves_its_files_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newest = put(tmp_path / "store", "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001"))
+    newest = add_run(tmp_path / "store", "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001"))
     older = replace_history(newest, tmp_path / "older")
 
     def draw(place: Path, run: Run = newest) -> None:
@@ -264,8 +265,8 @@ def test_a_full_disk_at_any_write_of_a_move_leaves_the_run_in_one_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prepare(root: Path) -> None:
-        made(root, "optimizer.step_size=0.01")
-        made(root)
+        trained_run(root, "optimizer.step_size=0.01")
+        trained_run(root)
 
     def move(root: Path) -> None:
         job(root).slot.supersede(root / "outputs")
@@ -396,7 +397,7 @@ def test_a_report_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
 
 def killed_between_two_renames(root: Path) -> Run:
     """The finished run whose place another one was about to take."""
-    run, real = made(root), os.replace
+    run, real = trained_run(root), os.replace
 
     def killed(source: Path, target: Path) -> None:
         if target == run.folder:
@@ -405,7 +406,7 @@ def killed_between_two_renames(root: Path) -> Run:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        made(root)
+        trained_run(root)
     assert not run.folder.exists()
     return run
 
@@ -427,7 +428,7 @@ def test_a_run_whose_place_another_one_was_to_take_is_not_removed_with_it(tmp_pa
 
 
 def test_a_removed_run_does_not_come_back_from_what_a_kill_has_left(tmp_path: Path) -> None:
-    run = made(tmp_path)
+    run = trained_run(tmp_path)
     slot = slot_of(run.folder)
     shutil.copytree(run.folder, slot.former)
     slot.remove()
@@ -455,14 +456,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: bytes | None) ->
     path = job(tmp_path).slot.checkpoint
     path.write_bytes(path.read_bytes()[:-500] if damaged is None else damaged)
     with pytest.raises(CheckpointError, match=r"checkpoint.pt: is damaged .*; delete the file to start again"):
-        made(tmp_path)
+        trained_run(tmp_path)
 
 
 def leave_interrupted(root: Path) -> Job:
     """A run with a checkpoint of its last iteration."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Slot, "complete", interrupt)
-        made(root)
+        trained_run(root)
     return job(root)
 
 
@@ -489,7 +490,7 @@ def holder(tmp_path: Path) -> Iterator[Callable[[Slot], subprocess.Popen[str]]]:
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path, holder: Callable[[Slot], Any], command: Command) -> None:
-    made(tmp_path)
+    trained_run(tmp_path)
     slot = leave_interrupted(tmp_path).slot
     process = holder(slot)
     for flags in ((), ("--interrupted",)):
@@ -518,7 +519,7 @@ def test_the_committed_store_checks_clean(command: Command) -> None:
 
 
 def test_an_experiment_that_has_no_runs_is_named(tmp_path: Path, command: Command) -> None:
-    made(tmp_path)
+    trained_run(tmp_path)
     told = f"no runs of digits_deep in {tmp_path}; it has digits_shallow\n"
     assert command("check", "--experiment", "digits_deep", "--store", tmp_path) == (1, told)
 
@@ -571,7 +572,7 @@ def shortened(name: str) -> Callable[[Path], None]:
 def test_damage_is_found(
     tmp_path: Path, command: Command, damage: Callable[[Path], None], name: str, told: str, hashed: bool
 ) -> None:
-    run, other = made(tmp_path), made(tmp_path, "optimizer.step_size=0.01")
+    run, other = trained_run(tmp_path), trained_run(tmp_path, "optimizer.step_size=0.01")
     for folder in () if hashed else (run.folder, other.folder):
         (folder / "SHA256SUMS").unlink()
     assert command("check", "--store", tmp_path)[0] == 0
@@ -588,7 +589,7 @@ def test_damage_is_found(
 
 
 def test_a_changed_digit_is_found_where_there_are_hashes(tmp_path: Path, command: Command) -> None:
-    run = made(tmp_path)
+    run = trained_run(tmp_path)
     history = (run.folder / "history.csv").read_text()
     (run.folder / "history.csv").write_text(history.replace("7", "8", 1))
     code, printed = command("check", "--store", tmp_path)
@@ -598,13 +599,13 @@ def test_a_changed_digit_is_found_where_there_are_hashes(tmp_path: Path, command
 def test_the_hashes_are_those_of_sha256sum(tmp_path: Path) -> None:
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
-    run = made(tmp_path)
+    run = trained_run(tmp_path)
     found = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=run.folder, capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.count(": OK") == 3
 
 
 def test_a_renamed_folder_and_garbled_hashes_are_found(tmp_path: Path) -> None:
-    run = made(tmp_path)
+    run = trained_run(tmp_path)
     moved = run.folder.with_name("sgd-tuned-000000000000")
     os.replace(run.folder, moved)
     assert [problem.split(":")[0] for problem in problems(moved)] == ["config.yaml", "run.json"]
@@ -613,20 +614,20 @@ def test_a_renamed_folder_and_garbled_hashes_are_found(tmp_path: Path) -> None:
 
 
 def test_what_begins_beyond_the_numbers_is_a_finished_run(tmp_path: Path) -> None:
-    run = made(tmp_path, "init=normal", "init.std=1e30", "iterations=3")
+    run = trained_run(tmp_path, "init=normal", "init.std=1e30", "iterations=3")
     assert run.info["diverged"] == {"0": 0, "1": 0} and list(problems(run.folder)) == []
     assert list(run.history["iteration"]) == [0, 0] and report_on(run).score(run) == {0: 0.0, 1: 0.0}
     assert "2 of 2 seeds diverged" in curves([run])[0].setting
 
 
 def test_a_run_that_another_process_moves_away_is_not_listed(tmp_path: Path) -> None:
-    run = made(tmp_path, "iterations=1")
+    run = trained_run(tmp_path, "iterations=1")
     found = oldest_first([tmp_path / "gone" / "run.json", run.folder / "run.json"])
     assert [Path(run.folder) for run in found] == [run.folder]
 
 
 def test_a_diverged_seed_has_no_evaluations_to_come(tmp_path: Path) -> None:
-    run = made(tmp_path, "~optimizer.step_size", "+optimizer.step_size=[0.1,1e30]", "iterations=3")
+    run = trained_run(tmp_path, "~optimizer.step_size", "+optimizer.step_size=[0.1,1e30]", "iterations=3")
     assert run.info["diverged"] == {"1": 1} and list(problems(run.folder)) == []
     (run.folder / "SHA256SUMS").unlink()
     edited("run.json", '"1": 1', '"1": 2')(run.folder)
@@ -647,7 +648,7 @@ def test_a_seed_that_diverges_in_a_race_has_no_evaluations_to_come(tmp_path: Pat
 
 
 def test_list_tells_finished_and_interrupted_runs(tmp_path: Path, command: Command) -> None:
-    run = made(tmp_path, "optimizer.step_size=0.01")
+    run = trained_run(tmp_path, "optimizer.step_size=0.01")
     left = leave_interrupted(tmp_path).slot
     code, printed = command("list", "--store", tmp_path)
     assert code == 0
@@ -665,7 +666,7 @@ def test_list_tells_finished_and_interrupted_runs(tmp_path: Path, command: Comma
 
 
 def test_compare_shows_what_differs_and_the_numbers(tmp_path: Path, command: Command) -> None:
-    first, second = made(tmp_path), made(tmp_path / "other", "optimizer.step_size=0.0123")
+    first, second = trained_run(tmp_path), trained_run(tmp_path / "other", "optimizer.step_size=0.0123")
     for run, changed in ((first, "1"), (second, "2")):
         told = json.dumps(run.info | {"sources": {"admm/a.py": "0", "admm/b.py": changed}})
         (run.folder / "run.json").write_text(told)
@@ -682,7 +683,7 @@ def test_compare_shows_what_differs_and_the_numbers(tmp_path: Path, command: Com
 
 
 def test_remove_asks(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, other = made(tmp_path), made(tmp_path, "optimizer.step_size=0.01")
+    run, other = trained_run(tmp_path), trained_run(tmp_path, "optimizer.step_size=0.01")
     name, places = slot_of(run.folder).identity, ["--store", tmp_path]
     for answer in ("", "n"):
         monkeypatch.setattr(builtins, "input", lambda question: answer)  # noqa: B023
@@ -703,7 +704,7 @@ def test_remove_asks(tmp_path: Path, command: Command, monkeypatch: pytest.Monke
 def test_a_removal_that_fails_leaves_no_half_of_a_run(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = made(tmp_path)
+    run = trained_run(tmp_path)
     before, name = content(run.folder), slot_of(run.folder).identity
 
     def fail(path: Path, *_: Any, **__: Any) -> None:

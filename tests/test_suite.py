@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from launches import Launch, places, single
-from stores import info, put
+from stores import add_run, run_json
 
 from admm.blocks import split
 from admm.losses import SquaredError, one_hot
@@ -133,7 +133,7 @@ def test_a_row_has_the_newest_run_of_each_seed_and_of_no_other_configuration(tmp
         ]
         more = {"seeds": seeds, "of_seeds": 4, "machine": machine, "dataset": {"holdout": 0, "sha256": "data"}}
         slot = Slot(tmp_path, "mnist_shallow", "sgd-tuned", finished)
-        return slot.complete(config | {"seeds": seeds}, rows, info("sgd", "tuned", finished, **more))
+        return slot.complete(config | {"seeds": seeds}, rows, run_json("sgd", "tuned", finished, **more))
 
     config, lists = {"optimizer": {"eta": 1.0}}, {"optimizer": {"eta": {"start": [1.0, 2.0]}}}
     runs = [
@@ -164,6 +164,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> 
     assert resumed.returncode == 0 and "resuming from" in resumed.stdout
     whole, killed = (stored(tmp_path / name)[0].history.drop(columns="seconds") for name in ("whole", "killed"))
     pd.testing.assert_frame_equal(whole, killed, check_exact=True)
+
+
+def test_runs_of_a_former_schema_are_named_once_and_left_where_they_are(tmp_path: Path) -> None:
+    methods = "optimizer=sgd,adam"
+    assert launch(tmp_path, methods, "iterations=1").returncode == 0
+    for run in stored(tmp_path):
+        (run.folder / "run.json").write_text(json.dumps({k: v for k, v in run.info.items() if k != "schema"}))
+        run.folder.rename(run.folder.with_name(f"{run.folder.name[:-12]}{'0' * 12}"))
+    before = {run.folder for run in stored(tmp_path)}
+    done = launch(tmp_path, methods, "iterations=1")
+    assert done.returncode == 0 and len(before) == 2 and len({run.folder for run in stored(tmp_path)} - before) == 2
+    warnings = re.findall(r"(\d+) runs of a former version are not seen; (.*) brings", done.stdout)
+    assert warnings == [("2", f"python -m scripts.store migrate --store {tmp_path}/outputs")]
+    assert "former version" not in launch(tmp_path, methods, "iterations=1", "outputs=other").stdout
 
 
 def test_multirun_sweeps_a_grid(tmp_path: Path) -> None:
@@ -245,7 +259,10 @@ def test_bad_input_names_the_key_and_what_would_be_right(
             "setting=tund",
             r"error: setting: 'tund' is no row of optimizer=sgd in experiment=digits_shallow; there are block",
         ),
-        ("row=digits_shallow/sgd-tund", r"no row 'digits_shallow/sgd-tund': there are digits_shallow/adam-tuned, "),
+        (
+            "row=digits_shallow/sgd-tund",
+            r"no row 'digits_shallow/sgd-tund': experiment=digits_shallow has digits\S+-tuned(, digits\S+)*\n",
+        ),
         ("iterations=many", r"error: iterations: 'many' is not a whole number"),
     ],
 )
@@ -287,7 +304,7 @@ def test_help_lists_groups_and_examples() -> None:
 
 
 def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Path) -> None:
-    put(tmp_path, "mine-default", [90.0], info("mine", "default", "2001", seeds=[0]))
+    add_run(tmp_path, "mine-default", [90.0], run_json("mine", "default", "2001", seeds=[0]))
     runs = Store(tmp_path).runs("mnist_shallow")
     table = write_report(report_of("mnist_shallow"), runs, tmp_path / "f", tmp_path / "t")
     assert table[["method", "setting", "mean", "seeds"]].to_numpy().tolist() == [["mine", "default", 90.0, 1]]
@@ -295,13 +312,15 @@ def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Pa
 
 @pytest.mark.parametrize("overrides", [["loss=cross_entropy"], ["dataset.holdout=10"], ["model.hidden=[3]"]])
 def test_the_papers_number_stands_beside_its_own_experiment_only(tmp_path: Path, overrides: list[str]) -> None:
-    run = put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2001"))
-    other = put(tmp_path, "adam-tuned", [90.0, 92.0], info("sgd", "tuned", "2001", overrides=overrides))
+    run = add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001"))
+    other = add_run(tmp_path, "adam-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001", overrides=overrides))
     assert [curve.reference for curve in (*curves([run]), *curves([other]))] == [95.29, None]
 
 
 def test_less_than_the_experiment_is_called_reduced(tmp_path: Path) -> None:
-    run = put(tmp_path, "sgd-tuned", [90.0], info("sgd", "tuned", "2001", overrides=["iterations=1"], note="why"))
+    run = add_run(
+        tmp_path, "sgd-tuned", [90.0], run_json("sgd", "tuned", "2001", overrides=["iterations=1"], note="why")
+    )
     assert curves([run])[0].setting == "reduced tuned: why, iterations=1"
 
 
@@ -309,7 +328,7 @@ def test_an_experiment_that_is_less_than_the_paper_s_is_called_reduced(
     tmp_path: Path,
 ) -> None:
     runs = {
-        name: [put(tmp_path, name, [80.0, 82.0], info("sgd", "tuned", "2001", experiment=name))]
+        name: [add_run(tmp_path, name, [80.0, 82.0], run_json("sgd", "tuned", "2001", experiment=name))]
         for name in ("cifar10_resnet18_narrow", "cifar10_resnet18")
     }
     (curve,) = curves(runs["cifar10_resnet18_narrow"])
@@ -347,9 +366,9 @@ def test_the_library_example_of_the_readme_runs() -> None:
 
 
 def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
-    put(tmp_path, "sgd-tuned", [10.0, 20.0], info("sgd", "tuned", "2001"))
-    put(tmp_path, "sgd-tuned", [90.0, 92.0], info("sgd", "tuned", "2002"))
-    put(tmp_path, "block_admm-faithful", [80.0, 0.0], info("block_admm", "faithful", "2001"))
+    add_run(tmp_path, "sgd-tuned", [10.0, 20.0], run_json("sgd", "tuned", "2001"))
+    add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2002"))
+    add_run(tmp_path, "block_admm-faithful", [80.0, 0.0], run_json("block_admm", "faithful", "2001"))
     assert Store(tmp_path).experiments() == ["mnist_shallow"]
     runs = Store(tmp_path).runs("mnist_shallow")
     table = write_report(report_of("mnist_shallow"), runs, tmp_path / "f", tmp_path / "t")
@@ -368,7 +387,7 @@ def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
 
 
 def test_figures_are_functions_of_the_store(tmp_path: Path) -> None:
-    put(tmp_path, "adam-tuned", [90.0, 92.0], info("adam", "tuned", "2001"))
+    add_run(tmp_path, "adam-tuned", [90.0, 92.0], run_json("adam", "tuned", "2001"))
     runs = Store(tmp_path).runs("mnist_shallow")
     write_report(report_of("mnist_shallow"), runs, tmp_path / "a", tmp_path / "a")
     write_report(report_of("mnist_shallow"), runs, tmp_path / "b", tmp_path / "b")

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from joblib import cpu_count
 from launches import Launch, multirun, places, single
 from omegaconf import DictConfig, OmegaConf
-from stores import info, put
+from stores import add_run, run_json
 from test_protocol import CASES
 
 from admm.checkpoints import History, save, size
@@ -46,14 +46,14 @@ from experiments.launching.rows import Rows
 from experiments.launching.stacking import (
     Cell,
     Share,
-    blanked,
     check_limits,
     cut,
     hyperparameters,
-    joined,
-    paying_on_a_processor,
+    join_values,
+    with_blanks,
+    worthwhile_on_cpu,
 )
-from experiments.launching.study import held, take_up, wait_for
+from experiments.launching.study import study_locks, take_up, wait_for
 from experiments.loggers import Guarded, Logger, WandbLogger
 from experiments.reports.scores import mean_score, scores
 from experiments.reports.searches import rankings, write_ranking
@@ -288,7 +288,7 @@ def test_a_cut_keeps_the_order_and_the_limit(number: int, seeds: int, most: int)
 
 def test_the_limit_is_of_replicas_and_of_memory(tmp_path: Path) -> None:
     """A grid of three cells with two seeds each."""
-    assert [paying_on_a_processor(samples) for samples in (64, 128, 512, 60000)] == [45, 45, 11, 0]
+    assert [worthwhile_on_cpu(samples) for samples in (64, 128, 512, 60000)] == [45, 45, 11, 0]
     three = ["optimizer=sgd", "optimizer.step_size=0.1,0.2,0.3", "iterations=1", "hydra/launcher=stacked"]
     assert "2 cells, 4 replicas, as one stack" in launch(tmp_path / "some", *three, "hydra.launcher.replicas=5")
     assert "as one stack" not in launch(tmp_path / "small", *three, "hydra.launcher.memory=1e-5")
@@ -321,17 +321,17 @@ def test_hyperparameters_that_may_be_one_a_replica() -> None:
 )  # fmt: skip
 def test_values_of_two_cells_are_joined(first: Any, second: Any, expected: Any) -> None:
     """Of two seeds each."""
-    assert joined([first, second], 2) == expected
+    assert join_values([first, second], 2) == expected
 
 
 def test_blanks_stand_for_numbers_alone() -> None:
-    assert blanked({"start": 1, "end": [1, 2]}, 2) == {"start": "a number", "end": "a number"}
-    assert blanked({"blocks": [1, {"start": 2.0}]}, 2) == {"blocks": ["a number", {"start": "a number"}]}
+    assert with_blanks({"start": 1, "end": [1, 2]}, 2) == {"start": "a number", "end": "a number"}
+    assert with_blanks({"blocks": [1, {"start": 2.0}]}, 2) == {"blocks": ["a number", {"start": "a number"}]}
     assert (
-        blanked(True, 2) is True
-        and blanked(None, 2) is None
-        and blanked("adam", 2) == "adam"
-        and blanked([1, 2], 3) == [1, 2]
+        with_blanks(True, 2) is True
+        and with_blanks(None, 2) is None
+        and with_blanks("adam", 2) == "adam"
+        and with_blanks([1, 2], 3) == [1, 2]
     )
 
 
@@ -720,7 +720,7 @@ def test_a_search_goes_on_with_new_trials_after_some_have_failed(
         return real(config, job)
 
     monkeypatch.setattr(classification, "execute", execute)
-    monkeypatch.setattr(failures, "begun", [])
+    monkeypatch.setattr(failures, "unfinished_sweep", [])
     with pytest.raises((ValueError, KeyError)):  # of Optuna's sweeper, which looks for the best trial
         launch(tmp_path, *space, "hydra.sweeper.n_trials=1")
     first, _, last = hints([], None)
@@ -773,8 +773,8 @@ def test_a_second_launch_of_a_study_waits_for_the_first(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     wait_for(FileLock(file), "a study")
-    assert holder.wait(timeout=10) == 0 and held[-1].is_locked
-    held.pop().release()
+    assert holder.wait(timeout=10) == 0 and study_locks[-1].is_locked
+    study_locks.pop().release()
 
 
 def test_trials_that_a_kill_has_cut_short_are_made_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -870,11 +870,11 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
     """A number, and a word."""
     overrides = (["a.b=1"], ["a.b=2", "c=0.5"], ["a.b=3", "d=word"])
     runs = [
-        put(
+        add_run(
             tmp_path,
             f"sgd-{n}",
             [50.0 + n],
-            info("sgd", "tuned", "2001", dataset={"holdout": 5, "sha256": "abc"}, seeds=[0], overrides=o),
+            run_json("sgd", "tuned", "2001", dataset={"holdout": 5, "sha256": "abc"}, seeds=[0], overrides=o),
         )
         for n, o in enumerate(overrides)
     ]
@@ -942,7 +942,7 @@ def test_an_error_that_is_not_of_writing_is_told_as_it_is(
     with pytest.raises(type(error)) as told, atomic_write(tmp_path / "table.csv", "the table"):
         raise error
     assert told.value is error
-    monkeypatch.setattr(failures, "begun", [])
+    monkeypatch.setattr(failures, "unfinished_sweep", [])
     if error.errno != errno.EACCES:  # Hydra reads no file but those of conf/
         assert hints([], error) == []
 

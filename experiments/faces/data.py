@@ -37,7 +37,7 @@ ATTRIBUTES = tuple(  # in CelebA's order
 FOLDERS = ("faces", "lfw", "lfw-deepfunneled", "lfw_funneled")  # the last is where a download goes
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LFWA, LFWA_SPLIT = "lfw_att_40.mat", "indices_train_test.mat"
-DECODED = 2  # to be raised when another image is made of a file: what the cache has is then made anew
+DECODED = 2  # to be raised when another image is made of a file: the cache is then written again
 
 Integers = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -101,7 +101,7 @@ def load_faces(
         its share of the images nearest to this (LFWA's own share); nobody is in both sets.
 
     Decoded images are kept as `<root>/cache/faces-*.npy`, to be deleted at will, for as long as the box, the size and
-    the files' names, sizes and times stay; where that cannot be written, they are decoded anew each time.
+    the files' names, sizes and times stay; where that cannot be written, they are decoded again each time.
 
     Raises ValueError for an impossible argument, DatasetError if anything is absent, damaged or not as expected.
     """

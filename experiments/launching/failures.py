@@ -1,4 +1,4 @@
-"""Jobs that fail: the others go on, and the end of the launch lists what failed, with the causes."""
+"""Jobs that fail: the other jobs go on, and the launch lists at its end which jobs failed, and why."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.errors import TOLD, in_words
+from experiments.errors import FOR_USERS, in_words
 from experiments.launch import Launch
 from experiments.overrides import parse
 
 log = logging.getLogger(__name__)
 FAILED = "failed.txt"  # a note in Hydra's folder of a job: why it failed
-begun: list[DictConfig] = []  # the configuration of a sweep that has begun and not ended
+unfinished_sweep: list[DictConfig] = []  # the configuration of a sweep that has begun and not ended
 
 
 class JobError(Exception):
@@ -29,7 +29,7 @@ class JobError(Exception):
 
 
 def run_task(config: DictConfig, launch: Launch) -> float | None:
-    """What a configuration's task returns. Raises JobError where it, or what it calls, would end the program."""
+    """Run a configuration's task, and return what it returns. Raises JobError where the task would end the program."""
     try:
         return get_method(config.task)(config, launch)  # type: ignore[no-any-return]
     except SystemExit as end:
@@ -38,11 +38,11 @@ def run_task(config: DictConfig, launch: Launch) -> float | None:
 
 @contextmanager
 def failures_end_the_program() -> Iterator[None]:
-    """For a callback's methods: ends the program, with exit code 1, for an Exception, of which Hydra would but warn."""
+    """End the program with exit code 1 if a callback's method raises an Exception; Hydra would only warn of it."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, TOLD):
+        if not isinstance(error, FOR_USERS):
             traceback.print_exc()
         raise SystemExit(f"error: {in_words(error)}") from error
 
@@ -55,7 +55,7 @@ class Failures(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        begun[:] = [config]
+        unfinished_sweep[:] = [config]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         folder = Path(config.hydra.runtime.output_dir)
@@ -64,33 +64,33 @@ class Failures(Callback):
             return
         error = job_return._return_value  # the property would raise it
         if config.hydra.mode == RunMode.RUN:
-            if config.hydra.verbose or not isinstance(error, TOLD):
+            if config.hydra.verbose or not isinstance(error, FOR_USERS):
                 traceback.print_exception(error)
             raise SystemExit(f"error: {in_words(error)}")
-        failed(folder, error, config.hydra.verbose)
+        note_failure(folder, error, config.hydra.verbose)
         job_return.return_value = JobError(in_words(error))
         if "BasicSweeper" in config.hydra.sweeper._target_:
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
     @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        begun.clear()
-        if lines := listed(config):
+        unfinished_sweep.clear()
+        if lines := causes_of_failures(config):
             raise SystemExit("\n".join(lines))
 
 
-def failed(folder: Path, error: Exception, verbose: Any) -> None:
+def note_failure(folder: Path, error: Exception, verbose: Any) -> None:
     """Log the failure of a sweep's job, and leave a note in the job's folder. Raises OSError."""
-    hidden = isinstance(error, TOLD) and not verbose
+    hidden = isinstance(error, FOR_USERS) and not verbose
     log.error("%s failed: %s", folder, in_words(error), exc_info=None if hidden else error)
     (folder / FAILED).write_text(in_words(error), encoding="utf-8")
 
 
-def listed(config: DictConfig) -> list[str]:
-    """The causes of a launch's failed jobs, each with the jobs and what they have of their own."""
+def causes_of_failures(config: DictConfig) -> list[str]:
+    """Lines that name the causes of a launch's failed jobs, and for each cause the jobs with their own overrides."""
     launch = Path(config.hydra.sweep.dir)
-    given = [o for o in parse(config.hydra.overrides.task) if not o.is_sweep_override()]
-    common = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in given}
+    fixed = [o for o in parse(config.hydra.overrides.task) if not o.is_sweep_override()]
+    common = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in fixed}
     jobs: dict[str, list[str]] = {}
     for path in sorted(launch.rglob(FAILED)):
         known = path.parent / ".hydra/overrides.yaml"

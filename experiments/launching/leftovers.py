@@ -1,4 +1,4 @@
-"""The runs that a launch has left to other processes: at its end they are waited for, or made."""
+"""Runs that a launch has left to other processes: at its end it waits for them, or makes them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.launch import Launch
-from experiments.launching.failures import failed, failures_end_the_program, run_task
+from experiments.launching.failures import failures_end_the_program, note_failure, run_task
 from experiments.store import LEFT
 
 
 class Leftovers(Callback):
-    """Before the report of a sweep."""
+    """At the end of a sweep, before its report: finishes the runs that were left to other processes."""
 
     @failures_end_the_program()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -22,11 +22,11 @@ class Leftovers(Callback):
             try:
                 come_back_to(job)
             except Exception as error:
-                failed(job, error, config.hydra.verbose)
+                note_failure(job, error, config.hydra.verbose)
 
 
 def come_back_to(job: Path) -> None:
-    """Wait for the run of a job whose folder in the launch this is, or make it if its process has died."""
+    """Wait for the run of a job, or make it if its process has died. job: the job's folder in the launch."""
     config = OmegaConf.load(job / ".hydra/config.yaml")
     assert isinstance(config, DictConfig)
     run_task(config, Launch.saved(job / ".hydra"))

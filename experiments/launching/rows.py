@@ -1,4 +1,4 @@
-"""Which rows of an experiment a launch makes: those that `optimizer=…` and `setting=…` choose, a job each."""
+"""Which rows of an experiment a launch makes: those that `optimizer=…` and `setting=…` choose, one job per row."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from omegaconf import DictConfig, open_dict, read_write
 from experiments.errors import user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
-from experiments.overrides import key_of, parse
+from experiments.overrides import ROW_FILTERS, key_of, parse
 from experiments.rows import DEFAULT, TableRows
-
-CHOOSING = ("optimizer", "setting")
 
 
 class Rows(Callback):
-    """Before a launch: puts `row=…` in the place of `optimizer=…` and `setting=…`, of the command line and of search=….
+    """Before a launch: replaces `optimizer=…` and `setting=…`, of the command line and of search=…, by `row=…`.
 
-    A `row=…` that is given is taken as it is, and a race (`optimizers`) composes its rows itself.
+    A `row=…` of the user's stays as it is, and a race (`optimizers`) composes its rows itself.
     """
 
     @failures_end_the_program()
@@ -29,28 +27,29 @@ class Rows(Callback):
         params, overrides = config.hydra.sweeper.params or {}, config.hydra.overrides
         searched = [f"{key}={value}" for key, value in params.items()]
         loader = GlobalHydra.instance().config_loader()
-        given = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
-        if "row" in given or "optimizers" in config:
+        by_key = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
+        if "row" in by_key or "optimizers" in config:
             return
-        methods, settings = (values(given.get(key)) for key in CHOOSING)
+        methods, settings = (values(by_key.get(key)) for key in ROW_FILTERS)
         with user_errors():
-            chosen = choices(rows_of_launch(config, given, settings), methods, settings)
+            chosen = choices(rows_of_launch(config, by_key, settings), methods, settings)
         with read_write(config), open_dict(config):
-            overrides.task = [*chosen, *(override for override in overrides.task if key_of(override) not in CHOOSING)]
-            for key in params.keys() & CHOOSING:
+            overrides.task = [*chosen, *(o for o in overrides.task if key_of(o) not in ROW_FILTERS)]
+            for key in params.keys() & ROW_FILTERS:
                 del params[key]
 
 
 def values(override: Override | None) -> list[str | None]:
-    """The values of a swept override, or its single one; [None], for any, where none is given."""
+    """Return the values of an override, several in a sweep; [None], for any value, if there is no override."""
     if override is None:
         return [None]
     return list(override.sweep_string_iterator() if override.is_sweep_override() else [str(override.value())])
 
 
-def rows_of_launch(config: DictConfig, given: dict[str, Override], settings: list[str | None]) -> TableRows:
-    """Those of the experiment, none of several. Raises ValueError for several with other settings than `default`."""
-    if len(values(given.get("experiment"))) == 1:
+def rows_of_launch(config: DictConfig, by_key: dict[str, Override], settings: list[str | None]) -> TableRows:
+    """Return the experiment's rows, and no rows for several experiments. Raises ValueError for several experiments with
+    a setting other than `default`."""
+    if len(values(by_key.get("experiment"))) == 1:
         return TableRows.of(config.hydra.runtime.choices["experiment"], config.rows, conf_folders(config.hydra))
     if settings != [DEFAULT]:
         raise ValueError("experiment: rows can be launched for one experiment at a time; several need setting=default")
@@ -58,7 +57,7 @@ def rows_of_launch(config: DictConfig, given: dict[str, Override], settings: lis
 
 
 def choices(table: TableRows, methods: list[str | None], settings: list[str | None]) -> list[str]:
-    """The overrides that stand for methods and settings, None for any: `row=…`, or `optimizer=…` for default values.
+    """Return the override for methods and settings, None for any: `row=…`, or `optimizer=…` for default values.
 
     Raises ValueError for what one sweep cannot make.
     """

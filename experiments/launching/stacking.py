@@ -21,7 +21,7 @@ from admm.checkpoints import History, Row, save, size
 from admm.data import load
 from admm.optimizers.protocol import Optimizer, Problem
 from experiments.device import find_device
-from experiments.errors import TOLD, in_words
+from experiments.errors import FOR_USERS, in_words
 from experiments.jobs import TASK, Job, find_job
 from experiments.launch import Launch
 from experiments.loggers import Guarded, Logger
@@ -29,8 +29,8 @@ from experiments.store import Slot
 from experiments.training import Observer, build_problem, end_record, logger_of, train_or_resume
 
 log = logging.getLogger(__name__)
-SOME = 1000  # samples of which a cell's variables are made, to know how many bytes those of all take
-REPLICAS, SAMPLES = 45, 45 * 128  # of a stack, and of all their mini-batches, up to which more pay (`make bench`)
+SOME = 1000  # samples for which a cell's variables are allocated, to extrapolate their bytes to all samples
+REPLICAS, SAMPLES = 45, 45 * 128  # of a stack, and of all its mini-batches: more are not worthwhile (`make bench`)
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,21 @@ class Cell:
 
     @property
     def replicas(self) -> int:
+        """How many replicas the cell has: one per seed."""
         return len(self.job.info["seeds"])
 
 
 def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: float | None) -> list[list[Cell]]:
-    """Train what can be stacked and has not been run; the result of each cell is put into the store as of its own run.
+    """Train the cells that can be stacked and have not been run; put each cell's result into the store as its own run.
 
-    Of the other cells nothing is done, nor of those that another process is making. Returns the stacks that are
-    not finished.
+    Other cells, and those that another process is making, are left alone. Stacks are cut in the same way at each launch
+    of a sweep, so that an interrupted one goes on from its checkpoint. Returns the stacks that are not finished.
+    Ends the program for an impossible limit.
 
-    configs: of the sweep's jobs, with their `hydra`. replicas: most in a stack; None: as many as pay. memory: GiB for a
-    stack's variables; None: a quarter of the device's. Stacks are cut in the same way at each launch of a sweep, and so
-    one that was interrupted goes on from its checkpoint. Ends the program where a limit is none.
+    Args:
+        configs: The configurations of the sweep's jobs, with their `hydra`.
+        replicas: Most replicas in a stack; None: as many as are worthwhile.
+        memory: GiB for a stack's variables; None: a quarter of the device's.
     """
     check_limits(replicas, memory)
     shared = cache(load)  # cells with the same data hold them once
@@ -72,7 +75,7 @@ def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: fl
 
 
 def check_limits(replicas: Any, memory: Any) -> None:
-    """Ends the program with a message that names the key."""
+    """End the program for an impossible limit, with a message that names the key."""
     if replicas is not None and not (type(replicas) is int and replicas > 0):
         raise SystemExit(f"error: hydra.launcher.replicas: {replicas!r} is not a whole number from 1 up")
     if memory is not None and not (type(memory) in (int, float) and memory > 0):
@@ -80,8 +83,10 @@ def check_limits(replicas: Any, memory: Any) -> None:
 
 
 def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
-    """None if the job is no run of a classifier, is forced, or fails already here, as its own run will say; and of a
-    network whose replicas are evaluated one after the other, so that a stack would take their memory and no less time.
+    """Return a job as a cell, or None if it should not be stacked.
+
+    It should not if it does not train a classifier, is forced, or fails already here (its own run will say why); nor if
+    the network's replicas are evaluated one after the other, as a stack then takes more memory and no less time.
     """
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     if task.task != TASK or task.force:
@@ -100,9 +105,9 @@ def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
 
 
 def bytes_of_variables(problem: Problem, optimizer: Optimizer[Any], seeds: Sequence[int]) -> float:
-    """Of all seeds, from those of `SOME` samples and of twice as many, with which they grow linearly.
+    """Return the bytes of all seeds' variables, extrapolated linearly from `SOME` samples and from twice as many.
 
-    Raises ValueError for what the optimizer cannot do.
+    Raises ValueError for a problem that the optimizer cannot train.
     """
 
     def of(samples: int) -> int:
@@ -117,48 +122,48 @@ def bytes_of_variables(problem: Problem, optimizer: Optimizer[Any], seeds: Seque
 
 
 def template(job: Job) -> str:
-    """The configuration with blanks for what may differ within a stack, and the data."""
+    """Return what all cells of a stack share: the configuration, with blanks for what may differ, and the data."""
     config: dict[str, Any] = json.loads(json.dumps(job.config))
     seeds = len(config.pop("seeds"))
     del config["note"]
     for name in hyperparameters(config["optimizer"]):
-        config["optimizer"][name] = blanked(config["optimizer"][name], seeds)
+        config["optimizer"][name] = with_blanks(config["optimizer"][name], seeds)
     own = [job.info[key] for key in ("experiment", "method", "dataset")]
     return json.dumps([config, seeds, *own, str(job.slot.root)], sort_keys=True)
 
 
 def hyperparameters(optimizer: dict[str, Any]) -> list[str]:
-    """Those of an optimizer's configuration that may be one number per replica (`admm.schedules`)."""
+    """Return the keys of an optimizer's configuration whose value may be one number per replica (`admm.schedules`)."""
     hints = get_type_hints(get_class(optimizer["_target_"]))
     return [name for name in optimizer if Sequence[float] in get_args(hints.get(name))]
 
 
-def blanked(value: Any, seeds: int) -> Any:
-    """A blank for a number, or for one per replica; inside of a schedule and of {blocks: […]} too."""
+def with_blanks(value: Any, seeds: int) -> Any:
+    """Return a value with a blank for each number, or one number per replica, also in schedules and {blocks: […]}."""
     match value:
         case {"blocks": list(parts)}:
-            return {"blocks": [blanked(part, seeds) for part in parts]}
+            return {"blocks": [with_blanks(part, seeds) for part in parts]}
         case dict():
-            return {key: blanked(part, seeds) for key, part in value.items()}
+            return {key: with_blanks(part, seeds) for key, part in value.items()}
         case list():
             return "a number" if len(value) == seeds else value
     return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def joined(values: Sequence[Any], seeds: int) -> Any:
-    """A hyperparameter of all cells, of so many seeds each: their number, or one per replica."""
+def join_values(values: Sequence[Any], seeds: int) -> Any:
+    """Return a hyperparameter of a stack: the cells' common value, or one number per replica. seeds: per cell."""
     match values[0]:
         case {"blocks": _}:
-            return {"blocks": [joined(parts, seeds) for parts in zip(*(v["blocks"] for v in values), strict=True)]}
+            return {"blocks": [join_values(parts, seeds) for parts in zip(*(v["blocks"] for v in values), strict=True)]}
         case dict() as first:
-            return {key: joined([value[key] for value in values], seeds) for key in first}
+            return {key: join_values([value[key] for value in values], seeds) for key in first}
         case first if not isinstance(first, list) and all(value == first for value in values):
             return first
     return [number for value in values for number in (value if isinstance(value, list) else [value] * seeds)]
 
 
 def cut(cells: list[Cell], replicas: int | None, memory: float | None) -> Iterator[list[Cell]]:
-    """Stacks of at least two cells, within the limits, and of nearly the same number of cells."""
+    """Yield stacks of at least two cells, within the limits, and of nearly the same number of cells."""
     if len(cells) < 2:
         return
     most = largest_stack(cells[0], replicas, memory) // cells[0].replicas
@@ -170,44 +175,44 @@ def cut(cells: list[Cell], replicas: int | None, memory: float | None) -> Iterat
 
 
 def largest_stack(cell: Cell, replicas: int | None, memory: float | None) -> int:
-    """The most replicas of a stack of such cells, by `train_stacks`' limits."""
+    """Return how many replicas a stack of such cells may have, by the limits of `train_stacks`."""
     device = find_device(cell.job.config["device"])
     on_gpu = device.type == "cuda"
     whole = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
     fitting = int((whole / 4 if memory is None else memory * 2**30) / cell.size)
     if replicas is not None:
         return min(fitting, replicas)
-    return fitting if on_gpu else min(fitting, paying_on_a_processor(cell.samples))
+    return fitting if on_gpu else min(fitting, worthwhile_on_cpu(cell.samples))
 
 
-def paying_on_a_processor(samples: int) -> int:
-    """Replicas, given the samples of a step: the larger the step, the fewer keep a processor busy, and what more of
-    them hold no longer fits its caches."""
+def worthwhile_on_cpu(samples: int) -> int:
+    """Return how many replicas are worthwhile on a CPU, given the samples of a step: the larger the step, the fewer
+    replicas keep the CPU busy, and the sooner they exceed its caches."""
     return min(REPLICAS, SAMPLES // samples)
 
 
 def train_stack(cells: Sequence[Cell], wait: bool = False) -> bool:
-    """Train the cells that have not been, from the stack's checkpoint if there is one. Returns whether all of them are
-    finished: others may be at some of them, or at the stack, unless their end is waited for.
+    """Train the unfinished cells of a stack, from its checkpoint if there is one. Returns whether all are finished:
+    without `wait`, other processes may still be making some of them.
 
-    A stack that fails leaves its cells to their own runs, of which those fail that have to.
+    If the stack fails, its cells are left to their own runs.
     """
     first, slots = cells[0].job.slot, {cell.job.slot.identity: cell.job.slot for cell in cells}
     slot = replace(first, name=f"{first.name}-stack", identity=hashlib.sha256("".join(slots).encode()).hexdigest()[:12])
     try:
         return _train_stack(cells, slot, slots, wait)
     except Exception as error:
-        where = None if isinstance(error, TOLD) else error
+        where = None if isinstance(error, FOR_USERS) else error
         log.warning("%s failed, its cells are run one by one: %s", slot.name, in_words(error), exc_info=where)
         return True
 
 
 def _train_stack(cells: Sequence[Cell], slot: Slot, slots: dict[str, Slot], wait: bool) -> bool:
-    with ExitStack() as held:
-        if not held.enter_context(slot.lock(wait)):
+    with ExitStack() as locks:
+        if not locks.enter_context(slot.lock(wait)):
             return False
         # in one order in all processes, so that no two wait for each other
-        free = {identity for identity in sorted(slots) if held.enter_context(slots[identity].lock(wait))}
+        free = {identity for identity in sorted(slots) if locks.enter_context(slots[identity].lock(wait))}
         todo = [cell for cell in cells if cell.job.slot.identity in free and not cell.job.slot.finished()]
         if slot.checkpoint.exists():
             begun = json.loads(slot.start_note.read_text(encoding="utf-8"))["cells"]
@@ -215,14 +220,14 @@ def _train_stack(cells: Sequence[Cell], slot: Slot, slots: dict[str, Slot], wait
         else:
             stack = todo = [cell for cell in todo if not cell.job.slot.checkpoint.exists()]
         if todo and len(stack) > 1:
-            complete(stack, todo, slot)
-        done = all(own.folder.exists() for own in slots.values())
+            train_and_store(stack, todo, slot)
+        done = all(cell_slot.folder.exists() for cell_slot in slots.values())
         if done:
             slot.discard()
     return done
 
 
-def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
+def train_and_store(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
     """Train a stack, and put the results of the cells `todo` into the store."""
     shares = [Share(cell, number, len(stack)) for number, cell in enumerate(stack)]
     config, first = OmegaConf.create(stacked_config(stack)), stack[0].job
@@ -244,17 +249,16 @@ def complete(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> None:
         _, history = train_or_resume(config, job, problem, test, Observer(logger, names=names), keep_last=True)
         for share in shares:
             if share.cell in todo:
-                own = share.of(history)
-                cell = share.cell.job
-                cell.slot.complete(cell.config, own.rows, cell.info | end_record(own) | {"stack": len(config.seeds)})
+                part, cell = share.of(history), share.cell.job
+                cell.slot.complete(cell.config, part.rows, cell.info | end_record(part) | {"stack": len(config.seeds)})
 
 
 def stacked_config(stack: Sequence[Cell]) -> dict[str, Any]:
-    """That of a run of all cells' replicas."""
+    """Return the configuration of a run of all cells' replicas."""
     configs = [cell.job.config for cell in stack]
     optimizer = configs[0]["optimizer"]
     values = {
-        name: joined([config["optimizer"][name] for config in configs], stack[0].replicas)
+        name: join_values([config["optimizer"][name] for config in configs], stack[0].replicas)
         for name in hyperparameters(optimizer)
     }
     seeds = [seed for config in configs for seed in config["seeds"]]
@@ -263,7 +267,7 @@ def stacked_config(stack: Sequence[Cell]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Share:
-    """A cell of a stack, the number of it and of how many."""
+    """A cell's part of a stack. number: the cell's position, from 0. cells: how many the stack has."""
 
     cell: Cell
     number: int
@@ -275,23 +279,24 @@ class Share:
         return self.number * self.cell.replicas
 
     def rows(self, rows: Sequence[Row]) -> list[Row]:
-        """The cell's, as of a run of its own, whose seconds are its part of the stack's."""
-        own = range(self.start, self.start + self.cell.replicas)
+        """Return the cell's rows as its own run would have them; its seconds are an equal part of the stack's."""
+        replicas = range(self.start, self.start + self.cell.replicas)
         return [
             row | {"replica": row["replica"] - self.start, "seconds": row["seconds"] / self.cells}
             for row in rows
-            if row["replica"] in own
+            if row["replica"] in replicas
         ]
 
     def of(self, history: History) -> History:
+        """Return the cell's part of the stack's history."""
         diverged = {replica - self.start: at for replica, at in history.diverged.items()}
-        own = {replica: at for replica, at in diverged.items() if 0 <= replica < self.cell.replicas}
-        return History(self.rows(history.rows), history.seconds / self.cells, own)
+        of_cell = {replica: at for replica, at in diverged.items() if 0 <= replica < self.cell.replicas}
+        return History(self.rows(history.rows), history.seconds / self.cells, of_cell)
 
 
 @dataclass(frozen=True)
 class CellLoggers(Logger):
-    """Each cell's rows to its own logger."""
+    """Sends each cell's rows to the cell's own logger."""
 
     shares: Sequence[Share]
     loggers: Sequence[Logger]

@@ -1,4 +1,4 @@
-"""Searches by Optuna that can be stopped and go on, and what a search has found."""
+"""Optuna studies that can be stopped and resumed, and the rankings that searches end with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from hydra.core.override_parser.types import RangeSweep
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -19,7 +21,7 @@ from experiments.identity import identity
 from experiments.launching.failures import failures_end_the_program
 from experiments.overrides import chooses_row, parse
 from experiments.reports.scores import is_of_a_search
-from experiments.reports.searches import as_in_a_grid, rankings, write_ranking
+from experiments.reports.searches import rankings, write_ranking
 from experiments.store import failed_writes_in_words, launched_runs
 
 if TYPE_CHECKING:
@@ -28,21 +30,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
-held: list[FileLock] = []  # of studies, until the process ends; no part of the callback, which is sent to workers
+study_locks: list[FileLock] = []  # until the process ends; a callback cannot hold them, as it is sent to workers
 
 
 class Study(Callback):
-    """Before a launch of hydra/sweeper=study: trials of former ones that have a value count towards `n_trials`, those
-    of launches that have died are the first that are made, from their runs' checkpoints, and those that have failed are
-    not made again. A sampler's seed moves with the number of trials, so that it draws new ones.
+    """Before a launch of hydra/sweeper=study: resumes the study. At the end of any search: ranks its configurations.
 
-    A study is of one command: its name ends with the hash of the configuration and of the space, so that no other
-    command goes on with its trials. A second launch waits until the first one has ended.
+    Former trials that have a value count towards `n_trials`. Trials that were cut short are made first, from their
+    runs' checkpoints. Failed trials are not made again. The sampler's seed grows with the number of trials, so that it
+    draws new ones.
 
-    After a launch of any search, on held-out data: its ranking, in the launch's folder; of a study, all launches'.
+    A study belongs to one command: its name ends with a hash of the configuration and the space, so that no other
+    command resumes it. A second launch of the command waits until the first one has ended.
+
+    The ranking is by the score on held-out data. It is in the launch's folder; that of a study covers all its launches.
     """
 
-    launches: Sequence[str] = ()  # of a study, folders
+    launches: Sequence[str] = ()  # folders of a study's launches
 
     @failures_end_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -55,7 +59,7 @@ class Study(Callback):
 
         as_in_a_grid(config)
         with read_write(config):
-            sweeper.study_name = f"{sweeper.study_name}_{searched(config)}"
+            sweeper.study_name = f"{sweeper.study_name}_{search_hash(config)}"
         if not sweeper.storage.startswith(SQLITE):
             raise BadInput(f"hydra.sweeper.storage: {sweeper.storage} is not {SQLITE}<file>")
         file = Path(sweeper.storage.removeprefix(SQLITE))
@@ -86,9 +90,9 @@ class Study(Callback):
                     write_ranking(name, ranked, launch)
 
 
-def searched(config: DictConfig) -> str:
-    """Eight hexadecimal digits of the hash of what is searched: the configuration without its neutral keys, the row,
-    and the space, of search=… and of the command line."""
+def search_hash(config: DictConfig) -> str:
+    """Return eight hexadecimal digits of a hash of what is searched: the configuration without its neutral keys, the
+    row, and the space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     row = [override for override in config.hydra.overrides.task if chooses_row(override)]
     searched_by = row, space(config), str(config.hydra.sweeper.direction)
@@ -98,11 +102,39 @@ def searched(config: DictConfig) -> str:
 
 
 def space(config: DictConfig) -> dict[str, Any]:
-    """By key what search=… and the command line vary, as it is written there."""
+    """Return what search=… and the command line vary: by key, the values as they are written there."""
     params: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())  # type: ignore[assignment]
     return params | {
         o.get_key_element(): o.get_value_string() for o in parse(config.hydra.overrides.task) if o.is_sweep_override()
     }
+
+
+def as_in_a_grid(config: DictConfig) -> None:
+    """Exclude the ends of the ranges of a study's space, as a grid does; Optuna's sweeper includes them.
+
+    config: The launch's configuration, with its `hydra`; changed in place.
+    """
+    sweeper, overrides = config.hydra.sweeper, config.hydra.overrides
+    with read_write(config):
+        overrides.task = [without_end(override) for override in overrides.task]
+        for key, space in (sweeper.params or {}).items():
+            sweeper.params[key] = without_end(f"{key}={space}").removeprefix(f"{key}=")
+
+
+def without_end(override: str) -> str:
+    """Return an override whose value is a range(…) as a rising range that ends with its last value; any other as it is.
+
+    Raises BadInput for a range without values.
+    """
+    space = parse([override])[0].value()
+    if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
+        return override
+    first, step = Decimal(str(space.start)), Decimal(str(space.step))
+    last = first + (len(list(space.range())) - 1) * step
+    low, high = (first, last) if step > 0 else (last, first)
+    if low > high:
+        raise BadInput(f"{override}: a range without a value, as its end is not part of it")
+    return f"{override.partition('=')[0]}=range({low},{high},{abs(step)})"
 
 
 def wait_for(lock: FileLock, name: str) -> None:
@@ -112,12 +144,14 @@ def wait_for(lock: FileLock, name: str) -> None:
     except Timeout:
         log.info("%s: another launch is at it; this one waits for its end, and goes on with what is missing then", name)
         lock.acquire()
-    held.append(lock)
+    study_locks.append(lock)
 
 
 def take_up(study: OptunaStudy) -> None:
-    """Enqueue the trials that a kill has cut short, but once those of the same parameters; for the holder of the
-    study's lock. Each is told to have failed when it is in the queue: a kill in here neither doubles nor loses one."""
+    """Enqueue the trials that a kill has cut short, once per set of parameters. Only the holder of the study's lock may
+    call this.
+
+    A trial is marked as failed after it is in the queue, so that a kill here neither doubles nor loses one."""
     from optuna.trial import TrialState
 
     def parameters(trial: FrozenTrial) -> dict[str, Any]:
@@ -125,9 +159,9 @@ def take_up(study: OptunaStudy) -> None:
 
     known = [parameters(trial) for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING))]
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        own = parameters(trial)
-        # one that was killed among its suggestions has some of the parameters only
-        if not any(own.items() <= other.items() for other in known):
-            study.enqueue_trial(own)
-            known.append(own)
+        cut_short = parameters(trial)
+        # a trial that was killed between two suggestions has only some of the parameters
+        if not any(cut_short.items() <= other.items() for other in known):
+            study.enqueue_trial(cut_short)
+            known.append(cut_short)
         study.tell(trial.number, state=TrialState.FAIL)

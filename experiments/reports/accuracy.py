@@ -21,10 +21,10 @@ from experiments.store import Run
 
 @dataclass(frozen=True)
 class Accuracy(ExperimentReport):
-    """The table and the figure of test accuracy; the score is the last one, on what is held out in a search."""
+    """Test accuracy against iteration. The score is the last accuracy; in a search it is on held-out data."""
 
     def score(self, run: Run) -> dict[int, float]:
-        """Raises ValueError where a seed has not diverged and lacks its last evaluation."""
+        """Return each seed's last accuracy. Raises ValueError for a seed that has not diverged and lacks it."""
         record, history = run.record, run.history
         final = history[history["iteration"] == record.iterations].set_index("replica")["test_accuracy"].dropna()
         if len(final) + len(record.diverged) < len(record.seeds):
@@ -45,7 +45,7 @@ class Accuracy(ExperimentReport):
         return {self.experiment: self.figure(curves(runs))}
 
     def figure(self, curves: list[Curve]) -> Figure:
-        """Mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
+        """Draw mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
 
         One panel for each setting, with the legend below it.
         """
@@ -81,19 +81,19 @@ def _comparison(curve: Curve) -> Comparison:
 
 
 def accuracy_label(curves: Sequence[Curve]) -> str:
-    """What the column `test_accuracy` holds: held-out accuracy where that is what all curves have."""
+    """Return what the column `test_accuracy` holds: held-out accuracy if all curves are of held-out data."""
     held_out = all(curve.record.dataset.holdout for curve in curves)
     return f"{'held-out' if held_out else 'test'} accuracy (%)"
 
 
 def colours(curves: Sequence[Curve]) -> list[str]:
-    """The methods' own; in turn where a method has several curves."""
+    """Return a colour for each curve: its method's; or other colours in turn if a method has several curves."""
     one_each = len({curve.record.method for curve in curves}) == len(curves)
     return [(one_each and method_of(curve.record.method).colour) or f"C{n}" for n, curve in enumerate(curves)]
 
 
 def lengths_differ(curves: Sequence[Curve]) -> bool:
-    """Whether the numbers of iterations are so different that their axis should be logarithmic."""
+    """Return whether the numbers of iterations are so different that their axis should be logarithmic."""
     iterations = [curve.record.iterations for curve in curves]
     return max(iterations) > 4 * min(iterations)
 
@@ -120,7 +120,7 @@ def plot_curve(
 
 
 def legend_lines(curves: Sequence[Curve]) -> int:
-    """How many lines the legends of these curves take."""
+    """Return how many lines the legends of these curves take."""
     return sum(1 + curve.legend.count("\n") for curve in curves)
 
 
@@ -143,7 +143,7 @@ def _plot_panel(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def accuracy_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """The accuracies to show: from below the worst final one, or 0 if one has not learnt, to above the best."""
+    """Return the range to show: from below the worst final accuracy, or 0 if that is at most 50, to above the best."""
     finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in curves]
     finals += [curve.reference for curve in curves if curve.reference is not None]
     missing = 100.0 - min(finals)
@@ -151,7 +151,7 @@ def accuracy_range(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def caption(report: ExperimentReport, curves: Sequence[Curve], remark: str = "") -> str:
-    """What a figure shows, of how many seeds, on which machine."""
+    """Return a figure's caption: what it shows, over how many seeds, on which machine. remark: follows the seeds."""
     of_the_paper = all(curve.is_of_the_paper for curve in curves)
     source = f"Reproduction of {report.paper.source}: " if of_the_paper and report.paper.source else ""
     seeds = sorted({curve.row()["seeds"] for curve in curves})

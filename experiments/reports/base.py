@@ -25,7 +25,7 @@ TEST_ACCURACY = "test accuracy in percent"
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row's headline number beside the paper's. run: the name of the newest of the row's runs."""
+    """The number of a table's row beside the paper's. run: the name of the row's newest run."""
 
     run: str
     method: str
@@ -60,14 +60,14 @@ class ExperimentReport(ABC):
 
     @abstractmethod
     def score(self, run: Run) -> dict[int, float]:
-        """What a search maximises, percent, by seed: 0 for one that has diverged, nothing where nothing is scored."""
+        """Return what a search maximises, percent, by seed: 0 for a diverged seed; empty if nothing is scored."""
 
     @abstractmethod
     def headline(self, run: Run) -> tuple[float, str]:
-        """The one number of a run alone, and its unit."""
+        """Return the one number that describes a run, and its unit."""
 
     def numbers(self, run: Run) -> dict[str, float]:
-        """All that was measured at the end of a run, by name: means over the replicas that have not diverged."""
+        """Return all that was measured at the end of a run by name: means over the replicas that have not diverged."""
         history = run.history
         ended = history[~history["replica"].isin(run.record.diverged)]
         means = ended.groupby("replica").tail(1).mean(numeric_only=True).drop(["replica", "seed"])
@@ -75,18 +75,18 @@ class ExperimentReport(ABC):
 
     @abstractmethod
     def compare(self, runs: list[Run]) -> list[Comparison]:
-        """The number of each row of the table, with the paper's where it has one for this row."""
+        """Return the number of each row of the table, with the paper's if it has one for this row."""
 
     @abstractmethod
     def table(self, runs: list[Run]) -> pd.DataFrame:
-        """The table; its index has the name of each row's newest run. runs: from the oldest to the newest."""
+        """Return the table; its index has the name of each row's newest run. runs: from the oldest to the newest."""
 
     @abstractmethod
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
-        """The figures by name."""
+        """Return the figures by name."""
 
     def further_tables(self, runs: list[Run]) -> dict[str, pd.DataFrame]:
-        """Other tables by name."""
+        """Return other tables by name."""
         return {}
 
     @property
@@ -110,32 +110,32 @@ class ExperimentReport(ABC):
         return f"The paper's {self.paper.source}. {self.caption}." if self.paper.source else f"{self.caption}."
 
     def title(self, runs: Sequence[Run]) -> str:
-        """The title of the table of these runs."""
+        """Return the title of the table of these runs."""
         held_out = all(run.record.dataset.holdout for run in runs)
         quantity = self.quantity.replace("test accuracy", "held-out accuracy") if held_out else self.quantity
         return f"{self.experiment}: {quantity}"
 
 
 def score_by_seed(record: RunRecord, by_replica: pd.Series[float]) -> dict[int, float]:
-    """The scores of a run's seeds; 0 for one that has diverged. by_replica: of the others, percent."""
+    """Return the scores of a run's seeds, 0 for a diverged one. by_replica: the scores of the others, percent."""
     scores = dict(zip(by_replica.index.tolist(), by_replica.tolist(), strict=True))
     scores |= dict.fromkeys(record.diverged, 0.0)
     return {record.seeds[replica]: score for replica, score in scores.items()}
 
 
 def report_of(experiment: str, kind: str = "") -> ExperimentReport:
-    """The report that conf/experiment/<experiment>.yaml declares. An experiment that is not in conf has one of this
-    kind, accuracy by default, with its name as the caption."""
+    """Return the report that conf/experiment/<experiment>.yaml declares. An experiment that is not in conf gets a
+    report of this kind, accuracy by default, with its name as the caption."""
     return declared_reports().get(experiment) or _make(experiment, {"_target_": _target(kind or "accuracy")})
 
 
 def report_on(run: Run) -> ExperimentReport:
-    """The report of a run's experiment."""
+    """Return the report of a run's experiment."""
     return report_of(run.record.experiment, run.record.kind)
 
 
 def declared_reports() -> Mapping[str, ExperimentReport]:
-    """The reports of the committed experiments by name, in the order of `make reproduce`."""
+    """Return the reports of the committed experiments by name, in the order of `make reproduce`."""
     return _read(CONF / "experiment")
 
 

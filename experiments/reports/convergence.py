@@ -21,22 +21,21 @@ WIDTH = 7.4  # inches, of a caption's 120 characters
 
 @dataclass(frozen=True)
 class Convergence(Accuracy):
-    """Residuals at the end; residuals by block against iteration for each setting, and the growing primal rounds."""
+    """The table has the residuals at the end; the figures show residuals and primal rounds against iteration."""
 
     def table(self, runs: list[Run]) -> pd.DataFrame:
         return table_of(curves(runs), row)
 
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
-        trained = [
-            curve.after_training() for curve in curves(runs)
-        ]  # before it Z is the forward pass, with no residual
+        # before training Z is the forward pass, and has no residual
+        trained = [curve.after_training() for curve in curves(runs)]
         figures = {self.experiment: self.residuals(trained)}
         if any("primal_rounds" in curve.history for curve in trained):
             figures[f"{self.experiment}_rounds"] = self.rounds(trained)
         return figures
 
     def residuals(self, curves: list[Curve]) -> Figure:
-        """A panel for each setting: relative constraint residual of each block, KKT residual, ‖h‖ and β."""
+        """Draw, in a panel for each setting, each block's relative constraint residual, the KKT residual, ‖h‖ and β."""
         figure = Figure(figsize=(max(4.6 * len(curves) + 0.6, WIDTH), 4.6), layout="constrained")
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for panel, curve in zip(panels, curves, strict=True):
@@ -58,7 +57,7 @@ class Convergence(Accuracy):
         return figure
 
     def rounds(self, curves: list[Curve]) -> Figure:
-        """Primal rounds of each iteration where their number grows, and the KKT residual of all settings."""
+        """Draw the primal rounds of each iteration where their number grows, and the KKT residual of all settings."""
         figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         for colour, curve in zip(PALETTE, curves, strict=False):
@@ -76,7 +75,7 @@ class Convergence(Accuracy):
 
 
 def row(curve: Curve) -> dict[str, Any]:
-    """Means over the seeds at the last iteration, and of the test accuracy."""
+    """Return a setting's row of the table: means over the seeds at the last iteration."""
     last = curve.history[curve.history["iteration"] == curve.record.iterations].mean(numeric_only=True)
     residuals = {name: f"{last[name]:.2e}" for name in ("kkt", *residual_names(curve))}
     of_accuracy = curve.row()
@@ -85,7 +84,7 @@ def row(curve: Curve) -> dict[str, Any]:
 
 
 def residual_names(curve: Curve) -> list[str]:
-    """By block, as `residual_1` comes first in a history."""
+    """Return the names of the blocks' residuals, in the order of the blocks."""
     return [name for name in curve.history.columns if name.startswith("residual_")]
 
 

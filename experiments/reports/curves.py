@@ -19,7 +19,7 @@ from experiments.store import Run
 
 @dataclass(frozen=True)
 class Curve:
-    """A run, or several that differ in their seeds alone. runs: their names in the store, the newest first."""
+    """One run, or several runs that differ in their seeds alone. runs: their names in the store, the newest first."""
 
     runs: tuple[str, ...]
     record: RunRecord
@@ -27,11 +27,12 @@ class Curve:
 
     @property
     def run(self) -> str:
-        """The newest, which the row leads to."""
+        """The name of the newest run."""
         return self.runs[0]
 
     @property
     def report(self) -> ExperimentReport:
+        """The report of its experiment."""
         return report_of(self.record.experiment, self.record.kind)
 
     @property
@@ -41,7 +42,7 @@ class Curve:
 
     @property
     def setting(self) -> str:
-        """The setting's name, whether it is reduced (less than the paper's), and what is to be known of the run."""
+        """The setting's name, whether it is reduced (less than the paper's), note, overrides, and missing seeds."""
         record, seeds = self.record, self.history["replica"].nunique()
         is_reduced = self.report.reduced or any(map(reduces, record.overrides))
         name = f"{'reduced ' if is_reduced else ''}{record.setting}"
@@ -52,6 +53,7 @@ class Curve:
 
     @property
     def legend(self) -> str:
+        """Method, setting, last accuracy and published ones, in words."""
         row = self.row()
         published = {"paper": self.reference, "its authors": self.authors}
         others = ", ".join(f"{who} {value}" for who, value in published.items() if value is not None)
@@ -73,7 +75,7 @@ class Curve:
 
     @property
     def _paper(self) -> PaperEntry:
-        """The paper's numbers for the experiment, none if the run is not of it."""
+        """The paper's numbers for the experiment; an empty entry if the command line has changed the experiment."""
         return self.report.paper if self.is_of_the_paper else PaperEntry()
 
     @property
@@ -82,11 +84,11 @@ class Curve:
         return all(map(is_comparable_with_paper, self.record.overrides))
 
     def by_iteration(self, column: str) -> pd.DataFrame:
-        """Mean and sample standard deviation over the replicas, by iteration."""
+        """Return mean and sample standard deviation of a column over the replicas, by iteration."""
         return self.history.groupby("iteration")[column].agg(["mean", "std"]).fillna({"std": 0.0})
 
     def after_training(self) -> Curve:
-        """Without the evaluation before the first iteration."""
+        """Return the curve without the evaluation before the first iteration."""
         return replace(self, history=self.history[self.history["iteration"] > 0])
 
     def _final(self) -> pd.Series[float]:
@@ -100,7 +102,7 @@ class Curve:
         return bool(self._final().std() > 10.0)
 
     def row(self) -> dict[str, Any]:
-        """Test accuracy of the replicas that reached the last iteration, in percent."""
+        """Return the row of a table: test accuracy of the replicas that reached the last iteration, in percent."""
         final = self._final()
         return {
             "method": self.label,
@@ -116,8 +118,10 @@ class Curve:
 
 
 def curves(runs: Sequence[Run]) -> list[Curve]:
-    """The newest run of each method, setting and overrides, with those that join it, in the order of the methods and of
-    the panels. runs: of one experiment, from the oldest to the newest."""
+    """Return a curve for each method, setting and overrides, in the order of the methods and of the panels.
+
+    It is of the newest run, with older runs that differ from it in their seeds alone. runs: of one experiment, from the
+    oldest to the newest."""
     rows: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         record = run.record
@@ -132,7 +136,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 
 
 def _joined(runs: list[Run]) -> Curve:
-    """The last of these runs, with the seeds of those before it that differ from it in their seeds alone."""
+    """The curve of the last of these runs, with the seeds of earlier runs that differ from it in their seeds alone."""
     *former, newest = runs
     curve = Curve((newest.name,), newest.record, newest.history)
     for run in reversed(former):
@@ -147,16 +151,15 @@ def _joined(runs: list[Run]) -> Curve:
 
 
 def ordered_settings(report: ExperimentReport) -> list[str]:
-    """The settings that have a panel, else tuned, which comes first."""
+    """Return the settings that a report orders: those with a panel, or else tuned."""
     return list(report.panels) or ["tuned"]
 
 
 def place(name: str, order: list[str]) -> tuple[int, str]:
-    """To sort names by an order, those that it does not have last and by themselves."""
+    """Return a key that sorts names by an order; names that it does not have come last, in alphabetical order."""
     return (order.index(name), "") if name in order else (len(order), name)
 
 
 def table_of(curves: Sequence[Curve], row: Callable[[Curve], dict[str, Any]] = Curve.row) -> pd.DataFrame:
-    """A row for each curve: paper and measured side by side, accuracies in percent, `std` over seeds; or what `row`
-    makes of it."""
+    """Return a table with a row for each curve, as `row` returns it; its index has the curves' newest runs."""
     return pd.DataFrame([row(curve) for curve in curves], index=[curve.run for curve in curves])

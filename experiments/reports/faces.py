@@ -25,8 +25,8 @@ MEASURES = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "a
 
 @dataclass(frozen=True)
 class Faces(ExperimentReport):
-    """Table 1: means over the attributes that all runs have probed; bars of them, and heat maps of DeepFacto. The score
-    is the mean balanced accuracy of the probes."""
+    """Table 1 has means over the attributes that all runs have probed; the figures are bars of them, and DeepFacto's
+    heat maps. The score is the mean balanced accuracy of the probes."""
 
     measure: ClassVar[str] = "balanced test accuracy, %"
 
@@ -111,8 +111,8 @@ class Faces(ExperimentReport):
         return figures
 
     def further_tables(self, runs: list[Run]) -> dict[str, pd.DataFrame]:
-        """Table 2: by attribute, ours, named with what their labels are, beside the paper's and what it cites, which
-        are of LFWA's own labels."""
+        """Return Table 2: by attribute, our numbers beside the paper's and those that it cites. Ours are named with
+        their labels; the others are of LFWA's own labels."""
         columns: dict[str, Any] = {}
         for run in in_order(runs):
             name = f"{method_of(run.record.method).label} {setting(run)}"
@@ -129,7 +129,7 @@ class Faces(ExperimentReport):
         return {f"{self.experiment}_attributes": ours.rename_axis("attribute").reset_index()}
 
     def bars(self, runs: list[Run]) -> Figure:
-        """Mean balanced accuracy by method and rank."""
+        """Draw mean balanced accuracy by method and rank."""
         runs, table = in_order(runs), self._of_runs(runs)
         figure = Figure(figsize=(7.5, 1.4 + 0.32 * len(runs)), layout="constrained")
         axes = figure.subplots()
@@ -150,7 +150,7 @@ class Faces(ExperimentReport):
         return figure
 
     def heat_maps(self, run: Run, factors: Sequence[int] | None = None) -> Figure:
-        """Figure 8: rows of S, up-sampled bilinearly, over faces of different people.
+        """Draw Figure 8: rows of S, up-sampled bilinearly, over faces of different people.
 
         factors: None for `chosen_factors`. Raises ValueError for a factor that is not there.
         """
@@ -187,7 +187,7 @@ class Faces(ExperimentReport):
 
 
 def in_order(runs: list[Run]) -> list[Run]:
-    """By method and rank."""
+    """Return the runs in the order of method and rank."""
 
     def rank(run: Run) -> tuple[float, int]:
         digits = "".join(filter(str.isdigit, run.record.setting))
@@ -197,14 +197,15 @@ def in_order(runs: list[Run]) -> list[Run]:
 
 
 def setting(run: Run) -> str:
-    """Of a run, with the values of its own, what its labels are, and how many seeds have diverged."""
+    """Return a run's setting in words: with its overrides, its labels, and how many seeds have diverged."""
     record = run.record
     remark = [f"{len(record.diverged)} of {len(record.seeds)} seeds diverged"] if record.diverged else []
     return ", ".join([record.setting, *record.overrides, record.labels, *remark])
 
 
 def verification(run: Run, history: pd.DataFrame) -> dict[str, float]:
-    """Percent of pairs: the last evaluation before backbone and factorisation move, and the end."""
+    """Return the verification accuracy, percent, of the last evaluation before backbone and factorisation move, and at
+    the end."""
     by_iteration = history.groupby("iteration")["verification"].mean()
     before = by_iteration.loc[: run.record.frozen]
     return {"verification before": float(before.iloc[-1]), "after": float(by_iteration.iloc[-1])}
@@ -224,7 +225,7 @@ def _above_nmf(run: Run, runs: Sequence[Run], table: pd.DataFrame) -> float:
 
 
 def chosen_factors(arrays: dict[str, NDArray[Any]], number: int = HEAT_MAPS) -> list[int]:
-    """The most consistent factors, of which no two have their largest mean at the same place."""
+    """Return the most consistent factors, no two of which have their largest mean at the same place."""
     peaks = arrays["mean"].reshape(len(arrays["mean"]), -1).argmax(1)
     chosen: dict[int, int] = {}
     for factor in np.argsort(-arrays["consistency"]):

@@ -53,8 +53,8 @@ GREY = "#888888"  # of a method without a colour of its own
 class Contents:
     """What is in a results store.
 
-    by_experiment: sound runs, from the oldest to the newest. alone: by its name, the number of a run alone. damaged: by
-    folder or file, what is wrong with it. under_way: rows of a table, the newest checkpoint first.
+    by_experiment: sound runs, from the oldest to the newest. alone: by a run's name, its number without other runs of
+    its row. damaged: by folder or file, what is wrong with it. under_way: rows of a table, the newest checkpoint first.
     """
 
     root: Path
@@ -65,9 +65,11 @@ class Contents:
 
     @property
     def runs(self) -> dict[str, Run]:
+        """The sound runs by name."""
         return {run.name: run for runs in self.by_experiment.values() for run in runs}
 
     def report(self, experiment: str) -> ExperimentReport:
+        """Return the report of an experiment."""
         return report_on(self.by_experiment[experiment][-1])
 
 
@@ -79,7 +81,7 @@ def read_store(root: Path) -> Contents:
     for folder in store.folders():
         run = Run(folder)
         try:
-            contents.alone[run.name] = checked(run)
+            contents.alone[run.name] = check_run(run)
             contents.by_experiment.setdefault(folder.parent.name, []).append(run)
         except Exception as error:  # whatever a damaged file can raise anywhere in a report
             contents.damaged[folder] = f"{type(error).__name__}: {error}"
@@ -88,8 +90,8 @@ def read_store(root: Path) -> Contents:
     return contents
 
 
-def checked(run: Run) -> Comparison:
-    """The number of a run alone. Raises whatever a report of the run raises, and where the run is not complete."""
+def check_run(run: Run) -> Comparison:
+    """Return the number of a run alone. Raises whatever its report raises, such as for an incomplete run."""
     report = report_on(run)
     run_summary(run), report.score(run), report.table([run]), report.figures([run]), report.further_tables([run])
     (comparison,) = report.compare([run])
@@ -97,7 +99,7 @@ def checked(run: Run) -> Comparison:
 
 
 def html_page(contents: Contents) -> str:
-    """The page's HTML."""
+    """Return the page's HTML."""
     numbers, runs = papers_numbers(contents.by_experiment), contents.runs
     used = sorted({run.record.method for run in runs.values()}, key=lambda name: (method_of(name).order, name))
     folder = Path(__file__).parent / "template"
@@ -130,9 +132,9 @@ def html_page(contents: Contents) -> str:
 
 
 def html_table(caption: str, table: pd.DataFrame, runs: dict[str, Run], experiment: str = "") -> dict[str, Any]:
-    """A table for the template; a row whose index is the name of a run leads to it.
+    """Return a table for the template. A row whose index is the name of a run links to that run.
 
-    experiment: of rows that are of no run and do not say it.
+    experiment: the experiment of rows that belong to no run and do not name one.
     """
     names, rows = {method.label: method.name for method in methods().values()}, []
     for index, content, texts in zip(table.index, table.to_dict("records"), cells(table), strict=True):
@@ -151,7 +153,7 @@ def html_table(caption: str, table: pd.DataFrame, runs: dict[str, Run], experime
 
 
 def newest_runs(contents: Contents) -> pd.DataFrame:
-    """A row for each run, of its own seeds."""
+    """Return a table with a row for each run, the newest first, of the run's own seeds."""
     rows = {}
     for name, runs in contents.by_experiment.items():
         report = contents.report(name)
@@ -168,7 +170,7 @@ def newest_runs(contents: Contents) -> pd.DataFrame:
 
 
 def _newest_row(report: ExperimentReport, record: RunRecord, comparison: Comparison, remark: str) -> dict[str, Any]:
-    """When a run was finished, what it was, its number and the paper's."""
+    """A row of `newest_runs`: when the run was finished, what it was, its number and the paper's."""
     return {
         "finished": moment(record.finished),
         "experiment": record.experiment,
@@ -184,11 +186,12 @@ def _newest_row(report: ExperimentReport, record: RunRecord, comparison: Compari
 
 
 def moment(finished: str) -> str:
+    """Return a time of `run.json`, to the minute."""
     return finished[:16].replace("T", " ")
 
 
 def duration(seconds: float | None) -> str:
-    """In a unit that suits it."""
+    """Return a duration in a suitable unit."""
     if seconds is None:
         return "–"
     unit, name = next((u for u in ((86400, "days"), (3600, "h"), (60, "min")) if seconds >= 2 * u[0]), (1, "s"))
@@ -196,7 +199,7 @@ def duration(seconds: float | None) -> str:
 
 
 def search_tables(contents: Contents) -> list[dict[str, Any]]:
-    """A table for each search: those that are kept as files, and runs of this store on held-out data."""
+    """Return a table for each search: those that are kept as files, and those of this store's runs on held-out data."""
     tables, runs = [], contents.runs
     for path in sorted((contents.root / "searches").glob("*.csv")):
         method = max((name for name in methods() if path.stem.endswith(f"_{name}")), key=len, default="")
@@ -216,13 +219,13 @@ def search_tables(contents: Contents) -> list[dict[str, Any]]:
 
 
 def best_in_words(path: Path) -> str:
-    """The best configuration of each setting that a search has tried."""
+    """Return in words the best configuration of each setting that a search has tried."""
     best = best_of_search(path)
     return "; ".join(f"{b['setting']}: {b['best']}, {b['held-out']:.2f} % of {b['configurations']} tried" for b in best)
 
 
 def section(name: str, contents: Contents) -> dict[str, Any]:
-    """What the template shows of an experiment."""
+    """Return what the template shows of an experiment."""
     report, runs = contents.report(name), contents.by_experiment[name]
     by_row = curves(runs)
     of_row = {run: curve.runs for curve in by_row for run in curve.runs}
@@ -240,14 +243,14 @@ def section(name: str, contents: Contents) -> dict[str, Any]:
 
 
 def png(figure: Figure) -> str:
-    """A figure as a data URI."""
+    """Return a figure as a data URI."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
 
 
 def run_summary(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
-    """Where a run's numbers come from. of_row: names of the runs that make a row of the tables with it."""
+    """Return where a run's numbers come from. of_row: names of the runs that make a row of the tables with it."""
     record = run.record
     others = [name for name in of_row if name != run.name]
     diverged = [f"seed {record.seeds[replica]} after iteration {i}" for replica, i in record.diverged.items()]
@@ -278,12 +281,12 @@ def run_summary(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
-    """Every measured quantity of the curves, for the script to plot."""
+    """Return every measured quantity of the curves, for the page's script to plot."""
     settings = list(dict.fromkeys(curve.record.setting for curve in curves))
     groups = {name: [curve for curve in curves if curve.record.setting == name] for name in settings}
     colour_of = {id(c): colour for group in groups.values() for c, colour in zip(group, colours(group), strict=True)}
     plotted = [
-        plotted_curve(curve, to_hex(colour_of[id(curve)]), DASHES[settings.index(curve.record.setting) % len(DASHES)])
+        curve_data(curve, to_hex(colour_of[id(curve)]), DASHES[settings.index(curve.record.setting) % len(DASHES)])
         for curve in curves
     ]
     quantities = sorted(
@@ -298,7 +301,7 @@ def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
 
 
 def quantity_order(name: str) -> tuple[bool, bool, str, int]:
-    """Accuracies first, then by name and block."""
+    """Return a key that sorts quantities: accuracies first, then by name and block."""
     stem, _, block = name.rpartition("_")
     is_of_block = block.isdigit()
     return (
@@ -310,11 +313,12 @@ def quantity_order(name: str) -> tuple[bool, bool, str, int]:
 
 
 def in_words(name: str) -> str:
+    """Return the name of a history's column in words."""
     return name.replace("_", " ") + (" (%)" if name.endswith("accuracy") else "")
 
 
-def plotted_curve(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
-    """A curve's means and standard deviations over the seeds, by iteration."""
+def curve_data(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
+    """Return a curve's means and standard deviations over the seeds, by iteration."""
     by_name = {name: curve.by_iteration(name) for name in curve.history.select_dtypes("number").columns}
     record = curve.record
     parts = [curve.label, record.setting, *record.overrides]
@@ -337,5 +341,5 @@ def plotted_curve(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
 
 
 def numbers(values: Iterable[float]) -> list[float | None]:
-    """Six digits; null for what JSON does not have."""
+    """Return the numbers with six digits; None for those that JSON does not have."""
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""Runs that have begun and not ended."""
+"""The rows of tables of unfinished runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.store import Slot
 
 
 def interrupted_row(slot: Slot) -> dict[str, str]:
-    """What a table says of a run that has not ended: what it is, how far it got, and whether a process is at work."""
+    """Return the row of an unfinished run: what it is, how far it got, and whether a process is working on it."""
     start = slot.started()
     return {
         "experiment": start.experiment if start else "–",

@@ -23,7 +23,8 @@ BATCH = "block_admm"  # the form that the others are compared with
 
 @dataclass(frozen=True)
 class Memory(ExperimentReport):
-    """MiB by variable, how many times more the batch form takes than each, and the bars. There is no score."""
+    """The table has MiB by variable, and how many times less than the batch form each takes; the figure has bars. There
+    is no score."""
 
     unit: ClassVar[str] = "times less"
     measure: ClassVar[str] = "times less than batch"
@@ -61,7 +62,7 @@ class Memory(ExperimentReport):
         return pd.DataFrame(rows, index=[comparison.run for comparison in comparisons])
 
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
-        """A stacked bar for each run, its total and the process's peak in numbers."""
+        """Draw a stacked bar for each run, with its total and the process's peak in numbers."""
         table = self.table(runs)
         figure = Figure(figsize=(8.0, 1.6 + 0.6 * len(table)), layout="constrained")
         axes = figure.subplots()
@@ -86,13 +87,13 @@ class Memory(ExperimentReport):
 
 
 def sizes(run: Run) -> dict[str, float]:
-    """MiB per seed by variable, and the peak of the process."""
+    """Return the MiB per seed by variable, and the peak of the process."""
     measured = run.history.set_index("quantity")["bytes"] / MIB
     return {name: float(measured.get(name, 0.0)) for name in (*VARIABLES, "peak")}
 
 
 def total(run: Run) -> float:
-    """MiB per seed of all training variables."""
+    """Return the MiB per seed of all training variables."""
     measured = sizes(run)
     return sum(measured[name] for name in VARIABLES)
 

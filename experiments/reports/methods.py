@@ -18,7 +18,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#882255", "#9
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer as reports show it. colour: None where it has none of its own. order: in legends and tables."""
+    """An optimizer as reports show it. colour: None if it has no colour of its own. order: in legends and tables."""
 
     name: str
     label: str
@@ -27,12 +27,12 @@ class Method:
 
 
 def methods() -> Mapping[str, Method]:
-    """The committed methods by name, in their order."""
+    """Return the committed methods by name, in their order."""
     return _read(CONF / "optimizer")
 
 
 def method_of(name: str) -> Method:
-    """A method that is not committed, or says nothing of itself, is labelled by its name."""
+    """Return a method. One that is not committed, or has no entry `method`, is labelled by its name."""
     return methods().get(name, Method(name, name))
 
 

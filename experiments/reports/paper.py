@@ -23,7 +23,7 @@ class AttributeTable:
 
 @dataclass(frozen=True)
 class PaperEntry:
-    """What the paper has on an experiment.
+    """The paper's numbers for an experiment.
 
     source: the figure, table or section; None for an experiment that is not the paper's. accuracy: final test accuracy
     by method, percent. ratio: by method, how many times less memory than the batch form. beyond: settings that the
@@ -42,12 +42,12 @@ class PaperEntry:
 
 
 def paper() -> Mapping[str, PaperEntry]:
-    """By experiment, in the order of the results page."""
+    """Return the paper's numbers by experiment, in the order of the results page."""
     return _read(FILE)
 
 
 def entry_of(experiment: str) -> PaperEntry:
-    """An empty one for an experiment that the file does not have."""
+    """Return the paper's numbers for an experiment; an empty entry if the file does not have it."""
     return paper().get(experiment, PaperEntry())
 
 

@@ -39,7 +39,7 @@ def write_results_page(root: Path) -> Path:
 
 
 def sections(root: Path) -> Iterator[str]:
-    """The page, part by part."""
+    """Yield the page, part by part."""
     store = Store(root)
     runs = {name: store.runs(name) for name in store.experiments()}
     numbers = papers_numbers(runs)
@@ -68,13 +68,13 @@ def sections(root: Path) -> Iterator[str]:
 
 
 def in_order(experiments: Iterable[str]) -> list[str]:
-    """The experiments in the paper's order, those that it does not have last."""
+    """Return the experiments in the paper's order; those that it does not have come last."""
     order = list(paper())
     return sorted(experiments, key=lambda name: place(name, order))
 
 
 def papers_numbers(runs: RunsByExperiment) -> pd.DataFrame:
-    """Each number of the paper beside each of our settings; without one if it has not been run.
+    """Return a table of each number of the paper beside each of our settings, or beside `not run`.
 
     The index has the names of the runs.
     """
@@ -94,12 +94,12 @@ def papers_numbers(runs: RunsByExperiment) -> pd.DataFrame:
 
 
 def below_paper(numbers: pd.DataFrame) -> pd.DataFrame:
-    """Our numbers that are below the paper's, those that fall shortest of it first."""
+    """Return our numbers that are below the paper's, the largest difference first."""
     return numbers[numbers["difference"] < 0].sort_values("difference")[BELOW]
 
 
 def missing_rows(runs: RunsByExperiment) -> pd.DataFrame:
-    """By experiment of the paper and method, the settings without a run."""
+    """Return a table of the settings without a run, by experiment of the paper and method."""
     settings: dict[tuple[str, str], list[str]] = {}
     for name in [name for name, entry in paper().items() if entry.source or name in runs]:
         there = {(run.record.method, run.record.setting) for run in runs.get(name, [])}
@@ -112,12 +112,12 @@ def missing_rows(runs: RunsByExperiment) -> pd.DataFrame:
 
 @cache
 def rows_of(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of the rows that an experiment lists, then those of `further_rows`."""
+    """Return (optimizer, setting) of the rows that an experiment lists, then those of `further_rows`."""
     return [*_pairs(_table(experiment).listed), *further_rows(experiment)]
 
 
 def further_rows(experiment: str) -> list[tuple[str, str]]:
-    """(optimizer, setting) of the other rows in an experiment's own folder, which a launch names."""
+    """Return (optimizer, setting) of the other rows in an experiment's folder, which a launch has to name."""
     return _pairs(_table(experiment).others)
 
 
@@ -132,7 +132,7 @@ def _table(experiment: str) -> TableRows:
 
 
 def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[str]:
-    """The part of one experiment."""
+    """Yield the part of one experiment."""
     yield f"## {report.experiment}"
     yield report.text if report.quantity == TEST_ACCURACY else f"{report.text} In the table: {report.quantity}."
     yield "\n".join(f"![{report.experiment}](figures/{name}.png)" for name in report.figures(runs))
@@ -144,7 +144,7 @@ def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[st
 
 
 def provenance_sentence(runs: list[Run]) -> str:
-    """How long runs have trained, where and by which code."""
+    """Return in words how long runs have trained, where and by which code."""
     records = [run.record for run in runs]
     seconds = sum(record.seconds or 0.0 for record in records)  # a run that does not train has none
     machines = " and ".join(sorted({record.machine for record in records}))
@@ -155,7 +155,7 @@ def provenance_sentence(runs: list[Run]) -> str:
 
 
 def estimate(runs: RunsByExperiment, bench: pd.Series[float]) -> Iterator[str]:
-    """What Figure 7 at full size would take on a GPU, from the FLOPs that `make bench` has counted, until it is run."""
+    """Yield an estimate of Figure 7's time at full size on a GPU, from the FLOPs of `make bench`, until it is run."""
     names = ["cifar_sgd_flops", "cifar_online_flops", "cifar_evaluation_flops"]
     if "cifar10_resnet18" in runs or not set(names) <= set(bench.index):
         return
@@ -176,7 +176,7 @@ def estimate(runs: RunsByExperiment, bench: pd.Series[float]) -> Iterator[str]:
 
 
 def best_of_search(path: Path) -> list[dict[str, Any]]:
-    """For each setting, how many configurations a search has tried, and the best one, which its file has first."""
+    """Return, for each setting, how many configurations a search has tried, and the best one, the first in its file."""
     ranking = read_ranking(path, dtype=str)
     searched = ranking.columns[1 : ranking.columns.get_loc("held-out")]
 

@@ -1,4 +1,4 @@
-"""What a search maximises, of runs that make one row of a table."""
+"""Scores: what a search maximises, of runs that make one row of a table."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from experiments.store import Run
 
 
 def scores(runs: Sequence[Run]) -> dict[int, float]:
-    """By seed the score of runs that differ in their seeds alone, percent; the last run's where several have it."""
+    """Return the scores by seed, percent, of runs that differ in their seeds alone; a seed's last run counts."""
     return {seed: score for run in runs for seed, score in report_on(run).score(run).items()}
 
 
 def mean_score(runs: Sequence[Run], seeds: Collection[int]) -> float | None:
-    """The mean over those seeds that `scores` has; None without runs."""
+    """Return the mean score of the seeds that have one; None if there are no runs."""
     return fmean(score for seed, score in scores(runs).items() if seed in seeds) if runs else None
 
 
 def is_of_a_search(run: Run) -> bool:
-    """Whether the run has a score, of held-out data."""
+    """Return whether the run has a score on held-out data."""
     return bool(run.record.dataset.holdout and report_on(run).score(run))

@@ -1,62 +1,30 @@
-"""What a search has found: its configurations, the best held-out score first, and their figure."""
+"""Rankings: the configurations of a search, the best held-out score first, and their figure."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
 from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
-from hydra.core.override_parser.types import RangeSweep
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, read_write
 
 from admm.files import atomic_write
-from experiments.errors import BadInput
-from experiments.overrides import is_searched, parse
+from experiments.overrides import is_searched
 from experiments.reports.scores import scores
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
-RESULTS = ("held-out", "seeds", "iterations", "samples held out")  # columns after those that are
+RESULTS = ("held-out", "seeds", "iterations", "samples held out")  # columns after those of the hyperparameters
 FEW = 6  # values of a hyperparameter, which its axis names
 WIDE = 4.0  # the quotient of a hyperparameter's largest and smallest value from which on its axis is logarithmic
 
 
-def as_in_a_grid(config: DictConfig) -> None:
-    """Make the ranges of a study's space those of a grid, whose ends are excluded; Optuna's sweeper includes them.
-
-    config: with its `hydra`.
-    """
-    sweeper, overrides = config.hydra.sweeper, config.hydra.overrides
-    with read_write(config):
-        overrides.task = [without_end(override) for override in overrides.task]
-        for key, space in (sweeper.params or {}).items():
-            sweeper.params[key] = without_end(f"{key}={space}").removeprefix(f"{key}=")
-
-
-def without_end(override: str) -> str:
-    """An override whose value is a range(…), up to the last of its values, in rising order; another one as it is.
-
-    Raises BadInput for a range without values.
-    """
-    space = parse([override])[0].value()
-    if not isinstance(space, RangeSweep) or space.shuffle:  # of a shuffled one the sweeper takes the values
-        return override
-    first, step = Decimal(str(space.start)), Decimal(str(space.step))
-    last = first + (len(list(space.range())) - 1) * step
-    low, high = (first, last) if step > 0 else (last, first)
-    if low > high:
-        raise BadInput(f"{override}: a range without a value, as its end is not part of it")
-    return f"{override.partition('=')[0]}=range({low},{high},{abs(step)})"
-
-
 def rankings(runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
-    """For each <experiment>_<method> of these runs, see `ranking`."""
+    """Return a `ranking` for each <experiment>_<method> of these runs."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(f"{run.record.experiment}_{run.record.method}", []).append(run)
@@ -64,8 +32,8 @@ def rankings(runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
 
 
 def ranking(runs: Iterable[Run]) -> pd.DataFrame:
-    """A row for each configuration of a search, the best first, by the name of the last of its runs, which may differ
-    in their seeds."""
+    """Return a table with a row for each configuration of a search, the best first. The runs of a configuration may
+    differ in their seeds; the index has the name of the last of them."""
     rows: dict[tuple[str, ...], dict[Path, Run]] = {}
     for run in runs:
         rows.setdefault((run.folder.parent.as_posix(), run.row), {})[run.folder] = run
@@ -87,12 +55,12 @@ def _ranked(row: Sequence[Run]) -> dict[str, Any]:
 
 
 def read_ranking(path: Path, dtype: type | None = None) -> pd.DataFrame:
-    """A ranking that has been written; null, none and the like are values in it, only an empty cell is missing."""
+    """Read a ranking from its file. null, none and the like are values in it; only an empty cell is missing."""
     return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""])
 
 
 def words_first(value: str) -> float:
-    """To sort the numbers among the values of a hyperparameter, after its words, which stay in their order."""
+    """Return a key that sorts the values of a hyperparameter: words first, in their order, then numbers."""
     try:
         return float(value)
     except ValueError:

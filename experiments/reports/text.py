@@ -1,4 +1,4 @@
-"""Tables as text: of a page in Markdown, and of a terminal.
+"""Tables as text, for a page in Markdown and for a terminal.
 
 Markdown is written here as `pandas.DataFrame.to_markdown` pads its cells, and neither escapes bars nor joins lines."""
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 
 def cells(table: pd.DataFrame) -> list[list[str]]:
-    """A table's values as text, row by row: two decimals, a dash for what is missing."""
+    """Return a table's values as text, row by row, with two decimals, and a dash for a missing value."""
 
     def text(value: object) -> str:
         return "–" if pd.isna(value) else f"{value:.2f}" if isinstance(value, float) else str(value)  # type: ignore[call-overload]
@@ -21,19 +21,19 @@ def cells(table: pd.DataFrame) -> list[list[str]]:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
+    """Return a table as Markdown."""
     lines = [list(map(in_markdown, table.columns)), ["---"] * len(table.columns)]
     lines += [list(map(in_markdown, row)) for row in cells(table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def in_markdown(text: str) -> str:
-    """A text as a cell of a table, on one line and without a bar that would end it."""
+    """Return a text as a cell of a table in Markdown: on one line, with escaped bars."""
     return " ".join(text.split()).replace("|", r"\|")
 
 
 def in_figure(text: str) -> str:
-    """A text for Matplotlib, whose dollars are not formulas."""
+    """Return a text for Matplotlib in which dollars do not begin formulas."""
     return text.replace("$", r"\$")
 
 

@@ -19,7 +19,7 @@ TARGETS = (90, 93, 95, 97)  # test accuracy, percent
 
 @dataclass(frozen=True)
 class Walltime(Accuracy):
-    """Seconds to reach each target, and accuracy against seconds."""
+    """The table has seconds to reach each target; the figure shows accuracy against seconds."""
 
     def table(self, runs: list[Run]) -> pd.DataFrame:
         return table_of(curves(runs), times)
@@ -43,7 +43,8 @@ class Walltime(Accuracy):
 
 
 def times(curve: Curve) -> dict[str, Any]:
-    """Mean training seconds of a seed until an iteration ends at a target or above, if every seed gets there."""
+    """Return a method's row of the table: mean training seconds per seed until an iteration ends at each target or
+    above."""
     row = curve.row()
     to_targets = {f"{target} %": seconds_to(curve.history, target) for target in TARGETS}
     ends = curve.history.groupby("replica")["seconds"].max()
@@ -53,6 +54,6 @@ def times(curve: Curve) -> dict[str, Any]:
 
 
 def seconds_to(history: pd.DataFrame, target: float) -> float:
-    """Mean over the seeds, NaN unless all reach it."""
+    """Return the mean seconds to a target over the seeds; NaN unless all seeds reach it."""
     first = history[history["test_accuracy"] >= target].groupby("replica")["seconds"].min()
     return float(first.mean()) if len(first) == history["replica"].nunique() else float("nan")

@@ -44,7 +44,7 @@ def update_tables(page: Path, tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def with_tables(text: str, tables: Mapping[str, pd.DataFrame]) -> str:
-    """Markdown with the experiments' tables in their places, `<!-- table: experiment -->` to `<!-- end -->`."""
+    """Return Markdown with the experiments' tables in their places, `<!-- table: experiment -->` to `<!-- end -->`."""
 
     def filled(place: re.Match[str]) -> str:
         table = markdown(tables[place[2]]) if place[2] in tables else "Not run."

@@ -1,4 +1,4 @@
-"""The task of most experiments: train a classifier, keep what was measured in the store."""
+"""The task of most experiments: train a classifier and put its run into the store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.training import Observer, build_problem, end_record, logger_of,
 
 
 def run(config: DictConfig, launch: Launch) -> float | None:
-    """Train and evaluate, unless it has been done. Returns the score of the seeds asked for, for a search."""
+    """Train and evaluate a classifier, unless that has been done. Returns the mean score of `seeds`, for a search."""
     return mean_score(run_once(config, launch, execute), config.seeds)
 
 

@@ -39,7 +39,7 @@ from experiments.jobs import Job, run_once
 from experiments.launch import Launch
 from experiments.loggers import Logger
 from experiments.reports.scores import mean_score
-from experiments.store import PROBES, Run, sealed, unsealed
+from experiments.store import PROBES, Run, seal, unseal
 from experiments.training import (
     NO_LOGGER,
     Observer,
@@ -55,11 +55,11 @@ SLICE = 256  # images that a network is applied to at a time
 BATCH = 512  # training faces of which the triplet loss is evaluated
 SHOWN = 8  # people in a figure of heat maps
 PROBED = ["replica", "seed", "attribute", "positives", "majority", "accuracy", "balanced_accuracy", "auc", "cost"]
-THUMBNAIL = 100  # their pixels
+THUMBNAIL = 100  # pixels on each side of their images
 
 
 def run(config: DictConfig, launch: Launch) -> float | None:
-    """Represent the faces and probe the representation, unless it has been done. Returns the run's score."""
+    """Represent the faces and probe the representation, unless that has been done. Returns `seeds`' mean score."""
     has_rank = not config.optimizer._target_.endswith(".Raw")
     if has_rank and not (isinstance(config.model.rank, int) and config.model.rank > 0):
         raise BadInput(f"model.rank: {config.model.rank!r} is not a whole number from 1 up; setting=rank32 or so")
@@ -67,8 +67,10 @@ def run(config: DictConfig, launch: Launch) -> float | None:
 
 
 def load(backbone: DictConfig, name: str, root: str, holdout: int, device: Any, dtype: Any, **options: Any) -> Faces:
-    """The faces, in the crop and size of the backbone, whose weights are part of their `sha256`. With `holdout`, about
-    so many of the training images, of people of their own, are the test set, and the test people's are left out.
+    """Return the faces in the crop and size of the backbone, whose weights are part of their `sha256`.
+
+    With `holdout`, about so many training images, with all of their people, are the test set; the data set's own test
+    images are left out.
 
     Raises ValueError for a wrong key, DatasetError and BackboneError for what is missing.
     """
@@ -91,7 +93,7 @@ _load = lru_cache(maxsize=1)(load_faces)  # the runs of a launch share their dat
 
 
 def build(backbone: DictConfig) -> nn.Sequential:
-    """The pre-trained network, in evaluation mode.
+    """Return the pre-trained network, in evaluation mode.
 
     Raises ValueError for a wrong key, BackboneError for what is missing.
     """
@@ -105,7 +107,7 @@ def build(backbone: DictConfig) -> nn.Sequential:
 
 
 def digest(*content: str | Tensor) -> str:
-    """SHA-256 of texts, and of tensors with their shapes."""
+    """Return the SHA-256 of texts, and of tensors with their shapes."""
     sha = hashlib.sha256()
     for item in content:
         sha.update(item.encode() if isinstance(item, str) else f"{list(item.shape)}".encode())
@@ -155,7 +157,7 @@ class Features:
 
     @cached_property
     def frozen(self) -> Tensor:
-        """Of all faces, [N, C, H, W]; kept in the data set's folder, where that can be written."""
+        """Frozen features of all faces, [N, C, H, W]; cached in the data set's folder, if that can be written."""
         return torch.from_numpy(
             cached_npy(
                 self._kept,
@@ -166,12 +168,12 @@ class Features:
 
     @cached_property
     def maps(self) -> Tensor:
-        """What is factorised, of all faces, before any training: [N, C, H, W] ≥ 0."""
+        """The maps of all faces that are factorised, before any training: [N, C, H, W] ≥ 0."""
         return self.applied(self.tail, self.frozen)
 
     @torch.no_grad()
     def applied(self, network: nn.Module, x: Tensor) -> Tensor:
-        """A network in evaluation mode, on the device, `SLICE` samples at a time; its outputs in the host's memory."""
+        """Apply a network in evaluation mode on the device, `SLICE` samples at a time. Returns outputs on the host."""
         network.to(self.device).eval()
         return torch.cat([network(part.to(self.device).float()).cpu() for part in x.split(SLICE)])
 
@@ -186,7 +188,7 @@ class Verification:
         self.pairs = positions.view_as(drawn)
 
     def accuracy(self, embeddings: Tensor) -> float:
-        """Percent, by the embeddings of `images`."""
+        """Return the verification accuracy in percent, given the embeddings of `images`."""
         return verification(embeddings, self.pairs, self.same)
 
 
@@ -247,7 +249,7 @@ class PostHocNMF:
 
 
 def execute(config: DictConfig, job: Job) -> Run:
-    """Represent the faces and probe what represents them, each attribute once."""
+    """Represent the faces, probe the representation for each attribute, and put the run into the store."""
     faces: Faces = job.dataset
     with user_errors(config):
         features, task = Features(config, faces), Verification(faces, **config.verification)
@@ -260,32 +262,33 @@ def execute(config: DictConfig, job: Job) -> Run:
     info, history = job.info | {"labels": faces.labels}, list[Row]()
     with logger_of(config) as logger:  # of the joint training, which alone opens it
         if isinstance(method, DeepFacto):
-            represented, rows, how = jointly(config, job, features, task, logger)
+            represented, rows, how = train_jointly(config, job, features, task, logger)
             history, info = rows, info | how
         else:
             write_start_record(job.slot, job.info)
             represented = method.represent(features, task, job.info["seeds"])
-        probed, shown = list[dict[str, Any]](), dict[str, NDArray[Any]]()
+        probes, arrays = list[dict[str, Any]](), dict[str, NDArray[Any]]()
         info["scores_verification"] = []  # percent of pairs, by the scores themselves as embeddings
         for found in represented:
             history += [found.row] if found.row else []
             info["scores_verification"].append(task.accuracy(found.scores[task.images].flatten(1)))
-            probed += probed_attributes(found, faces, probe, columns, job.slot.journal(PROBES))
+            probes += probe_attributes(found, faces, probe, columns, job.slot.journal(PROBES))
             if isinstance(method, DeepFacto):
-                shown = shown or heat_maps(found, faces)
-        return job.slot.complete(job.config, history, info, {"probes": pd.DataFrame(probed, columns=PROBED)}, shown)
+                arrays = arrays or heat_maps(found, faces)
+        return job.slot.complete(job.config, history, info, {"probes": pd.DataFrame(probes, columns=PROBED)}, arrays)
 
 
-def jointly(
+def train_jointly(
     config: DictConfig, job: Job, features: Features, task: Verification, logger: Logger = NO_LOGGER
 ) -> tuple[Iterator[Represented], list[Row], dict[str, Any]]:
-    """The paper's: backbone, factorisation and embedding trained together, from the frozen features on. Returns what
-    represents the faces, the rows of the history, and how it ended."""
+    """Train backbone, factorisation and embedding together, from the frozen features on, as the paper does.
+
+    Returns the representations, the rows of the history, and what `run.json` says of the end."""
     with user_errors(config):
         problem = build_problem(config, features)
     test = (features, features.frozen[task.images], task)
-    observer = Observer(logger, shown="verification")
-    state, history = train_or_resume(config, job, problem, test, observer, measure=verified, keep_last=True)
+    observer = Observer(logger, quantity="verification")
+    state, history = train_or_resume(config, job, problem, test, observer, measure=measure_faces, keep_last=True)
     blocks, theta, seeds = problem.blocks, state.theta, state.seeds  # all else of the state is not kept meanwhile
 
     def represented() -> Iterator[Represented]:
@@ -298,8 +301,8 @@ def jointly(
 
 
 def build_problem(config: DictConfig, features: Features) -> Problem:
-    """The training faces' frozen features and identities, and a network `tail`, `nmf`, `embed`, all of which but its
-    tail is initialised. Raises ValueError for an impossible rank."""
+    """Return the problem of the training faces: their frozen features and identities, and a network `tail`, `nmf`,
+    `embed`, whose `tail` keeps its pre-trained parameters. Raises ValueError for an impossible rank."""
     faces, map_of_one = features.faces, features.applied(features.tail, features.frozen[:1])[0]
     embed = nn.Sequential(nn.Flatten(), nn.Linear(config.model.rank * map_of_one[0].numel(), config.model.embedding))
     nmf = NMF(len(map_of_one), config.model.rank, config.model.lbfgs)
@@ -315,8 +318,11 @@ def build_problem(config: DictConfig, features: Features) -> Problem:
     return Problem(x, y, blocks, instantiate(config.loss), initialise)
 
 
-def verified(problem: Problem, theta: Parameters, test: tuple[Features, Tensor, Verification]) -> dict[str, Tensor]:
-    """Verification accuracy on the test pairs, and the triplet loss of a mini-batch of training faces, each [R]."""
+def measure_faces(
+    problem: Problem, theta: Parameters, test: tuple[Features, Tensor, Verification]
+) -> dict[str, Tensor]:
+    """Return the verification accuracy on the test pairs, and the triplet loss of a mini-batch of training faces, each
+    [R]."""
     features, x, task = test
     size = min(BATCH, len(problem.x))
     batch = minibatches(len(problem.x), size, [0], 0, problem.x.device, groups=problem.y, group_size=4)[0][0]
@@ -330,14 +336,15 @@ def verified(problem: Problem, theta: Parameters, test: tuple[Features, Tensor, 
 
 
 def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:
-    """Columns of the attributes that at least `fewest` training faces have, and as many have not, and that some test
-    faces have and some have not; those for which people cannot be held out to choose C are left out, with a warning.
-    Raises ValueError if there is none."""
+    """Return the columns of the attributes that can be probed. Raises ValueError if there is none.
+
+    At least `fewest` training faces must have the attribute, and as many must not; some test faces must have it, and
+    some not. An attribute for which people cannot be held out to choose C is left out, with a warning."""
     counts = [[(faces.attributes[part] == kind).sum(0) for kind in (0, 1)] for part in (faces.train, faces.test)]
     enough = torch.stack([torch.stack(counts[0]).amin(0) >= fewest, torch.stack(counts[1]).amin(0) > 0]).all(0)
     columns, left_out = list[int](), list[str]()
     for column in enough.nonzero().flatten().tolist():
-        kept, _ = labelled(faces, column)
+        kept, _ = labelled_faces(faces, column)
         if probe.can_choose(faces.attributes[kept, column].numpy(), faces.people[kept].numpy()):
             columns.append(column)
         else:
@@ -356,24 +363,24 @@ def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:
     return columns
 
 
-def labelled(faces: Faces, column: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the test faces of which it is known whether they have an attribute."""
+def labelled_faces(faces: Faces, column: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of the training and of the test faces whose label for an attribute is known."""
     train, test = (part[faces.attributes[part, column] >= 0] for part in (faces.train, faces.test))
     return train, test
 
 
-def probed_attributes(
+def probe_attributes(
     found: Represented, faces: Faces, probe: Probe, columns: Sequence[int], done: Path
 ) -> Iterator[dict[str, Any]]:
-    """A row for each attribute. What is in the file `done` is not measured again; what is measured goes there."""
+    """Yield a row for each attribute. Rows in the file `done` are not measured again; new rows are added to it."""
     content = digest(found.scores, repr(probe))
-    known = {(row["scores"], row["attribute"]): row for row in measured_before(done)}
+    known = {(row["scores"], row["attribute"]): row for row in recorded_rows(done)}
     x, people, attributes = found.scores.flatten(1).numpy(), faces.people.numpy(), faces.attributes.numpy()
     for column in columns:
         attribute, y = faces.attribute_names[column], attributes[:, column]
         row = known.get((content, attribute))
         if row is None:
-            kept, tested = (part.numpy() for part in labelled(faces, column))
+            kept, tested = (part.numpy() for part in labelled_faces(faces, column))
             positives = int((y[tested] == 1).sum())
             share = 100.0 * positives / len(tested)
             row = {
@@ -384,22 +391,22 @@ def probed_attributes(
             }
             row |= probe(x[kept], y[kept], people[kept], x[tested], y[tested])
             with explain_write_errors(done, "what was probed"), done.open("a", encoding="utf-8") as file:
-                file.write(f"\n{sealed(row)}\n")  # in a line of its own, also after one that was cut off
+                file.write(f"\n{seal(row)}\n")  # in a line of its own, also after one that was cut off
         yield {"replica": found.replica, "seed": found.seed} | {key: row[key] for key in row if key != "scores"}
 
 
-def measured_before(done: Path) -> list[dict[str, Any]]:
-    """The rows of an interrupted run's file, without those that were cut off or changed."""
+def recorded_rows(done: Path) -> list[dict[str, Any]]:
+    """Return the rows of an interrupted run's file, without those that were cut off or changed."""
     rows = []
     for line in done.read_text(encoding="utf-8").splitlines() if done.exists() else ():
         with suppress(ValueError):
-            rows.append(unsealed(line))
+            rows.append(unseal(line))
     return rows
 
 
 def heat_maps(found: Represented, faces: Faces) -> dict[str, NDArray[Any]]:
-    """What a figure shows: maps [r, SHOWN, H, W] and thumbnails of test faces of different people; each factor's mean
-    map [r, H, W] over all test faces, and its consistency [r].
+    """Return what a figure of heat maps shows: maps [r, SHOWN, H, W] and thumbnails of test faces of different people;
+    each factor's mean map [r, H, W] over all test faces, and its consistency [r].
 
     The consistency is the share of a factor's energy over all test faces that is one map with mean 0, common to them:
     near 1 if it looks at the same few places of every face, 0 if it is everywhere, or anywhere.

@@ -29,12 +29,12 @@ WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the lib
 
 
 def run(config: DictConfig, launch: Launch) -> None:
-    """Measure one optimizer, unless it has been done."""
+    """Measure the memory of one optimizer, unless that has been done."""
     run_once(config, launch, measure)
 
 
 def measure(config: DictConfig, job: Job) -> Run:
-    """Bytes by variable for one seed, and the peak of a training iteration in a process of its own."""
+    """Put the bytes of each variable for one seed, and the peak of a training iteration, into the store."""
     with user_errors(config, "optimizer"):
         sizes = variables(config, build_problem(config, job.dataset), config.seeds[0])
     write_start_record(job.slot, job.info)
@@ -44,8 +44,7 @@ def measure(config: DictConfig, job: Job) -> Run:
 
 
 def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]:
-    """Bytes of a seed's training variables by name: those of `VARIABLES` in its state, of a mini-batch for the online
-    form.
+    """Return the bytes of a seed's training variables, by their names in `VARIABLES`; online, those of a mini-batch.
 
     Raises ValueError for another optimizer.
     """
@@ -63,7 +62,7 @@ def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]
 
 
 def peak_in_fresh_process(config: DictConfig) -> float:
-    """`peak` in a process whose allocator returns every tensor of 64 KiB or more to the system at once."""
+    """Return `peak` of a new process whose allocator returns every tensor of 64 KiB or more to the system at once."""
     name, former = "MALLOC_MMAP_THRESHOLD_", os.environ.get("MALLOC_MMAP_THRESHOLD_")
     os.environ[name] = str(2**16)
     try:
@@ -74,8 +73,9 @@ def peak_in_fresh_process(config: DictConfig) -> float:
 
 
 def peak(config: str) -> float:
-    """Most bytes in an iteration beyond the data, the initial state included, for this process only; NaN if the
-    system does not tell. On a GPU of its memory, else resident.
+    """Return the most bytes that an iteration takes in this process beyond the data, the initial state included.
+
+    They are bytes of the GPU's memory, or else of resident memory; NaN if the system does not count them.
 
     config: YAML.
     """
@@ -105,11 +105,11 @@ def peak(config: str) -> float:
 
 
 def resident(name: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM, the most since the last reset (Linux)."""
+    """Return the resident bytes of this process (Linux): VmRSS now, or VmHWM, the most since the last reset."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def reset_high_water_mark() -> None:
-    """From here on VmHWM is counted anew (Linux)."""
+    """Make the system count VmHWM from now on (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

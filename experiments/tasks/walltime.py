@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hydra import compose
+from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -22,7 +24,7 @@ from experiments.launch import Launch
 from experiments.overrides import key_of
 from experiments.progress import RunProgress
 from experiments.rows import TableRows
-from experiments.store import RACE, Run, sealed, unsealed
+from experiments.store import RACE, Run, seal, unseal
 from experiments.training import build_problem, write_start_record
 
 log = logging.getLogger(__name__)
@@ -41,10 +43,12 @@ class Contestant:
     rows: list[Row] = field(default_factory=list)
 
     def step(self) -> None:
+        """Train for one iteration, whose time is taken, and evaluate."""
         self.seconds += timed_step(self.problem, self.optimizer, self.state)
         self.evaluate()
 
     def evaluate(self) -> None:
+        """Add a row of the history, unless the replica has diverged."""
         theta, data = self.state.theta, self.job.dataset
         row = {"iteration": self.state.iteration, "seed": self.state.seeds[0], "seconds": self.seconds}
         if torch.isfinite(theta.flat).all():
@@ -53,7 +57,7 @@ class Contestant:
 
     @property
     def is_done(self) -> bool:
-        """At its last iteration, or diverged: without a row of its newest one."""
+        """Whether it is at its last iteration, or has diverged and so has no row of its newest iteration."""
         newest = self.state.iteration
         return bool(newest >= self.job.info["iterations"] or self.rows[-1]["iteration"] < newest)
 
@@ -61,7 +65,7 @@ class Contestant:
 def run(config: DictConfig, launch: Launch) -> None:
     """Time `config.optimizers` against each other, unless that has been done.
 
-    A run of each is put into the store when all have ended. An interrupted race goes on with the seed it was at.
+    When all have ended, each optimizer's run is put into the store. An interrupted race goes on with its last seed.
     """
     with user_errors(config):
         check_race(config, launch)
@@ -74,7 +78,7 @@ def run(config: DictConfig, launch: Launch) -> None:
         if any(job.rerun for job in jobs.values()) or len(runs) < len(jobs):
             runs = race(config, jobs)
         else:
-            machine = runs[0].info["machine"]
+            machine = runs[0].record.machine
             log.info("%s is there already, timed on %s; force=true times again", slots[0].experiment, machine)
         record_in_launch(runs, launch)
         for job in jobs.values():
@@ -82,7 +86,7 @@ def run(config: DictConfig, launch: Launch) -> None:
 
 
 def check_race(config: DictConfig, launch: Launch) -> None:
-    """Raises ValueError for what only a single optimizer's run can have."""
+    """Raises ValueError for `optimizer=…` or `row=…`, of which a race has several, and for impossible `optimizers`."""
     if any(key_of(override) in ("optimizer", "row") for override in launch.overrides):
         raise ValueError("optimizer: a race has several; optimizers=[sgd,gotmare] chooses them")
     if not isinstance(config.optimizers, ListConfig) or not config.optimizers:
@@ -90,18 +94,32 @@ def check_race(config: DictConfig, launch: Launch) -> None:
 
 
 def job_of(method: str, config: DictConfig, launch: Launch) -> Job:
-    """Of an optimizer in the race: its first row that fits, with the command line's overrides."""
+    """Return the job of an optimizer in the race: its first row that fits, with the command line's overrides."""
     table = TableRows.of(launch.experiment, config.rows, launch.conf)
     row = next(iter(table.chosen(method, config.setting)), None)
-    own = [override for override in launch.overrides if key_of(override) != "setting"]
-    chosen = compose("config", [*own, f"row={row.name}" if row else f"optimizer={method}"])
+    others = [override for override in launch.overrides if key_of(override) != "setting"]
+    chosen = compose_row(others, f"row={row.name}" if row else f"optimizer={method}", method)
     return find_job(chosen, replace(launch, method=method, row=row))
 
 
-def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
-    """All seeds, one after the other; after each, what was measured is kept beside the store.
+def compose_row(overrides: list[str], choice: str, method: str) -> DictConfig:
+    """Return the configuration of an optimizer in the race. Raises ValueError for a key that the optimizer lacks."""
+    try:
+        return compose("config", [*overrides, choice])
+    except ConfigCompositionException as error:
+        if not (key := re.search(r"'(optimizer\.\S+)'", str(error))):
+            raise
+        raise ValueError(
+            f"{key[1]}: optimizer={method}, which is in the race, has no such key; "
+            "optimizers=[…] chooses those that have it"
+        ) from error
 
-    A race that was begun with other settings, code or machine is not gone on with.
+
+def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
+    """Race all seeds, one after the other, and put the runs into the store. Returns them.
+
+    After each seed, a journal beside the store keeps what was measured. A race that was begun with other settings, code
+    or machine starts again.
     """
     first = next(iter(jobs.values()))
     kept = first.slot.journal(RACE)
@@ -109,24 +127,24 @@ def race(config: DictConfig, jobs: dict[str, Job]) -> list[Run]:
     histories: dict[str, list[list[Row]]] = {method: [] for method in jobs}
     if kept.exists():
         try:
-            begun = unsealed(kept.read_text(encoding="utf-8"))
+            begun = unseal(kept.read_text(encoding="utf-8"))
             if begun["conditions"] != conditions:
                 raise ValueError("it was begun with other settings, code or machine")
             histories = begun["histories"]
         except ValueError as error:
-            log.warning("the race in %s starts anew: %s", kept.parent, error)
+            log.warning("the race in %s starts again: %s", kept.parent, error)
     write_start_record(first.slot, first.info)
     for replica in range(len(histories[first.info["method"]]), len(config.seeds)):
         for method, rows in race_one(config, jobs, config.seeds[replica]).items():
             histories[method].append([{"replica": replica} | row for row in rows])
         with atomic_write(kept, "the seeds raced so far") as part:
-            part.write_text(sealed({"conditions": conditions, "histories": histories}), encoding="utf-8")
+            part.write_text(seal({"conditions": conditions, "histories": histories}), encoding="utf-8")
     # the first, which keeps the race, is completed last
     return [complete(job, histories[method]) for method, job in reversed(jobs.items())]
 
 
 def complete(job: Job, histories: list[list[Row]]) -> Run:
-    """Put an optimizer's part of the race into the store."""
+    """Put an optimizer's part of the race into the store, and return the run."""
     ends, last = [history[-1] for history in histories], job.info["iterations"]
     ended = {
         "seconds": round(sum(end["seconds"] for end in ends), 3),
@@ -136,7 +154,8 @@ def complete(job: Job, histories: list[list[Row]]) -> Run:
 
 
 def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, list[Row]]:
-    """One seed: the contestant that has trained for the shortest time makes the next iteration."""
+    """Race one seed: the contestant that has trained for the shortest time makes the next iteration. Returns each
+    method's rows."""
     contestants = {method: contestant(job, seed) for method, job in jobs.items()}
     total = sum(job.info["iterations"] for job in jobs.values())
     with RunProgress(f"seed {seed}", total, config.progress) as progress:
@@ -150,13 +169,13 @@ def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, l
 
 
 def contestant(job: Job, seed: int) -> Contestant:
-    """Ready to start, warmed up by an iteration of a twin."""
+    """Return a contestant that is ready to start. An iteration of a twin has warmed up the process."""
     config = OmegaConf.create(job.config)
     with user_errors(config, "optimizer"):
         problem = build_problem(config, job.dataset)
         optimizer = instantiate(config.optimizer, _convert_="all")
         optimizer.step(problem, optimizer.init(problem, (seed,)))
         state = optimizer.init(problem, (seed,))
-    made = Contestant(job, problem, optimizer, state)
-    made.evaluate()
-    return made
+    new = Contestant(job, problem, optimizer, state)
+    new.evaluate()
+    return new

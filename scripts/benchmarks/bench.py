@@ -37,7 +37,7 @@ from admm.files import MIB, atomic_write
 from admm.nmf import nmf_steps
 from admm.optimizers import BlockADMM, Optimizer, Problem
 from admm.training import evaluate
-from experiments.launching.stacking import paying_on_a_processor
+from experiments.launching.stacking import worthwhile_on_cpu
 from experiments.paths import in_full
 from experiments.provenance import machine
 from experiments.rows import CONF
@@ -97,12 +97,12 @@ def grid() -> list[Row]:
     after the other over its stacks. An epoch and an evaluation of each. What a stack can win is bounded by the FLOP/s
     that one run reaches alone, as a share of a large product's."""
     config, large = (_config("online_block_admm", *batch) for batch in ((), ("optimizer.batch_size=512",)))
-    paying = paying_on_a_processor(config.optimizer.batch_size)
+    paying = worthwhile_on_cpu(config.optimizer.batch_size)
     per_stack = min(45, paying // len(SEEDS) * len(SEEDS))
     one, five, stacked = (_epoch(config, [*SEEDS * 9][:n]) for n in (1, len(SEEDS), per_stack))
     needed = {"single": _flops(one), "stacked": _flops(stacked)}
     times = turns(one, five, stacked, _large_product())
-    few = paying_on_a_processor(large.optimizer.batch_size)
+    few = worthwhile_on_cpu(large.optimizer.batch_size)
     of_large = turns(_epoch(large, SEEDS[:1]), _epoch(large, [*SEEDS * 9][:few]))
     rows: list[Row] = [
         ("grid45_single_over_stacked", per_stack * ratio(times, 0, 2), "ratio"),
@@ -204,7 +204,7 @@ def share_of_peak() -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """Training variables of a seed, batch over online."""
+    """Training variables per seed, batch over online."""
     configs = [_config(name) for name in ("block_admm", "online_block_admm")]
     batch, online = (sum(variables(config, _problem(config), SEEDS[0]).values()) for config in configs)
     return [
@@ -246,7 +246,7 @@ def _objective(z: NDArray[np.float32], basis: NDArray[np.float32], scores: NDArr
 
 def cifar() -> list[Row]:
     """ResNet-18, one seed: online Block-ADMM over SGD on the narrow one, their FLOP/s as a share of a large product's,
-    which may exceed 1, as PyTorch's convolutions and products on a processor come from different libraries, and what
+    which may exceed 1, as PyTorch's convolutions and products on a CPU come from different libraries, and what
     `cifar_flops` counts."""
     narrow = [
         _step(_config(method, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))

@@ -59,21 +59,21 @@ def main() -> None:
 
 
 def finish(place: Path, launcher: str, undisturbed: Path) -> list[str]:
-    """Let a killed sweep end; what differs from the undisturbed one, in words."""
+    """Let a killed sweep end. Returns in words what differs from the undisturbed one."""
     if code := sweep(place, launcher).wait():
         return [f"the last launch: exit {code}"]
     return compare(undisturbed, place)
 
 
 def sweep(folder: Path, launcher: str) -> psutil.Popen:
-    """Start it."""
+    """Start the sweep, and return its process."""
     command = [sys.executable, str(ROOT / "run.py"), "-m", *SWEEP, f"hydra/launcher={launcher}", f"outputs={folder}"]
     return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
 
 
 def kill(process: psutil.Popen, seconds: float, chance: random.Random) -> str | None:
-    """After so many seconds, the launcher or one of its workers, whichever comes up; then all that is left of it.
-    Returns which; None if it had ended."""
+    """Kill the launcher or one of its workers, drawn at random, after so many seconds; then kill the rest. Returns in
+    words which was drawn; None if the sweep had ended."""
     try:
         process.wait(seconds)
         return None
@@ -91,18 +91,18 @@ def kill(process: psutil.Popen, seconds: float, chance: random.Random) -> str | 
 
 
 def histories(folder: Path) -> dict[str, pd.DataFrame]:
-    """Of the finished runs, by folder, without the seconds."""
+    """Return the histories of the finished runs by folder, without the seconds."""
     found = sorted(folder.glob("runs/*/*/history.csv"))
     return {path.parent.name: pd.read_csv(path).drop(columns="seconds") for path in found}
 
 
 def table(folder: Path) -> str:
-    """Of the newest launch that has ended."""
+    """Return the table of the newest launch that has ended."""
     return max(folder.glob("logs/*/*/*.csv"), key=lambda path: path.stat().st_mtime).read_text(encoding="utf-8")
 
 
 def compare(undisturbed: Path, killed: Path) -> list[str]:
-    """What differs, in words."""
+    """Return in words what differs."""
     whole, found = histories(undisturbed), histories(killed)
     if whole.keys() != found.keys() or len(whole) != CELLS:
         return [f"runs: {len(whole)} undisturbed, {len(found)} killed, {len(whole.keys() & found.keys())} in common"]

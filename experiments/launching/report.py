@@ -1,4 +1,4 @@
-"""The figures and tables at the end of a launch."""
+"""The report at the end of a launch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from experiments.store import Run, Store, failed_writes_in_words, launched_runs
 
 
 class Report(Callback):
-    """At the end of a launch: the experiment's figure and table.
+    """At the end of a launch: writes the experiment's figures and table, and prints the table.
 
-    They show the results store, in `<results>/figures` and `<results>/tables`; but where a run of the launch has
-    values of its own from the command line, the launch's runs alone, in the launch's folder.
+    They show the results store, and are in `<results>/figures` and `<results>/tables`. But if the command line has
+    changed a run's numbers, they show only the launch's runs, and are in the launch's folder.
     """
 
     @failures_end_the_program()
