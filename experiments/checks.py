@@ -13,7 +13,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from admm.numbers import is_number, is_whole
 from experiments.errors import BadInput
 from experiments.launch import Launch
-from experiments.rows import CONF
+from experiments.overrides import key_of
+from experiments.rows import CONF, TableRows
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -99,7 +100,10 @@ def check_place() -> None:
 
 
 def check_row(config: DictConfig, launch: Launch) -> None:
-    """Raises ValueError for a name that would be read as another one, and for a row of another optimizer."""
+    """Raises ValueError for a name that would be read as another one, for a row of another optimizer or experiment, and
+    for another task than the experiment's."""
+    if any(key_of(override) == "task" for override in launch.overrides):
+        raise ValueError("task: is the experiment's own; take an experiment with another task, such as memory")
     for key, name in (("experiment", launch.experiment), ("optimizer", launch.method)):
         if "/" in name:
             raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
@@ -108,6 +112,9 @@ def check_row(config: DictConfig, launch: Launch) -> None:
     if launch.row and launch.row.method != launch.method:
         file = f"conf/row/{launch.row.name}.yaml"
         raise ValueError(f"row: {file} is of optimizer={launch.row.method or '…'}, not of optimizer={launch.method}")
+    table = TableRows.of(launch.experiment, config.get("rows"), launch.conf)
+    if launch.row and launch.row not in (*table.listed, *table.others):
+        raise ValueError(f"row: {launch.row.name} is no row of experiment={launch.experiment}; {table.in_words()}")
     if config.setting not in (None, launch.setting):
         raise ValueError(
             f"setting: {config.setting} chooses no row with hydra.mode=RUN, nor beside row=…, of {launch.setting}; "

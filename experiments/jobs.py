@@ -18,7 +18,7 @@ from experiments.device import ready_device
 from experiments.errors import user_errors
 from experiments.identity import SCHEMA, choices_of, identity
 from experiments.launch import Launch
-from experiments.overrides import changes_numbers, key_of
+from experiments.overrides import changes_row, key_of
 from experiments.provenance import changed_sources, provenance, sources_changed_since
 from experiments.records import kind_of
 from experiments.store import LEFT, Run, Slot, runs_of_row, warn_of_former_runs
@@ -143,7 +143,7 @@ def check_job(config: DictConfig, launch: Launch) -> None:
 def changing_overrides(config: DictConfig, launch: Launch) -> list[str]:
     """Return the overrides that change a run's numbers, so that it is not the committed row's. A classifier's `seeds`
     change nothing if they are among the committed ones."""
-    changing = [override for override in launch.overrides if changes_numbers(override)]
+    changing = [override for override in launch.overrides if changes_row(override)]
     if config.task == TASK and set(config.seeds) <= set(config.committed_seeds):
         return [override for override in changing if key_of(override) != "seeds"]
     return changing

@@ -84,7 +84,8 @@ def _migrated(run: Run) -> Run:
     info = {"schema": SCHEMA} | run.info | {"identity": new_identity, "kind": report_of(record.experiment).kind}
     target = run.folder.with_name(f"{slot.name}-{new_identity}")
     if not target.exists():  # as it does after an interruption
-        with tempfile.TemporaryDirectory(dir=run.folder.parent, prefix=".") as folder:
+        slot.partial.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=slot.partial.parent, prefix=".") as folder:
             copy = shutil.copytree(run.folder, Path(folder, target.name))
             describe(copy, config, info)
             os.replace(copy, target)

@@ -14,6 +14,7 @@ from experiments.identity import NOT_IN_IDENTITY
 
 ROW_FILTERS = ("optimizer", "setting")  # choose among an experiment's rows
 ROW_SELECTORS = ("experiment", *ROW_FILTERS, "row")
+DECLARED = ("rows", "committed_seeds", "note", "report", "report.*", "method", "method.*")  # by an experiment or a row
 NOT_SEARCHED = ("dataset", "dataset.*", "seeds", "iterations", "search")
 REDUCING = ("iterations", "seeds", "model.*", "dataset.first")
 COMPARABLE_WITH_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")
@@ -45,9 +46,9 @@ def is_outside_identity(override: str) -> bool:
     return any(is_of(override, (key, f"{key}.*")) for key in NOT_IN_IDENTITY)
 
 
-def changes_numbers(override: str) -> bool:
-    """Return whether an override makes a run differ from the experiment's row."""
-    return not (chooses_row(override) or is_outside_identity(override))
+def changes_row(override: str) -> bool:
+    """Return whether an override makes a run differ from the committed row, in its numbers or in what it declares."""
+    return is_of(override, DECLARED) or not (chooses_row(override) or is_outside_identity(override))
 
 
 def reduces(override: str) -> bool:

@@ -52,7 +52,12 @@ class RunRecord:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> RunRecord:
-        """Return the record of a parsed `run.json`; other keys are ignored. Raises KeyError for a missing key."""
+        """Return the record of a parsed `run.json`; other keys are ignored.
+
+        Raises KeyError for a missing key, and ValueError for what is no mapping.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a {type(content).__name__} is no record of a run")
         required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
         for name in sorted(required - content.keys()):
             raise KeyError(name)

@@ -55,6 +55,9 @@ class TableRows:
             names |= dict.fromkeys(found)
         own = matching(files, f"{experiment}/*")
         listed = own if rows is None else list(names)
+        by_label = {(Row(name).method, Row(name).setting): name for name in listed}
+        if twice := [name for name in listed if name not in by_label.values()]:
+            raise ValueError(f"rows: {twice[0]} has the optimizer and the setting of another of these rows")
         return cls(experiment, [Row(name) for name in listed], [Row(name) for name in own if name not in listed])
 
     def chosen(self, method: str | None, setting: str | None) -> list[Row]:

@@ -141,11 +141,14 @@ def check(options: argparse.Namespace) -> int:
 
 def migrate_(options: argparse.Namespace) -> int:
     """Finished runs of schema 1 get the identities of today; their numbers stay as they are."""
+    migrated = 0
     try:
         for line in migrate(options.store):
             print(line)
+            migrated += 1
     except ValueError as error:
         sys.exit(f"error: {error}")
+    print(f"{options.store}: {migrated} runs migrated")
     return 0
 
 

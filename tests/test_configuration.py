@@ -237,6 +237,25 @@ def test_a_group_of_the_command_line_is_below_a_row(tmp_path: Path) -> None:
         launch(*few, "init=uniform")
 
 
+@pytest.mark.parametrize("empty", ["optimizer=glob(zzz*)", "row=glob(zzz*)"])
+def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path, empty: str) -> None:
+    with pytest.raises(SystemExit, match=r"error: \w+=glob\(zzz\*\): matches nothing"):
+        launch("experiment=digits_shallow", empty, *places(tmp_path))
+
+
+def test_rows_that_one_name_would_stand_for_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows: digits_shallow/sgd-tuned has the optimizer and the setting of"):
+        TableRows.of("digits_shallow", ["digits_shallow/sgd-tuned", "mnist_shallow/sgd-tuned"])
+
+
+def test_what_a_row_declares_is_changed_outside_of_results(tmp_path: Path) -> None:
+    few = ["experiment=digits_shallow", "optimizer=sgd", "iterations=1", "dataset.first=100", *places(tmp_path)]
+    assert all(map(overrides.changes_row, ("committed_seeds=[7]", "rows=[a]", "note=mine", "report.caption=mine")))
+    launch(*few, "committed_seeds=[7]", "note=mine", "progress=false")
+    (run,) = stored(tmp_path / "outputs")
+    assert {"committed_seeds=[7]", "note=mine"} < set(run.record.overrides)
+
+
 def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: experiment: rows can be launched for one experiment at a time"):
         launch("experiment=digits_shallow,mnist_shallow", *places(tmp_path))
@@ -250,6 +269,8 @@ def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
         ({"method": "a-b"}, None, "optimizer: a-b has a -, which divides the method from the setting; take a _"),
         ({"method": "adam"}, None, "row: conf/row/digits_shallow/sgd-tuned.yaml is of optimizer=sgd, not of"),
         ({"row": Row("digits_shallow/tuned")}, None, "row: conf/row/digits_shallow/tuned.yaml is of optimizer=…, not"),
+        ({"row": Row("mnist_shallow/sgd-tuned")}, None, "row: mnist_shallow/sgd-tuned is no row of experiment=digits"),
+        ({"overrides": ("task=mine.run",)}, None, "task: is the experiment's own; take an experiment"),
         ({}, "faithful", "setting: faithful chooses no row with hydra.mode=RUN, nor beside row=…, of tuned; "),
         ({"row": None}, "tuned", "setting: tuned chooses no row with hydra.mode=RUN, nor beside row=…, of default; "),
     ],
@@ -257,7 +278,8 @@ def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
 def test_names_that_would_be_taken_for_others_are_refused(
     changes: dict[str, Any], setting: str | None, message: str
 ) -> None:
-    launched = Launch("digits_shallow", "sgd", Row("digits_shallow/sgd-tuned"), (), Path(), (), True, False, None)
+    row, conf = Row("digits_shallow/sgd-tuned"), (ROOT / "conf",)
+    launched = Launch("digits_shallow", "sgd", row, (), Path(), conf, True, False, None)
     check_row(OmegaConf.create({"setting": "tuned"}), launched)
     check_row(OmegaConf.create({"setting": None}), launched)
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -273,7 +295,7 @@ def test_what_an_override_means() -> None:
 
     assert those(overrides.chooses_row) == [0]
     assert those(overrides.is_outside_identity) == [2, 9]
-    assert those(overrides.changes_numbers) == [1, 3, 4, 5, 6, 7, 8, 10]
+    assert those(overrides.changes_row) == [1, 3, 4, 5, 6, 7, 8, 10]
     assert those(overrides.reduces) == [4, 5, 8]
     assert those(overrides.is_comparable_with_paper) == [1, 8]
     assert those(overrides.is_searched) == [0, 1, 2, 3, 4, 6, 7, 9, 10]

@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from experiments.errors import user_errors
+from experiments.errors import BadInput, user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
 from experiments.overrides import ROW_FILTERS, key_of, parse
@@ -28,6 +28,9 @@ class Rows(Callback):
         searched = [f"{key}={value}" for key, value in params.items()]
         loader = GlobalHydra.instance().config_loader()
         by_key = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
+        for key in ("row", *ROW_FILTERS):
+            if not values(by_key.get(key)):
+                raise BadInput(f"{by_key[key].input_line}: matches nothing")
         if "row" in by_key or "optimizers" in config:
             return
         methods, settings = (values(by_key.get(key)) for key in ROW_FILTERS)
@@ -41,7 +44,7 @@ class Rows(Callback):
 
 def values(override: Override | None) -> list[str | None]:
     """Return the values of an override, several in a sweep; [None], for any value, if there is no override."""
-    if override is None:
+    if override is None or override.value() is None:
         return [None]
     return list(override.sweep_string_iterator() if override.is_sweep_override() else [str(override.value())])
 
