@@ -1,1 +1,1 @@
-"""What happens around the jobs of a launch: rows, stacks, studies, failed jobs, runs left to other processes."""
+"""What happens around the jobs of a launch: rows, stacks, studies, failed jobs, leftover jobs, the report."""
