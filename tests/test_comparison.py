@@ -163,11 +163,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a forward of an instance": (
         lambda: nn.Sequential(bound(nn.Linear(4, 2))),
-        r"layer '0' \(Linear\) has a `forward` of its own, .*make it a subclass",
+        r"layer '0' \(Linear\) has its own `forward`, .*make it a subclass",
     ),
     "a forward of an instance inside": (
         lambda: nn.Sequential(Residual(bound(nn.Linear(4, 4)))),
-        r"layer '0' \(Residual\) has a `forward` of its own",
+        r"layer '0' \(Residual\) has its own `forward`",
     ),
     "a gradient hook": (with_gradient_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),
     "a hook of accumulation": (with_accumulation_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),

@@ -11,6 +11,7 @@ import yaml
 from hydra.utils import get_object
 from stores import run_json
 
+import admm.losses
 import admm.optimizers
 from experiments import identity as module
 from experiments.identity import (
@@ -24,7 +25,9 @@ from experiments.identity import (
 )
 from experiments.migration import migrate
 from experiments.store import SUMS, Run, Slot, sums
+from experiments.tasks import deepfacto
 
+MODULES = (admm.optimizers, admm.losses, deepfacto)  # of classes that configurations name
 CHOICES = {"experiment": "mnist_shallow", "method": "bcd", "setting": "tuned"}
 CONFIG: dict[str, Any] = {
     "seeds": [0, 1],
@@ -107,11 +110,11 @@ def test_a_second_rename_costs_no_run_either(monkeypatch: pytest.MonkeyPatch) ->
 def test_names_of_today_exist() -> None:
     """And those that they had belong to nothing else of the same class."""
     for line, former_names in FORMER_NAMES.items():
-        if line[0].islower():
+        owner, _, name = line.rpartition(".")
+        if name[0].isupper():
             get_object(line)
-        else:
-            owner, name = line.split(".")
-            fields = signature(getattr(admm.optimizers, owner)).parameters
+        elif owner[0].isupper():
+            (fields,) = (signature(getattr(m, owner)).parameters for m in MODULES if hasattr(m, owner))
             assert name in fields and not fields.keys() & set(former_names)
 
 
