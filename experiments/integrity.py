@@ -40,7 +40,7 @@ def problems(folder: Path) -> Iterator[str]:
             config = yaml.safe_load(text(folder / "config.yaml"))
             yield from misnamed(run, config)
             yield from incomplete(run, config)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             yield f"config.yaml, run.json or history.csv: is not of a run ({type(error).__name__}: {error})"
 
 

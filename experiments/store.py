@@ -77,8 +77,12 @@ class Run:
 
     @property
     def record(self) -> RunRecord:
-        """The content of run.json, typed. Raises KeyError for a missing key."""
-        return RunRecord.read(self.info)
+        """The content of run.json, typed. Raises ValueError that names the file where it is damaged."""
+        try:
+            return RunRecord.read(self.info)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.folder / 'run.json'}: is damaged ({cause}); see scripts.store check") from error
 
     @property
     def seeds(self) -> set[int]:

@@ -647,6 +647,17 @@ def test_a_seed_that_diverges_in_a_race_has_no_evaluations_to_come(tmp_path: Pat
     assert run.info["diverged"] == {"1": 1} and list(problems(run.folder)) == []
 
 
+def test_a_run_json_that_is_no_record_is_named(tmp_path: Path, command: Command) -> None:
+    run = trained_run(tmp_path, "iterations=1")
+    (run.folder / "run.json").write_text("[]\n", encoding="utf-8")
+    (run.folder / "SHA256SUMS").unlink()
+    code, printed = command("check", "--store", tmp_path)
+    assert code == 1 and f"{run.folder}: config.yaml, run.json or history.csv: is not of a run (ValueError" in printed
+    assert "damaged, see check" in command("list", "--store", tmp_path)[1]
+    with pytest.raises(ValueError, match=r"run\.json: is damaged \(ValueError: a list is no record of a run\)"):
+        Run(run.folder).record  # noqa: B018
+
+
 def test_list_tells_finished_and_interrupted_runs(tmp_path: Path, command: Command) -> None:
     run = trained_run(tmp_path, "optimizer.step_size=0.01")
     left = leave_interrupted(tmp_path).slot
