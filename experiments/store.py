@@ -5,10 +5,10 @@
         history.csv   one row per evaluation and replica, see `admm.training.History`; or what its task measures
         probes.csv, arrays.npz   DeepFacto's only: what probes measured, and what heat maps show
         run.json      what was run, from where, and how it ended, see `experiments.records.RunRecord`
-        SHA256SUMS    hashes of the other files, for `sha256sum -c`; the oldest runs have none
+        SHA256SUMS    hashes of the other files, for `sha256sum -c`
 
 A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/` and holds the lock beside that folder.
-`python -m scripts.store` lists, checks, compares and removes runs.
+`python -m scripts.store` lists, checks, compares, removes and migrates runs.
 """
 
 from __future__ import annotations

@@ -194,9 +194,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         """Return the Lagrangian of the samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(*state.u.shape).at(max(state.iteration - 1, 0) / self.iterations)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
-        lagrangian, z_state = self._start(
-            problem, state, beta, gather_shared(problem.x, batch), gather_shared(problem.y, batch)
-        )
+        x, y = gather_shared(problem.x, batch), gather_shared(problem.y, batch)
+        lagrangian, z_state = self._start(problem, state, beta, x, y)
         self.z_update.update_curvature(problem.blocks, state.theta, beta, z_state)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         return lagrangian

@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from experiments.errors import BadInput, user_errors
+from experiments.errors import user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
 from experiments.overrides import ROW_FILTERS, key_of, parse
@@ -28,9 +28,8 @@ class Rows(Callback):
         searched = [f"{key}={value}" for key, value in params.items()]
         loader = GlobalHydra.instance().config_loader()
         by_key = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
-        for key in ("row", *ROW_FILTERS):
-            if not values(by_key.get(key)):
-                raise BadInput(f"{by_key[key].input_line}: matches nothing")
+        with user_errors():
+            check_matches(by_key)
         if "row" in by_key or "optimizers" in config:
             return
         methods, settings = (values(by_key.get(key)) for key in ROW_FILTERS)
@@ -40,6 +39,13 @@ class Rows(Callback):
             overrides.task = [*chosen, *(o for o in overrides.task if key_of(o) not in ROW_FILTERS)]
             for key in params.keys() & ROW_FILTERS:
                 del params[key]
+
+
+def check_matches(by_key: dict[str, Override]) -> None:
+    """Raises ValueError for a `glob(…)` of rows, optimizers or settings that matches nothing."""
+    for key in ("row", *ROW_FILTERS):
+        if not values(by_key.get(key)):
+            raise ValueError(f"{by_key[key].input_line}: matches nothing")
 
 
 def values(override: Override | None) -> list[str | None]:
