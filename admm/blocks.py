@@ -29,6 +29,7 @@ from admm.layers import (
     tensors_of,
 )
 from admm.splitting import modules_by_name, names_by_block
+from admm.visits import Visit, evaluation
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,17 @@ class Block:
 
     layers: tuple[Layer, ...]
 
-    def forward(self, theta: Sequence[ParamDict], z: Tensor, training: bool) -> Tensor:
-        """Return block_Θ(z) [S, n, d'] for z [S, n, d], which is left as it is; `training` is as in `Layer`."""
+    def forward(self, theta: Sequence[ParamDict], z: Tensor, visit: Visit) -> Tensor:
+        """Return block_Θ(z) [S, n, d'] for z [S, n, d], which is left as it is."""
         for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z = layer.forward(views, z, self._is_temporary(position), training)
+            z = layer.forward(views, z, self._is_temporary(position), visit)
         return z
 
-    def linearize(self, theta: Sequence[ParamDict], z: Tensor, training: bool) -> tuple[Tensor, list[Any]]:
+    def linearize(self, theta: Sequence[ParamDict], z: Tensor, visit: Visit) -> tuple[Tensor, list[Any]]:
         """Return block_Θ(z), as `forward` does, and the record of this evaluation that `vjp` needs."""
         record = []
         for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z, saved = layer.linearize(views, z, self._is_temporary(position), training)
+            z, saved = layer.linearize(views, z, self._is_temporary(position), visit)
             record.append(saved)
         return z, record
 
@@ -207,15 +208,15 @@ class Blocks(Sequence[Block]):
         tensors = chain.from_iterable(map(tensors_of, chain.from_iterable(self._groups(network))))
         return torch.cat([torch.empty(0), *(t.detach().flatten() for k, _, t in tensors if k == kind)])
 
-    def outputs(self, theta: Parameters, x: Tensor, training: bool) -> Iterator[Tensor]:
-        """Yield block 1's output for x [S, n, ...], block 2's for that, and so on; `training` is as in `Layer`."""
+    def outputs(self, theta: Parameters, x: Tensor, visit: Visit) -> Iterator[Tensor]:
+        """Yield block 1's output for x [S, n, ...], block 2's for that, and so on."""
         for block, views in zip(self, theta.blocks, strict=True):
-            x = block.forward(views, x, training)
+            x = block.forward(views, x, visit)
             yield x
 
     def forward(self, theta: Parameters, x: Tensor) -> Tensor:
         """Return the network's outputs [S, n, C] for x [S, n, ...], by a forward pass in evaluation mode."""
-        for output in self.outputs(theta, x, training=False):
+        for output in self.outputs(theta, x, evaluation(len(x))):
             x = output
         return x
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from admm.blocks import Blocks
 from admm.layers import known_layer
 from admm.splitting import modules_by_name
+from admm.visits import Visit
 
 _FEW = 4  # samples, enough to be normalised in training
 
@@ -86,7 +87,7 @@ def _block_by_block(blocks: Blocks, layers: dict[str, Tensor], x: Tensor, traini
     eager = Blocks(blocks.network, blocks.names, replace(blocks.execution, compile=False, precision="fp32"))
     flat, buffers = (eager.flatten(eager.network, kind)[None].to(x) for kind in ("parameters", "buffers"))
     for block, views, names in zip(eager, eager.parameters(flat, buffers).blocks, blocks.names, strict=True):
-        yield block.forward(views, x[None], training)[0]
+        yield block.forward(views, x[None], Visit([0], training=training))[0]
         x = layers[names[-1]]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from admm.checks import one_of
+from admm.visits import Visit
 
 # Parts of PyTorch's error messages without a compiler: for a CPU, and for a GPU (no Triton, no compiler for Triton).
 _NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler")
@@ -27,16 +28,16 @@ ParamDict = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *sha
 class Layer(ABC):
     """A layer of S stacked replicas: its output, and its vector-Jacobian products (VJP).
 
-    `theta` holds the layer's parameters and buffers, each [S, *shape]. `training` has PyTorch's meaning: batch
-    normalisation takes the statistics of the samples, not the running ones.
+    `theta` holds the layer's parameters and buffers, each [S, *shape]. In training mode (`visit.training`)
+    batch normalisation takes the statistics of the samples, not the running ones.
     """
 
     @abstractmethod
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         """Return the output [S, n, ...] for x [S, n, ...]; `inplace` allows to overwrite x."""
 
     @abstractmethod
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
         """Return the output as `forward` does, and what `vjp` needs of this evaluation."""
 
     @abstractmethod
@@ -63,13 +64,13 @@ class Layer(ABC):
 class LinearLayer(Layer):
     """`x Wᵀ + b` over the last axis of x [S, n, ..., d], as one batched product over the replicas."""
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         weight, bias, rows = theta["weight"], theta.get("bias"), x.flatten(1, -2)
         output = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
         return output.view(*x.shape[:-1], -1)
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
-        return self.forward(theta, x, inplace, training), x
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
+        return self.forward(theta, x, inplace, visit), x
 
     def vjp(
         self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
@@ -90,11 +91,11 @@ class LinearLayer(Layer):
 class ReLULayer(Layer):
     """`max(x, 0)`; the derivative at 0 is 0, as PyTorch's."""
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         return x.relu_() if inplace else x.relu()
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
-        output = self.forward(theta, x, inplace, training)
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
+        output = self.forward(theta, x, inplace, visit)
         return output, output
 
     def vjp(
@@ -107,10 +108,10 @@ class ReLULayer(Layer):
 class FlattenLayer(Layer):
     """All axes of a sample joined into one: [S, n, ...] to [S, n, d]."""
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         return x.flatten(2)
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
         return x.flatten(2), x.shape
 
     def vjp(
@@ -161,13 +162,13 @@ class ModuleLayer(Layer):
         self._shared_buffers: dict[torch.device, ParamDict] = {}
         self._needs_contiguous = any(map(_is_strided_pointwise, module.modules()))
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
-        self.module.train(training)
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
+        self.module.train(visit.training)
         with torch.no_grad(), self._settings():
             return _stack([self._call(self._replica(theta, s, x.device), v) for s, v in enumerate(x)])
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
-        self.module.train(training)
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
+        self.module.train(visit.training)
         saved = []
         for s in range(len(x)):
             views, leaf = self._replica(theta, s, x.device), x[s].detach().requires_grad_()

@@ -60,10 +60,10 @@ def problem(net=None, after=("0", "1"), loss=None, samples=20, y=None):
 
 def lagrangian_of(options, task, state):
     """Eq. 9 of copies of all variables."""
-    x, y = (data.expand(len(state.seeds), *data.shape) for data in (task.x, task.y))
     z, u = ([v.clone() for v in variables] for variables in (state.z, state.u))
     beta = penalties(options.beta, len(z), len(state.seeds), task.x)
-    return FactorisedLagrangian(task, state.theta, factorisations(task.blocks, state.theta), beta, x, y, z, u)
+    visit = task.visit(state.seeds, slice(None))
+    return FactorisedLagrangian(task, state.theta, factorisations(task.blocks, state.theta), beta, visit, z, u)
 
 
 def update_z(options, lagrangian, t, step=0.0):

@@ -77,12 +77,13 @@ class Backprop(Options, Optimizer[BackpropState]):
         blocks, theta = problem.blocks, state.theta
         step_size = schedule("step_size", self.step_size, len(state.seeds))
         gradient = blocks.parameters(torch.empty_like(theta.flat))
-        for fraction, z, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
+        for fraction, visit in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
             evaluations: list[tuple[Tensor, Any]] = []
+            z = visit.x
             for block, views in zip(blocks, theta.blocks, strict=True):
-                evaluations.append(block.linearize(views, z, training=True))
+                evaluations.append(block.linearize(views, z, visit))
                 z = evaluations[-1][0]
-            grad_output = problem.loss.gradient(z, y).div_(y.shape[1])
+            grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
             for t in reversed(range(len(blocks))):
                 _, record = evaluations.pop()
                 grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0)

@@ -18,6 +18,7 @@ from admm.comparison import outputs_of
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
 from admm.minibatches import gather_shared, minibatches, stateless_rng
 from admm.numbers import plain
+from admm.visits import Visit
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,44 @@ class Problem:
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
         """Return initial parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
-        return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.x)
+        return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.like)
+
+    @property
+    def n_samples(self) -> int:
+        """The number N of training samples."""
+        return len(self.x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples and all variables are."""
+        return self.x.device
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor with the type and the device of the parameters."""
+        return self.x.new_empty(0)
+
+    def visit(self, seeds: Sequence[int], batch: Tensor | slice, counter: tuple[int, ...] = ()) -> Visit:
+        """Return a visit of some samples, in training mode.
+
+        Args:
+            seeds: S whole numbers.
+            batch: indices [S, B], or a slice of samples, the same for all replicas, for which x and y are views.
+            counter: tells the visits of a run apart, see `Visit`.
+        """
+        if isinstance(batch, Tensor):
+            x, y = (gather_shared(data, batch) for data in (self.x, self.y))
+        else:
+            x, y = (data[batch].expand(len(seeds), *data[batch].shape) for data in (self.x, self.y))
+        return Visit(seeds, counter, True, x, y)
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
-    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+    ) -> Iterator[tuple[float, Visit]]:
         """Yield the mini-batches of an iteration, which is an epoch or one of its `parts`.
 
-        Each is the fraction of the iteration before it, the inputs [S, B, ...], augmented, and the targets [S, B, C].
-        Raises ValueError as `admm.minibatches.minibatches` does.
+        Each is the fraction of the iteration before it, and a visit of the inputs [S, B, ...], augmented, and the
+        targets [S, B, ...]. Raises ValueError as `admm.minibatches.minibatches` does.
         """
         distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, gathered once
         place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.x.device)
@@ -156,7 +186,7 @@ class Problem:
             y = gather_shared(self.y, batch)
             if len(distinct) < len(seeds):
                 x, y = x.index_select(0, place), y.index_select(0, place)
-            yield number / len(batches), x, y
+            yield number / len(batches), Visit(seeds, (iteration, number), True, x, y)
 
     def refuse_augmentation(self, optimizer: str) -> None:
         """Raise ValueError if there is an augmentation: `optimizer` keeps variables of each sample."""
