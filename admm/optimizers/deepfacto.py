@@ -278,16 +278,8 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     def _minibatches(self, problem: Problem, state: DeepFactoState) -> list[Tensor]:
         """Return the indices [R, B] of an epoch's mini-batches."""
         groups = problem.y if self.group_size > 1 else None
-        seeds, device = state.seeds, problem.device
-        return minibatches(
-            problem.n_samples,
-            self.batch_size,
-            seeds,
-            state.iteration,
-            device,
-            groups=groups,
-            group_size=self.group_size,
-        )
+        n, k, device = problem.n_samples, state.iteration, problem.device
+        return minibatches(n, self.batch_size, state.seeds, k, device, groups=groups, group_size=self.group_size)
 
     def _update_basis(self, problem: Problem, state: DeepFactoState, t: int, basis: Tensor) -> None:
         """Update M in place, by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
