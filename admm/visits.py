@@ -18,7 +18,7 @@ class Visit:
     counter and the block, so that another seed or visit has others, and a resumed run the same.
 
     Args:
-        seeds: one per replica.
+        seeds: one per replica; with None a replica draws from PyTorch's global generators as they are.
         counter: whole numbers from 0 up that tell the visits of a run apart, such as the iteration and the number of
             the mini-batch in it.
         training: whether blocks are evaluated in training mode, as `torch.nn.Module.train` has it.
@@ -31,16 +31,18 @@ class Visit:
     True
     """
 
-    seeds: Sequence[int]
+    seeds: Sequence[int | None]
     counter: tuple[int, ...] = ()
     training: bool = True
     x: Any = None
     y: Any = None
     carried: dict[int, list[Any]] = field(default_factory=dict)
 
-    def draws(self, replica: int, block: int) -> int:
+    def draws(self, replica: int, block: int) -> int | None:
         """Return the seed of the random numbers that a replica of a block draws in this visit."""
-        entropy = np.random.SeedSequence((self.seeds[replica], zlib.crc32(b"layers"), block, *self.counter))
+        if (seed := self.seeds[replica]) is None:
+            return None
+        entropy = np.random.SeedSequence((seed, zlib.crc32(b"layers"), block, *self.counter))
         return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -166,7 +166,7 @@ def test_what_is_common_to_all_scores_is_not_for_the_embedding_to_undo():
     along the loss, 0."""
     task, options = problem(), replace(BASE, forward_mixing=1.0, dual_step=0.0)
     state = trained(options, task)
-    by_block(task.blocks, state.theta)[0].mul_(0.8)
+    by_block(task.blocks, state.theta.flat)[0].mul_(0.8)
     lagrangian = lagrangian_of(options, task, state)
     lagrangian.mix_with_forward(1.0)
     for t in (3, 2):

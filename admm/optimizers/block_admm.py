@@ -351,7 +351,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`; running statistics stay."""
         theta, samples = state.theta, problem.n_samples
         statistics = theta.buffers.clone()
-        gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
+        gradient = problem.blocks.gradient(theta)
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part in slices(samples, self.slice_size):
@@ -364,14 +364,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                     total[t - 1] += _squared_norm(v)
                 lagrangian.vjp(t, multiplier[t - 1], grad_params=gradient)
                 z_square += _squared_norm(_gradient_by_z(lagrangian, multiplier, t))
-            theta_gradient += gradient.flat
+            theta_gradient += gradient.total()
         theta.buffers.copy_(statistics)
         values = {
             "kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
         }
         for t, dual in enumerate(state.u, start=1):
-            values[f"residual_{t}"] = (square[t - 1] / norm[t - 1]).sqrt()
+            values[f"residual_{t}"] = torch.where(norm[t - 1] > 0, square[t - 1] / norm[t - 1], 0.0).sqrt()
             values[f"dual_rms_{t}"] = (dual_norm[t - 1] / dual[0].numel()).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
         return values

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from admm.blocks import Blocks, Parameters
+from admm.blocks import Blocks, Gradient, Parameters
 from admm.checks import at_least_one, in_range, one_of
 from admm.losses import ProximalLoss
 from admm.minibatches import flat_indices, gather_per_replica, scatter_per_replica
@@ -178,7 +178,7 @@ class BlockOutputs:
             evaluation = self._evaluate(t, record=for_vjp or not self._recomputes(t))
         return evaluation[0]
 
-    def vjp(self, t: int, grad_output: Tensor, grad_params: Parameters | None = None) -> Tensor | None:
+    def vjp(self, t: int, grad_output: Tensor, grad_params: Gradient | None = None) -> Tensor | None:
         """Multiply the transposed Jacobian of block t by `grad_output` [S, n, d_t].
 
         Returns the product with respect to Z_{t−1}. With `grad_params`, the product with respect to Θ_t is written
@@ -214,6 +214,8 @@ class BlockOutputs:
         return self.blocks.execution.recompute and bool(self.blocks[t - 1].is_autograd)
 
     def _evaluate(self, t: int, record: bool = True) -> tuple[Tensor, Any]:
+        if t > 1 and not self.blocks.crossings[t - 2].is_plain and t - 1 not in self.visit.carried:
+            self.output(t - 1)  # carries what else than Z_{t−1} crosses the cut
         block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.block_input(t)
         visit = self.visit
         evaluation = block.linearize(views, before, visit) if record else (block.forward(views, before, visit), None)
@@ -291,7 +293,7 @@ class AugmentedLagrangian(BlockOutputs):
         anchor = self.output(last) - self.u[-1] if self.u else self.output(last)
         return self.loss.prox(anchor, self.visit.y, broadcast(self.beta[-1], anchor))
 
-    def theta_gradient(self, gradient: Parameters, trained: Iterable[int] | None = None) -> None:
+    def theta_gradient(self, gradient: Gradient, trained: Iterable[int] | None = None) -> None:
         """Write the gradient by Θ_t of the mean coupling term of a sample to `gradient`; update running statistics.
 
         `trained` are the numbers t of the blocks, by default all.
@@ -333,13 +335,13 @@ class ThetaUpdate:
 
     def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
         self.rule, self.theta, self.moments = rule, theta, moments
-        self.gradient = blocks.parameters(torch.empty_like(theta.flat))
+        self.gradient = blocks.gradient(theta)
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
         """Move Θ once, by the one step size η in `steps`."""
         (step,) = steps
         lagrangian.theta_gradient(self.gradient)
-        self.rule.apply(self.theta.flat, self.gradient.flat, self.moments, step)
+        self.rule.apply(self.theta.flat, self.gradient.total(), self.moments, step)
         lagrangian.forget_all()
 
 

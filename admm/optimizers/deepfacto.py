@@ -159,7 +159,9 @@ class BlockwiseThetaUpdate(ThetaUpdate):
     ) -> None:
         super().__init__(rule, blocks, theta, moments=[])
         self.trained = trained
-        self.by_block = list(zip(by_block(blocks, theta), by_block(blocks, self.gradient), moments, strict=True))
+        self.by_block = list(
+            zip(by_block(blocks, theta.flat), by_block(blocks, self.gradient.total()), moments, strict=True)
+        )
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
         """Move Θ_t of each block in `trained` once, by η_t from the step sizes η_1..η_T."""
@@ -247,7 +249,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=[self.theta_update.init(flat) for flat in by_block(problem.blocks, theta)],
+            moments=[self.theta_update.init(flat) for flat in by_block(problem.blocks, theta.flat)],
             z=z,
             u=[torch.zeros_like(v) for v in residuals] if schedules.dual_step.largest > 0.0 else [],
         )
@@ -359,13 +361,12 @@ def factorisations(blocks: Blocks, theta: Parameters) -> Factors:
     return factors
 
 
-def by_block(blocks: Blocks, theta: Parameters) -> list[Tensor]:
-    """Return the parameters of each block, views [R, P_t]."""
-    sizes = [
-        sum(p.numel() for name in names for p in blocks.network.get_submodule(name).parameters())
-        for names in blocks.names
-    ]
-    return list(theta.flat.split(sizes, 1))
+def by_block(blocks: Blocks, flat: Tensor) -> list[Tensor]:
+    """Return the parameters of each block, views of flat [R, P]. Raises ValueError where they share some."""
+    sizes = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in blocks.modules]
+    if sum(sizes) != flat.shape[1]:
+        raise ValueError("network: blocks share parameters, which DeepFacto does not support")
+    return list(flat.split(sizes, 1))
 
 
 def _lagrangian(

@@ -114,7 +114,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
         """Do one iteration, an epoch or a part of one."""
         schedules, rho = self._schedules(problem, len(state.seeds)), self._penalties(problem, len(state.seeds))
-        gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
+        gradient = problem.blocks.gradient(state.theta)
         for fraction, visit in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
             h = schedules.at((state.iteration + fraction) / self.iterations)
             terms = GluingTerms(problem, state.theta, rho, visit)  # z by a forward pass
@@ -122,7 +122,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
             for t in range(1, len(problem.blocks) + 1):
                 terms.vjp(t, terms.coupling_gradient(t).div_(-terms.n_samples), grad_params=gradient)
             (eta,) = h.theta_steps
-            self.theta_update.apply(state.theta.flat, gradient.flat, state.moments, eta)
+            self.theta_update.apply(state.theta.flat, gradient.total(), state.moments, eta)
             del terms  # and the activations with them
         state.iteration += 1
         return state

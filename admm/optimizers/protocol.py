@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
-from admm.comparison import outputs_of
+from admm.comparison import outputs_of, suited
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
 from admm.minibatches import gather_shared, minibatches, stateless_rng
 from admm.numbers import plain
@@ -59,6 +59,7 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", as_loss(self.loss))
         object.__setattr__(self, "x", self._inputs(self.x))
+        object.__setattr__(self, "blocks", suited(self.blocks, self.x))
         object.__setattr__(self, "y", self.targets(self.x, self.y))
         self._check_loss()
 
@@ -87,7 +88,8 @@ class Problem:
             raise ValueError(f"problem: {len(x)} inputs x, but {len(y) if y.ndim else 'no'} targets y")
         if y.device != x.device:
             raise ValueError(f"y: is on {y.device}, x on {x.device}; both must be on one device")
-        return self.loss.targets(y, outputs_of(self.blocks, x), like=x)
+        outputs = outputs_of(self.blocks, x)
+        return self.loss.targets(y, outputs.shape[1:], like=outputs)
 
     @cached_property
     def has_classes(self) -> bool:
@@ -117,7 +119,8 @@ class Problem:
     def _check_loss(self) -> None:
         """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
         y = self.y[:2].expand(2, *self.y[:2].shape)
-        z = self.x.new_zeros(*y.shape[:2], *outputs_of(self.blocks, self.x))
+        outputs = outputs_of(self.blocks, self.x)
+        z = outputs.new_zeros(*y.shape[:2], *outputs.shape[1:])
         shapes = f"outputs {list(z.shape)} and targets {list(y.shape)}"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
@@ -148,7 +151,7 @@ class Problem:
     @property
     def like(self) -> Tensor:
         """An empty tensor with the type and the device of the parameters."""
-        return self.x.new_empty(0)
+        return torch.empty(0, dtype=self.blocks.dtype, device=self.device)
 
     def visit(self, seeds: Sequence[int], batch: Tensor | slice, counter: tuple[int, ...] = ()) -> Visit:
         """Return a visit of some samples, in training mode.
