@@ -207,6 +207,14 @@ class Blocks(Sequence[Block]):
         tensors = chain.from_iterable(map(tensors_of, chain.from_iterable(self._groups(network))))
         return torch.cat([torch.empty(0), *(t.detach().flatten() for k, _, t in tensors if k == kind)])
 
+    def parameter_slices(self) -> dict[str, slice]:
+        """Return the columns of flat parameters [S, P] that hold each parameter, by its name in the network."""
+        modules, slices, end = modules_by_name(self.network), dict[str, slice](), 0
+        for layer in chain.from_iterable(self.names):
+            for name, parameter in modules[layer].named_parameters(prefix=layer):
+                slices[name] = slice(end, end := end + parameter.numel())
+        return slices
+
     def outputs(self, theta: Parameters, x: Tensor, training: bool) -> Iterator[Tensor]:
         """Yield block 1's output for x [S, n, ...], block 2's for that, and so on; `training` is as in `Layer`."""
         for block, views in zip(self, theta.blocks, strict=True):
