@@ -193,7 +193,7 @@ def composed(blocks: Blocks) -> UpdateRule:
 
 def optimizers(rule: UpdateRule) -> Iterator[tuple[str, Any]]:
     yield "backprop", Backprop(4, rule, STEPS, batch_size=5)
-    yield "block", BlockADMM(4, STEPS, batch_size=5, dual_step=0.5, forward_mixing=0.5, theta_update=rule)
+    yield "block", BlockADMM(4, STEPS, 1e-3, batch_size=5, dual_step=0.5, forward_mixing=0.5, theta_update=rule)
     yield "online", OnlineBlockADMM(4, STEPS, batch_size=5, theta_update=rule)
     yield "gotmare", Gotmare(4, STEPS, batch_size=5, theta_update=rule)
 
