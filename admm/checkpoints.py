@@ -192,7 +192,8 @@ def _text(value: Any) -> str:
         case partial():
             return f"partial({_text((value.func, value.args, value.keywords))})"
         case FunctionType():
-            referred = [cell.cell_contents for cell in value.__closure__ or ()], value.__defaults__
+            cells, named = [cell.cell_contents for cell in value.__closure__ or ()], value.__kwdefaults__
+            referred = (cells, value.__defaults__, *([named] if named else []))
             if value.__module__.startswith("admm."):
                 return f"{value.__qualname__} {_text(referred)}"
             codes = list(_codes(value.__code__))

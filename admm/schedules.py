@@ -15,9 +15,8 @@ from torch import Tensor
 from admm.numbers import is_number, plain
 
 Number = float | Sequence[float]  # a scalar, or one value per replica [S]; arrays and tensors are sequences, too
-Value = (
-    Number | Mapping[str, Any] | Callable[[float], Number]
-)  # or {"start": Number, "end": Number}, or of the progress
+# A number, {"start": Number, "end": Number}, or a function of the progress from 0 to 1.
+Value = Number | Mapping[str, Any] | Callable[[float], Number]
 BlockValue = Value  # or {"blocks": [Value, …]}, one per block
 
 

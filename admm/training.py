@@ -278,7 +278,7 @@ class _HeldInterrupt:
         self.has_come = True
         warnings.warn(
             "interrupted; this iteration is finished and the checkpoint written first. Interrupt again to end at once",
-            stacklevel=2,
+            stacklevel=1,  # what has been interrupted is of no interest
         )
 
 

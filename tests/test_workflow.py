@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from simulated_gpu import simulated_gpu
 from torch import Tensor, nn
 
 from admm.blocks import Parameters, split
@@ -22,7 +23,20 @@ from admm.callbacks import EarlyStopping, StopTraining
 from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
 from admm.losses import CrossEntropy, SquaredError
 from admm.models import initialiser, mlp, resnet18
-from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
+from admm.optimizers import (
+    SGD,
+    Adam,
+    Averaged,
+    Backprop,
+    BlockADMM,
+    Clipped,
+    Gotmare,
+    Group,
+    Grouped,
+    OnlineBlockADMM,
+    Problem,
+    ZUpdate,
+)
 from admm.training import evaluate, train
 
 OPTIMIZERS = {
@@ -360,6 +374,27 @@ def test_a_callback_whose_state_cannot_be_saved_is_told_before_training(problem:
     assert not wrong.seen
 
 
+def test_the_best_is_kept_and_resumed_where_the_samples_are(problem: Problem, tmp_path: Path) -> None:
+    """With rules around others, on a GPU as on the processor."""
+
+    def best(task: Problem, path: Path) -> Tensor:
+        groups = [Group("*.bias", SGD(momentum=0.9), [0.5, 2.0]), Group(1, Adam())]
+        rule = Clipped(Averaged(Grouped(task.blocks, groups, SGD()), 0.9), 0.5)
+        optimizer = Backprop(6, rule, lambda progress: [0.05, 0.1 * progress], batch_size=16)
+        x, y = (tensor.to(task.x.device) for tensor in samples(1))
+        for iterations in (3, 6):
+            stopping = EarlyStopping("valid_loss")
+            options: dict[str, Any] = {"test": {"valid": (x, y)}, "checkpoint": path, "keep_last": True}
+            run(task, optimizer, iterations=iterations, callbacks=[stopping], **options)
+        return stopping.best(task).flat
+
+    expected = best(problem, tmp_path / "cpu.pt")
+    with simulated_gpu() as gpu:
+        found = best(replace(problem, x=problem.x.to(gpu), y=problem.y.to(gpu)), tmp_path / "gpu.pt")
+        assert found.device == gpu
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
 # --- Other sets
 
 
@@ -466,7 +501,7 @@ def test_functions_that_differ_within_are_told_apart(problem: Problem, tmp_path:
 
 def test_schedules_that_differ_are_told_apart(problem: Problem, tmp_path: Path) -> None:
     for rate in (0.1, 0.1, 0.2):
-        optimizer = Backprop(6, SGD(), lambda progress, rate=rate: rate * (1 - progress), batch_size=16)
+        optimizer = Backprop(6, SGD(), lambda progress, *, rate=rate: rate * (1 - progress), batch_size=16)
         if rate == 0.1:
             run(problem, optimizer, checkpoint=tmp_path / "c.pt", keep_last=True)
         else:

@@ -331,7 +331,7 @@ class Averaged(Options, UpdateRule):
 
     References:
         Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", SIAM Journal on Control and
-        Optimization 30(4), 1992, https://doi.org/10.1137/0330046
+        Optimization 30(4), 1992, https://doi.org/10.1137/0330046, where all have the same weight
 
     >>> rule, theta = Averaged(SGD(), decay=0.9), torch.zeros(1, 1)
     >>> moments = rule.init(theta)
@@ -363,5 +363,8 @@ class Averaged(Options, UpdateRule):
         weight.fill_(1.0 - self.decay)
 
     def average(self, moments: list[Tensor]) -> Tensor:
-        """Return the averaged parameters [S, P] in the moments of this rule, or of a `Clipped` one around it."""
+        """Return the averaged parameters [S, P] among the moments of this rule, or of a `Clipped` one around it.
+
+        The tensor is the moments' own, which the next update overwrites.
+        """
         return moments[-2]
