@@ -264,7 +264,9 @@ class Blocks(Sequence[Block]):
         flat, buffers = (
             torch.stack([self.flatten(network, kind) for network in replicas]) for kind in ("parameters", "buffers")
         )
-        return self.parameters(flat.to(like), buffers.to(like.device, wide(like.dtype)))
+        is_own_type = like.dtype == self.dtype
+        statistics = buffers.to(like.device, self._layout.statistics_dtype if is_own_type else wide(like.dtype))
+        return self.parameters(flat.to(like), statistics)
 
     def flatten(self, network: nn.Module, kind: Kind = "parameters") -> Tensor:
         """Return the parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""
