@@ -181,7 +181,8 @@ class Blocks(Sequence[Block]):
             ValueError: for an option of `execution` without effect, statistics that blocks share, and as `cut` does.
         """
         self.network, self.execution, self._cut = network, execution or Execution(), cut
-        parts = cut(network)
+        tensors = [*network.parameters(), *network.buffers()]
+        parts = cut(copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}))  # whose modes may change
         self.names, self.modules = tuple(part.names for part in parts), tuple(part.module for part in parts)
         self.crossings = tuple(crossings) or tuple(Crossing() for _ in parts)
         self.given, self._in_other_types = self, dict[torch.dtype, Blocks]()
