@@ -128,7 +128,7 @@ class Problem:
             return
         if not isinstance(self.loss, FunctionLoss):
             raise ValueError(
-                f"loss: {type(self.loss).__name__} takes one output, the network returns {len(crossing.shapes)} tensors; "
+                f"loss: {type(self.loss).__name__} takes one output, the network returns {len(crossing.shapes)} of them; "
                 "take a plain function of what it returns and the targets"
             )
         object.__setattr__(self, "loss", _LossOfSeveral(self.loss.function, crossing))
