@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_leaves, tree_map
 
 from admm.checks import at_least_one, check_positive, in_range
 from admm.numbers import Options, is_number, is_whole, plain
@@ -50,7 +50,7 @@ class Loss(ABC):
         Raises:
             ValueError: for targets that the loss is not defined for.
         """
-        return pytree.tree_map(lambda leaf: leaf.to(like.dtype) if leaf.is_floating_point() else leaf, y)
+        return tree_map(lambda leaf: leaf.to(like.dtype) if leaf.is_floating_point() else leaf, y)
 
 
 class ProximalLoss(Loss):
@@ -558,7 +558,7 @@ class FunctionLoss(Loss):
     function: Callable[[Tensor, Any], Tensor]
 
     def value(self, z: Tensor, y: Any) -> Tensor:
-        targets = pytree.tree_map(lambda leaf: leaf.flatten(0, 1), y)
+        targets = tree_map(lambda leaf: leaf.flatten(0, 1), y)
         values, samples = self.function(z.flatten(0, 1), targets), z.shape[0] * z.shape[1]
         if not isinstance(values, Tensor) or values.shape[:1] != (samples,) or values.numel() > z.numel():
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -726,7 +726,7 @@ class SampleWeighted(Loss):
         """
         y, weights = y if isinstance(y, tuple) else (y, None)
         y = self.loss.targets(y, outputs, like)
-        samples = len(pytree.tree_leaves(y)[0])
+        samples = len(tree_leaves(y)[0])
         weights = like.new_ones(samples) if weights is None else torch.as_tensor(weights).to(like)
         if weights.shape != (samples,) or not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError(

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from admm.blocks import Blocks, Parameters
 from admm.checkpoints import History, Row, fingerprint, load_checkpoint, save, write_checkpoint
 from admm.checks import at_least_one
 from admm.files import remove_leftovers
 from admm.losses import CrossEntropy, Huber, SquaredError, unweighted
+from admm.minibatches import expand
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
@@ -88,7 +89,7 @@ def _sample_scores(problem: Problem, z: Tensor, y: Any) -> dict[str, tuple[Tenso
 
     Outputs z are [S, n, ...], targets y [n, ...].
     """
-    values = problem.loss.value(z, pytree.tree_map(lambda leaf: leaf.expand(len(z), *leaf.shape), y))
+    values = problem.loss.value(z, expand(y, len(z)))
     once, scores = z.new_ones(z.shape[1]), {}
     loss, y, weights = unweighted(problem.loss, y)
     if problem.has_classes:
@@ -142,9 +143,9 @@ def _chunks(x: Tensor, y: Any, replicas: int) -> Iterator[tuple[Tensor, Any]]:
     if x.ndim == 2:
         most = min(_EVAL_BATCH_VECTORS, max(1, _EVAL_ROWS_ALL_REPLICAS // replicas))
     chunks = math.ceil(len(x) / most)
-    leaves, structure = pytree.tree_flatten(y)
+    leaves, structure = tree_flatten(y)
     parts = zip(*(leaf.tensor_split(chunks) for leaf in (x, *leaves)), strict=True)
-    return ((part, pytree.tree_unflatten(of_part, structure)) for part, *of_part in parts)
+    return ((part, tree_unflatten(of_part, structure)) for part, *of_part in parts)
 
 
 def train(

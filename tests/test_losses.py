@@ -26,7 +26,14 @@ from admm.losses import (
     one_hot,
 )
 
-LOSSES = [SquaredError(), SquaredError(0.3), CrossEntropy(), CrossEntropy(2.5), BinaryCrossEntropy(1.5), Huber(0.7, 1.3)]
+LOSSES = [
+    SquaredError(),
+    SquaredError(0.3),
+    CrossEntropy(),
+    CrossEntropy(2.5),
+    BinaryCrossEntropy(1.5),
+    Huber(0.7, 1.3),
+]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from admm.blocks import Parameters
 from admm.checks import at_least_one
 from admm.losses import CrossEntropy, Loss, SquaredError, unweighted
-from admm.minibatches import slices
+from admm.minibatches import expand, slices
 from admm.numbers import Options
 from admm.optimizers.checks import same_samples
 from admm.optimizers.fully_connected import (
@@ -399,8 +398,7 @@ class _Sweep:
             z = self.state.z[0][:, part] + self.state.error[0][:, part]
             for views in self.layers[1:]:
                 z = pre_activation(views, z.relu_())
-            y = self.problem.y[part]
-            total += self.problem.loss.value(z, y.expand(len(z), *y.shape)).sum(1)
+            total += self.problem.loss.value(z, expand(self.problem.y[part], len(z))).sum(1)
         return total.div_(len(self.problem.x))
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
@@ -458,7 +456,7 @@ def _value_and_gradient(loss: Loss, z: Tensor, y: Any, mass: Tensor | None) -> t
         value = (log_p * t).sum((1, 2), dtype=torch.float64).mul_(-loss.scale)
         p = log_p.exp_()
         return value, (p if mass is None else p.mul_(mass)).sub_(t).mul_(loss.scale)
-    outputs, targets = z.mT, pytree.tree_map(lambda leaf: leaf.expand(len(z), *leaf.shape), y)
+    outputs, targets = z.mT, expand(y, len(z))
     return loss.value(outputs, targets).sum(1, dtype=torch.float64), loss.gradient(outputs, targets).mT
 
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
@@ -127,9 +127,9 @@ class Problem:
 
     def _check_loss(self) -> None:
         """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
-        y = pytree.tree_map(lambda leaf: leaf[:2].expand(2, *leaf[:2].shape), self.y)
+        y = tree_map(lambda leaf: leaf[:2].expand(2, *leaf[:2].shape), self.y)
         z = self.x.new_zeros(2, len(self.x[:2]), *outputs_of(self.blocks, self.x))
-        shapes = f"outputs {list(z.shape)} and targets {pytree.tree_map(lambda leaf: list(leaf.shape), y)}"
+        shapes = f"outputs {list(z.shape)} and targets {tree_map(lambda leaf: list(leaf.shape), y)}"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
         except Exception as error:  # whatever the caller's function raises
