@@ -396,12 +396,14 @@ class CrossEntropy(_NewtonLoss):
             t = y * (1.0 - self.label_smoothing) + evenly if self.label_smoothing else y
             t = t if weight is None else t * weight
             return _Distribution(t.sum(-1, keepdim=True), t)
-        label, rest = y.expand(z.shape[:-1]).unsqueeze(-1), None
-        kept = (
-            torch.ones_like(label, dtype=z.dtype) if self.ignore_index is None else (label != self.ignore_index).to(z)
-        )
-        label = label if self.ignore_index is None else torch.where(kept == 0, 0, label)
-        share = (kept if weight is None else kept * weight[label]) * (1.0 - self.label_smoothing)
+        label = y.expand(z.shape[:-1]).unsqueeze(-1)
+        kept = z.new_ones(label.shape)
+        if self.ignore_index is not None:
+            kept = (label != self.ignore_index).to(z)
+            label = torch.where(kept == 0, 0, label)
+        share = kept * (1.0 - self.label_smoothing)
+        if weight is not None:
+            share = share * weight[label]
         if not self.label_smoothing:
             return _Distribution(share, None, label, share)
         rest = kept * evenly * (z.new_ones(z.shape[-1]) if weight is None else weight)
@@ -612,15 +614,17 @@ class ProximalFunctionLoss(FunctionLoss, ProximalLoss):
         z = objective.v.clone()
         tolerance = self.tolerance * objective.penalty * (1.0 + z.abs().amax(1, keepdim=True))
         active = torch.ones_like(z[:, :1], dtype=torch.bool)
+        value, gradient = objective.evaluate(z)
+        rounding = torch.finfo(v.dtype).eps * value.abs()
         for _ in range(self.max_steps):
-            value, gradient = objective.evaluate(z)
             active = active & (gradient.abs() > tolerance).any(1, keepdim=True)  # never for NaN
             if not active.any():
                 break
             direction = objective.newton_direction(z, gradient, active)
-            step = objective.step_size(z, value, gradient, direction, active)
+            step = objective.step_size(z, value, gradient, direction, active, rounding)
             active = step > 0
             z = z - torch.where(active, step * direction, 0.0)
+            value, gradient = objective.evaluate(z)
         return z.view_as(v)
 
 
@@ -651,14 +655,15 @@ class _ProximalObjective:
         direction: Tensor = vectors @ ((vectors.mT @ gradient.unsqueeze(2)) / values.unsqueeze(2))
         return direction.squeeze(2)
 
-    def step_size(self, z: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, active: Tensor) -> Tensor:
+    def step_size(
+        self, z: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, active: Tensor, rounding: Tensor
+    ) -> Tensor:
         """Return the first of 1, 1/2, 1/4, … whose step helps, [m, 1]; 0 if there is none."""
-        rounding = torch.finfo(z.dtype).eps * value.abs()
         slope, square = (gradient * direction).sum(1, keepdim=True), gradient.square().sum(1, keepdim=True)
         step, searching = torch.where(active, 1.0, torch.zeros_like(value)), active
         while searching.any():
             new_value, new_gradient = self.evaluate(z - torch.where(active, step * direction, 0.0))
-            falls = new_value <= value - 1e-4 * step * slope
+            falls = new_value < value - 1e-4 * step * slope
             settles = new_gradient.square().sum(1, keepdim=True) <= 0.25 * square
             searching = searching & ~(falls | settles & (new_value <= value + 100.0 * rounding))
             step = torch.where(searching, 0.5 * step, step)
@@ -720,7 +725,7 @@ class SampleWeighted(Loss):
             raise ValueError(f"loss: {type(self.loss).__name__} has no prox; make a new SampleWeighted of it")
 
     def targets(self, y: Any, outputs: Sequence[int], like: Tensor) -> tuple[Any, Tensor]:
-        """Return the loss's targets and the weights [N], of a pair of both, or of targets alone, which count once.
+        """Return the targets of the loss and the weights [N], of a tuple of both, or of targets alone, which count once.
 
         Raises ValueError for weights that are negative or not finite, or not one per sample.
         """
@@ -750,7 +755,7 @@ class _ProximalSampleWeighted(SampleWeighted, ProximalLoss):
         # w J(z) + penalty/2 ‖z − v‖² has the minimiser of J(z) + penalty/(2w) ‖z − v‖².
         assert isinstance(self.loss, ProximalLoss)
         weights = _with_axes_of(v, y[1])
-        penalty = (penalty / weights).clamp(max=1e15)  # where nothing but v counts, also in float64
+        penalty = (penalty / weights).clamp(max=1e20)  # where z is v, to rounding
         return torch.where(weights > 0, self.loss.prox(v, y[0], penalty), v)
 
 

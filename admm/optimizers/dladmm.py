@@ -106,7 +106,8 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         fista_steps: the most steps of FISTA, a whole number.
         fista_tolerance: see above.
         fista_curvature: the inverse of FISTA's step. None stands for 1/4 times the scale of the cross-entropy, as the
-            authors have it, and for the scale of the squared error, of which the first step is then exact.
+            authors have it, with weights of classes for its largest second derivative, and for the scale of the squared
+            error, of which the first step is then exact.
 
     References:
         Wang, Yu, Chen & Zhao, "ADMM for efficient deep learning with global convergence", KDD 2019, Algorithm 1,
@@ -246,7 +247,7 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         if self.fista_curvature is not None:
             return self.fista_curvature
         if isinstance(loss, CrossEntropy):
-            return 0.25 * loss.scale * loss.largest_mass
+            return 0.25 * loss.scale if loss.weight is None else 0.5 * loss.scale * loss.largest_mass
         if isinstance(loss, SquaredError):
             return loss.scale
         raise ValueError(
