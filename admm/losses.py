@@ -725,7 +725,7 @@ class SampleWeighted(Loss):
             raise ValueError(f"loss: {type(self.loss).__name__} has no prox; make a new SampleWeighted of it")
 
     def targets(self, y: Any, outputs: Sequence[int], like: Tensor) -> tuple[Any, Tensor]:
-        """Return the targets of the loss and the weights [N], of a tuple of both, or of targets alone, which count once.
+        """Return the loss's targets and the weights [N], of a tuple of both; samples of targets alone count once.
 
         Raises ValueError for weights that are negative or not finite, or not one per sample.
         """
