@@ -10,10 +10,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from admm.checks import at_least_one, check_positive
 from admm.numbers import Options
@@ -66,9 +67,14 @@ def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(labels.long(), classes).to(like)
 
 
-def is_one_hot(y: Tensor) -> bool:
+def is_one_hot(y: Any) -> bool:
     """Whether targets [..., C] are classes: one of C ≥ 2 entries is 1 and the others are 0."""
-    return y.ndim > 1 and y.shape[-1] > 1 and bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) == 1)).all())
+    return (
+        isinstance(y, Tensor)
+        and y.ndim > 1
+        and y.shape[-1] > 1
+        and bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) == 1)).all())
+    )
 
 
 def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
@@ -340,7 +346,10 @@ class FunctionLoss(Loss):
     function: Callable[[Tensor, Tensor], Tensor]
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        values, samples = self.function(z.flatten(0, 1), y.flatten(0, 1)), z.shape[0] * z.shape[1]
+        values, samples = (
+            self.function(z.flatten(0, 1), tree_map(lambda leaf: leaf.flatten(0, 1), y)),
+            z.shape[0] * z.shape[1],
+        )
         if not isinstance(values, Tensor) or values.shape[:1] != (samples,) or values.numel() > z.numel():
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(

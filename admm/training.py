@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from admm.losses import SquaredError
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
+from admm.samples import Samples, Tensors, expand
 from admm.schedules import warn_beyond_horizon
 
 # Samples evaluated at a time, so few that a CPU's caches hold their activations: images, whose replicas take turns;
@@ -32,7 +34,8 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
     Args:
         problem: the training samples, the blocks and the loss.
         theta: parameters of S replicas.
-        test: inputs [M, ...] and targets or class indices, or None.
+        test: inputs [M, ...] and targets or class indices; a data set or loader; or None. See `Problem` for their
+            forms.
 
     Returns:
         Scores [S] of the training samples (`train_…`) and the test set (`test_…`): `loss`, the mean of J with its scale
@@ -49,28 +52,28 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
     Raises:
         ValueError: for a test set that does not fit.
     """
-    values = {f"train_{name}": value for name, value in _scores(problem, theta, problem.x, problem.y).items()}
+    values = {f"train_{name}": value for name, value in _scores(problem, theta, problem.data).items()}
     if test is not None:
-        if not isinstance(test, tuple | list) or len(test) != 2:
-            raise ValueError(f"test: a {type(test).__name__} is no pair of inputs and targets")
+        if isinstance(test, Tensor | dict) or (isinstance(test, tuple | list) and len(test) != 2):
+            raise ValueError(f"test: a {type(test).__name__} is no pair of inputs and targets, nor a data set")
         try:
-            x, y = problem.samples(*test)
+            samples = problem.samples(*test) if isinstance(test, tuple | list) else problem.samples(test)
         except ValueError as error:
             raise ValueError(f"test: {error}") from None
-        values |= {f"test_{name}": value for name, value in _scores(problem, theta, x, y).items()}
+        values |= {f"test_{name}": value for name, value in _scores(problem, theta, samples).items()}
     return values
 
 
-def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Return the scores [S] of samples x [N, ...] and y, by `evaluate`'s names without the prefix."""
+def _scores(problem: Problem, theta: Parameters, samples: Samples) -> dict[str, Tensor]:
+    """Return the scores [S] of samples, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
-    for part, targets in _chunks(x, y, len(theta.flat)):
-        z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
-        for name, values in _sample_scores(problem, z, targets.expand(len(z), *targets.shape)).items():
+    for x, y in _chunks(samples, len(theta.flat)):
+        z = problem.blocks.forward(theta, expand(x, len(theta.flat)))
+        for name, values in _sample_scores(problem, z, expand(y, len(z))).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
-    means = {name: total / len(x) for name, total in totals.items()}
+    means = {name: total / samples.n for name, total in totals.items()}
     if "mse" in means:
-        variance = y.flatten(1).var(0, correction=0).mean()
+        variance = _variance(samples, len(theta.flat))
         means["r2"] = torch.where(variance > 0, 1.0 - means["mse"] / variance, torch.nan)
     return means
 
@@ -89,30 +92,46 @@ def _sample_scores(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
     return loss | {"mse": _mean((z - y).square())} if isinstance(problem.loss, SquaredError) else loss
 
 
+def _variance(samples: Samples, replicas: int) -> Tensor:
+    """Return the mean of the variances of the targets' entries."""
+    if isinstance(samples, Tensors):
+        variance: Tensor = samples.y.flatten(1).var(0, correction=0).mean()
+        return variance
+    first = samples.examples[1].flatten(1).double().mean(0)  # subtracted, so that the difference below is exact
+    total = square = torch.zeros_like(first)
+    for _, y in _chunks(samples, replicas):
+        deviation = y.flatten(1).double() - first
+        total, square = total + deviation.sum(0), square + deviation.square().sum(0)
+    return (square / samples.n - (total / samples.n).square()).mean()
+
+
 def _mean(values: Tensor) -> Tensor:
     """Return the mean over all axes but the first two."""
     return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
-def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Tensor:
+def accuracy(blocks: Blocks, theta: Parameters, x: Any, labels: Tensor) -> Tensor:
     """Return the percentage [S] of samples x [M, ...] whose largest output, in evaluation mode, is their label [M].
 
-    Raises RuntimeError for no samples.
+    It is NaN for no samples.
     """
-    right = torch.zeros(len(theta.flat), device=x.device)
-    for part, label in _chunks(x, labels, len(theta.flat)):
-        right += (blocks.forward(theta, part.expand(len(theta.flat), *part.shape)).argmax(2) == label).sum(1)
-    return 100.0 * right / len(x)
+    samples = Tensors(x, labels)
+    right = torch.zeros(len(theta.flat), device=samples.device)
+    for part, label in _chunks(samples, len(theta.flat)):
+        right += (blocks.forward(theta, expand(part, len(theta.flat))).argmax(2) == label).sum(1)
+    return 100.0 * right / samples.n
 
 
-def _chunks(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield samples x and y [N, ...] a few at a time, nearly the same number each: a single one that is left over could
-    not be normalised."""
-    most = _EVAL_BATCH_IMAGES
-    if x.ndim == 2:
+def _chunks(samples: Samples, replicas: int) -> Iterator[tuple[Any, Any]]:
+    """Yield inputs and targets a few at a time, nearly the same number each: a single one that is left over could not
+    be normalised."""
+    most, x = _EVAL_BATCH_IMAGES, samples.examples[0]
+    if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point():
         most = min(_EVAL_BATCH_VECTORS, max(1, _EVAL_ROWS_ALL_REPLICAS // replicas))
-    chunks = math.ceil(len(x) / most)
-    return zip(x.tensor_split(chunks), y.tensor_split(chunks), strict=True)
+    chunks = max(1, math.ceil(samples.n / most))
+    size, larger = divmod(samples.n, chunks)
+    ends = list(accumulate(size + (number < larger) for number in range(chunks)))
+    return samples.read([slice(*bounds) for bounds in pairwise([0, *ends])])
 
 
 def train(
@@ -138,7 +157,8 @@ def train(
         optimizer: the algorithm.
         state: the state that `optimizer.init` has returned; it is trained in place.
         iterations: the number of iterations, those before a resume included.
-        test: inputs [M, ...] and class indices [M] or targets; None; or what another `measure` takes.
+        test: inputs [M, ...] and class indices [M] or targets; a data set or loader; None; or what another `measure`
+            takes.
         evaluate_every: iterations between two evaluations.
         checkpoint: a file for the state and the history. A run that finds such a file goes on from it as if it had not
             been interrupted.
@@ -219,10 +239,10 @@ def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) ->
 
     Raises TypeError where that is no state, and ValueError where the iteration is not counted.
     """
-    _synchronize(problem.x.device)
+    _synchronize(problem.device)
     start, iteration = time.perf_counter(), state.iteration
     returned = optimizer.step(problem, state)
-    _synchronize(problem.x.device)
+    _synchronize(problem.device)
     seconds = time.perf_counter() - start
     if type(returned) is not type(state):
         raise TypeError(

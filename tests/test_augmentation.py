@@ -32,11 +32,11 @@ def test_it_is_a_crop_of_the_padded_and_mirrored_image(padding, flip):
 def test_a_replica_s_draws_depend_on_its_seed_and_the_epoch_alone(resnet_problem):
     change = CropAndFlip(2)
     problem = replace(resnet_problem(), augmentation=change)
-    whole = [torch.cat([x for _, x, _ in problem.minibatches(4, SEEDS, epoch, None)], 1) for epoch in (0, 1)]
-    alone = torch.cat([x for _, x, _ in problem.minibatches(4, SEEDS[1:2], 1, None)], 1)
+    whole = [torch.cat([visit.x for _, visit in problem.minibatches(4, SEEDS, epoch, None)], 1) for epoch in (0, 1)]
+    alone = torch.cat([visit.x for _, visit in problem.minibatches(4, SEEDS[1:2], 1, None)], 1)
     assert torch.equal(whole[1][1], alone[0])
     assert not torch.equal(whole[0][1], whole[1][1]) and not torch.equal(whole[0][0], whole[0][1])
-    parts = [x for part in (2, 3) for _, x, _ in problem.minibatches(4, SEEDS, part, 2)]
+    parts = [visit.x for part in (2, 3) for _, visit in problem.minibatches(4, SEEDS, part, 2)]
     assert torch.equal(torch.cat(parts, 1), whole[1])
 
 
@@ -44,10 +44,10 @@ def test_a_replica_s_draws_depend_on_its_seed_and_the_epoch_alone(resnet_problem
 def test_replicas_of_one_seed_in_any_place_have_its_mini_batches(resnet_problem, augmentation):
     problem, seeds = replace(resnet_problem(), augmentation=augmentation), [SEEDS[1], SEEDS[0], SEEDS[1]]
     alone = {seed: list(problem.minibatches(4, [seed], 1, None)) for seed in seeds}
-    for number, (part, x, y) in enumerate(problem.minibatches(4, seeds, 1, None)):
+    for number, (part, visit) in enumerate(problem.minibatches(4, seeds, 1, None)):
         for replica, seed in enumerate(seeds):
-            at, images, targets = alone[seed][number]
-            assert part == at and torch.equal(x[replica], images[0]) and torch.equal(y[replica], targets[0])
+            at, own = alone[seed][number]
+            assert part == at and torch.equal(visit.x[replica], own.x[0]) and torch.equal(visit.y[replica], own.y[0])
 
 
 def test_samples_keep_their_targets_and_are_changed_as_drawn(resnet_problem):
@@ -56,9 +56,9 @@ def test_samples_keep_their_targets_and_are_changed_as_drawn(resnet_problem):
     plain = list(resnet_problem().minibatches(4, SEEDS, 5, None))
     for s, seed in enumerate(SEEDS):
         of_all = change.apply(problem.x, change.draw(len(problem.x), stateless_rng(seed, "augmentation", 5)))
-        for (_, x, y), (_, original, target) in zip(problem.minibatches(4, SEEDS, 5, None), plain, strict=True):
-            number = [int((problem.x == image).flatten(1).all(1).nonzero()) for image in original[s]]
-            assert torch.equal(x[s], of_all[number]) and torch.equal(y, target)
+        for (_, visit), (_, original) in zip(problem.minibatches(4, SEEDS, 5, None), plain, strict=True):
+            number = [int((problem.x == image).flatten(1).all(1).nonzero()) for image in original.x[s]]
+            assert torch.equal(visit.x[s], of_all[number]) and torch.equal(visit.y, original.y)
 
 
 @pytest.mark.parametrize(
