@@ -33,7 +33,7 @@ class Loss(ABC):
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         """Return ∇_z J of each sample, [..., C]."""
 
-    def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
+    def targets(self, y: Any, outputs: Sequence[int], like: Tensor) -> Any:
         """Return the targets [N, ...] that `value` takes, from a caller's.
 
         This default takes y as it is, numbers of floating point in the dtype of `like`.
@@ -46,7 +46,7 @@ class Loss(ABC):
         Raises:
             ValueError: for targets that the loss is not defined for.
         """
-        return y.to(like.dtype) if y.is_floating_point() else y
+        return tree_map(lambda leaf: leaf.to(like.dtype) if leaf.is_floating_point() else leaf, y)
 
 
 class ProximalLoss(Loss):

@@ -139,7 +139,7 @@ class Stream(Samples):
         for batch in batches:
             place = None
             if isinstance(batch, slice):
-                rows = torch.arange(batch.start, batch.stop, device="cpu")[None]
+                rows = torch.arange(*batch.indices(self.n), device="cpu")[None]
             elif seeds is None:
                 rows, place = batch.cpu().unique(dim=0, return_inverse=True)
             else:
@@ -281,7 +281,7 @@ def as_samples(x: Any, y: Any, weights: Any = None, device: str | torch.device |
     Args:
         x: inputs [N, ...]; a tree of tensors, arrays, or lists of numbers; or a data set or loader.
         y: targets [N, ...], a tree as well; None for a data set.
-        weights: of the samples [N], which make the targets pairs (y, weights); a number stands for N of it.
+        weights: of the samples [N], which make the targets pairs (y, weights).
         device: where samples are read to. None is that of the first tensor in x, or else the processor. Tensors that
             are elsewhere make a stream; without this argument they are an error.
 
@@ -311,9 +311,12 @@ def as_samples(x: Any, y: Any, weights: Any = None, device: str | torch.device |
 
 def as_tree(name: str, value: Any, device: torch.device) -> Any:
     """Return a tree of tensors, and of arrays on the disk as they are. Raises ValueError that names an entry."""
-    if not _is_nested(value):
-        return _leaf(name, value, device)
-    return tree_map_with_path(lambda path, leaf: _leaf(name + keystr(path), leaf, device), value)
+
+    def tensor(path: Any, leaf: Any) -> Any:
+        entry = name + keystr(path)
+        return leaf if isinstance(leaf, np.memmap) else as_tensor(entry, leaf, device).detach()
+
+    return tree_map_with_path(tensor, value, is_leaf=lambda part: not _is_nested(part))
 
 
 def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
@@ -333,12 +336,11 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
 
 
 def as_weights(weights: Any, n: int) -> Tensor:
-    """Return weights [N], of which a number stands for N. Raises ValueError for others than numbers from 0 up."""
-    weights = as_tensor("weights", weights).detach()
-    weights = weights.expand(n) if weights.ndim == 0 else weights
-    if weights.shape != (n,) or not bool((weights >= 0).all()) or not math.isfinite(weights.sum(dtype=torch.float64)):
-        raise ValueError(f"weights: {list(weights.shape)}, expected a finite number from 0 up for each sample, [{n}]")
-    return weights
+    """Return weights [N]. Raises ValueError for others than finite numbers from 0 up."""
+    values = as_tensor("weights", weights).detach()
+    if values.shape != (n,) or not bool((values.isfinite() & (values >= 0)).all()):
+        raise ValueError(f"weights: {list(values.shape)}, expected a finite number from 0 up for each sample, [{n}]")
+    return values
 
 
 def take(tree: Any, batch: Tensor | slice) -> Any:
@@ -355,11 +357,6 @@ def take(tree: Any, batch: Tensor | slice) -> Any:
 def take_rows(pair: Pair, rows: Tensor) -> Pair:
     """Return rows of a pair of trees."""
     return _map(pair, lambda leaf: leaf.index_select(0, rows))
-
-
-def expand(tree: Any, replicas: int) -> Any:
-    """Return views [S, n, ...] of a tree's tensors [n, ...], the same for all replicas."""
-    return tree_map(lambda leaf: leaf.expand(replicas, *leaf.shape), tree)
 
 
 def bytes_of(tree: Any) -> int:
@@ -426,10 +423,6 @@ def _is_nested(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any((isinstance(v, Tensor | np.ndarray) and v.ndim > 0) or _is_nested(v) for v in value)
     return isinstance(value, dict)
-
-
-def _leaf(name: str, value: Any, device: torch.device) -> Any:
-    return value if isinstance(value, np.memmap) else as_tensor(name, value, device).detach()
 
 
 def _named(name: str, tree: Any) -> list[tuple[str, Any]]:

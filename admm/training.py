@@ -17,10 +17,11 @@ from admm.checkpoints import History, Row, fingerprint, load_checkpoint, save, w
 from admm.checks import at_least_one
 from admm.files import remove_leftovers
 from admm.losses import SquaredError
+from admm.minibatches import expand
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
-from admm.samples import Samples, Tensors, expand
+from admm.samples import Samples, Tensors
 from admm.schedules import warn_beyond_horizon
 
 # Samples evaluated at a time, so few that a CPU's caches hold their activations: images, whose replicas take turns;

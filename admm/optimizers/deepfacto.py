@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from admm.blocks import Blocks, Parameters
 from admm.checks import at_least_one, in_range
 from admm.layers import LinearLayer
-from admm.minibatches import minibatches, slices
+from admm.minibatches import expand, minibatches, slices
 from admm.nmf import NMF, feature_maps, hals_sweep, matrix, nonnegative_least_squares, warm_start
 from admm.numbers import Options
 from admm.optimizers.block_admm import update_minibatch
@@ -31,7 +31,6 @@ from admm.optimizers.coupling import (
 )
 from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
-from admm.samples import expand
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
 
@@ -305,12 +304,14 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             raise ValueError(f"group_size: {self.group_size} needs class indices as y, not {y.ndim} axes")
         return y
 
-    def _parts(self, problem: Problem, seeds: Sequence[int], z: list[Tensor]) -> Iterable[Tensor]:
-        """Return slices of what the block after the coupling variables `z` is applied to."""
+    def _parts(self, problem: Problem, seeds: Sequence[int], z: list[Tensor]) -> Iterator[Tensor]:
+        """Yield slices of what the block after the coupling variables `z` is applied to."""
         if z:
-            return z[-1].split(self.slice_size, 1)
+            yield from z[-1].split(self.slice_size, 1)
+            return
         parts = list(slices(problem.n_samples, self.slice_size))
-        return (visit.x for visit in problem.visits(seeds, parts, [(0,)] * len(parts)))
+        for visit in problem.visits(seeds, parts, [(0,)] * len(parts)):
+            yield visit.x
 
     @staticmethod
     def _factorised_inputs(problem: Problem, factors: Iterable[int], replicas: int) -> Tensor:

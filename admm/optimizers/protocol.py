@@ -16,9 +16,9 @@ from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
-from admm.minibatches import minibatches, stateless_rng
+from admm.minibatches import expand, minibatches, stateless_rng
 from admm.numbers import plain
-from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, expand, take_rows
+from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, take_rows
 from admm.visits import Visit
 
 
@@ -117,7 +117,7 @@ class Problem:
         Raises:
             ValueError: for samples of another shape or type, and for targets of another kind.
         """
-        given = as_samples(x, y, None if self.weights is None else 1.0, self.device)
+        given = as_samples(x, y, device=self.device)
         data = self._formed(given, self._like_training)
         targets = self._unweighted(data)
         if self.has_classes and not isinstance(self.loss, CrossEntropy) and not is_one_hot(targets):
@@ -128,7 +128,7 @@ class Problem:
 
     def targets(self, x: Any, y: Any) -> Any:
         """Return the targets of inputs x [M, ...] in the form that the loss takes. Raises ValueError."""
-        return self.loss.targets(y, outputs_of(self.blocks, x), like=self.like)
+        return self.loss.targets(y, outputs_of(self.blocks, x), like=_parameter_like(x))
 
     @cached_property
     def has_classes(self) -> bool:
@@ -170,7 +170,7 @@ class Problem:
     def _unweighted(self, data: Samples) -> Any:
         """Return the known targets of samples, without weights."""
         y = data.examples[1]
-        return y if self.weights is None else y[0]
+        return y[0] if self.weights is not None and isinstance(y, tuple) else y
 
     def _check_precision(self) -> None:
         types = {leaf.dtype for leaf in tree_leaves(self.data.examples[0]) if leaf.is_floating_point()}
@@ -212,9 +212,7 @@ class Problem:
     @property
     def like(self) -> Tensor:
         """An empty tensor with the type and the device of the parameters."""
-        leaves = tree_leaves(self.data.examples[0])
-        dtype = next((leaf.dtype for leaf in leaves if leaf.is_floating_point()), torch.get_default_dtype())
-        return torch.empty(0, dtype=dtype, device=self.device)
+        return _parameter_like(self.data.examples[0])
 
     def whole(self, optimizer: str) -> tuple[Tensor, Any]:
         """Return all inputs [N, ...], and targets.
@@ -363,6 +361,14 @@ def _weighted(loss: Loss, weights: Any) -> Loss:
     from admm.losses import SampleWeighted
 
     return loss if isinstance(loss, SampleWeighted) else SampleWeighted(loss)
+
+
+def _parameter_like(x: Any) -> Tensor:
+    """Return an empty tensor with the type and the device of the first inputs of floating point."""
+    leaves = tree_leaves(x)
+    dtype = next((leaf.dtype for leaf in leaves if leaf.is_floating_point()), torch.get_default_dtype())
+    empty: Tensor = leaves[0].new_empty(0, dtype=dtype)
+    return empty
 
 
 def _described(tree: Any) -> str:
