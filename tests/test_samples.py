@@ -450,7 +450,7 @@ def test_a_test_set_of_other_inputs_is_refused(mlp_problem: Any) -> None:
     with pytest.raises(ValueError, match="test: x: inputs of the form a tuple of 1, where training has a tensor"):
         evaluate(problem, problem.initial([0]), ((problem.x,), problem.y))
     for neither in (problem.x, [(x, 0) for x in problem.x], {"x": problem.x}):
-        with pytest.raises(ValueError, match="test: a .* is no pair of inputs and targets, nor a data set"):
+        with pytest.raises(ValueError, match=r"test: a .* is no pair of inputs and targets, nor a data set"):
             evaluate(problem, problem.initial([0]), neither)
 
 
