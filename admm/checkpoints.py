@@ -154,14 +154,15 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
 def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **others: Any) -> dict[str, str]:
     """Return what determines the numbers of a run besides its seeds, as text by name.
 
-    That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data, and
-    `others`; of the initialisation the mean and the mean size of the parameters, to three digits. What a network's own
-    modules compute is not seen.
+    That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data (of a
+    stream the number of samples and the first ones), and `others`; of the initialisation the mean and the mean size of
+    the parameters, to three digits. What a network's own modules compute is not seen.
     """
     names: list[str] = [f.name for f in fields(optimizer)] if is_dataclass(optimizer) else []
     values = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
     values |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
-    values |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")} | others
+    values |= {"loss": problem.loss, "augmentation": problem.augmentation, "samples": problem.n_samples}
+    values |= dict(zip(("x", "y"), problem.data.examples, strict=True)) | others
     flat = state.theta.flat.double()
     start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
     texts = {name: _text(value) for name, value in values.items()}

@@ -254,7 +254,8 @@ class Items:
             pairs = [
                 self._joined(row, seed, request.epoch) for row, seed in zip(request.indices, request.seeds, strict=True)
             ]
-        joined: Pair = tree_map(lambda *rows: torch.stack(rows), *pairs)
+        with self._explained("mini-batches of several seeds"):
+            joined: Pair = tree_map(lambda *rows: torch.stack(rows), *pairs)
         return joined
 
     def _joined(self, row: Tensor, seed: int, epoch: int) -> Pair:
@@ -262,7 +263,8 @@ class Items:
         for index in row.tolist():
             _seed_all(seed, epoch, index)
             items.append(self.dataset[index])
-        pair = self.join(items)
+        with self._explained(f"{len(items)} items"):
+            pair = self.join(items)
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             size = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
             raise ValueError(
@@ -274,6 +276,17 @@ class Items:
             _check_read(name, tree, len(row))
         return x, y if self.weights is None else (y, self.weights[row])
 
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Raise ValueError where tensors cannot be made of several."""
+        try:
+            yield
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"x: {what} of {type(self.dataset).__name__} cannot be joined ({error}); make tensors of one shape of "
+                "them, or give a DataLoader with a collate_fn that does"
+            ) from error
+
 
 def as_samples(x: Any, y: Any, weights: Any = None, device: str | torch.device | None = None) -> Tensors | Stream:
     """Return the samples of what a caller has.
@@ -282,8 +295,8 @@ def as_samples(x: Any, y: Any, weights: Any = None, device: str | torch.device |
         x: inputs [N, ...]; a tree of tensors, arrays, or lists of numbers; or a data set or loader.
         y: targets [N, ...], a tree as well; None for a data set.
         weights: of the samples [N], which make the targets pairs (y, weights).
-        device: where samples are read to. None is that of the first tensor in x, or else the processor. Tensors that
-            are elsewhere make a stream; without this argument they are an error.
+        device: where samples are read to. None is that of the first tensor in x, or else that on which PyTorch makes
+            tensors. Tensors elsewhere make a stream; without this argument they are an error.
 
     Raises:
         ValueError: that names the argument or the entry, such as x[1] or x['mask'].
@@ -376,7 +389,7 @@ def _of_items(x: Any, weights: Any, device: str | torch.device | None) -> Stream
             f"x: {type(dataset).__name__} has no length, or is read from its beginning to its end alone, and samples "
             "are read in an order that follows from the seed; take a map-style data set, with __getitem__ and __len__"
         )
-    if not has_items or isinstance(dataset, Tensor | np.ndarray | Mapping | str):
+    if not has_items or isinstance(dataset, Tensor | np.ndarray | Mapping | str | tuple):
         raise ValueError(f"y: None, but a {type(x).__name__} x is no data set, and needs targets")
     if not len(dataset):
         raise ValueError(f"x: {type(dataset).__name__} has no samples")

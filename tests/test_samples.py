@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 import admm.losses
 from admm.blocks import split
-from admm.checkpoints import History, Row, save
+from admm.checkpoints import CheckpointError, History, Row, save
 from admm.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from admm.optimizers import SGD, Backprop, Problem
 from admm.samples import Stream, Tensors, as_samples
@@ -265,6 +265,21 @@ def test_a_resumed_run_is_bit_identical(name: str, noisy: Problem, tmp_path: Pat
     assert without_time[0] == without_time[1]
 
 
+def test_a_checkpoint_of_other_samples_is_refused(mlp_problem: Any, tmp_path: Path) -> None:
+    problem, optimizer = mlp_problem(), CASES["adam"].optimizer
+    x, y = problem.x, raw_targets(problem)
+
+    def run(x: Tensor, y: Tensor) -> None:
+        task = replace(problem, x=Pairs(x, y), y=None)
+        train(task, optimizer, optimizer.init(task, [0]), 2, checkpoint=tmp_path / "c.pt", checkpoint_seconds=0.0)
+
+    run(x, y)
+    run(x, y)
+    for others, message in (((x[:20], y[:20]), r"samples was 24.0, is 20.0"), ((x + 1e-9, y), "x was .*, is ")):
+        with pytest.raises(CheckpointError, match=message):
+            run(*others)
+
+
 # --- Nested inputs and targets
 
 
@@ -319,6 +334,7 @@ def tuples(items: list[Any]) -> Any:
         ({}, torch.zeros(2), "x: is empty"),
         (torch.zeros(2), None, "y: None, but a Tensor x is no data set, and needs targets"),
         ({"a": torch.zeros(2)}, None, "y: None, but a dict x is no data set, and needs targets"),
+        ((torch.zeros(2), torch.zeros(2)), None, "y: None, but a tuple x is no data set"),
         (3.0, None, "y: None, but a float x is no data set, and needs targets"),
     ],
 )  # fmt: skip
@@ -380,6 +396,8 @@ DATA = TensorDataset(torch.zeros(4, 1), torch.zeros(4))
         ([torch.zeros(2)], None, "x: the items of list must be pairs of inputs and targets, and join to a Tensor"),
         ([(torch.zeros(2), "cat")], None, r"y\[0\]: of 1 items of the data set a str was made, expected a tensor \[1"),
         ([({"a": torch.zeros(1), "b": "cat"}, 0)], None, r"x\['b'\]\[0\]: of 1 items of the data set a str was made"),
+        ([(torch.zeros(1), 0), (torch.zeros(2), 0)], None, "x: 2 items of list cannot be joined .*; make tensors of"),
+        ([(object(), 0)], None, "x: 1 items of list cannot be joined .*default_collate.*; make tensors of one shape"),
         ([(torch.tensor([torch.nan]), 0)], None, "x: inputs must be finite numbers"),
         (DataLoader(DATA, sampler=SubsetRandomSampler([1])), None, r"x: .* \(SubsetRandomSampler\) would not be used"),
         (DataLoader(DATA, sampler=RandomSampler(DATA, num_samples=2)), None, "RandomSampler.* would not be used"),
@@ -397,6 +415,17 @@ def test_a_part_of_a_data_set_is_one() -> None:
     samples = as_samples(Subset(TensorDataset(torch.arange(6.0), torch.arange(6)), [4, 2, 0]), None)
     ((x, y),) = samples.read([torch.tensor([[2, 1]])])
     assert x.tolist() == [[0.0, 2.0]] and y.tolist() == [[0, 2]]
+
+
+def test_mini_batches_of_several_seeds_must_have_one_shape() -> None:
+    def padded(items: list[Any]) -> Any:
+        return nn.utils.rnn.pad_sequence([x for x, _ in items], batch_first=True), torch.tensor([y for _, y in items])
+
+    samples = as_samples(DataLoader([(torch.ones(n), n) for n in range(1, 5)], collate_fn=padded), None)
+    ((x, _),) = samples.read([torch.tensor([[0, 1]])], seeds=[0])
+    assert x.tolist() == [[[1.0, 0.0], [1.0, 1.0]]]
+    with pytest.raises(ValueError, match="x: mini-batches of several seeds of list cannot be joined"):
+        list(samples.read([torch.tensor([[0, 1], [2, 3]])], seeds=[0, 1]))
 
 
 def test_a_loader_s_collate_function_is_used() -> None:
