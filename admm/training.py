@@ -68,13 +68,16 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
 def _scores(problem: Problem, theta: Parameters, samples: Samples) -> dict[str, Tensor]:
     """Return the scores [S] of samples, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
+    spread = _Spread(samples)
     for x, y in _chunks(samples, len(theta.flat)):
         z = problem.blocks.forward(theta, expand(x, len(theta.flat)))
         for name, values in _sample_scores(problem, z, expand(y, len(z))).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
+        if "mse" in totals:
+            spread.add(y)
     means = {name: total / samples.n for name, total in totals.items()}
     if "mse" in means:
-        variance = _variance(samples, len(theta.flat))
+        variance = spread.variance()
         means["r2"] = torch.where(variance > 0, 1.0 - means["mse"] / variance, torch.nan)
     return means
 
@@ -93,17 +96,27 @@ def _sample_scores(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
     return loss | {"mse": _mean((z - y).square())} if isinstance(problem.loss, SquaredError) else loss
 
 
-def _variance(samples: Samples, replicas: int) -> Tensor:
-    """Return the mean of the variances of the targets' entries."""
-    if isinstance(samples, Tensors):
-        variance: Tensor = samples.y.flatten(1).var(0, correction=0).mean()
-        return variance
-    first = samples.examples[1].flatten(1).double().mean(0)  # subtracted, so that the difference below is exact
-    total = square = torch.zeros_like(first)
-    for _, y in _chunks(samples, replicas):
-        deviation = y.flatten(1).double() - first
-        total, square = total + deviation.sum(0), square + deviation.square().sum(0)
-    return (square / samples.n - (total / samples.n).square()).mean()
+class _Spread:
+    """The variance of targets: of tensors by PyTorch, of a stream from sums of what comes by, in float64."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples, self.sums = samples, list[Tensor]()
+
+    def add(self, y: Tensor) -> None:
+        """Add targets [n, ...]."""
+        if not isinstance(self.samples, Tensors):
+            near = self.samples.examples[1].flatten(1).double().mean(0)  # without it a large mean would cancel out
+            deviation = y.flatten(1).double() - near
+            self.sums.append(torch.stack([deviation.sum(0), deviation.square().sum(0)]))
+
+    def variance(self) -> Tensor:
+        """Return the mean of the variances of the targets' entries."""
+        if isinstance(self.samples, Tensors):
+            by_entry: Tensor = self.samples.y.flatten(1).var(0, correction=0)
+        else:
+            mean, square = torch.stack(self.sums).sum(0) / self.samples.n
+            by_entry = square - mean.square()
+        return by_entry.mean()
 
 
 def _mean(values: Tensor) -> Tensor:
