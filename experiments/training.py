@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from admm.blocks import Blocks
@@ -190,8 +190,12 @@ def data_arguments(model: DictConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def blocks_of(config: DictConfig, network: nn.Module) -> Blocks:
-    """Return a network in the blocks of a configuration. Raises ValueError where it cannot be cut."""
-    cut = instantiate(config.split, _partial_=True, _convert_="all")
+    """Return a network in the blocks of a configuration. Raises ValueError where it cannot be cut.
+
+    On the command line the name of a layer may be a number, as in `split.after=[1]`."""
+    after = OmegaConf.to_container(config.split).get("after")  # type: ignore[union-attr]
+    named = {} if after is None else {"after": [str(name) for name in (after if isinstance(after, list) else [after])]}
+    cut = instantiate(config.split, **named, _partial_=True, _convert_="all")
     try:
         return cut(network, execution=execution(config))  # type: ignore[no-any-return]
     except TypeError as error:
@@ -206,15 +210,20 @@ def initialise_of(init: DictConfig, build: Callable[[], nn.Module]) -> Callable[
 
 @contextmanager
 def channels_in_words(dataset: Dataset) -> Iterator[None]:
-    """Add to an error about the channels of gray images what gives them three."""
+    """Add to an error about the channels of gray images what gives them others."""
     try:
         yield
     except ValueError as error:
-        is_gray = len(dataset.input_shape) == 2 or dataset.input_shape[0] == 1
-        if not (is_gray and "channels" in str(error)):
+        match dataset.input_shape:
+            case (height, width):
+                way = f"dataset.channels=1 or 3 makes [1, {height}, {width}] or [3, {height}, {width}] of them"
+            case (1, height, width):
+                way = f"dataset.channels=3 makes [3, {height}, {width}] of them"
+            case _:
+                raise
+        if "channel" not in str(error):
             raise
-        shape = list(dataset.input_shape)
-        raise ValueError(f"{error}. The images are gray, {shape}; dataset.channels=3 repeats them in three") from error
+        raise ValueError(f"{error}. The images are gray; {way}") from error
 
 
 def execution(config: DictConfig) -> Execution:

@@ -184,5 +184,6 @@ def caption(report: ExperimentReport, curves: Sequence[Curve], remark: str = "")
     seeds = sorted({curve.row()["seeds"] for curve in curves})
     several = f"Mean over {' or '.join(map(str, seeds))} seeds, shaded ±1 standard deviation"
     mean, machines = "One seed" if seeds == [1] else several, sorted({curve.record.machine for curve in curves})
-    shows = ", ".join([report.caption if of_the_paper else report.experiment, *shared_overrides(curves)])
+    shows = report.caption if of_the_paper else report.experiment
+    shows = in_figure(", ".join([shows, *shared_overrides(curves)]))
     return textwrap.fill(f"{source}{shows}. {mean}{remark}. {', '.join(machines)}.", 120)

@@ -137,7 +137,7 @@ class Curve:
             "mean": round(final.mean(), 2),
             "std": round(final.std(), 2),
             **({"score": self.score_label} if metric != ACCURACY else {}),
-            **{name: self._last(column).mean() for name, column in metric.beside if column in self.history},
+            **{name: round(self._last(column).mean(), 4) for name, column in metric.beside if column in self.history},
             "seeds": len(final),
             "iterations": self.record.iterations,
             "machine": self.record.machine,
