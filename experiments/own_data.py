@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "regression": SquaredError,
     "multilabel": BinaryCrossEntropy,
 }
+PARTS = ("train", "test")
 FEWEST = 3  # samples of a class, on average: with fewer, numbers have been taken for classes
 GRAY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes
 
@@ -63,11 +65,10 @@ def load_npz(
         ValueError: for an option that is not possible.
         DatasetError: for a file that is missing, damaged or not of this form.
     """
-    check_options(path, normalisation)
+    file = place_of(path)
     one_of("dataset.task", task, TASKS)
-    one_of("dataset.targets", targets, ("standard", "none"))
-    file, classes = Path(str(path)).expanduser(), 0
-    stored = read_npz(file)
+    preparation = Preparation(normalisation, targets, channels, first, holdout, holdout_seed, device, dtype)
+    stored, classes = read_npz(file), 0
     arrays = {key: inputs(f"{file}: {key}", array) for key, array in stored.items() if key.startswith("x")}
     y = {key: array for key, array in stored.items() if key.startswith("y")}
     if task == "classification":
@@ -76,15 +77,7 @@ def load_npz(
         y = {key: numbers_of(f"{file}: {key}", array, task) for key, array in y.items()}
     arrays = {key: channels_first(array) for key, array in arrays.items()} | y
     check_parts(file, arrays, holdout)
-    parts = divided_arrays(arrays, first, holdout, holdout_seed, stratify=task == "classification")
-    x_train, x_test = scaled_inputs(parts["x_train"], parts["x_test"], normalisation, channels, dtype)
-    y_train, y_test = (torch.from_numpy(parts[key]) for key in ("y_train", "y_test"))
-    if task == "regression":
-        normalise(y_train, y_test, targets)
-    if task != "classification":
-        y_train, y_test = y_train.to(dtype), y_test.to(dtype)
-    x_train, y_train, x_test, y_test = (part.to(device) for part in (x_train, y_train, x_test, y_test))
-    return Dataset(name, x_train, y_train, x_test, y_test, classes, sha256_of(stored), task)
+    return preparation.dataset(arrays, name=name, classes=classes, sha256=sha256_of(stored), task=task)
 
 
 def load_image_folder(
@@ -116,13 +109,13 @@ def load_image_folder(
         ValueError: for an option that is not possible.
         DatasetError: for a folder that is missing or not of this form, a damaged image, images of different sizes.
     """
-    check_options(path, normalisation)
+    folder = place_of(path)
     one_of("dataset.task", task, ("classification",))
+    preparation = Preparation(normalisation, "none", channels, None, holdout, holdout_seed, device, dtype)
     if size is not None and not (isinstance(size, Sequence) and len(size) == 2 and all(is_whole(n, 1) for n in size)):
         raise ValueError(f"dataset.size: {size!r} is not [height, width] in pixels, such as [32, 32]")
     if channels not in (None, 1, 3):
         raise ValueError(f"dataset.channels: {channels!r} is not 1, 3 or null")
-    folder = Path(str(path)).expanduser()
     files, labels, classes = listed_images(folder)
     decoded = decoded_images(folder, [file for part in files.values() for file in part], size, channels)
     cut = len(files["train"])
@@ -130,11 +123,7 @@ def load_image_folder(
     if "test" in files:
         arrays |= {"x_test": decoded[cut:], "y_test": labels["test"]}
     check_parts(folder, arrays, holdout)
-    parts = divided_arrays(arrays, None, holdout, holdout_seed, stratify=True)
-    x_train, x_test = scaled_inputs(parts["x_train"], parts["x_test"], normalisation, channels, dtype)
-    y_train, y_test = (torch.from_numpy(parts[key]) for key in ("y_train", "y_test"))
-    x_train, y_train, x_test, y_test = (part.to(device) for part in (x_train, y_train, x_test, y_test))
-    return Dataset(name, x_train, y_train, x_test, y_test, classes, sha256_of(arrays), task)
+    return preparation.dataset(arrays, name=name, classes=classes, sha256=sha256_of(arrays), task=task)
 
 
 def loss_of_task(task: str, scale: float = 1.0) -> Loss:
@@ -143,19 +132,53 @@ def loss_of_task(task: str, scale: float = 1.0) -> Loss:
     return LOSSES[task](scale=scale)
 
 
-def check_options(path: str | None, normalisation: str) -> None:
-    """Raises ValueError for no path, and for an unknown normalisation."""
+@dataclass(frozen=True)
+class Preparation:
+    """How arrays become a data set: the options that both kinds have. Raises ValueError for an impossible one."""
+
+    normalisation: str
+    targets: str
+    channels: int | None
+    first: int | None
+    holdout: int
+    holdout_seed: int
+    device: str | torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        one_of("dataset.normalisation", self.normalisation, (*NORMALISATIONS, "none"))
+        one_of("dataset.targets", self.targets, ("standard", "none"))
+
+    def dataset(self, arrays: Mapping[str, Array], *, name: str, classes: int, sha256: str, task: str) -> Dataset:
+        """Return checked arrays, of `KEYS` or of the first two of these, as a data set."""
+        train, test = ((arrays[f"x_{part}"], arrays[f"y_{part}"]) if f"x_{part}" in arrays else None for part in PARTS)
+        assert train is not None
+        is_classes = task == "classification"
+        parts = divided(train, test, self.first, self.holdout, self.holdout_seed, stratify=is_classes)
+        maximum = 255 if parts[0].dtype == np.uint8 and parts[0].ndim > 2 else None  # of images
+        x_train, x_test = (floats(x, self.dtype) for x in parts[::2])
+        normalise(x_train, x_test, self.normalisation, maximum)
+        x_train, x_test = (with_channels(x.to(self.device, self.dtype), self.channels) for x in (x_train, x_test))
+        y_train, y_test = map(torch.from_numpy, parts[1::2])
+        if task == "regression":
+            normalise(y_train, y_test, self.targets)
+        y_train, y_test = (y.to(self.device, None if is_classes else self.dtype) for y in (y_train, y_test))
+        return Dataset(name, x_train, y_train, x_test, y_test, classes, sha256, task)
+
+
+def place_of(path: str | None) -> Path:
+    """Return the path of a file or a folder. Raises ValueError where none is given."""
     if not path:
         raise ValueError(
             "dataset.path: none is given; dataset=npz dataset.path=my.npz takes arrays x_train, y_train, x_test and "
             "y_test, dataset=image_folder dataset.path=my_images a folder of images per class"
         )
-    one_of("dataset.normalisation", normalisation, (*NORMALISATIONS, "none"))
+    return Path(str(path)).expanduser()
 
 
 def check_parts(place: Path, arrays: Mapping[str, Array], holdout: int) -> None:
     """Raises DatasetError unless inputs and targets belong together, and there is something to test on."""
-    for part in ("train", "test"):
+    for part in PARTS:
         x, y = arrays.get(f"x_{part}"), arrays.get(f"y_{part}")
         if x is not None and y is not None and len(x) != len(y):
             raise DatasetError(f"{place}: x_{part} has {len(x)} samples, y_{part} {len(y)}; as many are needed")
@@ -164,7 +187,7 @@ def check_parts(place: Path, arrays: Mapping[str, Array], holdout: int) -> None:
             train, test = arrays[f"{letter}_train"], arrays[f"{letter}_test"]
             if train.shape[1:] != test.shape[1:] or (train.dtype == np.uint8) != (test.dtype == np.uint8):
                 described = [
-                    f"{letter}_{part} {a.dtype} {list(a.shape)}" for part, a in (("train", train), ("test", test))
+                    f"{letter}_{part} {a.dtype} {list(a.shape)}" for part, a in zip(PARTS, (train, test), strict=True)
                 ]
                 raise DatasetError(f"{place}: {' and '.join(described)} differ in more than the number of samples")
     elif holdout == 0:
@@ -173,25 +196,6 @@ def check_parts(place: Path, arrays: Mapping[str, Array], holdout: int) -> None:
             f"{place}: has no test set; dataset.holdout={number} takes so many of the {len(arrays['x_train'])} samples "
             "as one"
         )
-
-
-def divided_arrays(
-    arrays: Mapping[str, Array], first: int | None, holdout: int, holdout_seed: int, stratify: bool
-) -> dict[str, Array]:
-    """Return the arrays of `KEYS` after `admm.data.divided`."""
-    test = (arrays["x_test"], arrays["y_test"]) if "x_test" in arrays else None
-    parts = divided((arrays["x_train"], arrays["y_train"]), test, first, holdout, holdout_seed, stratify)
-    return dict(zip(KEYS, parts, strict=True))
-
-
-def scaled_inputs(
-    train: Array, test: Array, normalisation: str, channels: int | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs as normalised floats. Raises ValueError for channels that they cannot have."""
-    maximum = 255 if train.dtype == np.uint8 and train.ndim > 2 else None  # of images
-    x_train, x_test = floats(train, dtype), floats(test, dtype)
-    normalise(x_train, x_test, normalisation, maximum)
-    return with_channels(x_train.to(dtype), channels), with_channels(x_test.to(dtype), channels)
 
 
 def floats(x: Array, dtype: torch.dtype) -> torch.Tensor:
@@ -339,7 +343,7 @@ def listed_images(folder: Path) -> tuple[dict[str, list[str]], dict[str, Array],
     if not folder.is_dir():
         raise DatasetError(f"dataset.path: there is no folder {folder}")
     is_divided = (folder / "train").is_dir()
-    places = {part: folder / part for part in ("train", "test") if (folder / part).is_dir()} if is_divided else {}
+    places = {part: folder / part for part in PARTS if (folder / part).is_dir()} if is_divided else {}
     try:
         found = {part: ImageFolder(str(place)) for part, place in (places or {"train": folder}).items()}
     except OSError as error:

@@ -154,7 +154,7 @@ def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
     """
     y = dataset.y_train
     build = partial(build_network, config.model, dataset)
-    with channels_in_words(dataset):
+    with remedies(dataset):
         return Problem(
             x=dataset.x_train,
             y=one_hot(y, dataset.classes, dataset.x_train) if dataset.task == "classification" else y,
@@ -209,21 +209,19 @@ def initialise_of(init: DictConfig, build: Callable[[], nn.Module]) -> Callable[
 
 
 @contextmanager
-def channels_in_words(dataset: Dataset) -> Iterator[None]:
-    """Add to an error about the channels of gray images what gives them others."""
+def remedies(dataset: Dataset) -> Iterator[None]:
+    """Add to an error about the channels of gray images, or the number of outputs, what the data set has to offer."""
     try:
         yield
     except ValueError as error:
-        match dataset.input_shape:
-            case (height, width):
-                way = f"dataset.channels=1 or 3 makes [1, {height}, {width}] or [3, {height}, {width}] of them"
-            case (1, height, width):
-                way = f"dataset.channels=3 makes [3, {height}, {width}] of them"
-            case _:
-                raise
-        if "channel" not in str(error):
+        is_gray = len(dataset.input_shape) == 2 or dataset.input_shape[0] == 1
+        if "channel" in str(error) and is_gray:
+            way = f"The images are gray, {list(dataset.input_shape)}; dataset.channels=3, or 1, gives them channels"
+        elif "network's outputs" in str(error):
+            way = f"The data need {dataset.outputs} outputs, which a key such as model.num_classes may set"
+        else:
             raise
-        raise ValueError(f"{error}. The images are gray; {way}") from error
+        raise ValueError(f"{error}. {way}") from error
 
 
 def execution(config: DictConfig) -> Execution:
