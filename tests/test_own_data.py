@@ -255,9 +255,7 @@ def test_images_of_other_sizes_are_scaled_and_their_middle_is_kept(tmp_path: Pat
     wide = np.hstack([np.zeros((8, 4), np.uint8), GRAY[0], np.zeros((8, 4), np.uint8)])
     twice = np.kron(GRAY[1], np.ones((2, 2), np.uint8))
     folder = save(tmp_path, a_0=wide, a_1=GRAY[2], b_0=twice, b_1=GRAY[3])
-    with pytest.raises(
-        DatasetError, match=r"the images have 3 sizes, such as 16x8 pixels \(.*a/0.png\) and 8x8 .*size="
-    ):
+    with pytest.raises(DatasetError, match=r"the images have 3 sizes, such as 16x8 pixels \(.*a/0.png\) and 8x8 "):
         load_image_folder(folder, holdout=2)
     data = load_image_folder(folder, size=(8, 8), holdout=1, normalisation="none")
     found = {tuple(image.flatten().tolist()) for image in torch.cat([data.x_train, data.x_test])}
@@ -400,9 +398,8 @@ def test_a_network_that_does_not_fit_is_refused(npz: Any, network: str, options:
 def test_overrides_imply_others(given: list[str], added: list[str]) -> None:
     found = with_implied(given)
     assert sorted(found) == sorted([*added, *given])
-    assert with_implied(found) == found and as_given(found) == [
-        o for o in given if o not in added and o != "split=after"
-    ]
+    assert with_implied(found) == found
+    assert as_given(found) == [override for override in given if override != "split=after"]
 
 
 def test_a_network_s_keywords_are_added(  # which no file has
