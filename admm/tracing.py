@@ -37,7 +37,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, opened: set[str]) -> None:
         # A function that is called with a tensor of the network is a node of the graph: its control flow is not traced.
-        super().__init__(autowrap_modules=(math, functional))
+        super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
         self._opened = opened
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -205,7 +205,8 @@ def blocks_of(config: DictConfig, network: nn.Module) -> Blocks:
 def initialise_of(init: DictConfig, build: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
     """Return the initialisation of a configuration; `build` goes to one that takes it, as `as_constructed` does."""
     takes_build = "build" in signature(get_object(init._target_)).parameters
-    return instantiate(init, **({"build": build} if takes_build else {}))
+    made: Callable[[nn.Module], None] = instantiate(init, **({"build": build} if takes_build else {}))
+    return made
 
 
 @contextmanager
