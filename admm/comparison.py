@@ -65,7 +65,10 @@ def outputs_of(blocks: Blocks, x: Any) -> Tensor:
             _learn(blocks, few, expected)
             outputs = _compared(blocks, few, expected)
             if len(leaves[0]) > 1:
-                _compared(blocks, few, _Evaluation(blocks.network, few, training=True))
+                trained = _Evaluation(blocks.network, few, training=True)
+                _compared(blocks, few, trained)
+                if moved := sorted(trained.moved & blocks.shared_buffers):
+                    raise ValueError(f"network: several blocks share the statistics {moved[0]!r}; cut them elsewhere")
         blocks.compared[kind] = outputs[:0]
     return blocks.compared[kind]
 
@@ -83,9 +86,7 @@ class _Evaluation:
         with _watched(copied) as calls:
             self.outputs = _called(copied, x, calls)
             self.layers, calls.returned = calls.returned, []
-            for name, buffer in copied.named_buffers():
-                if buffer.layout == torch.strided:
-                    buffer.copy_(network.get_buffer(name))
+            self.moved = set(_set_back(copied, network))
             again = _called(copied, x, calls)
         for (name, first), (_, second) in zip(self.layers, calls.returned, strict=False):
             if not _same(first, second):
@@ -101,6 +102,16 @@ class _Evaluation:
     @property
     def mode(self) -> str:
         return "training" if self.training else "evaluation"
+
+
+def _set_back(network: nn.Module, former: nn.Module) -> Iterator[str]:
+    """Give buffers their former values, and yield the names of those that had others."""
+    for name, buffer in network.named_buffers():
+        if buffer.layout == torch.strided:
+            before = former.get_buffer(name).to(buffer)
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+                yield name
 
 
 @dataclass
