@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_diabetes, load_digits, load_iris, make_multilabel_classification
 from sklearn.preprocessing import LabelEncoder, MinMaxScaler, StandardScaler
+from stores import run_json
 from torch import nn
 
 from admm.data import DatasetError, with_channels
@@ -30,7 +31,8 @@ from experiments.own_data import load_image_folder, load_npz, loss_of_task
 from experiments.reports.base import report_of
 from experiments.reports.curves import curves
 from experiments.reports.html_page import interactive_plot
-from experiments.store import Run
+from experiments.reports.scores import mean_score
+from experiments.store import Run, Slot
 from experiments.training import build_network, build_problem
 
 RNG = np.random.RandomState(0)
@@ -402,8 +404,7 @@ def test_overrides_imply_others(given: list[str], added: list[str]) -> None:
     assert as_given(found) == [override for override in given if override != "split=after"]
 
 
-def test_a_network_s_keywords_are_added(  # which no file has
-) -> None:
+def test_the_keywords_of_a_network_are_added() -> None:
     given = ["model._target_=a.b", "model.weights=null", "dataset.channels=3", "init=normal"]
     found = with_implied(given)
     assert found == [
@@ -481,6 +482,22 @@ def test_own_arrays_make_a_table_and_a_figure_of_what_fits_the_task(tmp_path: Pa
     assert drawn[-1] == pytest.approx(table["mean"][0], abs=0.006)
 
 
+def test_a_run_with_a_loss_of_its_own_is_judged_by_it(tmp_path: Path) -> None:
+    """In figures and tables; nothing is scored."""
+    rows = [{"iteration": i, "replica": 0, "seed": 0, "seconds": 1.0, "test_loss": 9.0 - i} for i in (0.0, 1.0, 2.0)]
+    slot, info = (
+        Slot(tmp_path, "own", "sgd-usual", "a"),
+        run_json("sgd", "usual", "2001", experiment="own", iterations=2),
+    )
+    run = slot.complete({"seeds": [0]}, rows, info | {"seeds": [0]})
+    report = report_of("own")
+    assert report.headline(run) == (7.0, "loss") and report.score(run) == {} and mean_score([run], [0]) is None
+    assert report.table([run])["score"].tolist() == ["test loss"] and report.title([run]) == "own: test loss"
+    axes = report.figures([run])["own"].axes[0]
+    assert axes.get_ylabel() == "test loss" and axes.get_lines()[0].get_ydata().tolist() == [9.0, 8.0, 7.0]
+    assert interactive_plot(curves([run]))["range"] is None
+
+
 def test_several_labels_have_their_exact_matches_beside(tmp_path: Path) -> None:
     x, y = LABELS
     np.savez(tmp_path / "my.npz", x_train=x, y_train=y)
@@ -523,11 +540,9 @@ def test_an_own_network_is_given_on_the_command_line(tmp_path: Path, monkeypatch
     )
     (tmp_path / "mynet.py").write_text(code)
     x, y = load_digits(n_class=4, return_X_y=True)
-    save(
-        tmp_path / "digits",
-        **{f"{'test' if n % 4 == 0 else 'train'}_{y[n]}_{n}": (16 * x[n].reshape(8, 8) - 1).clip(0).astype(np.uint8)
-           for n in range(320)},
-    )  # fmt: skip
+    parts = ["test" if n % 4 == 0 else "train" for n in range(320)]
+    pixels = (16 * x.reshape(-1, 8, 8) - 1).clip(0).astype(np.uint8)
+    save(tmp_path / "digits", **{f"{part}_{y[n]}_{n}": pixels[n] for n, part in enumerate(parts)})
     own = ["dataset=image_folder", f"dataset.path={tmp_path}/digits", "dataset.channels=3", "iterations=15"]
     own += ["model._target_=mynet.network", "model.width=6", "split.after=[0]", "optimizer=adam,gotmare", "seeds=[0,1]"]
     launch(*own, *places(tmp_path))

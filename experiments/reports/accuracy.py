@@ -44,8 +44,10 @@ class Accuracy(ExperimentReport):
         return curve.row()["mean"], f"{curve.metric.unit}{words}".strip()
 
     def title(self, runs: Sequence[Run]) -> str:
-        labels = {curve.score_label for curve in curves(runs) if curve.metric != ACCURACY}
-        return f"{self.experiment}: {', '.join(sorted(labels))}" if labels else super().title(runs)
+        by_row = curves(runs)
+        if all(curve.metric == ACCURACY for curve in by_row):
+            return super().title(runs)
+        return f"{self.experiment}: {', '.join(sorted({curve.score_label for curve in by_row}))}"
 
     def compare(self, runs: list[Run]) -> list[Comparison]:
         return [_comparison(curve) for curve in curves(runs)]

@@ -62,13 +62,14 @@ function traces(curve, number, quantity, against, isLog, isScore) {
 
 function draw({ canvas, content, chosen }, isWanted) {
   const quantity = chosen("quantity").value;
+  const isScore = quantity === content.score;
   const against = chosen("against").value;
   const isLog = { x: chosen("log-x").checked, y: chosen("log-y").checked };
   const type = (axis) => (isLog[axis] ? "log" : "linear");
   const shown = content.curves.flatMap((curve, number) =>
-    traces(curve, number, quantity, against, isLog, quantity === content.score).map((trace) => ({ ...trace, visible: isWanted(curve) })),
+    traces(curve, number, quantity, against, isLog, isScore).map((trace) => ({ ...trace, visible: isWanted(curve) })),
   );
-  const range = quantity === content.score && content.range && !isLog.y ? { range: content.range.slice() } : {};
+  const range = isScore && content.range && !isLog.y ? { range: content.range.slice() } : {};
   const layout = {
     uirevision: [quantity, against, type("x"), type("y")].join(), // zoomed until another plot is asked for
     legend: { uirevision: "kept", font: { size: 11 }, x: 0, y: -0.2, maxheight: 0.3, yanchor: "top", orientation: "h" },
