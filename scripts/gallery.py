@@ -34,7 +34,7 @@ from experiments.paths import in_full
 from experiments.provenance import machine
 
 METHODS, STEPS, SEEDS = ("online_block_admm", "adam"), (1e-3, 3e-3, 1e-2), (0, 1, 2)
-EPOCHS, BATCH, CONTEXT = 8, 32, 64
+EPOCHS, BATCH, CONTEXT = 6, 32, 64
 MEASURES = {"cifar10": "accuracy (%)", "gpt": "nats per character"}
 Samples = tuple[Tensor, Tensor]
 
