@@ -63,6 +63,7 @@ class Block:
         grad_output: Tensor,
         grad_params: Sequence[ParamDict] | None = None,
         needs_input_grad: bool = True,
+        retain_graph: bool = True,
     ) -> Tensor | None:
         """Multiply the transposed Jacobians of an evaluation by `grad_output` [S, n, d'].
 
@@ -73,6 +74,7 @@ class Block:
             grad_params: where the product with respect to the parameters, summed over the samples, is written to. If
                 given, running statistics in `theta` take the values that the evaluation in training gave them.
             needs_input_grad: whether the product with respect to the input is needed.
+            retain_graph: whether the record is needed again; else its activations are freed on the way.
 
         Returns:
             The product with respect to the input, [S, n, d], or None.
@@ -89,6 +91,7 @@ class Block:
                 gradient,
                 None if grad_params is None else grad_params[position],
                 needs_input_grad or position > first,
+                retain_graph,
             )
         return gradient
 
@@ -181,7 +184,8 @@ class Blocks(Sequence[Block]):
             ValueError: for an option of `execution` without effect, statistics that blocks share, and as `cut` does.
         """
         self.network, self.execution, self._cut = network, execution or Execution(), cut
-        parts = cut(network)
+        tensors = [*network.parameters(), *network.buffers()]
+        parts = cut(copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}))  # whose modes may change
         self.names, self.modules = tuple(part.names for part in parts), tuple(part.module for part in parts)
         self.crossings = tuple(crossings) or tuple(Crossing() for _ in parts)
         self.given, self._in_other_types = self, dict[torch.dtype, Blocks]()
@@ -264,7 +268,9 @@ class Blocks(Sequence[Block]):
         flat, buffers = (
             torch.stack([self.flatten(network, kind) for network in replicas]) for kind in ("parameters", "buffers")
         )
-        return self.parameters(flat.to(like), buffers.to(like.device, wide(like.dtype)))
+        is_own_type = like.dtype == self.dtype
+        statistics = buffers.to(like.device, self._layout.statistics_dtype if is_own_type else wide(like.dtype))
+        return self.parameters(flat.to(like), statistics)
 
     def flatten(self, network: nn.Module, kind: Kind = "parameters") -> Tensor:
         """Return the parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""

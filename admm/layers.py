@@ -44,7 +44,13 @@ class Layer(ABC):
 
     @abstractmethod
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         """Multiply the transposed Jacobians at an evaluation by `grad_output`, which has the shape of the output.
 
@@ -56,6 +62,7 @@ class Layer(ABC):
                 if it is not needed. If given, running statistics that `linearize` has updated in training are written
                 to `theta`.
             needs_input_grad: whether the product with respect to x is needed.
+            retain_graph: whether `saved` is needed again; else its activations are freed on the way.
 
         Returns:
             The product with respect to x, [S, n, ...], or None.
@@ -75,7 +82,13 @@ class LinearLayer(Layer):
         return self.forward(theta, x, inplace, visit), x
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         rows = grad_output.flatten(1, -2)
         if grad_params is not None:
@@ -101,7 +114,13 @@ class ReLULayer(Layer):
         return output, output
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         return torch.ops.aten.threshold_backward(grad_output, saved, 0) if needs_input_grad else None
 
@@ -117,7 +136,13 @@ class FlattenLayer(Layer):
         return x.flatten(2), x.shape
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         return grad_output.reshape(saved) if needs_input_grad else None
 
@@ -161,6 +186,11 @@ class ModuleLayer(Layer):
         before, after: what crosses the cuts around the block.
         hands_on_arguments: whether a tuple that the module returns is the next module's arguments, not one of them.
         casts: types of parameters and buffers that are stored in another one, by name.
+
+    Attributes:
+        pinned: modules that are in evaluation mode while the network is in training mode; they stay there.
+        overwrites_inputs: whether the module changes its arguments in place, so that it gets copies.
+        is_random: whether it draws random numbers in training.
     """
 
     def __init__(
@@ -182,7 +212,7 @@ class ModuleLayer(Layer):
         self._settings = _compiler_settings if execution.compile else nullcontext
         self._parameter_names = {name for kind, name, _ in tensors_of(module) if kind == "parameters"}
         self._shared: dict[torch.device, ParamDict] = {}
-        self._pinned = [m for m in module.modules() if module.training and not m.training]
+        self.pinned = pinned_modules(module)
         self._needs_contiguous = any(map(_is_strided_pointwise, module.modules()))
 
     def forward(self, theta: ParamDict, x: Any, inplace: bool, visit: Visit) -> Tensor:
@@ -199,17 +229,18 @@ class ModuleLayer(Layer):
         return output, [evaluation[:3] for evaluation in evaluations]
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         grad_x = []
         for s, (views, x, output) in enumerate(saved):
             inputs = [views[name] for name in grad_params or ()] + ([x] if needs_input_grad else [])
-            gradients: list[Tensor] = [torch.zeros_like(v) for v in inputs]
-            if inputs and output.requires_grad:
-                with self._settings():
-                    gradients = list(
-                        torch.autograd.grad(output, inputs, grad_output[s], retain_graph=True, materialize_grads=True)
-                    )
+            gradients = self._gradients(output, inputs, grad_output[s], retain_graph)
             if needs_input_grad:
                 grad_x.append(gradients.pop())
             if grad_params is not None:
@@ -218,6 +249,17 @@ class ModuleLayer(Layer):
                 for name in theta.keys() - self._parameter_names:
                     theta[name][s].copy_(views[name])
         return _stack(grad_x) if needs_input_grad else None
+
+    def _gradients(
+        self, output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor, retain_graph: bool
+    ) -> list[Tensor]:
+        if not inputs or not output.requires_grad:  # no trained parameter before the output
+            return [torch.zeros_like(v) for v in inputs]
+        with self._settings():
+            gradients = torch.autograd.grad(
+                output, inputs, grad_output, retain_graph=retain_graph, materialize_grads=True
+            )
+        return list(gradients)
 
     def _evaluation(self, theta: ParamDict, x: Any, s: int, visit: Visit) -> tuple[ParamDict, Any, Tensor, Rest]:
         """Return the tensors of replica s and its input, both with derivatives where autograd is on, its output
@@ -261,10 +303,7 @@ class ModuleLayer(Layer):
         return views
 
     def _set_mode(self, training: bool) -> None:
-        """Set training or evaluation mode, except where the network's owner has pinned a module to evaluation."""
-        self.module.train(training)
-        for module in self._pinned:
-            module.training = False
+        set_mode(self.module, training, self.pinned)
 
     def _evaluate(self, views: ParamDict, positional: tuple[Any, ...], keyword: dict[str, Any]) -> Any:
         """Return what the module returns for one replica; in training its buffers in `views` change."""
@@ -321,6 +360,18 @@ def _is_strided_pointwise(module: nn.Module) -> bool:
     """Whether a module is a strided 1×1 convolution: blocks with one are not evaluated in channels-last on a CPU, where
     oneDNN corrupts memory for some of them (PyTorch 2.14.1)."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
+
+
+def set_mode(module: nn.Module, training: bool, pinned: Sequence[nn.Module]) -> None:
+    """Set training or evaluation mode; the modules in `pinned` stay in evaluation mode."""
+    module.train(training)
+    for inner in pinned:
+        inner.training = False
+
+
+def pinned_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that are in evaluation mode, if a network is in training mode."""
+    return [inner for inner in module.modules() if module.training and not inner.training]
 
 
 @contextmanager

@@ -1,21 +1,27 @@
-"""The training loop: times the steps, evaluates, finds diverged replicas, saves and resumes."""
+"""The training loop: times the steps, evaluates, finds diverged replicas, saves, stops and resumes."""
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from admm.blocks import Blocks, Parameters
-from admm.checkpoints import History, Row, fingerprint, load_checkpoint, save, write_checkpoint
+from admm.callbacks import Callback, StopTraining
+from admm.checkpoints import History, Row, callback_states, fingerprint, load_checkpoint, save, write_checkpoint
 from admm.checks import at_least_one
 from admm.files import remove_leftovers
-from admm.losses import SquaredError
+from admm.losses import CrossEntropy, Huber, SquaredError, unweighted
+from admm.minibatches import expand
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
@@ -27,66 +33,104 @@ _EVAL_BATCH_IMAGES, _EVAL_BATCH_VECTORS, _EVAL_ROWS_ALL_REPLICAS = 128, 2000, 80
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
-    """Return the scores of a forward pass in evaluation mode, for the training samples and a test set.
+    """Return the scores of a forward pass in evaluation mode, for the training samples and other sets.
 
     Args:
         problem: the training samples, the blocks and the loss.
         theta: parameters of S replicas.
-        test: inputs [M, ...] and targets or class indices, or None.
+        test: a test set, which is inputs [M, ...] and targets or class indices; several sets by name, such as
+            `{"valid": (x, y), "test": (x2, y2)}`; or None.
 
     Returns:
-        Scores [S] of the training samples (`train_…`) and the test set (`test_…`): `loss`, the mean of J with its scale
-        over the samples, and where the targets are
+        Scores [S] of the training samples (`train_…`), the test set (`test_…`) or each set of a name (`valid_…`):
+        `loss`, the mean of J with its scale and weights over the samples, and where the targets are
 
-        - one class per sample, or per position of it: `accuracy`, the percentage whose largest output is the class;
+        - one class per sample, or per position of it: `accuracy`, the percentage whose largest output is the class, of
+          those whose label is not ignored;
         - several labels per sample, 0 or 1 (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, the percentage of the
           labels that are predicted right, and `exact_match`, the percentage of the samples of which all are; for one
           label, `accuracy`;
-        - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets' variance.
+        - numbers (`SquaredError`, `Huber`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets'
+          variance.
 
-        For targets of other losses there is no further score.
+        For targets of other losses there is no further score. With weights of samples (`SampleWeighted`), `loss` is
+        Σ w J over the number of samples, which is what is minimised. All other scores are weighted means, divided by
+        Σ w, as with scikit-learn's `sample_weight`. Weights of classes and labels enter the loss alone.
 
     Raises:
-        ValueError: for a test set that does not fit.
+        ValueError: for a set that does not fit, and for a name of one that is no text or "train".
     """
-    values = {f"train_{name}": value for name, value in _scores(problem, theta, problem.x, problem.y).items()}
-    if test is not None:
-        if not isinstance(test, tuple | list) or len(test) != 2:
-            raise ValueError(f"test: a {type(test).__name__} is no pair of inputs and targets")
+    sets = {"train": (problem.x, problem.y)} | dict(_other_sets(problem, test))
+    scores = {part: _scores(problem, theta, x, y) for part, (x, y) in sets.items()}
+    return {f"{part}_{name}": value for part, values in scores.items() for name, value in values.items()}
+
+
+def _other_sets(problem: Problem, test: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield the name and the samples, in the form of the training samples, of each set in the `test` of `evaluate`."""
+    is_named = isinstance(test, Mapping)
+    for name, pair in (test if is_named else {} if test is None else {"test": test}).items():
+        place = f"test[{name!r}]" if is_named else "test"
+        if not isinstance(name, str) or name == "train":
+            raise ValueError(f"{place}: the name of a set must be text, and 'train' is that of the training samples")
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{place}: a {type(pair).__name__} is no pair of inputs and targets")
         try:
-            x, y = problem.samples(*test)
+            yield name, problem.samples(*pair)
         except ValueError as error:
-            raise ValueError(f"test: {error}") from None
-        values |= {f"test_{name}": value for name, value in _scores(problem, theta, x, y).items()}
-    return values
+            raise ValueError(f"{place}: {error}") from None
 
 
-def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Any) -> dict[str, Tensor]:
     """Return the scores [S] of samples x [N, ...] and y, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     for part, targets in _chunks(x, y, len(theta.flat)):
         z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
-        for name, values in _sample_scores(problem, z, targets.expand(len(z), *targets.shape)).items():
+        for name, (values, counted) in _sample_scores(problem, z, targets).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
-    means = {name: total / len(x) for name, total in totals.items()}
+            counts[name] = counts.get(name, 0.0) + counted.sum(dtype=torch.float64)
+    means = {name: total / float(counts[name]) for name, total in totals.items()}
     if "mse" in means:
-        variance = y.flatten(1).var(0, correction=0).mean()
+        _, plain, weights = unweighted(problem.loss, y)
+        variance = _variance(plain.flatten(1), weights)
         means["r2"] = torch.where(variance > 0, 1.0 - means["mse"] / variance, torch.nan)
     return means
 
 
-def _sample_scores(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Return the scores [S, n] of each sample for outputs z and targets y [S, n, ...]."""
-    loss = {"loss": problem.loss.value(z, y).reshape(*z.shape[:2], -1).sum(2)}
+def _sample_scores(problem: Problem, z: Tensor, y: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the scores [S, n] of each sample, times what it counts, and what it counts [n].
+
+    Outputs z are [S, n, ...], targets y [n, ...].
+    """
+    values = problem.loss.value(z, expand(y, len(z)))
+    once, scores = z.new_ones(z.shape[1]), {}
+    loss, y, weights = unweighted(problem.loss, y)
     if problem.has_classes:
-        return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}
-    if problem.threshold is not None:
+        labels = y if y.ndim < z.ndim - 1 else y.argmax(-1)
+        kept = torch.ones_like(labels, dtype=z.dtype)
+        if isinstance(loss, CrossEntropy) and loss.ignore_index is not None:
+            kept = (labels != loss.ignore_index).to(z)
+        scores["accuracy"] = 100.0 * _mean((z.argmax(-1) == labels) * kept), _mean(kept[None])[0]
+    elif problem.threshold is not None:
         right = ((z > problem.threshold) == (y > 0.5)).to(z)
         if math.prod(right.shape[2:]) == 1:
-            return loss | {"accuracy": 100.0 * _mean(right)}
-        every = right.flatten(2).amin(2)
-        return loss | {"label_accuracy": 100.0 * _mean(right), "exact_match": 100.0 * every}
-    return loss | {"mse": _mean((z - y).square())} if isinstance(problem.loss, SquaredError) else loss
+            scores["accuracy"] = 100.0 * _mean(right), once
+        else:
+            scores["label_accuracy"] = 100.0 * _mean(right), once
+            scores["exact_match"] = 100.0 * right.flatten(2).amin(2), once
+    elif isinstance(loss, SquaredError | Huber):
+        scores["mse"] = _mean((z - y).square()), once
+    if weights is not None:
+        scores = {name: (score * weights, counted * weights) for name, (score, counted) in scores.items()}
+    return {"loss": (values.reshape(*z.shape[:2], -1).sum(2), once)} | scores
+
+
+def _variance(y: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean over the outputs of the variance of targets [N, d]."""
+    if weights is None:
+        return y.var(0, correction=0).mean()
+    mean = torch.einsum("n,nd->d", weights, y) / weights.sum()
+    return torch.einsum("n,nd->d", weights, (y - mean).square()).mean() / weights.sum()
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -105,45 +149,57 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Te
     return 100.0 * right / len(x)
 
 
-def _chunks(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(x: Tensor, y: Any, replicas: int) -> Iterator[tuple[Tensor, Any]]:
     """Yield samples x and y [N, ...] a few at a time, nearly the same number each: a single one that is left over could
     not be normalised."""
     most = _EVAL_BATCH_IMAGES
     if x.ndim == 2:
         most = min(_EVAL_BATCH_VECTORS, max(1, _EVAL_ROWS_ALL_REPLICAS // replicas))
     chunks = math.ceil(len(x) / most)
-    return zip(x.tensor_split(chunks), y.tensor_split(chunks), strict=True)
+    leaves, structure = tree_flatten(y)
+    parts = zip(*(leaf.tensor_split(chunks) for leaf in (x, *leaves)), strict=True)
+    return ((part, tree_unflatten(of_part, structure)) for part, *of_part in parts)
 
 
 def train(
     problem: Problem,
     optimizer: Optimizer[StateT],
     state: StateT,
-    iterations: int,
+    iterations: int | None = None,
     test: Any = None,
     evaluate_every: int = 1,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
-    observe: Callable[[list[Row], History], None] = lambda rows, history: None,
+    callbacks: Sequence[Callback] = (),
     measure: Callable[[Problem, Parameters, Any], dict[str, Tensor]] = evaluate,
     keep_last: bool = False,
 ) -> History:
-    """Train for `iterations` steps of the optimizer.
+    """Train until the optimizer has done `iterations` steps.
 
     Evaluation takes place before the first iteration, every `evaluate_every` iterations and after the last one; only
     `optimizer.step` is timed.
+
+    With a checkpoint, Ctrl-C takes effect after the iteration under way, when the checkpoint has been written; a second
+    one at once.
 
     Args:
         problem: what is trained on.
         optimizer: the algorithm.
         state: the state that `optimizer.init` has returned; it is trained in place.
-        iterations: the number of iterations, those before a resume included.
-        test: inputs [M, ...] and class indices [M] or targets; None; or what another `measure` takes.
+        iterations: the number of iterations, those before a resume included; None means the optimizer's `iterations`,
+            at which its schedules end.
+        test: a test set, inputs [M, ...] and class indices [M] or targets; several sets by name, such as
+            `{"valid": (x, y), "test": (x2, y2)}`, for quantities `valid_…` and `test_…`; None; or what another
+            `measure` takes.
         evaluate_every: iterations between two evaluations.
         checkpoint: a file for the state and the history. A run that finds such a file goes on from it as if it had not
             been interrupted.
         checkpoint_seconds: the least time between two checkpoints.
-        observe: a function that gets the rows of each evaluation and the history; at a resume, all rows so far.
+        callbacks: functions of the problem, the state, the history and the rows of an evaluation, called after each one
+            in turn; at a resume, at once with all rows so far. They leave the state as it is. One that raises
+            `admm.callbacks.StopTraining` ends training when the others have been called and the checkpoint, if any, is
+            written. What a callback's `state_dict()` returns is kept in checkpoints, and given to its
+            `load_state_dict` at a resume, before the call.
         measure: a function that returns `train_loss` and other quantities [S] of the parameters.
         keep_last: whether a checkpoint is written at the end, too.
 
@@ -153,7 +209,8 @@ def train(
     Raises:
         CheckpointError: if the checkpoint is damaged, after more iterations, or of another run (see
             `admm.checkpoints.fingerprint`).
-        ValueError: for samples or targets that do not fit, and for a step that does not count its iteration.
+        ValueError: for samples or targets that do not fit, no number of iterations, and for a step that does not count
+            its iteration.
         TypeError: for a state that lacks a field or cannot be saved, and for a step that returns no state.
         WriteError: if the checkpoint cannot be written.
 
@@ -167,12 +224,13 @@ def train(
     >>> problem = Problem(x, 2 * x + 1, blocks, SquaredError(), initialiser("normal", std=0.1))
     >>> optimizer = Backprop(iterations=30, theta_update=SGD(), step_size=0.5, batch_size=4)
     >>> state = optimizer.init(problem, seeds=[0, 1])
-    >>> history = train(problem, optimizer, state, iterations=30, evaluate_every=30)
+    >>> history = train(problem, optimizer, state, evaluate_every=30)
     >>> [f"{row['train_loss']:.3f}" for row in history.rows if row["iteration"] == 30]
     ['0.000', '0.000']
     >>> problem.blocks.export(state.theta, replica=1)(x[:2]).detach().flatten()
     tensor([-1.0000, -0.4286], dtype=torch.float64)
     """
+    iterations = _horizon(optimizer) if iterations is None else iterations
     _check(iterations, evaluate_every, checkpoint_seconds)
     check_state(optimizer, state)
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
@@ -183,27 +241,89 @@ def train(
         warn_of_label_leak(optimizer, history.rows)
         return rows
 
+    def stops(rows: list[Row]) -> bool:
+        """Call the callbacks, and return whether one of them ends training."""
+        stopped = False
+        for callback in callbacks:
+            try:
+                callback(problem, state, history, rows)
+            except StopTraining:
+                stopped = True
+            except KeyboardInterrupt:
+                interrupt.has_come = True
+        return stopped
+
     warn_beyond_horizon(optimizer, iterations)
     if path is not None:
         remove_leftovers(path)
-        save(state)  # raises at once where it could not be saved
+        save(state), callback_states(callbacks)  # raise at once where these could not be saved
         made_by = fingerprint(problem, optimizer, state, test=test, measure=measure, evaluate_every=evaluate_every)
-    if path is not None and path.exists():
-        load_checkpoint(path, made_by, state, history, iterations)
-        observe(history.rows, history)
-    else:
-        observe(evaluation(), history)
-    last_write = time.monotonic()
-    while state.iteration < iterations and len(history.diverged) < len(state.seeds):
-        history.seconds += timed_step(problem, optimizer, state)
-        at_end = state.iteration == iterations
-        if at_end or state.iteration % evaluate_every == 0:
-            observe(evaluation(), history)
-        is_due = time.monotonic() - last_write >= checkpoint_seconds or (keep_last and at_end)
-        if path is not None and is_due:
-            write_checkpoint(path, made_by, state, history)
-            last_write = time.monotonic()
+    with _HeldInterrupt(path is not None) as interrupt:
+        if path is not None and path.exists():
+            load_checkpoint(path, made_by, state, history, iterations, callbacks)
+            written, stopped = state.iteration, stops(history.rows)
+        else:
+            written, stopped = -1, stops(evaluation())
+        last_write = time.monotonic()
+        while (
+            not (stopped or interrupt.has_come) and state.iteration < iterations and not _all_diverged(history, state)
+        ):
+            history.seconds += timed_step(problem, optimizer, state)
+            if state.iteration == iterations or state.iteration % evaluate_every == 0:
+                stopped = stops(evaluation())
+            if path is not None and time.monotonic() - last_write >= checkpoint_seconds:
+                write_checkpoint(path, made_by, state, history, callbacks)
+                written, last_write = state.iteration, time.monotonic()
+        if path is not None and written < state.iteration and (stopped or interrupt.has_come or keep_last):
+            write_checkpoint(path, made_by, state, history, callbacks)
     return history
+
+
+class _HeldInterrupt:
+    """A context that holds Ctrl-C back until its end, so that it comes upon whole states; a second one comes at once.
+
+    In a thread other than the main one, and where Ctrl-C does not raise KeyboardInterrupt, nothing changes.
+
+    Args:
+        holds: whether it is held back at all.
+
+    Attributes:
+        has_come: whether there was a Ctrl-C, so that the context is to be left soon.
+    """
+
+    def __init__(self, holds: bool) -> None:
+        self.has_come, self._holds = False, holds and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        self._holds = self._holds and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._holds:
+            signal.signal(signal.SIGINT, self._come)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.has_come and kind is None:
+            raise KeyboardInterrupt
+
+    def _come(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.has_come = True
+        warnings.warn(
+            "interrupted; this iteration is finished and the checkpoint written first. Interrupt again to end at once",
+            stacklevel=1,  # what has been interrupted is of no interest
+        )
+
+
+def _horizon(optimizer: object) -> int:
+    """Return an optimizer's own number of iterations. Raises ValueError if it has none."""
+    if isinstance(found := getattr(optimizer, "iterations", None), int):
+        return found
+    raise ValueError(f"iterations: None, but {type(optimizer).__name__} has no number of its own; give one")
+
+
+def _all_diverged(history: History, state: State) -> bool:
+    return len(history.diverged) == len(state.seeds)
 
 
 def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> None:

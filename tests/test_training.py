@@ -83,21 +83,20 @@ class Killed(Exception):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("stop", "every"), [(1, 1), (4, 1), (4, 2), (6, 4)])
 def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, every: int, tmp_path: Path) -> None:
-    def kill(rows: list[Row], history: History) -> None:
+    def kill(problem: Problem, state: Any, history: History, rows: list[Row]) -> None:
         if rows[-1]["iteration"] == stop:
             raise Killed
 
     optimizer, checkpoint = OPTIMIZERS[name], tmp_path / "new" / "checkpoint.pt"
     whole_state, whole = run(problem, optimizer, SEEDS, 6, test_of(problem), every)
     with pytest.raises(Killed):
-        run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, kill)
+        run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, [kill])
     assert checkpoint.exists() == (stop > 1)
     if checkpoint.exists():  # of the iteration before, whether it was evaluated or not
         assert read_checkpoint(checkpoint)["state"]["iteration"] == stop - 1
     observed: list[Row] = []
-    state, resumed = run(
-        problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, lambda rows, _: observed.extend(rows)
-    )
+    callbacks = [lambda problem, state, history, rows: observed.extend(rows)]
+    state, resumed = run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, callbacks)
     assert torch.equal(state.theta.flat, whole_state.theta.flat)
     without_time = [{k: v for k, v in row.items() if k != "seconds"} for row in resumed.rows]
     assert without_time == [{k: v for k, v in row.items() if k != "seconds"} for row in whole.rows]
@@ -243,7 +242,7 @@ def test_of_classes_accuracy_is_measured(loss: Loss, given: Any) -> None:
 def test_of_sequences_accuracy_is_of_the_positions() -> None:
     problem = task(CrossEntropy(), classes, 5, 4, outputs=3)
     found, z = measured(problem)
-    assert problem.y.shape == (300, 5, 3)
+    assert problem.y.shape == (300, 5)
     assert found["test_accuracy"] == pytest.approx(100.0 * (z.argmax(2) == classes(problem.x)).float().mean().item())
     expected = 5 * nn.functional.cross_entropy(z.flatten(0, 1), classes(problem.x).flatten()).item()
     assert found["train_loss"] == pytest.approx(expected, rel=1e-5)
