@@ -1,7 +1,7 @@
 """Online Block-ADMM against Adam by back-propagation, on two networks of today: python -m scripts.gallery
 
 A ResNet-18 with 8 to 64 channels learns from the first 5,000 training images of CIFAR-10 (which the variable ADMM_DATA
-finds), and a character-level GPT with a tied head from the topics of Python's own help, which come with the
+finds), and a character-level GPT with a tied head from every second topic of Python's own help, which come with the
 interpreter. Both methods have the same initial weights, mini-batches, epochs and schedule, and the library's defaults
 but for the step size and, in the GPT, Block-ADMM's penalty. The step size of each is chosen on held-out training
 samples, with seed 0. Then all training samples are learned with three seeds, and the test samples measured once, after
@@ -40,18 +40,19 @@ Samples = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured, the epochs, the step sizes tried, and Block-ADMM's penalty β."""
+    """What is measured, the epochs, the step sizes tried, and Block-ADMM's penalties β, by block."""
 
     measure: str
     epochs: int
     steps: tuple[float, ...]
-    beta: float
+    beta: tuple[float, ...]
 
 
 TASKS = {
-    "cifar10": Task("accuracy (%)", 6, (1e-3, 3e-3, 1e-2, 3e-2), 5.0),
-    # Of β = 5 and 0.5 the better one on held-out windows, after two epochs of 1,000 windows.
-    "gpt": Task("nats per character", 4, (3e-3, 1e-2), 0.5),
+    "cifar10": Task("accuracy (%)", 6, (1e-3, 3e-3, 1e-2, 3e-2), (5.0, 5.0)),
+    # β_1 = 1/ζ gives the tied weights' gradients in both blocks the same scale; β_2 = 0.5 was better than 5 on held-out
+    # windows, after two epochs of 1,000 windows.
+    "gpt": Task("nats per character", 4, (1e-3, 3e-3), (100.0, 0.5)),
 }
 
 
@@ -104,7 +105,9 @@ def trained(run: Run) -> float:
     """Train a network and return its accuracy in percent, or its loss in nats per character."""
     problem, samples = (cifar10 if run.task == "cifar10" else gpt)(run.measured_on)
     step = {"start": run.step, "end": 0.0}  # along half a cosine
-    optimizer: Optimizer[Any] = OnlineBlockADMM(run.epochs, step, beta=TASKS[run.task].beta, batch_size=BATCH)
+    optimizer: Optimizer[Any] = OnlineBlockADMM(
+        run.epochs, step, beta={"blocks": list(TASKS[run.task].beta)}, batch_size=BATCH
+    )
     if run.method == "adam":
         optimizer = Backprop(run.epochs, Adam(), step, BATCH)
     state = optimizer.init(problem, [run.seed])
@@ -125,7 +128,7 @@ def cifar10(measured_on: str) -> tuple[Problem, Samples]:
 
 def gpt(measured_on: str) -> tuple[Problem, Samples]:
     """Return a GPT of two blocks with windows of the help's text, and other windows, every tenth of the text."""
-    text = "\n\n".join(topics[name] for name in sorted(topics)).encode("ascii", "replace").decode()
+    text = "\n\n".join(topics[name] for name in sorted(topics)[::2]).encode("ascii", "replace").decode()
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(character) for character in text])
     windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
