@@ -504,7 +504,7 @@ class WeightedProblem(Problem):
     """Whose targets may be pairs of targets and weights."""
 
     def targets(self, x: Tensor, y: Any) -> Any:
-        return self.loss.targets(y, outputs_of(self.blocks, x), like=x)
+        return self.loss.targets(y, (outputs := outputs_of(self.blocks, x)).shape[1:], like=outputs)
 
 
 def linear(loss: Any, y: Any, *shape: int, outputs: int) -> Problem:

@@ -100,7 +100,7 @@ def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
         return None
     if any(block.is_autograd for block in problem.blocks):
         return None
-    samples = getattr(optimizer, "batch_size", len(problem.x))  # of a step, all where there are no mini-batches
+    samples = getattr(optimizer, "batch_size", problem.n_samples)  # of a step, all where there are no mini-batches
     return Cell(job, template(job), variables / len(config.seeds), samples)
 
 
@@ -114,7 +114,7 @@ def bytes_of_variables(problem: Problem, optimizer: Optimizer[Any], seeds: Seque
         part = replace(problem, x=problem.x[:samples], y=problem.y[:samples])
         return size(save(optimizer.init(part, seeds)))
 
-    samples = len(problem.x)
+    samples = problem.n_samples
     if samples > 2 * SOME:
         with suppress(ValueError):  # the mini-batches may be larger
             return (some := of(SOME)) + (of(2 * SOME) - some) / SOME * (samples - SOME)
