@@ -22,12 +22,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from admm.blocks import split
 from admm.data import load
 from admm.files import atomic_write
-from admm.losses import CrossEntropy, FunctionLoss
+from admm.losses import CrossEntropy
 from admm.models import as_constructed, initialiser, resnet18
 from admm.optimizers import Adam, Backprop, OnlineBlockADMM, Optimizer, Problem
 from admm.training import evaluate
@@ -136,18 +135,13 @@ def gpt(measured_on: str) -> tuple[Problem, Samples]:
     measured = 8 if measured_on == "held out" else 9
     x, y = shifted(windows[tenth < measured])
     blocks = split(GPT(len(alphabet)), after=["layer1"])
-    problem = Problem(x, y, blocks, FunctionLoss(next_character), as_constructed(lambda: GPT(len(alphabet))))
+    problem = Problem(x, y, blocks, CrossEntropy(), as_constructed(lambda: GPT(len(alphabet))))
     return problem, shifted(windows[tenth == measured])
 
 
 def shifted(windows: Tensor) -> Samples:
     """Return the characters of windows [N, CONTEXT + 1] but the last, and those that follow each of them."""
-    return windows[:, :-1].float(), windows[:, 1:]
-
-
-def next_character(outputs: Tensor, following: Tensor) -> Tensor:
-    """Return the cross-entropy of each position, [n, CONTEXT]."""
-    return functional.cross_entropy(outputs.transpose(1, 2), following, reduction="none")
+    return windows[:, :-1], windows[:, 1:]
 
 
 class GPT(nn.Module):
@@ -167,7 +161,7 @@ class GPT(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = self.embedding(codes.long()) + self.positions.weight
+        x = self.embedding(codes) + self.positions.weight
         x = self.layer2(self.layer1(x, self.is_later), self.is_later)
         outputs: Tensor = self.head(self.norm(x))
         return outputs
