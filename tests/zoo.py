@@ -47,6 +47,7 @@ class Network:
         cuts: the names of the modules after which blocks end.
         loss: J, as `Problem` takes it.
         mean_loss: the mean of J over samples, by PyTorch's own function.
+        tied: the names of parameters that several blocks share.
         options: further arguments of `split`.
         is_listed: whether it is cut as a list of its children, since it cannot be traced.
         batch_size: of mini-batches; the samples are no multiple of it.
@@ -61,10 +62,11 @@ class Network:
     cuts: tuple[str, ...]
     loss: Any = field(default_factory=CrossEntropy)
     mean_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    tied: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     is_listed: bool = False
     batch_size: int = 4
-    step_size: float = 0.02
+    step_size: float = 0.01
     size: Literal["small", "medium", "large"] = "small"
 
     def make(self, seed: int = 0) -> nn.Module:
@@ -84,6 +86,13 @@ class Network:
         if self.is_listed and cuts is None:
             return split(list(network.children()))
         return split(network, after=list(self.cuts if cuts is None else cuts), **self.options)
+
+    def block_of(self, network: nn.Module) -> dict[str, int]:
+        """Return the number of the block that each parameter is in, from 0; modules are in the order of their calls."""
+        modules = [name for name, _ in network.named_modules()]
+        ends = [max(k for k, name in enumerate(modules) if f"{name}.".startswith(f"{cut}.")) for cut in self.cuts]
+        owners = {name: modules.index(name.rpartition(".")[0]) for name, _ in network.named_parameters()}
+        return {name: sum(owner > end for end in ends) for name, owner in owners.items()}
 
     def double(self) -> Network:
         """Return the same in float64."""
@@ -150,7 +159,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def stage(before: int, after: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+        return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(True))
 
     def forward(self, x: Tensor) -> Tensor:
         skip1 = self.down1(x)
@@ -497,7 +506,15 @@ LABELS = whole(3, SAMPLES, seed=1)
 models = {"num_classes": 3, "weights": None}
 
 NETWORKS = (
-    Network("resnet18", partial(vision.models.resnet18, **models), IMAGES, LABELS, ("layer1", "layer3"), size="medium"),
+    Network(
+        "resnet18",
+        partial(vision.models.resnet18, **models),
+        IMAGES,
+        LABELS,
+        ("layer1", "layer3"),
+        step_size=1e-4,
+        size="medium",
+    ),
     Network(
         "mobilenet_v3_small",
         partial(vision.models.mobilenet_v3_small, **models),
@@ -510,7 +527,7 @@ NETWORKS = (
     Network("vgg11_bn", partial(vision.models.vgg11_bn, **models), IMAGES, LABELS, ("features",), size="large"),
     Network(
         "vit_b_16",
-        partial(vision.models.vit_b_16, image_size=32, **models),
+        partial(vision.models.vit_b_16, image_size=64, **models),
         IMAGES,
         LABELS,
         ("encoder.layers.encoder_layer_3", "encoder"),
@@ -543,15 +560,15 @@ NETWORKS = (
         TextClassifierTimeFirst,
         {"ids": SENTENCES, "mask": SENTENCES == 0},
         LABELS,
-        ("encoder.layers.0", "encoder.layers.1", "encoder"),
+        ("encoder.layers.0", "encoder.layers.1"),
         options={"inputs": ["ids", "mask"]},
     ),
-    Network("GPT", GPT, TEXT[:, :-1], TEXT[:, 1:], ("blocks.0", "blocks.1")),
+    Network("GPT", GPT, TEXT[:, :-1], TEXT[:, 1:], ("blocks.0", "blocks.1"), tied=("tokens.weight",)),
     Network("graph", GraphNetwork, gaussian(1, 12, 4), whole(3, 1, 12), ("conv1", "conv2"), batch_size=1),
     Network("fine-tuned", FineTuned, gaussian(SAMPLES, 1, 9, 9), LABELS, ("stage1", "stage2")),
     Network("adapters", adapted, VECTORS, LABELS, ("1", "2")),
     Network("shapes", Shapes, gaussian(SAMPLES, 2, 3, 4), LABELS, ("conv", "mix")),
-    Network("stochastic depth", StochasticDepth, VECTORS, LABELS, ("layers.0", "depth.1")),
+    Network("stochastic depth", StochasticDepth, VECTORS, LABELS, ("layers.0", "layers.1")),
     Network("called thrice", Refined, VECTORS, LABELS, ("first", "refine")),
     Network("dictionary", Several, VECTORS, LABELS, ("encoder",)),
     Network("untraceable", Untraceable, VECTORS, LABELS, ("0",), is_listed=True),
