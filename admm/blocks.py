@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from admm.crossings import Crossing
 from admm.layers import (
     Execution,
     FlattenLayer,
@@ -23,12 +24,12 @@ from admm.layers import (
     ModuleLayer,
     ParamDict,
     ReLULayer,
-    check_layer,
-    group,
-    layer_of,
-    tensors_of,
+    check_modules,
+    known_layer,
 )
-from admm.splitting import modules_by_name, names_by_block
+from admm.layout import Kind, common, layout, restore_frozen_statistics, wide
+from admm.splitting import Part, Stages, parts_of
+from admm.visits import Visit, evaluation
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,21 @@ class Block:
 
     layers: tuple[Layer, ...]
 
-    def forward(self, theta: Sequence[ParamDict], z: Tensor, training: bool) -> Tensor:
-        """Return block_Θ(z) [S, n, d'] for z [S, n, d], which is left as it is; `training` is as in `Layer`."""
-        for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z = layer.forward(views, z, self._is_temporary(position), training)
-        return z
+    def forward(self, theta: Sequence[ParamDict], z: Any, visit: Visit) -> Tensor:
+        """Return block_Θ(z) [S, n, d'] for z [S, n, d], which is left as it is.
 
-    def linearize(self, theta: Sequence[ParamDict], z: Tensor, training: bool) -> tuple[Tensor, list[Any]]:
+        z is the coupling variable before the block, or the inputs, which may be a structure of tensors. What else has
+        crossed the cut before the block is taken from the visit, and what else crosses the next cut is noted there.
+        """
+        for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
+            z = layer.forward(views, z, self._is_temporary(position), visit)
+        return z  # type: ignore[no-any-return]
+
+    def linearize(self, theta: Sequence[ParamDict], z: Any, visit: Visit) -> tuple[Tensor, list[Any]]:
         """Return block_Θ(z), as `forward` does, and the record of this evaluation that `vjp` needs."""
         record = []
         for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z, saved = layer.linearize(views, z, self._is_temporary(position), training)
+            z, saved = layer.linearize(views, z, self._is_temporary(position), visit)
             record.append(saved)
         return z, record
 
@@ -108,9 +113,9 @@ class Parameters:
     """A network's parameters for S replicas, by block and layer, as views of one flat tensor.
 
     Args:
-        flat: all parameters [S, P].
-        buffers: all buffers of floating point, such as the running statistics of batch normalisation, [S, B].
-        blocks: views of both, by block, layer and name.
+        flat: all trained parameters [S, P].
+        buffers: all buffers that may be statistics, such as those of batch normalisation, [S, B].
+        blocks: views of both, by block, layer and name. A parameter that several blocks share is in each of them.
     """
 
     flat: Tensor
@@ -118,34 +123,83 @@ class Parameters:
     blocks: list[list[ParamDict]]
 
 
-class Blocks(Sequence[Block]):
-    """A network cut into T blocks, which `split` makes; for T = 1, the block is the network."""
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient by all parameters of S replicas, which `Block.vjp` writes by block.
 
-    def __init__(self, network: nn.Module, names: Sequence[Sequence[str]], execution: Execution | None = None) -> None:
-        """Cut a network at the layers that are named.
+    Args:
+        flat: [S, P + E]; the last E columns are for parameters that a block shares with one before it.
+        blocks: views, by block, layer and name.
+        shared: pairs of the columns of a shared parameter in the first block and in a further one.
+    """
+
+    flat: Tensor
+    blocks: list[list[ParamDict]]
+    shared: Sequence[tuple[slice, slice]]
+
+    def total(self) -> Tensor:
+        """Return the gradient [S, P], with the sum over the blocks for shared parameters.
+
+        Before the next call each block must be written again.
+        """
+        for first, further in self.shared:
+            self.flat[:, first] += self.flat[:, further]
+        return self.flat[:, : self.shared[0][1].start] if self.shared else self.flat
+
+
+class Blocks(Sequence[Block]):
+    """A network cut into T blocks, which `split` makes; for T = 1, the block is the network.
+
+    Attributes:
+        network: the network that was cut, which is neither evaluated nor changed.
+        execution: how blocks are evaluated.
+        names: the names of the network's modules, block by block, in the order of evaluation.
+        modules: each block as a module.
+        crossings: what crosses the cut after each block.
+        given: the blocks of the network in its own type, where these are in another one.
+        dtype: the type of the trained parameters; where they have several, one that holds them all.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        cut: Callable[[nn.Module], list[Part]],
+        execution: Execution | None = None,
+        crossings: Sequence[Crossing] = (),
+    ) -> None:
+        """Make the blocks of a network that nothing else will change.
 
         What the `forward` of a caller's module does is checked when a `Problem` is made (`admm.comparison`).
 
         Args:
-            network: an `nn.Sequential`, which is stored, and neither evaluated nor changed.
-            names: names of the network's layers, block by block, in the order of evaluation.
+            network: is stored.
+            cut: returns the parts of a network, see `admm.splitting.parts_of`.
             execution: how blocks are evaluated.
+            crossings: what is known of what crosses the cuts, by block.
 
         Raises:
-            ValueError: for a layer of PyTorch's that draws random numbers, overwrites its input, averages over all
-                steps, is not to be trained, or has gradient hooks or a `forward` that is not its class's; and for an
-                option of `execution` without effect.
+            ValueError: for an option of `execution` without effect, statistics that blocks share, and as `cut` does.
         """
-        self.network, self.names, modules = network, names, modules_by_name(network)
-        self.compared: dict[Any, torch.Size] = {}  # see `admm.comparison.outputs_of`
-        for name in chain.from_iterable(names):
-            check_layer(name, modules[name])
-        self.execution = execution or Execution()
-        groups = self._groups(network)
-        self._blocks = tuple(Block(tuple(layer_of(module, self.execution) for module in modules)) for modules in groups)
+        self.network, self.execution, self._cut = network, execution or Execution(), cut
+        parts = cut(network)
+        self.names, self.modules = tuple(part.names for part in parts), tuple(part.module for part in parts)
+        self.crossings = tuple(crossings) or tuple(Crossing() for _ in parts)
+        self.given, self._in_other_types = self, dict[torch.dtype, Blocks]()
+        self.compared: dict[Any, Tensor] = {}  # see `admm.comparison.outputs_of`
+        self._layout = layout(network, [part.layers or (part.module,) for part in parts])
+        self.dtype = self._layout.dtype
+        self._blocks = tuple(self._block(t, part) for t, part in enumerate(parts, start=1))
         for option, value in (("precision", "bf16"), ("compile", True)):
             if getattr(self.execution, option) == value and not any(block.is_autograd for block in self._blocks):
                 raise ValueError(f"{option}: {value} is for other layers than linear, ReLU and flatten; there are none")
+
+    def _block(self, t: int, part: Part) -> Block:
+        if part.layers:
+            layers = (known_layer(module) for module in part.layers)
+            return Block(tuple(layer for layer in layers if layer is not None))
+        before, after = self.crossings[t - 2] if t > 1 else None, self.crossings[t - 1]
+        casts = self._layout.casts(t)
+        return Block((ModuleLayer(part.module, self.execution, t, before, after, part.hands_on_arguments, casts),))
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -159,29 +213,39 @@ class Blocks(Sequence[Block]):
     def __getitem__(self, t: int | slice) -> Block | tuple[Block, ...]:
         return self._blocks[t]
 
+    def with_dtype(self, dtype: torch.dtype) -> Blocks:
+        """Return the blocks of a copy of the network with all its tensors of floating point in this type."""
+        if dtype not in self._in_other_types:
+            blocks = Blocks(copy.deepcopy(self.network).to(dtype), self._cut, self.execution)
+            self._in_other_types[dtype], blocks.given = blocks, self
+        return self._in_other_types[dtype]
+
+    def with_execution(self, execution: Execution) -> Blocks:
+        """Return the same blocks, evaluated in another way."""
+        return Blocks(self.network, self._cut, execution, self.crossings)
+
     def parameters(self, flat: Tensor, buffers: Tensor | None = None) -> Parameters:
         """Return views, by block and layer, of flat tensors [S, P] and [S, B], or of the parameters alone.
 
-        Raises RuntimeError where P or B is less than the network has, and ValueError as `export` does.
+        Raises RuntimeError where P or B is less than the network has.
         """
         flats = {"parameters": flat} | ({} if buffers is None else {"buffers": buffers})
-        offsets = dict.fromkeys(flats, 0)
+        return Parameters(flat, flat[:, :0] if buffers is None else buffers, self._layout.views(flats))
 
-        def views(module: nn.Module) -> ParamDict:
-            params = {}
-            for kind, name, tensor in tensors_of(module):
-                if kind in flats:
-                    begin, offsets[kind] = offsets[kind], offsets[kind] + tensor.numel()
-                    params[name] = flats[kind][:, begin : offsets[kind]].view(len(flat), *tensor.shape)
-            return params
+    def gradient(self, theta: Parameters) -> Gradient:
+        """Return a gradient of which no entry is set yet."""
+        flat = theta.flat.new_empty(len(theta.flat), self._layout.gradient_size)
+        return Gradient(flat, self._layout.views({"gradient": flat}), self._layout.shared)
 
-        blocks = [[views(module) for module in modules] for modules in self._groups(self.network)]
-        return Parameters(flat, flat[:, :0] if buffers is None else buffers, blocks)
+    def parameter_slices(self) -> dict[str, slice]:
+        """Return the columns of [S, P] that each trained parameter has, by its name in the network."""
+        return dict(self._layout.columns["parameters"])
 
     def initial(self, seeds: Sequence[int], initialise: Callable[[nn.Module], None], like: Tensor) -> Parameters:
         """Return the parameters [S, P] of one freshly initialised network per seed.
 
-        Replica s depends on seeds[s] alone. PyTorch's global random state is left as it was.
+        Replica s depends on seeds[s] alone. PyTorch's global random state is left as it was. Frozen parameters, and the
+        statistics of modules whose parameters are all frozen, stay those of the network.
 
         Args:
             seeds: S whole numbers.
@@ -191,83 +255,87 @@ class Blocks(Sequence[Block]):
         """
         replicas = []
         for seed in seeds:
-            network = copy.deepcopy(self.network)
+            network = copy.deepcopy(self.given.network)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 initialise(network)
+            restore_frozen_statistics(network, self.given.network)
             replicas.append(network)
         flat, buffers = (
-            torch.stack([self.flatten(network, kind) for network in replicas]).to(like)
-            for kind in ("parameters", "buffers")
+            torch.stack([self.flatten(network, kind) for network in replicas]) for kind in ("parameters", "buffers")
         )
-        return self.parameters(flat, buffers)
+        return self.parameters(flat.to(like), buffers.to(like.device, wide(like.dtype)))
 
-    def flatten(self, network: nn.Module, kind: Literal["parameters", "buffers"] = "parameters") -> Tensor:
+    def flatten(self, network: nn.Module, kind: Kind = "parameters") -> Tensor:
         """Return the parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""
-        tensors = chain.from_iterable(map(tensors_of, chain.from_iterable(self._groups(network))))
-        return torch.cat([torch.empty(0), *(t.detach().flatten() for k, _, t in tensors if k == kind)])
+        tensors = [self._layout.tensor(network, kind, path).flatten() for path in self._layout.columns[kind]]
+        dtype = common([tensor.dtype for tensor in tensors]) or self.dtype
+        dtype = dtype if kind == "parameters" else wide(dtype)
+        return torch.cat([torch.empty(0, dtype=dtype), *(tensor.to(dtype) for tensor in tensors)])
 
-    def outputs(self, theta: Parameters, x: Tensor, training: bool) -> Iterator[Tensor]:
-        """Yield block 1's output for x [S, n, ...], block 2's for that, and so on; `training` is as in `Layer`."""
+    def outputs(self, theta: Parameters, x: Any, visit: Visit) -> Iterator[Tensor]:
+        """Yield block 1's output for x [S, n, ...], block 2's for that, and so on."""
         for block, views in zip(self, theta.blocks, strict=True):
-            x = block.forward(views, x, training)
+            x = block.forward(views, x, visit)
             yield x
 
-    def forward(self, theta: Parameters, x: Tensor) -> Tensor:
-        """Return the network's outputs [S, n, C] for x [S, n, ...], by a forward pass in evaluation mode."""
-        for output in self.outputs(theta, x, training=False):
+    def forward(self, theta: Parameters, x: Any) -> Tensor:
+        """Return the network's outputs [S, n, C] for x [S, n, ...], by a forward pass in evaluation mode.
+
+        x may be a tuple or a dictionary of such tensors. Several outputs are joined, see `admm.crossings`.
+        """
+        for output in self.outputs(theta, x, evaluation(len(theta.flat))):
             x = output
-        return x
+        return x  # type: ignore[no-any-return]
 
     def export(self, theta: Parameters, replica: int = 0) -> nn.Module:
-        """Return a copy of the network with the parameters and buffers of one replica, in evaluation mode.
-
-        Raises ValueError where a hook was registered or removed since the network was cut.
-        """
-        network = copy.deepcopy(self.network).to(theta.flat.dtype).eval()
-        for modules, layers in zip(self._groups(network), theta.blocks, strict=True):
-            for module, views in zip(modules, layers, strict=True):
-                for _, name, tensor in tensors_of(module):
-                    tensor.detach().copy_(views[name][replica])
+        """Return a copy of the network with the parameters and buffers of one replica, in evaluation mode."""
+        network = copy.deepcopy(self.network).eval()
+        if theta.flat.dtype != self.dtype:
+            network.to(theta.flat.dtype)
+        flats: dict[Kind, Tensor] = {"parameters": theta.flat, "buffers": theta.buffers}
+        for kind, flat in flats.items():
+            for path, columns in self._layout.columns[kind].items():
+                tensor = self._layout.tensor(network, kind, path)
+                tensor.copy_(flat[replica, columns].view(tensor.shape))
         return network
-
-    def _groups(self, network: nn.Module) -> list[list[nn.Module]]:
-        """Return the modules of a network of this architecture, by block and layer. Raises ValueError where the layers
-        are others than those that were cut, by a hook."""
-        modules = modules_by_name(network)
-        groups = [group([modules[name] for name in names]) for names in self.names]
-        if hasattr(self, "_blocks") and list(map(len, groups)) != [len(block.layers) for block in self._blocks]:
-            raise ValueError("network: a hook was registered or removed since it was cut into blocks; cut it again")
-        return groups
 
 
 def split(
-    network: nn.Module,
+    network: nn.Module | Sequence[nn.Module],
     after: str | Sequence[str] | None = None,
     per_layer: bool = False,
     n_blocks: int | None = None,
     activation: Literal["end", "start"] | None = None,
     execution: Execution | None = None,
+    inputs: Sequence[str] | None = None,
 ) -> Blocks:
     """Cut a network into blocks ("an arbitrary number of blocks", paper, §3.1).
 
-    Exactly one of `after`, `per_layer` and `n_blocks` says where.
+    Exactly one of `after`, `per_layer` and `n_blocks` says where; a list of modules is cut between them.
+
+    A copy of the network is cut. Modules of it that are in evaluation mode, while the network is in training mode, stay
+    in evaluation mode. Parameters with requires_grad=False stay as they are.
 
     Args:
-        network: an `nn.Sequential`, possibly nested, of modules that map a tensor to a tensor.
-        after: the name or names of the layers that end a block, the last layer excepted. The name of a nested
-            `nn.Sequential` stands for its last layer; an empty list leaves one block.
-        per_layer: makes one block of each layer with parameters.
-        n_blocks: the number of blocks that the layers with parameters are shared out to, as evenly as possible.
+        network: any module, of which the forwards that contain a cut are traced (torch.fx); or a list of modules, each
+            of which gets what the one before returns, a tuple as several arguments.
+        after: the name or names of the modules that end a block, the last one excepted; an empty list leaves one block.
+            In an `nn.Sequential`, the name of a nested one stands for its last layer.
+        per_layer: makes one block of each layer with parameters of an `nn.Sequential`.
+        n_blocks: the number of blocks that the layers with parameters of an `nn.Sequential` are shared out to, as
+            evenly as possible.
         activation: with `per_layer` or `n_blocks`, whether what is between two layers with parameters comes to the
             "end" of a block (None means this) or to the "start" of the next one.
         execution: how the blocks are evaluated.
+        inputs: for a network that is traced, the names of the arguments of its forward that are given; by default all
+            that have no default value.
 
     Raises:
-        TypeError: for a network that is no `nn.Sequential`.
-        ValueError: unless exactly one way to cut is given; for an unknown, repeated or last layer in `after`, a number
-            of blocks that is not possible, another `activation`, layers that share parameters, hooks of all modules;
-            and as `Blocks` does.
+        TypeError: for something else than a module or a list of modules.
+        ValueError: unless exactly one way to cut is given; for an unknown, repeated or last module in `after`, a number
+            of blocks that is not possible, another `activation`, hooks of all modules; for a forward that cannot be
+            traced, a module that cannot be copied, and as `Blocks` does.
 
     >>> from admm.models import mlp
     >>> network = mlp(input_shape=784, hidden=[128, 128], classes=10)
@@ -284,5 +352,33 @@ def split(
     >>> theta = blocks.initial([0, 1], initialiser("pytorch"), like=x)
     >>> theta.flat.shape, blocks.forward(theta, x.expand(2, 5, 784)).shape
     (torch.Size([2, 118282]), torch.Size([2, 5, 10]))
+
+    A network that is no chain, with a skip connection over the cut:
+
+    >>> class Residual(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+    ...     def forward(self, x):
+    ...         h = self.first(x)
+    ...         return self.last(h + self.second(h).relu())
+    >>> split(Residual(), after=["second"]).names
+    (('first', 'second'), ('last',))
     """
-    return Blocks(network, names_by_block(network, after, per_layer, n_blocks, activation), execution)
+    own = _own_copy(network)
+    names = [after] if isinstance(after, str) else after
+    cut = partial(parts_of, after=names, per_layer=per_layer, n_blocks=n_blocks, activation=activation, inputs=inputs)
+    return Blocks(own, cut, execution)
+
+
+def _own_copy(network: Any) -> nn.Module:
+    """Return a copy of a network, or of a list of modules as `Stages`. Raises TypeError, ValueError."""
+    if isinstance(network, list | tuple) and network and all(isinstance(stage, nn.Module) for stage in network):
+        network = Stages(*network)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: a {type(network).__name__} is no nn.Module, nor a list of them")
+    check_modules(network)
+    try:
+        return copy.deepcopy(network)
+    except RuntimeError as error:
+        raise ValueError(f"network: cannot be copied, as each seed needs it: {error}") from None

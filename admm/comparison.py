@@ -4,133 +4,263 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import chain
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from admm.blocks import Blocks
-from admm.layers import known_layer
-from admm.splitting import modules_by_name
+from admm.crossings import Crossing
+from admm.layers import ModuleLayer, as_arguments, seeded
+from admm.visits import Visit
 
 _FEW = 4  # samples, enough to be normalised in training
 
 
-def outputs_of(blocks: Blocks, x: Tensor) -> torch.Size:
-    """Return the shape of the network's outputs per sample of x [N, ...].
+def suited(blocks: Blocks, x: Any) -> Blocks:
+    """Return blocks that can be evaluated on inputs x [N, ...]: these, or if need be these in the type of x.
 
-    The first time for samples of a shape, dtype and device, the blocks are compared with the network, in evaluation and
-    in training mode, with the network's present parameters.
+    Parameters keep their type, unless x is a tensor of a wider one which the network cannot take so.
+    """
+    blocks = blocks.given
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == blocks.dtype:
+        return blocks
+    if torch.promote_types(x.dtype, blocks.dtype) != x.dtype or _can_take(blocks, x[:_FEW]):
+        return blocks
+    return blocks.with_dtype(x.dtype)
+
+
+def _can_take(blocks: Blocks, x: Tensor) -> bool:
+    try:
+        _Evaluation(blocks.network, x, training=False)
+    except ValueError:
+        return False
+    return True
+
+
+def outputs_of(blocks: Blocks, x: Any) -> Tensor:
+    """Return an empty tensor with the shape [0, ...], type and device of the network's outputs for x [N, ...].
+
+    The first time for samples of a shape, dtype and device, the blocks learn what crosses the cuts, and are compared
+    with the network, in evaluation and in training mode, with the network's present parameters.
+
+    Args:
+        blocks: the network.
+        x: its inputs, a tensor [N, ...], or a tuple or a dictionary of such tensors.
 
     Raises:
         ValueError: that names a layer which cannot be evaluated, or not twice with the same result, as it draws random
-            numbers, overwrites its input or returns no tensor; the first block whose outputs are not the network's; or
-            a parameter that x is not precise enough for.
+            numbers from another generator than PyTorch's global ones, or counts its calls; the first block whose
+            outputs are not the network's; or outputs that are not one row per sample.
     """
-    kind = (x.shape[1:], x.dtype, x.device)
+    few = pytree.tree_map_only(Tensor, lambda v: v[:_FEW], x)
+    leaves, structure = pytree.tree_flatten(few)
+    kind = (str(structure), *((v.shape[1:], v.dtype, v.device) for v in leaves))
     if kind not in blocks.compared:
-        few = x[:_FEW]
-        _check_types(blocks.network, few)
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            for training in (False, True) if len(few) > 1 else (False,):
-                outputs = _outputs(blocks, few, training)
-        blocks.compared[kind] = outputs.shape[1:]
+        with seeded(0, leaves[0].device):
+            expected = _Evaluation(blocks.network, few, training=False)
+            _learn(blocks, few, expected)
+            outputs = _compared(blocks, few, expected)
+            if len(leaves[0]) > 1:
+                _compared(blocks, few, _Evaluation(blocks.network, few, training=True))
+        blocks.compared[kind] = outputs[:0]
     return blocks.compared[kind]
 
 
-def _check_types(network: nn.Module, x: Tensor) -> None:
-    """Raise ValueError for a parameter of a wider type than x."""
-    for name, parameter in network.named_parameters():
-        if torch.promote_types(parameter.dtype, x.dtype) != x.dtype:
-            raise ValueError(
-                f"network: parameter {name!r} is of {parameter.dtype}, x of {x.dtype}, the type of all computations; "
-                f"take x.to({parameter.dtype}) or network.to({x.dtype})"
-            )
+class _Evaluation:
+    """Two calls of a copy of a network, as no call has changed it, and what its layers have returned.
 
-
-def _outputs(blocks: Blocks, x: Tensor, training: bool) -> Tensor:
-    """Return the network's outputs. Raises ValueError unless the blocks' outputs are the same."""
-    mode = "training" if training else "evaluation"
-    layers = dict(_layer_by_layer(blocks, _copied(blocks, x, training), x))
-    network = _copied(blocks, x, training)
-    outputs: Tensor = network(x)
-    if not _same(outputs, layers[blocks.names[-1][-1]]):
-        raise ValueError(
-            f"network: in {mode} mode its outputs are not those of its layers one after the other; a layer draws "
-            "random numbers, or a hook of all modules changes them"
-        )
-    for name, buffer in network.named_buffers():
-        if buffer.is_floating_point():  # each replica has a copy
-            buffer.copy_(blocks.network.get_buffer(name))
-    if not _same(outputs, network(x)):
-        raise ValueError(
-            f"network: in {mode} mode its outputs change from one call to the next; a layer counts its calls, or draws "
-            "random numbers"
-        )
-    for t, (names, z) in enumerate(zip(blocks.names, _block_by_block(blocks, layers, x, training), strict=True), 1):
-        if not _same(layers[names[-1]], z):
-            raise ValueError(
-                f"network: in {mode} mode block {t}, {list(names)}, has other outputs than these layers of the "
-                "network; a hook or a subclass changes what they do"
-            )
-    return outputs
-
-
-def _block_by_block(blocks: Blocks, layers: dict[str, Tensor], x: Tensor, training: bool) -> Iterator[Tensor]:
-    """Yield the outputs of each block for the outputs of the network's layers before it.
-
-    The functions are not compiled, which would be for this number of samples.
+    Raises ValueError that names the layer which cannot be evaluated, or returns something else in the second call.
     """
-    eager = Blocks(blocks.network, blocks.names, replace(blocks.execution, compile=False, precision="fp32"))
-    flat, buffers = (eager.flatten(eager.network, kind)[None].to(x) for kind in ("parameters", "buffers"))
-    for block, views, names in zip(eager, eager.parameters(flat, buffers).blocks, blocks.names, strict=True):
-        yield block.forward(views, x[None], training)[0]
-        x = layers[names[-1]]
+
+    def __init__(self, network: nn.Module, x: Any, training: bool) -> None:
+        self.training, self.device = training, pytree.tree_leaves(x)[0].device
+        copied = copy.deepcopy(network).to(self.device)
+        _set_mode(copied, training)
+        with _watched(copied) as calls:
+            self.outputs = _called(copied, x, calls)
+            self.layers, calls.returned = calls.returned, []
+            for name, buffer in copied.named_buffers():
+                if buffer.layout == torch.strided:
+                    buffer.copy_(network.get_buffer(name))
+            again = _called(copied, x, calls)
+        for (name, first), (_, second) in zip(self.layers, calls.returned, strict=False):
+            if not _same(first, second):
+                kind = type(network.get_submodule(name)).__name__
+                raise ValueError(
+                    f"network: in {self.mode} mode layer {name!r} ({kind}) returns something else at a second call "
+                    "with the same random numbers of PyTorch's global generators; it counts its calls, or draws random "
+                    "numbers from another generator, such as one of its own or NumPy's, which a visit cannot repeat"
+                )
+        if not _same(self.outputs, again):
+            raise ValueError(f"network: in {self.mode} mode its outputs change from one call to the next")
+
+    @property
+    def mode(self) -> str:
+        return "training" if self.training else "evaluation"
 
 
-def _copied(blocks: Blocks, x: Tensor, training: bool) -> nn.Module:
-    """Return a copy of the network, as no call has changed it, with the dtype and device of x. Raises ValueError."""
+@dataclass
+class _Calls:
+    """The layers that a call is in, and what those it has left have returned."""
+
+    open: list[str] = field(default_factory=list)
+    returned: list[tuple[str, Any]] = field(default_factory=list)
+
+
+@contextmanager
+def _watched(network: nn.Module) -> Iterator[_Calls]:
+    """Watch the calls of a network's modules."""
+    calls, handles = _Calls(), []
+    for name, module in network.named_modules():
+
+        def enter(module: nn.Module, inputs: Any, name: str = name) -> None:
+            calls.open.append(name)
+
+        def leave(module: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
+            calls.open.pop()
+            calls.returned.append((name, pytree.tree_map_only(Tensor, torch.clone, outputs)))
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def _called(network: nn.Module, x: Any, calls: _Calls) -> Any:
+    """Return a network's outputs. Raises ValueError that names the layer which cannot be evaluated."""
+    positional, keyword = as_arguments(pytree.tree_map_only(Tensor, torch.clone, x))
     try:
-        return copy.deepcopy(blocks.network).to(x).train(training)
-    except RuntimeError as error:
-        raise ValueError(f"network: cannot be copied, as each seed needs it: {error}") from None
+        with torch.no_grad(), seeded(0, pytree.tree_leaves(x)[0].device):
+            return network(*positional, **keyword)
+    except Exception as error:  # of whatever type it is
+        name = calls.open[-1] if calls.open else ""
+        layer = f"layer {name!r} ({type(network.get_submodule(name)).__name__})"
+        shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape[1:]), x)
+        raise ValueError(
+            f"network: cannot be evaluated on samples {shapes}: {layer}: {type(error).__name__}: {error}"
+            f"{_type_hint(network, x)}"
+        ) from error
 
 
-def _layer_by_layer(blocks: Blocks, network: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names of the network's layers, one after the other, and their outputs."""
-    modules = modules_by_name(network)
-    for name in chain.from_iterable(blocks.names):
-        module = modules[name]
-        layer, inputs, state = f"layer {name!r} ({type(module).__name__})", x.clone(), _random_state(x.device)
-        version = inputs._version
-        try:
-            output = module(inputs)
-        except Exception as error:
+def _type_hint(network: nn.Module, x: Any) -> str:
+    """Say which parameter is of another type than x, if one is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        for name, parameter in network.named_parameters():
+            if parameter.dtype != x.dtype:
+                return (
+                    f"; parameter {name!r} is of {parameter.dtype}, x of {x.dtype}: take x.to({parameter.dtype}) or "
+                    f"network.to({x.dtype})"
+                )
+    return ""
+
+
+def _set_mode(network: nn.Module, training: bool) -> None:
+    """Set the mode of a network, except for modules that its owner has set to evaluation while it is in training."""
+    pinned = [module for module in network.modules() if network.training and not module.training]
+    network.train(training)
+    for module in pinned:
+        module.training = False
+
+
+def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
+    """Let the blocks find out what crosses the cuts, and which blocks draw random numbers or overwrite their inputs."""
+    samples = len(pytree.tree_leaves(x)[0])
+    is_trained = False
+    values = [x, pytree.tree_map_only(Tensor, lambda v: v[: samples - 1], x)] if samples > 1 else [x]
+    for number, (block, module, crossing) in enumerate(zip(blocks, blocks.modules, blocks.crossings, strict=True), 1):
+        layer = block.layers[0] if isinstance(block.layers[0], ModuleLayer) else None
+        if layer is None and number > 1 and not blocks.crossings[number - 2].is_plain:
+            names = list(blocks.names[number - 1])
             raise ValueError(
-                f"network: cannot be evaluated on samples {list(x.shape[1:])}: {layer}: {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(output, Tensor):
-            raise ValueError(f"{layer} returns a {type(output).__name__}, where a block passes on one tensor")
-        if not torch.equal(state, _random_state(x.device)):
-            raise ValueError(f"{layer} draws random numbers, so that it cannot be evaluated twice with the same result")
-        if inputs._version != version and known_layer(module) is None:
-            raise ValueError(f"{layer} overwrites its input, which another block may have made; let it work on a copy")
-        if output.shape[:1] != x.shape[:1]:
-            raise ValueError(f"{layer} makes outputs {list(output.shape)} of {len(x)} samples, which come first")
-        x = output
-        yield name, x
+                f"network: block {number}, {names}, takes one tensor with the samples in front, and block {number - 1} "
+                "returns something else"
+            )
+        copied = copy.deepcopy(module).to(expected.device)
+        returned = [_call(copied, value, layer, training=False) for value in values]
+        is_trained = is_trained or any(p.requires_grad for p in module.parameters())
+        by_gradient = number < len(blocks) and (not is_trained or (layer is not None and layer.hands_on_arguments))
+        crossing.learn(returned[0], returned[-1], samples, number, _has_gradient if by_gradient else _is_floating)
+        if layer is not None and samples > 1:
+            before = _random_state(expected.device)
+            _call(copied, values[0], layer, training=True)
+            layer.is_random = not torch.equal(before, _random_state(expected.device))
+        values = [_handed_on(crossing, value, samples - i) for i, value in enumerate(returned)]
+
+
+def _call(module: nn.Module, value: Any, layer: ModuleLayer | None, training: bool) -> Any:
+    """Return what a block returns, with a graph of autograd, and note whether it overwrites its inputs."""
+    _set_mode(module, training)
+    with torch.enable_grad():
+        inputs = pytree.tree_map_only(Tensor, torch.clone, value)
+        tensors = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
+        versions = [v._version for v in tensors]
+        positional, keyword = as_arguments(inputs)
+        returned = module(*positional, **keyword)
+    if layer is not None:
+        layer.overwrites_inputs |= [v._version for v in tensors] != versions
+    return returned if layer is not None and layer.hands_on_arguments else (returned,)
+
+
+def _handed_on(crossing: Crossing, value: Any, samples: int) -> Any:
+    """Return what the next block gets, where the coupling variable has no graph of autograd before it."""
+    z, rest = crossing.pack(value, samples)
+    return crossing.unpack(z.detach().requires_grad_(z.is_floating_point()), rest)
+
+
+def _has_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
+    """Return the outputs of the last block. Raises ValueError unless they are the network's, with one row per sample.
+
+    Functions are not compiled, which would be for this number of samples.
+    """
+    eager = blocks.with_execution(replace(blocks.execution, compile=False, precision="fp32"))
+    flat, buffers = (eager.flatten(eager.network, kind)[None].to(expected.device) for kind in ("parameters", "buffers"))
+    theta, visit = eager.parameters(flat, buffers), Visit([None], training=expected.training)
+    stacked = pytree.tree_map_only(Tensor, lambda v: v[None], x)
+    layers = dict(expected.layers)
+    with seeded(0, expected.device):
+        for number, z in enumerate(eager.outputs(theta, stacked, visit), start=1):
+            crossing, names = eager.crossings[number - 1], eager.names[number - 1]
+            is_last = number == len(eager)
+            wanted = expected.outputs if is_last else layers.get(names[-1] if names else "")
+            found = crossing.outputs(z[0])[0] if is_last else z[0]
+            if (is_last or (crossing.is_plain and isinstance(wanted, Tensor))) and not _same(wanted, found):
+                raise ValueError(
+                    f"network: in {expected.mode} mode block {number}, {list(names)}, has other outputs than these "
+                    "layers of the network; a hook, a subclass, or a forward that asks for its mode or for numbers of "
+                    "samples changes what they do"
+                )
+    if z.shape[1] != len(pytree.tree_leaves(x)[0]):
+        raise ValueError(f"network: makes outputs {list(z.shape[1:])} of {len(x)} samples, which must come first")
+    return z[0]
 
 
 def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _same(expected: Tensor, outputs: Tensor) -> bool:
-    """Whether outputs agree up to rounding, to half the digits of their type."""
-    if expected.shape != outputs.shape or not expected.isfinite().all():
-        return expected.shape == outputs.shape
+def _same(expected: Any, outputs: Any) -> bool:
+    """Whether two structures of tensors agree up to rounding, to half the digits of their type."""
+    one, other = (pytree.tree_leaves(value) for value in (expected, outputs))
+    return len(one) == len(other) and all(map(_same_leaf, one, other))
+
+
+def _same_leaf(expected: Any, found: Any) -> bool:
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return type(expected) is type(found)
+    if expected.shape != found.shape or not expected.is_floating_point() or not expected.isfinite().all():
+        return expected.shape == found.shape
     digits = torch.finfo(torch.bfloat16 if torch.backends.cuda.matmul.allow_tf32 else expected.dtype).eps ** 0.5
     scale = float(expected.abs().amax()) if expected.numel() else 0.0
-    return torch.allclose(outputs, expected, rtol=0.0, atol=digits * scale)
+    return torch.allclose(found, expected, rtol=0.0, atol=digits * scale)

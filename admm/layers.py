@@ -7,7 +7,7 @@ one per replica, [S, *shape].
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,8 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from admm.checks import one_of
+from admm.crossings import Crossing, Rest
+from admm.visits import Visit
 
 # Parts of PyTorch's error messages without a compiler: for a CPU, and for a GPU (no Triton, no compiler for Triton).
 _NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler")
@@ -27,16 +30,16 @@ ParamDict = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *sha
 class Layer(ABC):
     """A layer of S stacked replicas: its output, and its vector-Jacobian products (VJP).
 
-    `theta` holds the layer's parameters and buffers, each [S, *shape]. `training` has PyTorch's meaning: batch
-    normalisation takes the statistics of the samples, not the running ones.
+    `theta` holds the layer's parameters and buffers, each [S, *shape]. In training mode (`visit.training`)
+    batch normalisation takes the statistics of the samples, not the running ones.
     """
 
     @abstractmethod
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         """Return the output [S, n, ...] for x [S, n, ...]; `inplace` allows to overwrite x."""
 
     @abstractmethod
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
         """Return the output as `forward` does, and what `vjp` needs of this evaluation."""
 
     @abstractmethod
@@ -63,13 +66,13 @@ class Layer(ABC):
 class LinearLayer(Layer):
     """`x Wᵀ + b` over the last axis of x [S, n, ..., d], as one batched product over the replicas."""
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         weight, bias, rows = theta["weight"], theta.get("bias"), x.flatten(1, -2)
         output = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
         return output.view(*x.shape[:-1], -1)
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
-        return self.forward(theta, x, inplace, training), x
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
+        return self.forward(theta, x, inplace, visit), x
 
     def vjp(
         self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
@@ -90,11 +93,11 @@ class LinearLayer(Layer):
 class ReLULayer(Layer):
     """`max(x, 0)`; the derivative at 0 is 0, as PyTorch's."""
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         return x.relu_() if inplace else x.relu()
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
-        output = self.forward(theta, x, inplace, training)
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
+        output = self.forward(theta, x, inplace, visit)
         return output, output
 
     def vjp(
@@ -107,10 +110,10 @@ class ReLULayer(Layer):
 class FlattenLayer(Layer):
     """All axes of a sample joined into one: [S, n, ...] to [S, n, d]."""
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
+    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         return x.flatten(2)
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
+    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
         return x.flatten(2), x.shape
 
     def vjp(
@@ -146,36 +149,54 @@ class Execution:
 
 
 class ModuleLayer(Layer):
-    """Any other module, one replica after the other, with autograd for its derivatives.
+    """A block as any other module, one replica after the other, with autograd for its derivatives.
 
     Its buffers, such as running statistics, change where the gradient with respect to the parameters is taken of an
     evaluation in training: once per step of Θ, as in back-propagation, however often the block is evaluated before.
+
+    Args:
+        module: the block.
+        execution: how it is evaluated.
+        number: counts the blocks from 1.
+        before, after: what crosses the cuts around the block.
+        hands_on_arguments: whether a tuple that the module returns is the next module's arguments, not one of them.
+        casts: types of parameters and buffers that are stored in another one, by name.
     """
 
-    def __init__(self, module: nn.Module, execution: Execution) -> None:
-        self.module, self.execution = module, execution
+    def __init__(
+        self,
+        module: nn.Module,
+        execution: Execution,
+        number: int = 1,
+        before: Crossing | None = None,
+        after: Crossing | None = None,
+        hands_on_arguments: bool = False,
+        casts: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self.module, self.execution, self.number = module, execution, number
+        self.before, self.after = before or Crossing(), after or Crossing()
+        self.hands_on_arguments, self.casts = hands_on_arguments, casts or {}
+        self.overwrites_inputs, self.is_random = False, True  # until `admm.comparison` has seen what it does
         # fullgraph: what cannot be compiled is an error.
         self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile else self._evaluate
         self._settings = _compiler_settings if execution.compile else nullcontext
-        self._parameter_names = {name for name, _ in module.named_parameters()}
-        self._shared_buffers: dict[torch.device, ParamDict] = {}
+        self._parameter_names = {name for kind, name, _ in tensors_of(module) if kind == "parameters"}
+        self._shared: dict[torch.device, ParamDict] = {}
+        self._pinned = [m for m in module.modules() if module.training and not m.training]
         self._needs_contiguous = any(map(_is_strided_pointwise, module.modules()))
 
-    def forward(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> Tensor:
-        self.module.train(training)
+    def forward(self, theta: ParamDict, x: Any, inplace: bool, visit: Visit) -> Tensor:
+        self._set_mode(visit.training)
         with torch.no_grad(), self._settings():
-            return _stack([self._call(self._replica(theta, s, x.device), v) for s, v in enumerate(x)])
+            evaluations = [self._evaluation(theta, x, s, visit)[2:] for s in range(len(visit.seeds))]
+        return self._joined(evaluations, visit)
 
-    def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, training: bool) -> tuple[Tensor, Any]:
-        self.module.train(training)
-        saved = []
-        for s in range(len(x)):
-            views, leaf = self._replica(theta, s, x.device), x[s].detach().requires_grad_()
-            for name in self._parameter_names:
-                views[name].requires_grad_()
-            with torch.enable_grad(), self._settings():
-                saved.append((views, leaf, self._call(views, leaf)))
-        return _stack([output.detach() for _, _, output in saved]), saved
+    def linearize(self, theta: ParamDict, x: Any, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
+        self._set_mode(visit.training)
+        with torch.enable_grad(), self._settings():
+            evaluations = [self._evaluation(theta, x, s, visit) for s in range(len(visit.seeds))]
+        output = self._joined([(z.detach(), rest) for _, _, z, rest in evaluations], visit)
+        return output, [evaluation[:3] for evaluation in evaluations]
 
     def vjp(
         self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
@@ -183,11 +204,11 @@ class ModuleLayer(Layer):
         grad_x = []
         for s, (views, x, output) in enumerate(saved):
             inputs = [views[name] for name in grad_params or ()] + ([x] if needs_input_grad else [])
-            gradients: list[Tensor] = []
-            if inputs:
+            gradients: list[Tensor] = [torch.zeros_like(v) for v in inputs]
+            if inputs and output.requires_grad:
                 with self._settings():
-                    gradients += torch.autograd.grad(
-                        output, inputs, grad_output[s], retain_graph=True, materialize_grads=True
+                    gradients = list(
+                        torch.autograd.grad(output, inputs, grad_output[s], retain_graph=True, materialize_grads=True)
                     )
             if needs_input_grad:
                 grad_x.append(gradients.pop())
@@ -198,23 +219,81 @@ class ModuleLayer(Layer):
                     theta[name][s].copy_(views[name])
         return _stack(grad_x) if needs_input_grad else None
 
+    def _evaluation(self, theta: ParamDict, x: Any, s: int, visit: Visit) -> tuple[ParamDict, Any, Tensor, Rest]:
+        """Return the tensors of replica s and its input, both with derivatives where autograd is on, its output
+        [n, ...], and the rest that crosses the cut."""
+        views, z = self._replica(theta, s, _device_of(x)), _of_replica(x, s)
+        if torch.is_grad_enabled():
+            for name in self._parameter_names:
+                views[name].requires_grad_()
+            if isinstance(z, Tensor) and z.is_floating_point():
+                z.requires_grad_()
+        arguments = self._arguments(z, s, visit)
+        seed = visit.draws(s, self.number) if self.is_random else None
+        with nullcontext() if seed is None else seeded(seed, _device_of(x)):
+            value = self._call(views, *arguments)
+        if not self.hands_on_arguments:
+            value = (value,)
+        return views, z, *self.after.pack(value, samples_of(x))
+
+    def _arguments(self, z: Any, s: int, visit: Visit) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the positional and keyword arguments of the module."""
+        if self.number > 1:
+            no_rest: Rest = ([], [])
+            z = self.before.unpack(z, no_rest if self.before.is_plain else visit.carried[self.number - 1][s])
+        if self.overwrites_inputs:
+            z = pytree.tree_map_only(Tensor, torch.clone, z)
+        return as_arguments(z)
+
+    def _joined(self, evaluations: Sequence[tuple[Tensor, Rest]], visit: Visit) -> Tensor:
+        """Return the outputs [S, n, ...] of all replicas, and note the rest for the next block."""
+        if not self.after.is_plain:
+            visit.carried[self.number] = [rest for _, rest in evaluations]
+        return _stack([z for z, _ in evaluations])
+
     def _replica(self, theta: ParamDict, s: int, device: torch.device) -> ParamDict:
         """Return the parameters of replica s, detached, copies of its buffers, which modules change in place, and the
-        buffers that all replicas share, such as counters."""
-        views = {name: v[s].detach() if name in self._parameter_names else v[s].clone() for name, v in theta.items()}
-        if device not in self._shared_buffers:
-            shared = (item for item in self.module.named_buffers() if item[0] not in views)
-            self._shared_buffers[device] = {name: buffer.to(device, copy=True) for name, buffer in shared}
-        return views | self._shared_buffers[device]
+        tensors that all replicas share."""
+        views = dict(self._shared_on(device))
+        for name, stack in theta.items():
+            is_parameter, dtype = name in self._parameter_names, self.casts.get(name, stack.dtype)
+            views[name] = stack[s].detach().to(dtype, copy=not is_parameter)
+        return views
 
-    def _evaluate(self, views: ParamDict, x: Tensor) -> Tensor:
-        """Return the output of one replica for x [n, ...]; in training its buffers in `views` change."""
-        if x.ndim == 4:
-            channels_last = self.execution.channels_last and not (self._needs_contiguous and x.is_cpu)
-            x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
-            output: Tensor = functional_call(self.module, views, (x,))
-        return output.to(x.dtype)
+    def _set_mode(self, training: bool) -> None:
+        """Set training or evaluation mode, except where the network's owner has pinned a module to evaluation."""
+        self.module.train(training)
+        for module in self._pinned:
+            module.training = False
+
+    def _evaluate(self, views: ParamDict, positional: tuple[Any, ...], keyword: dict[str, Any]) -> Any:
+        """Return what the module returns for one replica; in training its buffers in `views` change."""
+        if self.execution.precision == "fp32":
+            return functional_call(self.module, views, *self._laid_out(positional, keyword))
+        with torch.autocast(_device_of(positional or keyword).type, torch.bfloat16):
+            value = functional_call(self.module, views, *self._laid_out(positional, keyword))
+        return pytree.tree_map_only(Tensor, lambda v: v.float() if v.dtype == torch.bfloat16 else v, value)
+
+    def _laid_out(self, positional: tuple[Any, ...], keyword: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments whose images are in the memory format of `execution`."""
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+            Tensor, self._image_laid_out, (positional, keyword)
+        )
+        return arguments
+
+    def _image_laid_out(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or not x.is_floating_point():
+            return x
+        channels_last = self.execution.channels_last and not (self._needs_contiguous and x.is_cpu)
+        return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def _shared_on(self, device: torch.device) -> ParamDict:
+        """Return the tensors that all replicas share: frozen parameters, and buffers that are no statistics."""
+        if device not in self._shared:
+            own = {name for _, name, _ in tensors_of(self.module)}
+            tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+            self._shared[device] = {name: v.detach().to(device) for name, v in tensors if name not in own}
+        return self._shared[device]
 
 
 @contextmanager
@@ -244,6 +323,41 @@ def _is_strided_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's global random numbers, on the CPU and the device, and put their state back at the end."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that a tuple, a dictionary or one tensor stands for."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def samples_of(x: Any) -> int:
+    """Return n of inputs [S, n, ...], possibly a structure of tensors."""
+    return int(_first_of(x).shape[1])
+
+
+def _first_of(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else next(v for v in pytree.tree_leaves(x) if isinstance(v, Tensor))
+
+
+def _device_of(x: Any) -> torch.device:
+    return _first_of(x).device
+
+
+def _of_replica(x: Any, s: int) -> Any:
+    """Return the part of replica s of inputs [S, n, ...], detached."""
+    return x[s].detach() if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, lambda v: v[s].detach(), x)
+
+
 def _stack(replicas: list[Tensor]) -> Tensor:
     """Stack S tensors to [S, ...], without a copy where S = 1."""
     return replicas[0].unsqueeze(0) if len(replicas) == 1 else torch.stack(replicas)
@@ -262,9 +376,10 @@ def has_global_hooks() -> bool:
 def known_layer(module: nn.Module) -> Layer | None:
     """Return the layer without autograd for a linear, ReLU or flatten module, or None for any other module.
 
-    A module with hooks is another one, and so is one of a subclass, which may have its own `forward` or parameters.
+    A module with hooks is another one, and so is one with frozen parameters, or of a subclass, which may have its own
+    `forward` or parameters.
     """
-    if has_hooks(module):
+    if has_hooks(module) or not all(p.requires_grad for p in module.parameters()):
         return None
     if type(module) is nn.Linear:
         return LinearLayer()
@@ -275,51 +390,32 @@ def known_layer(module: nn.Module) -> Layer | None:
     return None
 
 
-def group(modules: list[nn.Module]) -> list[nn.Module]:
-    """Group a block's modules by layer: each alone where all are linear, ReLU or flatten, else all of them as one, in
-    which no ReLU overwrites its input."""
-    if all(known_layer(module) for module in modules):
-        return modules
-    return [nn.Sequential(*(nn.ReLU() if isinstance(known_layer(m), ReLULayer) else m for m in modules))]
-
-
-def layer_of(module: nn.Module, execution: Execution) -> Layer:
-    """Return the layer that evaluates a module."""
-    return known_layer(module) or ModuleLayer(module, execution)
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether a module of PyTorch's draws random numbers in training; `admm.comparison` finds other modules that do."""
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        return module.dropout > 0.0
-    return isinstance(module, nn.RReLU) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0)
-
-
-def check_layer(name: str, module: nn.Module) -> None:
-    """Raise ValueError for a module that cannot be trained, copied, or evaluated again with the same result."""
-    layer = f"layer {name!r} ({type(module).__name__})"
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
-        raise ValueError(f"{layer} is lazy; evaluate the network once, on a sample, before it is cut")
-    if any("forward" in vars(m) for m in module.modules()):
-        raise ValueError(f"{layer} has its own `forward`, which its copies would share; make it a subclass")
-    if not all(p.requires_grad for p in module.parameters()):
-        raise ValueError(
-            f"{layer} has parameters with requires_grad=False, which is not supported; of frozen first layers, take "
-            "the outputs as x"
-        )
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
-        raise ValueError(f"{layer} has parameters with gradient hooks, which would not be called; remove them")
-    if known_layer(module) is not None:
-        return
-    if getattr(module, "inplace", False):
-        raise ValueError(f"{layer} overwrites its input; use inplace=False")
-    if any(map(_is_random, module.modules())):
-        raise ValueError(f"{layer} draws random numbers in each evaluation, which is not supported")
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None for m in module.modules()):
-        raise ValueError(f"{layer} averages over all steps; give it a momentum")
+def check_modules(network: nn.Module) -> None:
+    """Raise ValueError for a module that cannot be copied, or trained as PyTorch would train it."""
+    if has_global_hooks():
+        raise ValueError("network: hooks of all modules would be called for the blocks' own, too; remove them")
+    for name, module in network.named_modules():
+        layer = f"layer {name!r} ({type(module).__name__})"
+        own = list(module.parameters(recurse=False))
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own):
+            raise ValueError(f"{layer} is lazy; evaluate the network once, on a sample, before it is cut")
+        if "forward" in vars(module):
+            raise ValueError(f"{layer} has its own `forward`, which its copies would share; make it a subclass")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in own):
+            raise ValueError(f"{layer} has parameters with gradient hooks, which would not be called; remove them")
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[Literal["parameters", "buffers"], str, Tensor]]:
-    """Yield the kind, the name and the value of each tensor that every replica has a copy of."""
-    yield from (("parameters", name, p) for name, p in module.named_parameters())
-    yield from (("buffers", name, b) for name, b in module.named_buffers() if b.is_floating_point())
+    """Yield the kind, the name and the value of each tensor that every replica has a copy of.
+
+    These are the trained parameters, and the buffers that may be statistics: those of floating point, and counters,
+    which are single integers.
+    """
+    yield from (("parameters", name, p) for name, p in module.named_parameters() if p.requires_grad)
+    yield from (("buffers", name, b) for name, b in module.named_buffers() if _may_be_statistics(b))
+
+
+def _may_be_statistics(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and (
+        buffer.is_floating_point() or (buffer.ndim == 0 and buffer.dtype != torch.bool)
+    )

@@ -115,7 +115,8 @@ def initialiser(name: str, bias: float | None = 0.0, **options: float) -> Callab
     """Return a function that initialises a module in place from PyTorch's global random state.
 
     Weights are the parameters with "weight" in their name and two or more axes, except those of embeddings, which keep
-    PyTorch's default; a parametrised weight is drawn as a whole.
+    PyTorch's default; a parametrised weight is drawn as a whole. Frozen parameters are drawn, too, but `Blocks.initial`
+    takes no notice of it.
 
     Args:
         name: how weights are drawn: normal (mean, std), uniform (a, b), kaiming_normal, kaiming_uniform, or pytorch
@@ -160,7 +161,7 @@ def initialiser(name: str, bias: float | None = 0.0, **options: float) -> Callab
 
 
 def _is_drawn_and_same(parameter: Tensor, before: Tensor) -> bool:
-    return torch.equal(parameter, before) and not bool((before == before.flatten()[:1]).all())
+    return parameter.requires_grad and torch.equal(parameter, before) and not bool((before == before.flatten()[:1]).all())
 
 
 def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Module], None]) -> None:
@@ -188,6 +189,13 @@ def as_constructed(build: Callable[[], nn.Module]) -> Callable[[nn.Module], None
         network.load_state_dict(build().state_dict())
 
     return initialise
+
+
+def as_given(network: nn.Module) -> None:
+    """Leave a network as it is, so that all seeds start from its present parameters, such as those of a pretrained one.
+
+    A function of one's own can draw a part: `lambda network: network.fc.reset_parameters()`.
+    """
 
 
 def _reset(module: nn.Module) -> None:

@@ -1,16 +1,45 @@
-"""The names of a network's layers, and the boundaries between its blocks."""
+"""The parts of a network between two cuts: their names, and their modules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import fx, nn
 
 from admm.checks import one_of
-from admm.layers import has_global_hooks, has_hooks, tensors_of
+from admm.layers import has_hooks, known_layer
+from admm.tracing import traced_blocks
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network's part between two cuts.
+
+    Attributes:
+        names: its modules' names in the network, in the order of evaluation.
+        module: computes it.
+        layers: the modules that are evaluated one after the other without autograd; empty if `module` is evaluated.
+        hands_on_arguments: whether a tuple that the module returns is the next part's arguments, not one of them.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    layers: tuple[nn.Module, ...] = ()
+    hands_on_arguments: bool = False
+
+
+class Stages(nn.Sequential):
+    """Modules one after the other, each of which gets what the one before it returns, a tuple as several arguments."""
+
+    def forward(self, *inputs: Any) -> Any:
+        value: Any = inputs
+        for stage in self:
+            value = stage(*value) if isinstance(value, tuple) else stage(value)
+        return value
 
 
 def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:
@@ -25,19 +54,11 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def layer_names(network: nn.Module) -> list[str]:
-    """Return the names of a network's layers in the order of evaluation.
+    """Return the names of a chain's layers in the order of evaluation.
 
-    Layers are the modules inside nested `nn.Sequential`s; one with hooks, or a `forward` of its own, is a layer itself.
-
-    Raises:
-        TypeError: for a network that is no `nn.Sequential`.
+    A chain is an `nn.Sequential`. Its layers are the modules inside nested ones; one with hooks, or a `forward` of its
+    own, is a layer itself.
     """
-    if not _is_chain(network):
-        changed = " with hooks or a `forward` of its own" if isinstance(network, nn.Sequential) else ""
-        raise TypeError(
-            f"only an nn.Sequential of layers can be cut into blocks, got {type(network).__name__}{changed}; make one "
-            "of its parts, nn.Sequential(first, second, …), modules that map a tensor to a tensor"
-        )
     names = []
     for name, child in network._modules.items():  # named_children leaves out a module that occurs again
         assert child is not None
@@ -45,36 +66,57 @@ def layer_names(network: nn.Module) -> list[str]:
     return names
 
 
-def names_by_block(
+def parts_of(
     network: nn.Module,
-    after: str | Sequence[str] | None,
+    after: Sequence[str] | None,
     per_layer: bool,
     n_blocks: int | None,
     activation: Literal["end", "start"] | None,
-) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each block's layers for the arguments of `admm.blocks.split`, which documents the errors."""
-    names = layer_names(network)
-    _check_network(network, names)
+    inputs: Sequence[str] | None,
+) -> list[Part]:
+    """Return the parts of a network for the arguments of `admm.blocks.split`, which documents the errors."""
+    if isinstance(network, Stages):
+        if after is not None or per_layer or n_blocks is not None:
+            raise ValueError("split: a list of modules is cut between these; give no after, per_layer or n_blocks")
+        stages = network.named_children()
+        return [Part((name,), stage, hands_on_arguments=name != str(len(network) - 1)) for name, stage in stages]
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=True, n_blocks=T")
     one_of("activation", "end" if activation is None else activation, ("end", "start"))
-    if after is not None:
-        if activation is not None:
-            raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")
-        ends = _named_boundaries(names, [after] if isinstance(after, str) else after)
-    else:
-        ends = _even_boundaries(network, names, n_blocks, activation or "end")
-    return tuple(tuple(names[i:j]) for i, j in pairwise([0, *ends, len(names)]))
+    if after is not None and activation is not None:
+        raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")
+    if _is_chain(network):
+        names = layer_names(network)
+        ends = _even_boundaries(network, names, n_blocks, activation or "end") if after is None else None
+        return _parts_of_chain(network, names, _named_boundaries(names, after or ()) if ends is None else ends)
+    if after is None:
+        children = ", ".join(name for name, _ in network.named_children())
+        raise ValueError(
+            f"split: a {type(network).__name__} is cut by after=[names of its modules], such as {children}; per_layer "
+            "and n_blocks are for an nn.Sequential"
+        )
+    if not after:
+        return [Part(tuple(name for name, _ in network.named_children()), network)]
+    blocks = traced_blocks(network, after, inputs)
+    return [Part(_called(block), block, hands_on_arguments=block is not blocks[-1]) for block in blocks]
 
 
-def _check_network(network: nn.Module, names: Sequence[str]) -> None:
-    """Raise ValueError for hooks of all modules, and for layers that share parameters or running statistics."""
-    if has_global_hooks():
-        raise ValueError("network: hooks of all modules would be called for the blocks' own, too; remove them")
-    modules = modules_by_name(network)
-    tensors = [id(tensor) for name in names for _, _, tensor in tensors_of(modules[name])]
-    if len(set(tensors)) < len(tensors):
-        raise ValueError("network: layers that share parameters or running statistics are not supported yet")
+def _called(block: fx.GraphModule) -> tuple[str, ...]:
+    """Return the names of the modules that a block calls."""
+    return tuple(dict.fromkeys(str(node.target) for node in block.graph.nodes if node.op == "call_module"))
+
+
+def _parts_of_chain(network: nn.Module, names: Sequence[str], ends: Sequence[int]) -> list[Part]:
+    """Return the parts of a chain of modules, which end after so many of them."""
+    modules, parts, is_trained = modules_by_name(network), list[Part](), False
+    for i, j in pairwise([0, *ends, len(names)]):
+        layers = tuple(modules[name] for name in names[i:j])
+        module = nn.Sequential(*layers)
+        is_trained = is_trained or any(p.requires_grad for p in module.parameters())
+        # What nothing trained comes before crosses the cut as it is, which a `ModuleLayer` sees to.
+        is_known = all(map(known_layer, layers)) and (is_trained or j == len(names))
+        parts.append(Part(tuple(names[i:j]), module, layers if is_known else ()))
+    return parts
 
 
 def _named_boundaries(names: list[str], after: Sequence[str]) -> list[int]:

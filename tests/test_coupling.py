@@ -31,17 +31,17 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 def lagrangian_of(kind: type[AugmentedLagrangian], problem: Problem) -> AugmentedLagrangian:
     """At random variables."""
     theta, beta = problem.initial(SEEDS), torch.tensor([[0.5, 0.7], [2.0, 1.0], [1.3, 0.4]]).double()
-    x, y = (data.expand(2, *data.shape) for data in (problem.x, problem.y))
-    shapes = [output.shape for output in problem.blocks.outputs(theta, x, training=True)]
+    visit = problem.visit(SEEDS, slice(None))
+    shapes = [output.shape for output in problem.blocks.outputs(theta, visit.x, visit)]
     z, u = ([gaussian(*shape, seed=seed + t) for t, shape in enumerate(shapes)] for seed in (1, 9))
     if kind is ScalarDuals:
-        return ScalarDuals(problem, theta, beta, x, y, z, list(gaussian(3, 2).abs()))
+        return ScalarDuals(problem, theta, beta, visit, z, list(gaussian(3, 2).abs()))
     if kind is FactorisedLagrangian:
         factors = factorisations(problem.blocks, theta)
-        v = [before if t in factors else z[t - 1] for t, before in enumerate([x, *z[:-1]], start=1)]
+        v = [before if t in factors else z[t - 1] for t, before in enumerate([visit.x, *z[:-1]], start=1)]
         u = [gaussian(*of_block.shape, seed=9 + t) for t, of_block in enumerate(v)]
-        return FactorisedLagrangian(problem, theta, factors, beta, x, y, z, u)
-    return kind(problem, theta, beta, x, y, z, () if kind is GluingTerms else u)
+        return FactorisedLagrangian(problem, theta, factors, beta, visit, z, u)
+    return kind(problem, theta, beta, visit, z, () if kind is GluingTerms else u)
 
 
 def factorised_problem() -> Problem:

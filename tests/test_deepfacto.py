@@ -60,10 +60,10 @@ def problem(net=None, after=("0", "1"), loss=None, samples=20, y=None):
 
 def lagrangian_of(options, task, state):
     """Eq. 9 of copies of all variables."""
-    x, y = (data.expand(len(state.seeds), *data.shape) for data in (task.x, task.y))
     z, u = ([v.clone() for v in variables] for variables in (state.z, state.u))
     beta = penalties(options.beta, len(z), len(state.seeds), task.x)
-    return FactorisedLagrangian(task, state.theta, factorisations(task.blocks, state.theta), beta, x, y, z, u)
+    visit = task.visit(state.seeds, slice(None))
+    return FactorisedLagrangian(task, state.theta, factorisations(task.blocks, state.theta), beta, visit, z, u)
 
 
 def update_z(options, lagrangian, t, step=0.0):
@@ -166,7 +166,7 @@ def test_what_is_common_to_all_scores_is_not_for_the_embedding_to_undo():
     along the loss, 0."""
     task, options = problem(), replace(BASE, forward_mixing=1.0, dual_step=0.0)
     state = trained(options, task)
-    by_block(task.blocks, state.theta)[0].mul_(0.8)
+    by_block(task.blocks, state.theta.flat)[0].mul_(0.8)
     lagrangian = lagrangian_of(options, task, state)
     lagrangian.mix_with_forward(1.0)
     for t in (3, 2):

@@ -16,6 +16,7 @@ from admm.layers import Execution
 from admm.losses import CrossEntropy
 from admm.models import initialiser
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate
+from admm.visits import Visit, evaluation
 from experiments.training import execution
 
 SEEDS = (3, 1)
@@ -100,7 +101,7 @@ def test_a_compiled_block_has_the_same_output_and_gradient():
     pulled = []
     for compile in (False, True):
         blocks = split(nn.Sequential(nn.Tanh()), after=[], execution=Execution(compile=compile))
-        output, record = blocks[0].linearize([{}], x, training=True)
+        output, record = blocks[0].linearize([{}], x, Visit([0]))
         pulled.append((output, blocks[0].vjp([{}], record, torch.ones_like(output))))
     torch.testing.assert_close(pulled[1], pulled[0], rtol=1e-12, atol=1e-12)
 
@@ -115,7 +116,7 @@ def test_a_compiler_that_is_not_there_is_told_in_words(monkeypatch):
     with pytest.raises(
         ValueError, match=r"compile: torch.compile finds no working compiler; install one, such as g\+\+"
     ):
-        blocks[0].forward([{}], torch.randn(1, 3, 4), training=False)
+        blocks[0].forward([{}], torch.randn(1, 3, 4), evaluation(1))
     torch._dynamo.reset()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
@@ -46,6 +45,7 @@ class Backprop(Options, Optimizer[BackpropState]):
     Raises:
         ValueError: by `init`, for a value that is out of range, or an update rule that is none.
 
+    >>> import torch
     >>> from admm.blocks import split
     >>> from admm.losses import SquaredError
     >>> from admm.models import initialiser
@@ -76,13 +76,14 @@ class Backprop(Options, Optimizer[BackpropState]):
     def step(self, problem: Problem, state: BackpropState) -> BackpropState:
         blocks, theta = problem.blocks, state.theta
         step_size = schedule("step_size", self.step_size, len(state.seeds))
-        gradient = blocks.parameters(torch.empty_like(theta.flat))
-        for fraction, z, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
+        gradient = blocks.gradient(theta)
+        for fraction, visit in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
             evaluations: list[tuple[Tensor, Any]] = []
+            z = visit.x
             for block, views in zip(blocks, theta.blocks, strict=True):
-                evaluations.append(block.linearize(views, z, training=True))
+                evaluations.append(block.linearize(views, z, visit))
                 z = evaluations[-1][0]
-            grad_output = problem.loss.gradient(z, y).div_(y.shape[1])
+            grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
             for t in reversed(range(len(blocks))):
                 _, record = evaluations.pop()
                 grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0)
@@ -90,7 +91,7 @@ class Backprop(Options, Optimizer[BackpropState]):
                 if grad_input is not None:
                     grad_output = grad_input
             progress = (state.iteration + fraction) / self.iterations
-            self.theta_update.apply(theta.flat, gradient.flat, state.moments, step_size(progress))
+            self.theta_update.apply(theta.flat, gradient.total(), state.moments, step_size(progress))
         state.iteration += 1
         return state
 

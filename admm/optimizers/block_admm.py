@@ -34,6 +34,8 @@ from admm.optimizers.rules import Adam, UpdateRule
 from admm.placement import PLACES, Place, allocate
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 
+_Z, _THETA, _DUALS = range(3)  # what a batch sweep visits the samples for, in the counter of the visit
+
 
 @dataclass
 class BlockADMMState:
@@ -184,9 +186,9 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         self._check(problem)
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
-        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
+        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
         self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
-        z, u, *moments = self._forward_pass(problem, theta)
+        z, u, *moments = self._forward_pass(problem, theta, seeds)
         self._draw_duals(u, seeds)
         return BlockADMMState(
             seeds=seeds,
@@ -199,16 +201,16 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             beta=beta,
         )
 
-    def _forward_pass(self, problem: Problem, theta: Parameters) -> list[list[Tensor]]:
+    def _forward_pass(self, problem: Problem, theta: Parameters, seeds: Sequence[int]) -> list[list[Tensor]]:
         """Return Z by a forward pass, U = 0 and the moments of Z, which are 0; T tensors [S, N, d_t] each."""
-        replicas, n_blocks, samples = len(theta.flat), len(problem.blocks), len(problem.x)
+        replicas, n_blocks, samples = len(seeds), len(problem.blocks), problem.n_samples
         variables: list[Tensor] = []
         for part in slices(samples, self.slice_size):
-            x = problem.x[part].expand(replicas, *problem.x[part].shape)
-            outputs = list(problem.blocks.outputs(theta, x, training=True))
+            visit = problem.visit(seeds, part, (0,))
+            outputs = list(problem.blocks.outputs(theta, visit.x, visit))
             if not variables:
                 shapes = [(replicas, samples, *output.shape[2:]) for output in outputs]
-                variables = allocate(self.sample_storage, (2 + self.z_update.moments_of_each) * shapes, like=problem.x)
+                variables = allocate(self.sample_storage, (2 + self.z_update.moments_of_each) * shapes, like=outputs[0])
             for z, output in zip(variables, outputs, strict=False):  # the first T variables are Z
                 z[:, part] = output
         return [variables[start : start + n_blocks] for start in range(0, len(variables), n_blocks)]
@@ -232,30 +234,31 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate, schedules: Schedules, rounds: int
     ) -> Tensor:
         """Update all of Z, then Θ by mini-batches, and at the end all of U (Algorithm 1); return ‖h‖ [S]."""
-        parts = list(slices(len(problem.x), self.slice_size))
+        parts = list(slices(problem.n_samples, self.slice_size))
         for r in range(rounds):
             h = schedules.at((state.iteration + r / rounds) / self.iterations)
             self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
             for part in parts:
-                self._update_z(problem, state, part, h, mix=r == 0)  # lines 5 to 8: Z_T … Z_1
+                self._update_z(problem, state, part, h, r)  # lines 5 to 8: Z_T … Z_1
             state.z_state.count += self.z_update.steps
-            for batch in self._theta_batches(problem, state, r):
-                updater.step(self._lagrangian(problem, state, batch), h.theta_steps)  # line 10: Θ
+            for number, batch in enumerate(self._theta_batches(problem, state, r)):
+                counter = (state.iteration, _THETA, r, number)
+                updater.step(self._lagrangian(problem, state, batch, counter), h.theta_steps)  # line 10: Θ
         squares = [self._update_duals(problem, state, part, h) for part in parts]  # line 12: U
-        return self._norm(squares, len(problem.x))
+        return self._norm(squares, problem.n_samples)
 
     def _minibatch_sweep(
         self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate, schedules: Schedules, rounds: int
     ) -> Tensor:
         """Update Z, Θ and U of each mini-batch before those of the next one (Gauss-Seidel order); return ‖h‖ [S]."""
-        k, device = state.iteration, problem.x.device
-        batches = minibatches(len(problem.x), self.batch_size, state.seeds, k, device, self.epoch_parts)
+        k, device = state.iteration, problem.device
+        batches = minibatches(problem.n_samples, self.batch_size, state.seeds, k, device, self.epoch_parts)
         squares = []
         for number, batch in enumerate(batches):
             h = schedules.at((k + number / len(batches)) / self.iterations)
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            lagrangian, z_state = self._gather(problem, state, batch, state.z_state)
+            lagrangian, z_state = self._gather(problem, state, batch, state.z_state, (k, number))
             update_minibatch(lagrangian, self.z_update, z_state, updater, h, rounds)
             squares.append(self._squared_residual(lagrangian))
             variables = [*state.z, *state.u, *state.z_state.tensors()]
@@ -265,17 +268,18 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             state.z_state.count += rounds * self.z_update.steps
         return self._norm(squares, sum(batch.shape[1] for batch in batches))
 
-    def _update_z(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters, mix: bool) -> None:
-        """Update Z of consecutive samples, after the mixing with a forward pass if `mix`."""
-        lagrangian, z_state = self._gather(problem, state, part, state.z_state)
-        if mix:
+    def _update_z(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters, r: int) -> None:
+        """Update Z of consecutive samples in round r, in the first one after the mixing with a forward pass."""
+        counter = (state.iteration, _Z, r, part.start)
+        lagrangian, z_state = self._gather(problem, state, part, state.z_state, counter)
+        if r == 0:
             lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         scatter(part, [*state.z, *state.z_state.tensors()], [*lagrangian.z, *z_state.tensors()])
 
     def _update_duals(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters) -> Tensor:
         """Update U of consecutive samples; return their `_squared_residual`."""
-        lagrangian = self._lagrangian(problem, state, part)
+        lagrangian = self._lagrangian(problem, state, part, (state.iteration, _DUALS, 0, part.start))
         lagrangian.update_duals(h.dual_step)
         scatter(part, state.u, lagrangian.u)
         return self._squared_residual(lagrangian)
@@ -287,21 +291,24 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         batches = [
             batch
             for epoch in range(first, first + passes)
-            for batch in minibatches(len(problem.x), self.batch_size, state.seeds, epoch, problem.x.device)
+            for batch in minibatches(problem.n_samples, self.batch_size, state.seeds, epoch, problem.device)
         ]
         return batches[: math.ceil(self.theta_passes / passes * len(batches))]
 
     @staticmethod
     def _gather(
-        problem: Problem, state: BlockADMMState, batch: Tensor | slice, z_state: ZState
+        problem: Problem, state: BlockADMMState, batch: Tensor | slice, z_state: ZState, counter: tuple[int, ...]
     ) -> tuple[AugmentedLagrangian, ZState]:
-        """Return the Lagrangian of the samples `batch`, see `gather`; `z_state` gets their moments."""
-        x, y, (z, u, *moments) = gather(problem, batch, [state.z, state.u, *z_state.moments])
-        return AugmentedLagrangian(problem, state.theta, state.beta, x, y, z, u), replace(z_state, moments=moments)
+        """Return the Lagrangian of a visit of the samples `batch`, see `gather`; `z_state` gets their moments."""
+        z, u, *moments = gather(problem, batch, [state.z, state.u, *z_state.moments])
+        visit = problem.visit(state.seeds, batch, counter)
+        return AugmentedLagrangian(problem, state.theta, state.beta, visit, z, u), replace(z_state, moments=moments)
 
-    def _lagrangian(self, problem: Problem, state: BlockADMMState, batch: Tensor | slice) -> AugmentedLagrangian:
+    def _lagrangian(
+        self, problem: Problem, state: BlockADMMState, batch: Tensor | slice, counter: tuple[int, ...]
+    ) -> AugmentedLagrangian:
         """Return the Lagrangian of the samples `batch` alone, without their moments."""
-        return self._gather(problem, state, batch, ZState())[0]
+        return self._gather(problem, state, batch, ZState(), counter)[0]
 
     def _squared_residual(self, lagrangian: AugmentedLagrangian) -> Tensor:
         """Return Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S] for the adaptive penalty; 0 without one."""
@@ -342,13 +349,13 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 
     def _residuals(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
         """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`; running statistics stay."""
-        theta, samples = state.theta, len(problem.x)
+        theta, samples = state.theta, problem.n_samples
         statistics = theta.buffers.clone()
-        gradient = problem.blocks.parameters(torch.empty_like(theta.flat))
+        gradient = problem.blocks.gradient(theta)
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part in slices(samples, self.slice_size):
-            lagrangian = self._lagrangian(problem, state, part)
+            lagrangian = self._lagrangian(problem, state, part, (state.iteration, _DUALS, 0, part.start))
             z, u = lagrangian.z, lagrangian.u
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, len(z) + 1):
@@ -357,14 +364,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                     total[t - 1] += _squared_norm(v)
                 lagrangian.vjp(t, multiplier[t - 1], grad_params=gradient)
                 z_square += _squared_norm(_gradient_by_z(lagrangian, multiplier, t))
-            theta_gradient += gradient.flat
+            theta_gradient += gradient.total()
         theta.buffers.copy_(statistics)
         values = {
             "kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
         }
         for t, dual in enumerate(state.u, start=1):
-            values[f"residual_{t}"] = (square[t - 1] / norm[t - 1]).sqrt()
+            values[f"residual_{t}"] = torch.where(norm[t - 1] > 0, square[t - 1] / norm[t - 1], 0.0).sqrt()
             values[f"dual_rms_{t}"] = (dual_norm[t - 1] / dual[0].numel()).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
         return values
@@ -372,7 +379,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     def _after_z_update(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """Return the Lagrangian of copies of the samples [S, B] after an update of Z with the last iteration's ζ."""
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
-        lagrangian, z_state = self._gather(problem, state, batch, state.z_state)
+        lagrangian, z_state = self._gather(problem, state, batch, state.z_state, (state.iteration, 0))
         self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
         lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
@@ -417,7 +424,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 def _gradient_by_z(lagrangian: AugmentedLagrangian, multiplier: Sequence[Tensor], t: int) -> Tensor:
     """Return the gradient by Z_t of J + Σ_t ⟨λ_t, Z_t − block_t(Z_{t−1})⟩, with `multiplier` λ_1..λ_T."""
     if t == len(multiplier):
-        return multiplier[-1] + lagrangian.loss.gradient(lagrangian.z[-1], lagrangian.y)
+        return multiplier[-1] + lagrangian.loss.gradient(lagrangian.z[-1], lagrangian.visit.y)
     from_above = lagrangian.vjp(t + 1, multiplier[t])
     assert from_above is not None
     return multiplier[t - 1] - from_above

@@ -26,13 +26,13 @@ def check_minibatch_options(
     """Raise ValueError for an option of a mini-batch method that is out of range, or an update rule that is none."""
     at_least_one("iterations", iterations)
     has_type("theta_update", theta_update, UpdateRule, "admm.optimizers.Adam()")
-    check_batch_size(batch_size, len(problem.x), epoch_parts)
+    check_batch_size(batch_size, problem.n_samples, epoch_parts)
 
 
 def same_samples(problem: Problem, variables: Tensor) -> None:
     """Raise ValueError unless variables [S, N, ...] of a state are of as many samples as the problem has."""
-    if variables.shape[1] != len(problem.x):
+    if variables.shape[1] != problem.n_samples:
         raise ValueError(
-            f"problem: {len(problem.x)} samples, but the state has variables of {variables.shape[1]}; a step takes the "
-            "problem that the state was made for"
+            f"problem: {problem.n_samples} samples, but the state has variables of {variables.shape[1]}; a step takes "
+            "the problem that the state was made for"
         )

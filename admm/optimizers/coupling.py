@@ -18,16 +18,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from admm.blocks import Blocks, Parameters
+from admm.blocks import Blocks, Gradient, Parameters
 from admm.checks import at_least_one, in_range, one_of
 from admm.losses import ProximalLoss
-from admm.minibatches import flat_indices, gather_per_replica, gather_shared, scatter_per_replica
+from admm.minibatches import flat_indices, gather_per_replica, scatter_per_replica
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import cholesky_with_ridge
 from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
+from admm.visits import Visit
 
 StepSize = float | Tensor  # one for all replicas, or one per replica [S]
 
@@ -68,22 +69,22 @@ def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor) ->
 
 
 def label_leak(
-    problem: Problem, theta: Parameters, batch_size: int, visit: Callable[[Tensor], AugmentedLagrangian]
+    problem: Problem, theta: Parameters, batch_size: int, moved_lagrangian: Callable[[Tensor], AugmentedLagrangian]
 ) -> dict[str, Tensor]:
     """Return two losses [S] whose difference shows how much Z_{T−1} tells of the labels; nothing for one block.
 
     `loss_forward` is the mean J of `batch_size` training samples after a forward pass. `loss_moved` is that of the last
-    block's outputs for Z_{T−1} after `visit`, which moves copies of the Z of the samples with indices [S, B] by J's
-    gradient.
+    block's outputs for Z_{T−1} in `moved_lagrangian`, that of the samples with indices [S, B], of whose Z it has moved
+    copies by J's gradient.
     """
     last = len(problem.blocks)
     if last == 1:
         return {}
-    evenly = torch.arange(batch_size, device=problem.x.device) * len(problem.x) // batch_size
-    moved = visit(evenly.expand(len(theta.flat), -1))
-    forward = BlockOutputs(problem.blocks, theta, moved.x).z[-1]
+    evenly = torch.arange(batch_size, device=problem.device) * problem.n_samples // batch_size
+    moved = moved_lagrangian(evenly.expand(len(theta.flat), -1))
+    forward = BlockOutputs(problem.blocks, theta, moved.visit).z[-1]
     outputs = {"loss_forward": forward, "loss_moved": moved.output(last)}
-    return {name: problem.loss.value(z, moved.y).flatten(1).mean(1) for name, z in outputs.items()}
+    return {name: problem.loss.value(z, moved.visit.y).flatten(1).mean(1) for name, z in outputs.items()}
 
 
 def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
@@ -145,21 +146,26 @@ class BlockOutputs:
     Args:
         blocks: the network.
         theta: its parameters.
-        x: inputs [S, n, ...].
+        visit: the samples.
         z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None.
     """
 
-    def __init__(self, blocks: Blocks, theta: Parameters, x: Tensor, z: list[Tensor] | None = None) -> None:
-        self.blocks, self.theta, self.x = blocks, theta, x
+    def __init__(self, blocks: Blocks, theta: Parameters, visit: Visit, z: list[Tensor] | None = None) -> None:
+        self.blocks, self.theta, self.visit = blocks, theta, visit
         self._evaluations: list[tuple[Tensor, Any] | None] = [None] * len(blocks)  # a record may be None
         self.z: list[Tensor] = [] if z is None else z
         if z is None:
             for t in range(1, len(blocks) + 1):
                 self.z.append(self.output(t, for_vjp=t == len(blocks)))
 
+    @property
+    def n_samples(self) -> int:
+        """The number n of samples."""
+        return self.z[0].shape[1]
+
     def block_input(self, t: int) -> Tensor:
         """Return what block t is applied to: Z_{t−1}, or the inputs for t = 1."""
-        return self.x if t == 1 else self.z[t - 2]
+        return self.visit.x if t == 1 else self.z[t - 2]
 
     def output(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return block_t(Z_{t−1}) [S, n, d_t], which must not be written to.
@@ -172,7 +178,7 @@ class BlockOutputs:
             evaluation = self._evaluate(t, record=for_vjp or not self._recomputes(t))
         return evaluation[0]
 
-    def vjp(self, t: int, grad_output: Tensor, grad_params: Parameters | None = None) -> Tensor | None:
+    def vjp(self, t: int, grad_output: Tensor, grad_params: Gradient | None = None) -> Tensor | None:
         """Multiply the transposed Jacobian of block t by `grad_output` [S, n, d_t].
 
         Returns the product with respect to Z_{t−1}. With `grad_params`, the product with respect to Θ_t is written
@@ -208,8 +214,11 @@ class BlockOutputs:
         return self.blocks.execution.recompute and bool(self.blocks[t - 1].is_autograd)
 
     def _evaluate(self, t: int, record: bool = True) -> tuple[Tensor, Any]:
+        if t > 1 and not self.blocks.crossings[t - 2].is_plain and t - 1 not in self.visit.carried:
+            self.output(t - 1)  # carries what else than Z_{t−1} crosses the cut
         block, views, before = self.blocks[t - 1], self.theta.blocks[t - 1], self.block_input(t)
-        evaluation = block.linearize(views, before, True) if record else (block.forward(views, before, True), None)
+        visit = self.visit
+        evaluation = block.linearize(views, before, visit) if record else (block.forward(views, before, visit), None)
         self._evaluations[t - 1] = evaluation
         return evaluation
 
@@ -221,8 +230,7 @@ class AugmentedLagrangian(BlockOutputs):
         problem: has the blocks and the loss J.
         theta: the blocks' parameters.
         beta: penalties [T, S].
-        x: inputs [S, n, ...].
-        y: targets [S, n, ...].
+        visit: the samples.
         z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None.
         u: scaled duals in the shapes of z; an empty sequence stands for 0.
     """
@@ -232,13 +240,12 @@ class AugmentedLagrangian(BlockOutputs):
         problem: Problem,
         theta: Parameters,
         beta: Tensor,
-        x: Tensor,
-        y: Tensor,
+        visit: Visit,
         z: list[Tensor] | None = None,
         u: Sequence[Tensor] = (),
     ) -> None:
-        super().__init__(problem.blocks, theta, x, z)
-        self.loss, self.beta, self.y, self.u = problem.loss, beta, y, u
+        super().__init__(problem.blocks, theta, visit, z)
+        self.loss, self.beta, self.u = problem.loss, beta, u
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return Z_t − block_t(Z_{t−1}) [S, n, d_t] in a new tensor; `for_vjp` is as in `output`."""
@@ -253,7 +260,7 @@ class AugmentedLagrangian(BlockOutputs):
 
     def value(self) -> Tensor:
         """Return the augmented Lagrangian [S]."""
-        value = self.loss.value(self.z[-1], self.y).flatten(1).sum(1)
+        value = self.loss.value(self.z[-1], self.visit.y).flatten(1).sum(1)
         for t in range(1, len(self.blocks) + 1):
             value = value + self.coupling_value(t)
         return value
@@ -273,7 +280,7 @@ class AugmentedLagrangian(BlockOutputs):
     def z_gradient(self, t: int) -> Tensor:
         """Return the gradient by Z_t in a new tensor, and forget block t + 1's output, as Z_t is to move."""
         if t == len(self.blocks):
-            return self.coupling_gradient(t).add_(self.loss.gradient(self.z[-1], self.y))
+            return self.coupling_gradient(t).add_(self.loss.gradient(self.z[-1], self.visit.y))
         from_above = self.vjp(t + 1, self.coupling_gradient(t + 1))
         assert from_above is not None
         self.forget(t + 1)
@@ -284,22 +291,22 @@ class AugmentedLagrangian(BlockOutputs):
         last = len(self.blocks)
         assert isinstance(self.loss, ProximalLoss)
         anchor = self.output(last) - self.u[-1] if self.u else self.output(last)
-        return self.loss.prox(anchor, self.y, broadcast(self.beta[-1], anchor))
+        return self.loss.prox(anchor, self.visit.y, broadcast(self.beta[-1], anchor))
 
-    def theta_gradient(self, gradient: Parameters, trained: Iterable[int] | None = None) -> None:
+    def theta_gradient(self, gradient: Gradient, trained: Iterable[int] | None = None) -> None:
         """Write the gradient by Θ_t of the mean coupling term of a sample to `gradient`; update running statistics.
 
         `trained` are the numbers t of the blocks, by default all.
         """
         for t in range(1, len(self.blocks) + 1) if trained is None else trained:
-            by_output = self.coupling_gradient(t, for_vjp=True).mul_(-1.0 / self.y.shape[1])
+            by_output = self.coupling_gradient(t, for_vjp=True).mul_(-1.0 / self.n_samples)
             self.vjp(t, by_output, grad_params=gradient)
 
     def mix_with_forward(self, mixing: StepSize) -> None:
         """Move each Z_t the part `mixing` of the way to its value in a forward pass."""
         if isinstance(mixing, float) and mixing == 0.0:
             return
-        ahead = self.x
+        ahead = self.visit.x
         for t in range(1, len(self.blocks) + 1):
             ahead = self._forward_output(t, ahead)
             weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
@@ -320,7 +327,7 @@ class AugmentedLagrangian(BlockOutputs):
 
     def _forward_output(self, t: int, before: Tensor) -> Tensor:
         """Return block t's output for `before`, its input in a forward pass; for t = 1 these are the inputs."""
-        return self.output(1) if t == 1 else self.blocks[t - 1].forward(self.theta.blocks[t - 1], before, training=True)
+        return self.output(1) if t == 1 else self.blocks[t - 1].forward(self.theta.blocks[t - 1], before, self.visit)
 
 
 class ThetaUpdate:
@@ -328,13 +335,13 @@ class ThetaUpdate:
 
     def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
         self.rule, self.theta, self.moments = rule, theta, moments
-        self.gradient = blocks.parameters(torch.empty_like(theta.flat))
+        self.gradient = blocks.gradient(theta)
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
         """Move Θ once, by the one step size η in `steps`."""
         (step,) = steps
         lagrangian.theta_gradient(self.gradient)
-        self.rule.apply(self.theta.flat, self.gradient.flat, self.moments, step)
+        self.rule.apply(self.theta.flat, self.gradient.total(), self.moments, step)
         lagrangian.forget_all()
 
 
@@ -424,7 +431,7 @@ class ZUpdate(Options):
                         f"{list(problem.blocks.names[t - 1])}; take 'gradient' or 'adam', or cut with per_layer=True"
                     )
         if self.name == "gradient":
-            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.x.dtype)
+            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype)
 
     def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
         """Return the state before the first step; `moments` are zeros, by block."""
@@ -498,24 +505,20 @@ class ZUpdate(Options):
         return (mean / (1.0 - self.beta1**state.count)).div_(scale)
 
 
-def gather(
-    problem: Problem, batch: Tensor | slice, variables: Sequence[Sequence[Tensor]]
-) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Return the inputs x and targets y [S, n, ...] of some samples, and their part of each list of variables.
+def gather(problem: Problem, batch: Tensor | slice, variables: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Return the part of some samples of each list of variables.
 
     Args:
         problem: has the data of all N samples.
         batch: a mini-batch's indices [S, B], for which copies are returned; or a slice of samples, the same for all
             replicas, for which views are returned where the variables are on the device.
-        variables: lists of tensors [S, N, ...]; the first is not empty.
+        variables: lists of tensors [S, N, ...].
     """
     if isinstance(batch, Tensor):
-        indices = flat_indices(batch, len(problem.x))
-        x, y = (gather_shared(data, batch) for data in (problem.x, problem.y))
-        return x, y, [[gather_per_replica(variable, indices) for variable in group] for group in variables]
-    replicas, device = len(variables[0][0]), problem.x.device
-    x, y = (data[batch].expand(replicas, *data[batch].shape) for data in (problem.x, problem.y))
-    return x, y, [[variable[:, batch].to(device, non_blocking=True) for variable in group] for group in variables]
+        indices = flat_indices(batch, problem.n_samples)
+        return [[gather_per_replica(variable, indices) for variable in group] for group in variables]
+    device = problem.device
+    return [[variable[:, batch].to(device, non_blocking=True) for variable in group] for group in variables]
 
 
 def scatter(batch: Tensor | slice, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -31,6 +31,7 @@ from admm.optimizers.coupling import (
 from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
+from admm.visits import Visit
 
 Factors = dict[int, Tensor]  # the basis M [R, C, r] of a factorisation, by the number t of its block
 
@@ -67,12 +68,11 @@ class FactorisedLagrangian(AugmentedLagrangian):
         theta: Parameters,
         factors: Factors,
         beta: Tensor,
-        x: Tensor,
-        y: Tensor,
+        visit: Visit,
         z: list[Tensor],
         u: Sequence[Tensor],
     ) -> None:
-        super().__init__(problem, theta, beta, x, y, z, u)
+        super().__init__(problem, theta, beta, visit, z, u)
         self.factors = factors
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
@@ -159,7 +159,9 @@ class BlockwiseThetaUpdate(ThetaUpdate):
     ) -> None:
         super().__init__(rule, blocks, theta, moments=[])
         self.trained = trained
-        self.by_block = list(zip(by_block(blocks, theta), by_block(blocks, self.gradient), moments, strict=True))
+        self.by_block = list(
+            zip(by_block(blocks, theta.flat), by_block(blocks, self.gradient.total()), moments, strict=True)
+        )
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
         """Move Θ_t of each block in `trained` once, by η_t from the step sizes η_1..η_T."""
@@ -241,13 +243,13 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
                 z.append(_warm_scores(before, factors[t], self.warm_rounds))
             else:
                 views, parts = theta.blocks[t - 1], before.split(self.slice_size, 1)
-                z.append(torch.cat([block.forward(views, part, training=True) for part in parts], 1))
+                z.append(torch.cat([block.forward(views, part, Visit(seeds, (0,))) for part in parts], 1))
         residuals = [before if t in factors else z[t - 1] for t, before in enumerate([x, *z[:-1]], start=1)]
         return DeepFactoState(
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=[self.theta_update.init(flat) for flat in by_block(problem.blocks, theta)],
+            moments=[self.theta_update.init(flat) for flat in by_block(problem.blocks, theta.flat)],
             z=z,
             u=[torch.zeros_like(v) for v in residuals] if schedules.dual_step.largest > 0.0 else [],
         )
@@ -265,7 +267,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         batches = self._minibatches(problem, state)
         for number, batch in enumerate(batches):
             h = schedules.at((state.iteration + number / len(batches)) / self.iterations)
-            lagrangian = _lagrangian(problem, state, factors, beta, batch)
+            lagrangian = _lagrangian(problem, state, factors, beta, batch, number)
             update_minibatch(lagrangian, z_update, ZState(), updater, h, self.primal_rounds)
             scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
             del lagrangian  # and the activations with it
@@ -278,17 +280,15 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     def _minibatches(self, problem: Problem, state: DeepFactoState) -> list[Tensor]:
         """Return the indices [R, B] of an epoch's mini-batches."""
         groups = problem.y if self.group_size > 1 else None
-        seeds, device = state.seeds, problem.x.device
-        return minibatches(
-            len(problem.x), self.batch_size, seeds, state.iteration, device, groups=groups, group_size=self.group_size
-        )
+        n, k, device = problem.n_samples, state.iteration, problem.device
+        return minibatches(n, self.batch_size, state.seeds, k, device, groups=groups, group_size=self.group_size)
 
     def _update_basis(self, problem: Problem, state: DeepFactoState, t: int, basis: Tensor) -> None:
         """Update M in place, by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
         before = state.z[t - 2] if t > 1 else problem.x.expand(len(state.seeds), *problem.x.shape)
         gram = basis.new_zeros(len(basis), basis.shape[2], basis.shape[2])
         cross = basis.new_zeros(len(basis), basis.shape[2], basis.shape[1])
-        for part in slices(len(problem.x), self.slice_size):
+        for part in slices(problem.n_samples, self.slice_size):
             scores = matrix(state.z[t - 1][:, part])
             target = before[:, part] + state.u[t - 1][:, part] if state.u else before[:, part]
             gram.baddbmm_(scores, scores.mT)
@@ -305,17 +305,17 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         divided by N, with J evaluated on slices of `slice_size` samples.
         """
         factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
-        square, norm = problem.x.new_zeros(2, len(state.z), len(state.seeds))
+        square, norm = problem.like.new_zeros(2, len(state.z), len(state.seeds))
         value = torch.zeros_like(square[0])
-        for part in slices(len(problem.x), self.slice_size):
-            lagrangian = _lagrangian(problem, state, factors, beta, part)
+        for part in slices(problem.n_samples, self.slice_size):
+            lagrangian = _lagrangian(problem, state, factors, beta, part, part.start)
             value += lagrangian.value()
             for t in range(1, len(state.z) + 1):
                 target = lagrangian.block_input(t) if t in factors else lagrangian.z[t - 1]
                 square[t - 1] += lagrangian.residual(t).square().flatten(1).sum(1)
                 norm[t - 1] += target.square().flatten(1).sum(1)
         relative = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
-        return relative | {"lagrangian": value / len(problem.x)}
+        return relative | {"lagrangian": value / problem.n_samples}
 
     def _check(self, problem: Problem) -> None:
         check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size)
@@ -327,7 +327,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             raise ValueError(f"group_size: {self.group_size} needs class indices as y, not {problem.y.ndim} axes")
 
     def _penalties(self, problem: Problem, state: DeepFactoState) -> Tensor:
-        return penalties(self.beta, len(state.z), len(state.seeds), like=problem.x)
+        return penalties(self.beta, len(state.z), len(state.seeds), like=problem.like)
 
     def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
         return Schedules(
@@ -361,21 +361,21 @@ def factorisations(blocks: Blocks, theta: Parameters) -> Factors:
     return factors
 
 
-def by_block(blocks: Blocks, theta: Parameters) -> list[Tensor]:
-    """Return the parameters of each block, views [R, P_t]."""
-    sizes = [
-        sum(p.numel() for name in names for p in blocks.network.get_submodule(name).parameters())
-        for names in blocks.names
-    ]
-    return list(theta.flat.split(sizes, 1))
+def by_block(blocks: Blocks, flat: Tensor) -> list[Tensor]:
+    """Return the parameters of each block, views of flat [R, P]. Raises ValueError where they share some."""
+    sizes = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in blocks.modules]
+    if sum(sizes) != flat.shape[1]:
+        raise ValueError("network: blocks share parameters, which DeepFacto does not support")
+    return list(flat.split(sizes, 1))
 
 
 def _lagrangian(
-    problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice
+    problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice, number: int
 ) -> FactorisedLagrangian:
-    """Return Eq. 9 for the samples `batch`, see `gather`."""
-    x, y, (z, u) = gather(problem, batch, [state.z, state.u])
-    return FactorisedLagrangian(problem, state.theta, factors, beta, x, y, z, u)
+    """Return Eq. 9 for the `number`-th visit of an iteration, of the samples `batch`, see `gather`."""
+    z, u = gather(problem, batch, [state.z, state.u])
+    visit = problem.visit(state.seeds, batch, (state.iteration, number))
+    return FactorisedLagrangian(problem, state.theta, factors, beta, visit, z, u)
 
 
 def _warm_scores(z: Tensor, basis: Tensor, rounds: int) -> Tensor:

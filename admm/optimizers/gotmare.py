@@ -11,7 +11,6 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type
-from admm.minibatches import gather_shared
 from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import AugmentedLagrangian, Hyperparameters, Schedules, label_leak, warn_of_lost_signal
@@ -44,7 +43,7 @@ class GluingTerms(AugmentedLagrangian):
 
     def value(self) -> Tensor:
         """Return the sum of all terms [S]."""
-        value = self.loss.value(self.output(len(self.blocks)), self.y).flatten(1).sum(1)
+        value = self.loss.value(self.output(len(self.blocks)), self.visit.y).flatten(1).sum(1)
         for t in range(1, len(self.blocks)):
             value = value + self.coupling_value(t)
         return value
@@ -52,7 +51,7 @@ class GluingTerms(AugmentedLagrangian):
     def coupling_gradient(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return the negative gradient of block t's term by block_t(z_{t−1}); for t < T, it is the gradient by z_t."""
         if t == len(self.blocks):
-            return self.loss.gradient(self.output(t, for_vjp), self.y).neg()
+            return self.loss.gradient(self.output(t, for_vjp), self.visit.y).neg()
         return super().coupling_gradient(t, for_vjp)
 
 
@@ -115,15 +114,15 @@ class Gotmare(Options, Optimizer[GotmareState]):
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
         """Do one iteration, an epoch or a part of one."""
         schedules, rho = self._schedules(problem, len(state.seeds)), self._penalties(problem, len(state.seeds))
-        gradient = problem.blocks.parameters(torch.empty_like(state.theta.flat))
-        for fraction, x, y in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
+        gradient = problem.blocks.gradient(state.theta)
+        for fraction, visit in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
             h = schedules.at((state.iteration + fraction) / self.iterations)
-            terms = GluingTerms(problem, state.theta, rho, x, y)  # z by a forward pass
+            terms = GluingTerms(problem, state.theta, rho, visit)  # z by a forward pass
             self._update_z(terms, h)
             for t in range(1, len(problem.blocks) + 1):
-                terms.vjp(t, terms.coupling_gradient(t).div_(-x.shape[1]), grad_params=gradient)
+                terms.vjp(t, terms.coupling_gradient(t).div_(-terms.n_samples), grad_params=gradient)
             (eta,) = h.theta_steps
-            self.theta_update.apply(state.theta.flat, gradient.flat, state.moments, eta)
+            self.theta_update.apply(state.theta.flat, gradient.total(), state.moments, eta)
             del terms  # and the activations with them
         state.iteration += 1
         return state
@@ -138,7 +137,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
         """Return the terms of the samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(problem, len(state.seeds)).at(max(state.iteration - 1, 0) / self.iterations)
         rho = self._penalties(problem, len(state.seeds))
-        terms = GluingTerms(problem, state.theta, rho, gather_shared(problem.x, batch), gather_shared(problem.y, batch))
+        terms = GluingTerms(problem, state.theta, rho, problem.visit(state.seeds, batch))
         self._update_z(terms, h)
         return terms
 
@@ -160,7 +159,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     def _penalties(self, problem: Problem, n_replicas: int) -> Tensor:
         """Return ρ for each block, [T, S]."""
-        return positive("rho", self.rho, n_replicas).to(problem.x).expand(len(problem.blocks), -1)
+        return positive("rho", self.rho, n_replicas).to(problem.like).expand(len(problem.blocks), -1)
 
     def _check(self, problem: Problem, n_replicas: int) -> None:
         check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
@@ -168,4 +167,4 @@ class Gotmare(Options, Optimizer[GotmareState]):
         has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
         z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)
         if isinstance(self.z_update, SGD):
-            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.x.dtype)
+            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.like.dtype)

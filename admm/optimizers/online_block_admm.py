@@ -12,7 +12,6 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type, in_range, one_of
-from admm.minibatches import gather_shared
 from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import (
@@ -28,6 +27,7 @@ from admm.optimizers.coupling import (
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, UpdateRule
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
+from admm.visits import Visit
 
 
 @dataclass
@@ -140,7 +140,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         seeds = whole_seeds(seeds)
         self._check(problem)
         theta = problem.initial(seeds)
-        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.x)
+        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
         self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
         return OnlineBlockADMMState(
             seeds=seeds,
@@ -155,15 +155,15 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         """Do one iteration of Algorithm 2, an epoch or a part of one."""
         updater = ThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments)
         schedules = self._schedules(*state.u.shape)
-        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
+        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.like)
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
         batches = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
-        for number, (fraction, x, y) in enumerate(batches):  # line 4
+        for number, (fraction, visit) in enumerate(batches):  # line 4
             h = schedules.at((state.iteration + fraction) / self.iterations)
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, beta, state.z_state)
-            lagrangian, z_state = self._start(problem, state, beta, x, y)  # line 5: z by a forward pass
+            lagrangian, z_state = self._start(problem, state, beta, visit)  # line 5: z by a forward pass
             self.z_update.step(lagrangian, z_state, h.z_steps)  # lines 6 to 9: z_T … z_1
             updater.step(lagrangian, h.theta_steps)  # line 11: Θ
             if self.dual == "decay":
@@ -174,13 +174,13 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         return state
 
     def _start(
-        self, problem: Problem, state: OnlineBlockADMMState, beta: Tensor, x: Tensor, y: Tensor
+        self, problem: Problem, state: OnlineBlockADMMState, beta: Tensor, visit: Visit
     ) -> tuple[AugmentedLagrangian, ZState]:
-        """Return the Lagrangian of a mini-batch x, y [S, B, ...] with z by a forward pass, and the Z update's state."""
+        """Return the Lagrangian of a mini-batch with z by a forward pass, and the Z update's state."""
         if self.dual == "none":
-            lagrangian = AugmentedLagrangian(problem, state.theta, beta, x, y)
+            lagrangian = AugmentedLagrangian(problem, state.theta, beta, visit)
         else:
-            lagrangian = ScalarDuals(problem, state.theta, beta, x, y, u=state.u.unbind())
+            lagrangian = ScalarDuals(problem, state.theta, beta, visit, u=state.u.unbind())
         return lagrangian, replace(state.z_state, moments=self.z_update.moments(lagrangian.z))
 
     def diagnostics(self, problem: Problem, state: OnlineBlockADMMState) -> dict[str, Tensor]:
@@ -193,9 +193,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     def _after_z_update(self, problem: Problem, state: OnlineBlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """Return the Lagrangian of the samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(*state.u.shape).at(max(state.iteration - 1, 0) / self.iterations)
-        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.x)
-        x, y = gather_shared(problem.x, batch), gather_shared(problem.y, batch)
-        lagrangian, z_state = self._start(problem, state, beta, x, y)
+        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.like)
+        lagrangian, z_state = self._start(problem, state, beta, problem.visit(state.seeds, batch))
         self.z_update.update_curvature(problem.blocks, state.theta, beta, z_state)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         return lagrangian

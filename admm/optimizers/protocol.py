@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
-from admm.comparison import outputs_of
+from admm.comparison import outputs_of, suited
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
 from admm.minibatches import gather_shared, minibatches, stateless_rng
 from admm.numbers import plain
+from admm.visits import Visit
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", as_loss(self.loss))
         object.__setattr__(self, "x", self._inputs(self.x))
+        object.__setattr__(self, "blocks", suited(self.blocks, self.x))
         object.__setattr__(self, "y", self.targets(self.x, self.y))
         self._check_loss()
 
@@ -86,7 +88,8 @@ class Problem:
             raise ValueError(f"problem: {len(x)} inputs x, but {len(y) if y.ndim else 'no'} targets y")
         if y.device != x.device:
             raise ValueError(f"y: is on {y.device}, x on {x.device}; both must be on one device")
-        return self.loss.targets(y, outputs_of(self.blocks, x), like=x)
+        outputs = outputs_of(self.blocks, x)
+        return self.loss.targets(y, outputs.shape[1:], like=outputs)
 
     @cached_property
     def has_classes(self) -> bool:
@@ -116,7 +119,8 @@ class Problem:
     def _check_loss(self) -> None:
         """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
         y = self.y[:2].expand(2, *self.y[:2].shape)
-        z = self.x.new_zeros(*y.shape[:2], *outputs_of(self.blocks, self.x))
+        outputs = outputs_of(self.blocks, self.x)
+        z = outputs.new_zeros(*y.shape[:2], *outputs.shape[1:])
         shapes = f"outputs {list(z.shape)} and targets {list(y.shape)}"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
@@ -132,15 +136,44 @@ class Problem:
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
         """Return initial parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
-        return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.x)
+        return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.like)
+
+    @property
+    def n_samples(self) -> int:
+        """The number N of training samples."""
+        return len(self.x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples and all variables are."""
+        return self.x.device
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor with the type and the device of the parameters."""
+        return torch.empty(0, dtype=self.blocks.dtype, device=self.device)
+
+    def visit(self, seeds: Sequence[int], batch: Tensor | slice, counter: tuple[int, ...] = ()) -> Visit:
+        """Return a visit of some samples, in training mode.
+
+        Args:
+            seeds: S whole numbers.
+            batch: indices [S, B], or a slice of samples, the same for all replicas, for which x and y are views.
+            counter: tells the visits of a run apart, see `Visit`.
+        """
+        if isinstance(batch, Tensor):
+            x, y = (gather_shared(data, batch) for data in (self.x, self.y))
+        else:
+            x, y = (data[batch].expand(len(seeds), *data[batch].shape) for data in (self.x, self.y))
+        return Visit(seeds, counter, True, x, y)
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
-    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+    ) -> Iterator[tuple[float, Visit]]:
         """Yield the mini-batches of an iteration, which is an epoch or one of its `parts`.
 
-        Each is the fraction of the iteration before it, the inputs [S, B, ...], augmented, and the targets [S, B, C].
-        Raises ValueError as `admm.minibatches.minibatches` does.
+        Each is the fraction of the iteration before it, and a visit of the inputs [S, B, ...], augmented, and the
+        targets [S, B, ...]. Raises ValueError as `admm.minibatches.minibatches` does.
         """
         distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, gathered once
         place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.x.device)
@@ -156,7 +189,7 @@ class Problem:
             y = gather_shared(self.y, batch)
             if len(distinct) < len(seeds):
                 x, y = x.index_select(0, place), y.index_select(0, place)
-            yield number / len(batches), x, y
+            yield number / len(batches), Visit(seeds, (iteration, number), True, x, y)
 
     def refuse_augmentation(self, optimizer: str) -> None:
         """Raise ValueError if there is an augmentation: `optimizer` keeps variables of each sample."""

@@ -56,7 +56,7 @@ def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]
     state = optimizer.init(problem, (seed,))
     sizes = {name: size(variable) for name, variable in save(state).items() if name in VARIABLES}
     if isinstance(optimizer, OnlineBlockADMM):
-        chain = BlockOutputs(problem.blocks, state.theta, problem.x[None, : optimizer.batch_size])
+        chain = BlockOutputs(problem.blocks, state.theta, problem.visit([0], slice(optimizer.batch_size)))
         return sizes | {"z": size(chain.z), "z_moments": size(optimizer.z_update.moments(chain.z))}
     return sizes | {"z_moments": size(state.z_state.moments)}
 

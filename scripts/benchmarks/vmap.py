@@ -17,6 +17,7 @@ from torch.func import functional_call, replace_all_batch_norm_modules_, vjp, vm
 
 from admm.blocks import split
 from admm.models import initialiser, mlp, resnet18
+from admm.visits import Visit
 from scripts.benchmarks.bench import ratio, turns
 
 REPLICAS = (1, 5, 45)
@@ -33,7 +34,7 @@ def ours(network: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], Gra
     gradient = blocks.parameters(torch.empty_like(theta.flat))
 
     def step() -> Gradients:
-        _, saved = blocks[0].linearize(theta.blocks[0], x, training=True)
+        _, saved = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
         grad_input = blocks[0].vjp(theta.blocks[0], saved, grad_output, gradient.blocks[0])
         assert grad_input is not None
         return gradient.flat, grad_input
