@@ -180,6 +180,8 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
                 "returns something else"
             )
         copied = copy.deepcopy(module).to(expected.device)
+        if layer is not None:
+            layer.overwrites_inputs = False
         returned = [_call(copied, value, layer, training=False) for value in values]
         is_trained = is_trained or any(p.requires_grad for p in module.parameters())
         by_gradient = number < len(blocks) and (not is_trained or (layer is not None and layer.hands_on_arguments))

@@ -176,7 +176,7 @@ class ModuleLayer(Layer):
         self.module, self.execution, self.number = module, execution, number
         self.before, self.after = before or Crossing(), after or Crossing()
         self.hands_on_arguments, self.casts = hands_on_arguments, casts or {}
-        self.overwrites_inputs, self.is_random = False, True  # until `admm.comparison` has seen what it does
+        self.overwrites_inputs, self.is_random = True, True  # until `admm.comparison` has seen what it does
         # fullgraph: what cannot be compiled is an error.
         self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile else self._evaluate
         self._settings = _compiler_settings if execution.compile else nullcontext

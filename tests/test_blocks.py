@@ -90,7 +90,7 @@ def test_forward_of_a_stack_is_each_replica_s_module(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
     output = blocks.forward(theta, x)
-    recorded, _ = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+    recorded, _ = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     for s in range(len(SEEDS)):
         network = blocks.export(theta, s)
         torch.testing.assert_close(output[s], network(x[s]), rtol=1e-12, atol=1e-12)
@@ -101,7 +101,7 @@ def test_forward_of_a_stack_is_each_replica_s_module(make, shape):
 def test_pull_back_is_autograd_s(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
-    output, record = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+    output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     grad_output = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
     grad_params = blocks.parameters(torch.full_like(theta.flat, torch.nan))
     by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, grad_params.blocks[0])
@@ -118,7 +118,7 @@ def test_pull_back_is_autograd_s(make, shape):
 def test_pull_back_gives_each_part_alone_and_may_be_repeated(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta = stack(blocks)
-    output, record = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+    output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     grad_output = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
     both, alone = (blocks.parameters(torch.full_like(theta.flat, torch.nan)) for _ in range(2))
     by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, both.blocks[0])
@@ -132,8 +132,8 @@ def test_forward_record_and_pull_back_leave_their_arguments_alone(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta, x_before = stack(blocks), x.clone()
     theta_before = theta.flat.clone()
-    blocks[0].forward(theta.blocks[0], x, Visit([0]))
-    output, record = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+    blocks[0].forward(theta.blocks[0], x, Visit(range(len(x))))
+    output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     grad_output, output_before = torch.ones_like(output), output.clone()
     blocks[0].vjp(theta.blocks[0], record, grad_output, blocks.parameters(theta.flat.clone()).blocks[0])
     assert torch.equal(x, x_before)
@@ -147,9 +147,9 @@ def test_running_statistics_move_with_the_parameters_gradient_alone():
     theta = stack(blocks)
     before, gradient = theta.buffers.clone(), blocks.parameters(torch.empty_like(theta.flat))
     assert theta.buffers.shape == (3, 4) and gradient.buffers.shape == (3, 0)
-    blocks[0].forward(theta.blocks[0], x, Visit([0]))
+    blocks[0].forward(theta.blocks[0], x, Visit(range(len(x))))
     for training in (False, True):
-        output, record = blocks[0].linearize(theta.blocks[0], x, Visit([0], training=training))
+        output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x)), training=training))
         blocks[0].vjp(theta.blocks[0], record, output)
         assert torch.equal(theta.buffers, before)
         for _ in range(2):  # twice from the same record is once
@@ -170,7 +170,7 @@ def test_an_average_over_all_steps_is_refused_by_name():
 def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
     blocks = split(nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(16, 3)), after="0")
     theta, x = stack(blocks), inputs(1, 4, 4)
-    output, record = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+    output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     blocks[0].vjp(
         theta.blocks[0], record, output, blocks.parameters(theta.flat.clone()).blocks[0], needs_input_grad=False
     )
@@ -210,16 +210,16 @@ def test_an_in_place_activation_is_refused(activation):
 def test_an_in_place_relu_does_not_overwrite_the_input():
     blocks, x = whole(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 5))), inputs(6)
     before, theta = x.clone(), stack(blocks)
-    blocks[0].forward(theta.blocks[0], x, Visit([0]))
+    blocks[0].forward(theta.blocks[0], x, Visit(range(len(x))))
     assert torch.equal(x, before)
-    blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+    blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     assert torch.equal(x, before)
 
 
 def test_the_derivative_of_relu_at_zero_is_zero():
     blocks = whole(nn.Sequential(nn.ReLU()))
     x = torch.zeros(1, 1, 3, dtype=torch.float64)
-    _, record = blocks[0].linearize([{}], x, Visit([0]))
+    _, record = blocks[0].linearize([{}], x, Visit(range(len(x))))
     assert torch.equal(blocks[0].vjp([{}], record, torch.ones_like(x)), x)
 
 
