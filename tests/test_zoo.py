@@ -131,11 +131,12 @@ def test_back_propagation_is_torch_optim_s_in_float64(case: Network, cuts: Any, 
 
 # --- the block methods
 
+# Θ makes a long step, so that differences of Θ show gradients as small as ζ³.
 SMALL: dict[str, Any] = {"z_step": 1e-4, "theta_update": SGD()}
 TOWARDS_BACKPROP = {
-    "online": OnlineBlockADMM(1, 1.0, beta=1.0, **SMALL),
-    "block": BlockADMM(1, 1.0, beta=1.0, forward_mixing=1.0, **SMALL),
-    "gotmare": Gotmare(1, 1.0, rho=1.0, **SMALL),
+    "online": OnlineBlockADMM(1, 1e8, beta=1.0, **SMALL),
+    "block": BlockADMM(1, 1e8, beta=1.0, forward_mixing=1.0, **SMALL),
+    "gotmare": Gotmare(1, 1e8, rho=1.0, **SMALL),
 }
 
 
@@ -272,5 +273,9 @@ def test_a_network_trains_with_the_defaults(case: Network, method: Any) -> None:
             row["train_loss"] for row in rows
         ]
         ours = numbers(problem.blocks.export(together.theta, replica))
-        assert same(ours, numbers(problem.blocks.export(state.theta)))
+        of_one = numbers(problem.blocks.export(state.theta))
+        if case.name in HALF:  # a sum of bfloat16 numbers is rounded otherwise at the end of a tensor
+            assert_close(ours, of_one, 1e-2)
+        else:
+            assert same(ours, of_one)
         assert not same(ours, numbers(before[replica]))

@@ -374,7 +374,7 @@ class Shapes(nn.Module):
         scale = c**-0.5
         z = self.mix(z.flatten(2).transpose(1, 2))
         z = z.transpose(1, 2).reshape(b, c, h, w) * scale
-        return self.out(z).view(b, 3, h * w).mean(2)
+        return self.out(z).view(b, 3, h * w).sum(2)
 
 
 class Drop(nn.Module):
