@@ -19,7 +19,8 @@ from torch.nn import functional
 from admm.blocks import Blocks, split
 from admm.losses import CrossEntropy
 
-vision = pytest.importorskip("torchvision")
+models = pytest.importorskip("torchvision.models")
+ops = pytest.importorskip("torchvision.ops")
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]  # what `Problem` takes as x
 SAMPLES = 7
@@ -45,13 +46,13 @@ class Network:
         inputs: x, with samples first.
         targets: y [N, ...].
         cuts: the names of the modules after which blocks end.
+        step_size: of Θ, so small that rounding errors do not grow from step to step.
         loss: J, as `Problem` takes it.
         mean_loss: the mean of J over samples, by PyTorch's own function.
         tied: the names of parameters that several blocks share.
         options: further arguments of `split`.
         is_listed: whether it is cut as a list of its children, since it cannot be traced.
-        batch_size: of mini-batches; the samples are no multiple of it.
-        step_size: of Θ, so small that rounding errors do not grow from step to step.
+        batch_size: of mini-batches.
         size: "large" networks are evaluated only, "medium" ones train for few steps.
     """
 
@@ -60,13 +61,13 @@ class Network:
     inputs: Inputs
     targets: Tensor
     cuts: tuple[str, ...]
+    step_size: float = 0.01
     loss: Any = field(default_factory=CrossEntropy)
     mean_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     tied: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     is_listed: bool = False
     batch_size: int = 4
-    step_size: float = 0.01
     size: Literal["small", "medium", "large"] = "small"
 
     def make(self, seed: int = 0) -> nn.Module:
@@ -295,7 +296,9 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        z = self.drop(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
+        length = tokens.size(1)
+        position = torch.arange(0, length, dtype=torch.long, device=tokens.device)
+        z = self.drop(self.tokens(tokens) + self.positions(position))
         for block in self.blocks:
             z = block(z)
         return self.head(self.norm(z))
@@ -393,7 +396,7 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.first = nn.Linear(5, 8)
         self.layers = nn.ModuleList([nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.SiLU()) for _ in range(3)])
-        self.depth = nn.ModuleList([vision.ops.StochasticDepth(0.1 * (k + 1), "row") for k in range(3)])
+        self.depth = nn.ModuleList([ops.StochasticDepth(0.1 * (k + 1), "row") for k in range(3)])
         self.drop, self.head = Drop(0.25), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -404,18 +407,53 @@ class StochasticDepth(nn.Module):
 
 
 class Refined(nn.Module):
-    """A layer that is called three times, and a part of the input that skips it."""
+    """Layers that are called several times, and a part of the input that skips them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.refine, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(8, 3)
+        self.first, self.refine, self.act = nn.Linear(5, 6), nn.Linear(6, 6), nn.Tanh()
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         rest = x[:, 3:]
-        z = torch.tanh(self.first(x))
+        z = self.act(self.first(x))
         for _ in range(3):
-            z = z + torch.tanh(self.refine(z))
+            z = z + self.act(self.refine(z))
         return self.head(torch.cat([z, rest], dim=1))
+
+
+class InPlace(nn.Module):
+    """Operations that overwrite what has crossed a cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.relu(self.norm1(self.conv1(x)))
+        z = self.norm2(self.conv2(identity))
+        z += identity
+        return self.head(self.relu(z).mean((2, 3)))
+
+
+class OwnTensors(nn.Module):
+    """Parameters, buffers and constants of the network itself, some of them used before and after the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.scale, self.shift = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+        self.factors = nn.ParameterList([torch.randn(6, 6), torch.randn(6, 6)])
+        self.register_buffer("mean", torch.linspace(-0.5, 0.5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.scale.softmax(0)
+        z = self.first(x * self.shift.exp().mean()).tanh() - self.mean
+        for factor in self.factors:
+            z = torch.tanh(z @ factor) * self.mean.exp()
+        return self.head(z * weights + self.shift) * torch.tensor([1.0, 2.0, 3.0]).to(z.dtype)
 
 
 class Several(nn.Module):
@@ -495,41 +533,33 @@ def adapted() -> nn.Sequential:
 
 def small_vit() -> nn.Module:
     options = {"dropout": 0.1, "attention_dropout": 0.1, "num_classes": 3}
-    return vision.models.VisionTransformer(16, 8, 3, 2, 8, 12, **options)  # of images, patches, layers, heads, widths
+    return models.VisionTransformer(16, 8, 3, 2, 8, 12, **options)  # of images, patches, layers, heads, widths
 
 
-IMAGES = gaussian(SAMPLES, 3, 64, 64)  # of 32 by 32, one pixel is left at last, too little to be normalised well
+IMAGES = gaussian(4, 3, 64, 64)  # of 32 by 32, one pixel is left at last, too little to be normalised well
 VECTORS, SEQUENCES, SENTENCES = gaussian(SAMPLES, 5), gaussian(SAMPLES, 6, 4), whole(13, SAMPLES, 6)
 SENTENCES[:, 0] = 5  # a first word that is no padding
 TEXT = whole(9, SAMPLES, 7)
 LABELS = whole(3, SAMPLES, seed=1)
-models = {"num_classes": 3, "weights": None}
+CLASSES = {"num_classes": 3, "weights": None}
 
 NETWORKS = (
-    Network(
-        "resnet18",
-        partial(vision.models.resnet18, **models),
-        IMAGES,
-        LABELS,
-        ("layer1", "layer3"),
-        step_size=1e-4,
-        size="medium",
-    ),
+    Network("resnet18", partial(models.resnet18, **CLASSES), IMAGES, LABELS[:4], ("layer2",), 1e-4, size="medium"),
     Network(
         "mobilenet_v3_small",
-        partial(vision.models.mobilenet_v3_small, **models),
+        partial(models.mobilenet_v3_small, **CLASSES),
         IMAGES,
-        LABELS,
-        ("features.3", "features.8"),
-        step_size=1e-4,
+        LABELS[:4],
+        ("features.4",),
+        1e-4,
         size="medium",
     ),
-    Network("vgg11_bn", partial(vision.models.vgg11_bn, **models), IMAGES, LABELS, ("features",), size="large"),
+    Network("vgg11_bn", partial(models.vgg11_bn, **CLASSES), IMAGES, LABELS[:4], ("features",), size="large"),
     Network(
         "vit_b_16",
-        partial(vision.models.vit_b_16, image_size=64, **models),
+        partial(models.vit_b_16, image_size=64, **CLASSES),
         IMAGES,
-        LABELS,
+        LABELS[:4],
         ("encoder.layers.encoder_layer_3", "encoder"),
         size="large",
     ),
@@ -538,7 +568,7 @@ NETWORKS = (
         small_vit,
         gaussian(SAMPLES, 3, 16, 16),
         LABELS,
-        ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"),
+        ("encoder.layers.encoder_layer_0", "encoder"),
     ),
     Network(
         "U-Net",
@@ -569,7 +599,9 @@ NETWORKS = (
     Network("adapters", adapted, VECTORS, LABELS, ("1", "2")),
     Network("shapes", Shapes, gaussian(SAMPLES, 2, 3, 4), LABELS, ("conv", "mix")),
     Network("stochastic depth", StochasticDepth, VECTORS, LABELS, ("layers.0", "layers.1")),
-    Network("called thrice", Refined, VECTORS, LABELS, ("first", "refine")),
+    Network("called thrice", Refined, VECTORS, LABELS, ("first", "act")),
+    Network("in place", InPlace, gaussian(SAMPLES, 1, 5, 5), LABELS, ("norm1", "norm2")),
+    Network("own tensors", OwnTensors, VECTORS, LABELS, ("first",), tied=("shift",)),
     Network("dictionary", Several, VECTORS, LABELS, ("encoder",)),
     Network("untraceable", Untraceable, VECTORS, LABELS, ("0",), is_listed=True),
     Network("bfloat16", lambda: perceptron().bfloat16(), VECTORS.bfloat16(), LABELS, ("2", "4")),
