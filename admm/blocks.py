@@ -181,7 +181,8 @@ class Blocks(Sequence[Block]):
             ValueError: for an option of `execution` without effect, statistics that blocks share, and as `cut` does.
         """
         self.network, self.execution, self._cut = network, execution or Execution(), cut
-        parts = cut(network)
+        tensors = [*network.parameters(), *network.buffers()]
+        parts = cut(copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}))  # whose modes may change
         self.names, self.modules = tuple(part.names for part in parts), tuple(part.module for part in parts)
         self.crossings = tuple(crossings) or tuple(Crossing() for _ in parts)
         self.given, self._in_other_types = self, dict[torch.dtype, Blocks]()
@@ -264,7 +265,9 @@ class Blocks(Sequence[Block]):
         flat, buffers = (
             torch.stack([self.flatten(network, kind) for network in replicas]) for kind in ("parameters", "buffers")
         )
-        return self.parameters(flat.to(like), buffers.to(like.device, wide(like.dtype)))
+        is_own_type = like.dtype == self.dtype
+        statistics = buffers.to(like.device, self._layout.statistics_dtype if is_own_type else wide(like.dtype))
+        return self.parameters(flat.to(like), statistics)
 
     def flatten(self, network: nn.Module, kind: Kind = "parameters") -> Tensor:
         """Return the parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""

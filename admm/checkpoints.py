@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +50,8 @@ class History:
 def save(state: Any) -> dict[str, Any]:
     """Return a state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`.
 
-    The tensors are those of the state, which `Optimizer.step` changes in place; `copy.deepcopy(save(state))` is a copy.
+    The tensors are those of the state, not copies: `Optimizer.step` changes them in place, and with them what was
+    saved. `copy.deepcopy(save(state))` is a copy that stays.
 
     Raises:
         TypeError: for a value that `restore` could not bring back.
@@ -80,6 +83,9 @@ def size(saved: Any) -> int:
 
 def restore(state: Any, saved: dict[str, Any]) -> None:
     """Overwrite a freshly initialised state, in place, by what `save` has returned.
+
+    The state's tensors stay where they are, as whatever else refers to them sees; what was saved is copied, and stays
+    as it is when training goes on.
 
     Raises:
         ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds.
@@ -132,7 +138,7 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
         value.data.copy_(saved)
         return value
     if value is None or value == [] or value == {}:
-        return saved
+        return copy.deepcopy(saved)
     if isinstance(value, list | tuple):
         if not isinstance(saved, list | tuple) or len(value) != len(saved):
             entries = len(saved) if isinstance(saved, list | tuple) else "no"
@@ -155,8 +161,8 @@ def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **oth
     """Return what determines the numbers of a run besides its seeds, as text by name.
 
     That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data, and
-    `others`; of the initialisation the mean and the mean size of the parameters, to three digits. What a network's own
-    modules compute is not seen.
+    `others`; to three digits, the mean and the mean size of the initial parameters, and the mean size of the outputs
+    of the first network for two samples, which tells of what its modules compute.
     """
     names: list[str] = [f.name for f in fields(optimizer)] if is_dataclass(optimizer) else []
     values = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
@@ -164,13 +170,15 @@ def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **oth
     values |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")} | others
     flat = state.theta.flat.double()
     start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
-    texts = {name: _text(value) for name, value in values.items()}
-    return {"optimizer": type(optimizer).__name__} | texts | {"seeds": _text(state.seeds), "initialisation": start}
+    with torch.no_grad():
+        outputs = problem.blocks.export(state.theta)(problem.x[:2].cpu()).abs().mean().item()
+    texts = {name: _text(value) for name, value in values.items()} | {"seeds": _text(state.seeds)}
+    return {"optimizer": type(optimizer).__name__} | texts | {"initialisation": start, "outputs": f"{outputs:.3g}"}
 
 
 def _text(value: Any) -> str:
     """Return a value as text without addresses in memory: of a tensor its type, its shape and a hash of its numbers, of
-    a function a hash of its code and what it refers to."""
+    a function a hash of its code and what it refers to; of this library's functions the name stands for the code."""
     match value:
         case Tensor():
             numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -179,14 +187,18 @@ def _text(value: Any) -> str:
             return str(float(value))
         case list() | tuple():
             return f"({', '.join(map(_text, value))})"
-        case dict():
+        case Mapping():
             return f"{{{', '.join(f'{key}: {_text(item)}' for key, item in value.items())}}}"
         case partial():
             return f"partial({_text((value.func, value.args, value.keywords))})"
         case FunctionType():
-            code = value.__code__.co_code + repr(value.__code__.co_names).encode()
-            referred = [cell.cell_contents for cell in value.__closure__ or ()], value.__defaults__
-            constants = [c for c in value.__code__.co_consts if not isinstance(c, CodeType)]
+            cells, named = [cell.cell_contents for cell in value.__closure__ or ()], value.__kwdefaults__
+            referred = (cells, value.__defaults__, *([named] if named else []))
+            if value.__module__.startswith("admm."):
+                return f"{value.__qualname__} {_text(referred)}"
+            codes = list(_codes(value.__code__))
+            code = b"".join(part.co_code + repr(part.co_names).encode() for part in codes)
+            constants = [c for part in codes for c in part.co_consts if not isinstance(c, CodeType)]
             return f"{value.__qualname__} {hashlib.sha256(code).hexdigest()[:12]} {_text((constants, referred))}"
     if is_dataclass(value) and not isinstance(value, type):
         items = (f"{f.name}={_text(getattr(value, f.name))}" for f in fields(value))
@@ -194,15 +206,36 @@ def _text(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def write_checkpoint(path: Path, made_by: dict[str, str], state: Any, history: History) -> None:
-    """Write a state and its history to a file, whole or not at all; `made_by` is the run's `fingerprint`.
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function and of those defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
-    Raises WriteError if the file cannot be written.
+
+def write_checkpoint(
+    path: Path, made_by: dict[str, str], state: Any, history: History, callbacks: Sequence[Any] = ()
+) -> None:
+    """Write a state, its history and the states of callbacks to a file, whole or not at all.
+
+    Raises WriteError if the file cannot be written, and TypeError for a callback's state that could not be brought
+    back. `made_by` is the run's `fingerprint`; see `callback_states`.
     """
-    saved = save(state)
-    content = {"made_by": made_by, "state": saved, "history": vars(history)}
-    with atomic_write(path, "the checkpoint", size(saved)) as temporary, temporary.open("wb") as file:
+    saved, states = save(state), callback_states(callbacks)
+    content = {"made_by": made_by, "state": saved, "history": vars(history), "callbacks": states}
+    with atomic_write(path, "the checkpoint", size(saved) + size(states)) as part, part.open("wb") as file:
         torch.save(content, file)
+
+
+def callback_states(callbacks: Sequence[Any]) -> dict[str, Any]:
+    """Return the `state_dict` of each callback that has one, as `save` does, by its class and its place among them."""
+    return {name: _storable(callback.state_dict(), name) for name, callback in _stateful(callbacks)}
+
+
+def _stateful(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    with_state = (callback for callback in callbacks if hasattr(callback, "state_dict"))
+    return ((f"{type(callback).__name__} {place}", callback) for place, callback in enumerate(with_state))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -222,8 +255,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(path: Path, made_by: dict[str, str], state: Any, history: History, iterations: int) -> None:
-    """Overwrite a fresh state and history, in place, by those of a checkpoint.
+def load_checkpoint(
+    path: Path,
+    made_by: dict[str, str],
+    state: Any,
+    history: History,
+    iterations: int,
+    callbacks: Sequence[Any] = (),
+) -> None:
+    """Overwrite a fresh state and history, in place, by those of a checkpoint, and bring callbacks' states back.
 
     Raises CheckpointError if the file is damaged, of another run than `made_by`, or after more than `iterations`.
     """
@@ -240,6 +280,9 @@ def load_checkpoint(path: Path, made_by: dict[str, str], state: Any, history: Hi
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; delete the file to start again, or give another path") from None
     vars(history).update(content["history"])
+    for name, callback in _stateful(callbacks):
+        if name in content.get("callbacks", ()):  # a callback may be new, and one of before may be left out
+            callback.load_state_dict(content["callbacks"][name])
 
 
 def _difference(name: str, was: str, now: str) -> str:

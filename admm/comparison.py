@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from admm.blocks import Blocks
 from admm.crossings import Crossing
-from admm.layers import ModuleLayer, as_arguments, seeded
+from admm.layers import ModuleLayer, as_arguments, pinned_modules, seeded, set_mode
 from admm.visits import Visit
 
 _FEW = 4  # samples, enough to be normalised in training
@@ -79,7 +79,7 @@ class _Evaluation:
     def __init__(self, network: nn.Module, x: Any, training: bool) -> None:
         self.training, self.device = training, pytree.tree_leaves(x)[0].device
         copied = copy.deepcopy(network).to(self.device)
-        _set_mode(copied, training)
+        set_mode(copied, training, pinned_modules(copied))
         with _watched(copied) as calls:
             self.outputs = _called(copied, x, calls)
             self.layers, calls.returned = calls.returned, []
@@ -158,14 +158,6 @@ def _type_hint(network: nn.Module, x: Any) -> str:
     return ""
 
 
-def _set_mode(network: nn.Module, training: bool) -> None:
-    """Set the mode of a network, except for modules that its owner has set to evaluation while it is in training."""
-    pinned = [module for module in network.modules() if network.training and not module.training]
-    network.train(training)
-    for module in pinned:
-        module.training = False
-
-
 def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
     """Let the blocks find out what crosses the cuts, and which blocks draw random numbers or overwrite their inputs."""
     samples = len(pytree.tree_leaves(x)[0])
@@ -179,23 +171,30 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
                 f"network: block {number}, {names}, takes one tensor with the samples in front, and block {number - 1} "
                 "returns something else"
             )
-        copied = copy.deepcopy(module).to(expected.device)
+        copied, pinned = copy.deepcopy((module, layer.pinned if layer else []))
+        copied.to(expected.device)
         if layer is not None:
             layer.overwrites_inputs = False
-        returned = [_call(copied, value, layer, training=False) for value in values]
+        set_mode(copied, False, pinned)
+        returned = [_call(copied, value, layer) for value in values]
         is_trained = is_trained or any(p.requires_grad for p in module.parameters())
         by_gradient = number < len(blocks) and (not is_trained or (layer is not None and layer.hands_on_arguments))
         crossing.learn(returned[0], returned[-1], samples, number, _has_gradient if by_gradient else _is_floating)
+        if number == len(blocks) and not crossing.has_samples:
+            shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
+            raise ValueError(
+                f"network: its outputs for {samples} samples are {shapes}; they must have an axis of samples"
+            )
         if layer is not None and samples > 1:
             before = _random_state(expected.device)
-            _call(copied, values[0], layer, training=True)
+            set_mode(copied, True, pinned)
+            _call(copied, values[0], layer)
             layer.is_random = not torch.equal(before, _random_state(expected.device))
         values = [_handed_on(crossing, value, samples - i) for i, value in enumerate(returned)]
 
 
-def _call(module: nn.Module, value: Any, layer: ModuleLayer | None, training: bool) -> Any:
+def _call(module: nn.Module, value: Any, layer: ModuleLayer | None) -> Any:
     """Return what a block returns, with a graph of autograd, and note whether it overwrites its inputs."""
-    _set_mode(module, training)
     with torch.enable_grad():
         inputs = pytree.tree_map_only(Tensor, torch.clone, value)
         tensors = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
@@ -243,8 +242,6 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
                     "layers of the network; a hook, a subclass, or a forward that asks for its mode or for numbers of "
                     "samples changes what they do"
                 )
-    if z.shape[1] != len(pytree.tree_leaves(x)[0]):
-        raise ValueError(f"network: makes outputs {list(z.shape[1:])} of {len(x)} samples, which must come first")
     return z[0]
 
 

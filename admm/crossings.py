@@ -57,6 +57,11 @@ class Crossing:
         is_one = len(leaves) == 1 and self._axes == (0,) and leaves[0].shape[0] == samples
         self.is_known, self.is_plain = True, is_one
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether there are variables, and each has an axis of the samples."""
+        return len(self._axes) > 0 and None not in self._axes
+
     def pack(self, value: Any, samples: int) -> tuple[Tensor, Rest]:
         """Return the coupling variable [n, ...] of what a block has returned for n samples, and the rest."""
         leaves = pytree.tree_leaves(value)

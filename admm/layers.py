@@ -161,6 +161,11 @@ class ModuleLayer(Layer):
         before, after: what crosses the cuts around the block.
         hands_on_arguments: whether a tuple that the module returns is the next module's arguments, not one of them.
         casts: types of parameters and buffers that are stored in another one, by name.
+
+    Attributes:
+        pinned: modules that are in evaluation mode while the network is in training mode; they stay there.
+        overwrites_inputs: whether the module changes its arguments in place, so that it gets copies.
+        is_random: whether it draws random numbers in training.
     """
 
     def __init__(
@@ -182,7 +187,7 @@ class ModuleLayer(Layer):
         self._settings = _compiler_settings if execution.compile else nullcontext
         self._parameter_names = {name for kind, name, _ in tensors_of(module) if kind == "parameters"}
         self._shared: dict[torch.device, ParamDict] = {}
-        self._pinned = [m for m in module.modules() if module.training and not m.training]
+        self.pinned = pinned_modules(module)
         self._needs_contiguous = any(map(_is_strided_pointwise, module.modules()))
 
     def forward(self, theta: ParamDict, x: Any, inplace: bool, visit: Visit) -> Tensor:
@@ -261,10 +266,7 @@ class ModuleLayer(Layer):
         return views
 
     def _set_mode(self, training: bool) -> None:
-        """Set training or evaluation mode, except where the network's owner has pinned a module to evaluation."""
-        self.module.train(training)
-        for module in self._pinned:
-            module.training = False
+        set_mode(self.module, training, self.pinned)
 
     def _evaluate(self, views: ParamDict, positional: tuple[Any, ...], keyword: dict[str, Any]) -> Any:
         """Return what the module returns for one replica; in training its buffers in `views` change."""
@@ -321,6 +323,18 @@ def _is_strided_pointwise(module: nn.Module) -> bool:
     """Whether a module is a strided 1×1 convolution: blocks with one are not evaluated in channels-last on a CPU, where
     oneDNN corrupts memory for some of them (PyTorch 2.14.1)."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
+
+
+def set_mode(module: nn.Module, training: bool, pinned: Sequence[nn.Module]) -> None:
+    """Set training or evaluation mode; the modules in `pinned` stay in evaluation mode."""
+    module.train(training)
+    for inner in pinned:
+        inner.training = False
+
+
+def pinned_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that are in evaluation mode, if a network is in training mode."""
+    return [inner for inner in module.modules() if module.training and not inner.training]
 
 
 @contextmanager

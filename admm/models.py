@@ -161,7 +161,9 @@ def initialiser(name: str, bias: float | None = 0.0, **options: float) -> Callab
 
 
 def _is_drawn_and_same(parameter: Tensor, before: Tensor) -> bool:
-    return parameter.requires_grad and torch.equal(parameter, before) and not bool((before == before.flatten()[:1]).all())
+    return (
+        parameter.requires_grad and torch.equal(parameter, before) and not bool((before == before.flatten()[:1]).all())
+    )
 
 
 def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Module], None]) -> None:

@@ -1,11 +1,12 @@
-"""Hyperparameters that are a number, one number per replica, or a cosine schedule of either over the run."""
+"""Hyperparameters that are a number, one number per replica, or a schedule of either over the run."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from admm.numbers import is_number, plain
 
 Number = float | Sequence[float]  # a scalar, or one value per replica [S]; arrays and tensors are sequences, too
-Value = Number | Mapping[str, Any]  # or {"start": Number, "end": Number}
+# A number, {"start": Number, "end": Number}, or a function of the progress from 0 to 1.
+Value = Number | Mapping[str, Any] | Callable[[float], Number]
 BlockValue = Value  # or {"blocks": [Value, …]}, one per block
 
 
@@ -45,26 +47,62 @@ class Schedule:
         return self.end + (self.start - self.end) * weight
 
 
+@dataclass(frozen=True)
+class OwnSchedule(Schedule):
+    """A value that a function gives.
+
+    Args:
+        start, end: its values at the progress 0 and 1.
+        at: the value, a number or a tensor [S], at a progress in [0, 1].
+    """
+
+    at: Callable[[float], float | Tensor]
+
+    @property
+    def largest(self) -> float:
+        """The largest value of all replicas at a progress of 0, 0.01, …, 1."""
+        return max(float(torch.as_tensor(self.at(percent / 100)).max()) for percent in range(101))
+
+    def __call__(self, progress: float) -> float | Tensor:
+        return self.at(min(progress, 1.0))
+
+
 def schedule(name: str, value: Value, replicas: int) -> Schedule:
     """Return the schedule that the `value` of the hyperparameter `name` stands for.
 
     Args:
         name: the argument that an error names.
-        value: a number; S numbers; or {"start": …, "end": …} with either.
+        value: a number; S numbers; {"start": …, "end": …} with either, for half a cosine; or a function that returns
+            either for the progress of the run, a number from 0 to 1.
         replicas: S.
 
     Raises:
-        ValueError: for another value, or a number below 0.
+        ValueError: for another value, or a number below 0 or not finite. The values of a function are checked as they
+            are used, those at 0 and 1 at once.
 
     >>> schedule("step", {"start": [0.1, 0.2], "end": 0.0}, replicas=2)(0.5)
     tensor([0.0500, 0.1000], dtype=torch.float64)
+
+    A function that warms up for a tenth of the run and then follows a cosine, for `step_size=warm_up`:
+
+    >>> def warm_up(progress):
+    ...     return 0.1 * min(10 * progress, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9))
+    >>> [round(schedule("step", warm_up, replicas=1)(progress), 3) for progress in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    [0.0, 0.05, 0.1, 0.05, 0.0]
     """
+    if callable(value):
+        at = partial(_value_at, name, value, replicas)
+        return OwnSchedule(at(0.0), at(1.0), at)
     if not isinstance(value, Mapping):
         number = per_replica(name, value, replicas)
         return Schedule(number, number)
     if set(value) != {"start", "end"}:
         raise ValueError(f"{name}: a schedule is {{'start': …, 'end': …}}, got {dict(value)}")
     return Schedule(*(per_replica(f"{name}.{k}", value[k], replicas) for k in ("start", "end")))
+
+
+def _value_at(name: str, function: Callable[[float], Number], replicas: int, progress: float) -> float | Tensor:
+    return per_replica(f"{name}: at progress {progress:g}", function(progress), replicas)
 
 
 def block_values(name: str, value: Any, blocks: int) -> list[Any]:
@@ -141,4 +179,6 @@ def warn_beyond_horizon(optimizer: object, iterations: int) -> None:
 
 
 def _is_scheduled(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("end" in value or any(map(_is_scheduled, value.get("blocks", ()))))
+    if isinstance(value, Mapping):
+        return "end" in value or any(map(_is_scheduled, value.get("blocks", ())))
+    return callable(value)

@@ -112,6 +112,7 @@ def _parts_of_chain(network: nn.Module, names: Sequence[str], ends: Sequence[int
     for i, j in pairwise([0, *ends, len(names)]):
         layers = tuple(modules[name] for name in names[i:j])
         module = nn.Sequential(*layers)
+        module.training = network.training
         is_trained = is_trained or any(p.requires_grad for p in module.parameters())
         # What nothing trained comes before crosses the cut as it is, which a `ModuleLayer` sees to.
         is_known = all(map(known_layer, layers)) and (is_trained or j == len(names))

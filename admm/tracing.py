@@ -91,6 +91,7 @@ def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -
     for node in [n for n in graph.nodes if n.op == "placeholder" and n.name not in given and n.target not in given]:
         _erase(graph, node)
     for node in list(graph.nodes):
+        node.meta.pop("is_wrapped", None)  # which would make PyTorch register the function by a name it cannot find
         _follow_mode(graph, node)
     return graph
 

@@ -1,18 +1,22 @@
-"""The training loop: times the steps, evaluates, finds diverged replicas, saves and resumes."""
+"""The training loop: times the steps, evaluates, finds diverged replicas, saves, stops and resumes."""
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
-from admm.checkpoints import History, Row, fingerprint, load_checkpoint, save, write_checkpoint
+from admm.callbacks import Callback, StopTraining
+from admm.checkpoints import History, Row, callback_states, fingerprint, load_checkpoint, save, write_checkpoint
 from admm.checks import at_least_one
 from admm.files import remove_leftovers
 from admm.losses import SquaredError
@@ -27,16 +31,17 @@ _EVAL_BATCH_IMAGES, _EVAL_BATCH_VECTORS, _EVAL_ROWS_ALL_REPLICAS = 128, 2000, 80
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
-    """Return the scores of a forward pass in evaluation mode, for the training samples and a test set.
+    """Return the scores of a forward pass in evaluation mode, for the training samples and other sets.
 
     Args:
         problem: the training samples, the blocks and the loss.
         theta: parameters of S replicas.
-        test: inputs [M, ...] and targets or class indices, or None.
+        test: a test set, which is inputs [M, ...] and targets or class indices; several sets by name, such as
+            `{"valid": (x, y), "test": (x2, y2)}`; or None.
 
     Returns:
-        Scores [S] of the training samples (`train_…`) and the test set (`test_…`): `loss`, the mean of J with its scale
-        over the samples, and where the targets are
+        Scores [S] of the training samples (`train_…`), the test set (`test_…`) or each set of a name (`valid_…`):
+        `loss`, the mean of J with its scale over the samples, and where the targets are
 
         - one class per sample, or per position of it: `accuracy`, the percentage whose largest output is the class;
         - several labels per sample, 0 or 1 (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, the percentage of the
@@ -47,18 +52,26 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
         For targets of other losses there is no further score.
 
     Raises:
-        ValueError: for a test set that does not fit.
+        ValueError: for a set that does not fit, and for a name of one that is no text or "train".
     """
-    values = {f"train_{name}": value for name, value in _scores(problem, theta, problem.x, problem.y).items()}
-    if test is not None:
-        if not isinstance(test, tuple | list) or len(test) != 2:
-            raise ValueError(f"test: a {type(test).__name__} is no pair of inputs and targets")
+    sets = {"train": (problem.x, problem.y)} | dict(_other_sets(problem, test))
+    scores = {part: _scores(problem, theta, x, y) for part, (x, y) in sets.items()}
+    return {f"{part}_{name}": value for part, values in scores.items() for name, value in values.items()}
+
+
+def _other_sets(problem: Problem, test: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield the name and the samples, in the form of the training samples, of each set in the `test` of `evaluate`."""
+    is_named = isinstance(test, Mapping)
+    for name, pair in (test if is_named else {} if test is None else {"test": test}).items():
+        place = f"test[{name!r}]" if is_named else "test"
+        if not isinstance(name, str) or name == "train":
+            raise ValueError(f"{place}: the name of a set must be text, and 'train' is that of the training samples")
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{place}: a {type(pair).__name__} is no pair of inputs and targets")
         try:
-            x, y = problem.samples(*test)
+            yield name, problem.samples(*pair)
         except ValueError as error:
-            raise ValueError(f"test: {error}") from None
-        values |= {f"test_{name}": value for name, value in _scores(problem, theta, x, y).items()}
-    return values
+            raise ValueError(f"{place}: {error}") from None
 
 
 def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -119,31 +132,41 @@ def train(
     problem: Problem,
     optimizer: Optimizer[StateT],
     state: StateT,
-    iterations: int,
+    iterations: int | None = None,
     test: Any = None,
     evaluate_every: int = 1,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
-    observe: Callable[[list[Row], History], None] = lambda rows, history: None,
+    callbacks: Sequence[Callback] = (),
     measure: Callable[[Problem, Parameters, Any], dict[str, Tensor]] = evaluate,
     keep_last: bool = False,
 ) -> History:
-    """Train for `iterations` steps of the optimizer.
+    """Train until the optimizer has done `iterations` steps.
 
     Evaluation takes place before the first iteration, every `evaluate_every` iterations and after the last one; only
     `optimizer.step` is timed.
+
+    With a checkpoint, Ctrl-C takes effect after the iteration under way, when the checkpoint has been written; a second
+    one at once.
 
     Args:
         problem: what is trained on.
         optimizer: the algorithm.
         state: the state that `optimizer.init` has returned; it is trained in place.
-        iterations: the number of iterations, those before a resume included.
-        test: inputs [M, ...] and class indices [M] or targets; None; or what another `measure` takes.
+        iterations: the number of iterations, those before a resume included; None means the optimizer's `iterations`,
+            at which its schedules end.
+        test: a test set, inputs [M, ...] and class indices [M] or targets; several sets by name, such as
+            `{"valid": (x, y), "test": (x2, y2)}`, for quantities `valid_…` and `test_…`; None; or what another
+            `measure` takes.
         evaluate_every: iterations between two evaluations.
         checkpoint: a file for the state and the history. A run that finds such a file goes on from it as if it had not
             been interrupted.
         checkpoint_seconds: the least time between two checkpoints.
-        observe: a function that gets the rows of each evaluation and the history; at a resume, all rows so far.
+        callbacks: functions of the problem, the state, the history and the rows of an evaluation, called after each one
+            in turn; at a resume, at once with all rows so far. They leave the state as it is. One that raises
+            `admm.callbacks.StopTraining` ends training when the others have been called and the checkpoint, if any, is
+            written. What a callback's `state_dict()` returns is kept in checkpoints, and given to its
+            `load_state_dict` at a resume, before the call.
         measure: a function that returns `train_loss` and other quantities [S] of the parameters.
         keep_last: whether a checkpoint is written at the end, too.
 
@@ -153,7 +176,8 @@ def train(
     Raises:
         CheckpointError: if the checkpoint is damaged, after more iterations, or of another run (see
             `admm.checkpoints.fingerprint`).
-        ValueError: for samples or targets that do not fit, and for a step that does not count its iteration.
+        ValueError: for samples or targets that do not fit, no number of iterations, and for a step that does not count
+            its iteration.
         TypeError: for a state that lacks a field or cannot be saved, and for a step that returns no state.
         WriteError: if the checkpoint cannot be written.
 
@@ -167,12 +191,13 @@ def train(
     >>> problem = Problem(x, 2 * x + 1, blocks, SquaredError(), initialiser("normal", std=0.1))
     >>> optimizer = Backprop(iterations=30, theta_update=SGD(), step_size=0.5, batch_size=4)
     >>> state = optimizer.init(problem, seeds=[0, 1])
-    >>> history = train(problem, optimizer, state, iterations=30, evaluate_every=30)
+    >>> history = train(problem, optimizer, state, evaluate_every=30)
     >>> [f"{row['train_loss']:.3f}" for row in history.rows if row["iteration"] == 30]
     ['0.000', '0.000']
     >>> problem.blocks.export(state.theta, replica=1)(x[:2]).detach().flatten()
     tensor([-1.0000, -0.4286], dtype=torch.float64)
     """
+    iterations = _horizon(optimizer) if iterations is None else iterations
     _check(iterations, evaluate_every, checkpoint_seconds)
     check_state(optimizer, state)
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
@@ -183,27 +208,89 @@ def train(
         warn_of_label_leak(optimizer, history.rows)
         return rows
 
+    def stops(rows: list[Row]) -> bool:
+        """Call the callbacks, and return whether one of them ends training."""
+        stopped = False
+        for callback in callbacks:
+            try:
+                callback(problem, state, history, rows)
+            except StopTraining:
+                stopped = True
+            except KeyboardInterrupt:
+                interrupt.has_come = True
+        return stopped
+
     warn_beyond_horizon(optimizer, iterations)
     if path is not None:
         remove_leftovers(path)
-        save(state)  # raises at once where it could not be saved
+        save(state), callback_states(callbacks)  # raise at once where these could not be saved
         made_by = fingerprint(problem, optimizer, state, test=test, measure=measure, evaluate_every=evaluate_every)
-    if path is not None and path.exists():
-        load_checkpoint(path, made_by, state, history, iterations)
-        observe(history.rows, history)
-    else:
-        observe(evaluation(), history)
-    last_write = time.monotonic()
-    while state.iteration < iterations and len(history.diverged) < len(state.seeds):
-        history.seconds += timed_step(problem, optimizer, state)
-        at_end = state.iteration == iterations
-        if at_end or state.iteration % evaluate_every == 0:
-            observe(evaluation(), history)
-        is_due = time.monotonic() - last_write >= checkpoint_seconds or (keep_last and at_end)
-        if path is not None and is_due:
-            write_checkpoint(path, made_by, state, history)
-            last_write = time.monotonic()
+    with _HeldInterrupt(path is not None) as interrupt:
+        if path is not None and path.exists():
+            load_checkpoint(path, made_by, state, history, iterations, callbacks)
+            written, stopped = state.iteration, stops(history.rows)
+        else:
+            written, stopped = -1, stops(evaluation())
+        last_write = time.monotonic()
+        while (
+            not (stopped or interrupt.has_come) and state.iteration < iterations and not _all_diverged(history, state)
+        ):
+            history.seconds += timed_step(problem, optimizer, state)
+            if state.iteration == iterations or state.iteration % evaluate_every == 0:
+                stopped = stops(evaluation())
+            if path is not None and time.monotonic() - last_write >= checkpoint_seconds:
+                write_checkpoint(path, made_by, state, history, callbacks)
+                written, last_write = state.iteration, time.monotonic()
+        if path is not None and written < state.iteration and (stopped or interrupt.has_come or keep_last):
+            write_checkpoint(path, made_by, state, history, callbacks)
     return history
+
+
+class _HeldInterrupt:
+    """A context that holds Ctrl-C back until its end, so that it comes upon whole states; a second one comes at once.
+
+    In a thread other than the main one, and where Ctrl-C does not raise KeyboardInterrupt, nothing changes.
+
+    Args:
+        holds: whether it is held back at all.
+
+    Attributes:
+        has_come: whether there was a Ctrl-C, so that the context is to be left soon.
+    """
+
+    def __init__(self, holds: bool) -> None:
+        self.has_come, self._holds = False, holds and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        self._holds = self._holds and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._holds:
+            signal.signal(signal.SIGINT, self._come)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.has_come and kind is None:
+            raise KeyboardInterrupt
+
+    def _come(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.has_come = True
+        warnings.warn(
+            "interrupted; this iteration is finished and the checkpoint written first. Interrupt again to end at once",
+            stacklevel=1,  # what has been interrupted is of no interest
+        )
+
+
+def _horizon(optimizer: object) -> int:
+    """Return an optimizer's own number of iterations. Raises ValueError if it has none."""
+    if isinstance(found := getattr(optimizer, "iterations", None), int):
+        return found
+    raise ValueError(f"iterations: None, but {type(optimizer).__name__} has no number of its own; give one")
+
+
+def _all_diverged(history: History, state: State) -> bool:
+    return len(history.diverged) == len(state.seeds)
 
 
 def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> None:

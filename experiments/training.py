@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from admm.callbacks import Callback
 from admm.checkpoints import History, Row
 from admm.data import Dataset
 from admm.files import atomic_write
 from admm.layers import Execution
 from admm.losses import one_hot
-from admm.optimizers import Optimizer, Problem
+from admm.optimizers import Optimizer, Problem, State
 from admm.training import train
 from experiments.errors import one_sample_in_words, user_errors
 from experiments.jobs import Job, first_few
@@ -44,7 +45,7 @@ def train_or_resume(
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: {job.info['method']} trains nothing; it is for experiment=lfw_proxy")
         state = optimizer.init(problem, job.info["seeds"])
-    with one_sample_in_words(), observer.watch(config, job) as observe:
+    with one_sample_in_words(), observer.watch(config, job) as callback:
         history = train(
             problem,
             optimizer,
@@ -54,7 +55,7 @@ def train_or_resume(
             config.evaluate_every,
             job.slot.checkpoint,
             config.checkpoint_seconds,
-            observe,
+            [callback],
             **options,
         )
     return state, history
@@ -73,16 +74,15 @@ class Observer:
     names: Sequence[str] | None = None
 
     @contextmanager
-    def watch(self, config: DictConfig, job: Job) -> Iterator[Callable[[list[Row], History], None]]:
-        """Open the logger and the progress for a run. Yields the function that `admm.training.train` takes as
-        `observe`."""
+    def watch(self, config: DictConfig, job: Job) -> Iterator[Callback]:
+        """Open the logger and the progress for a run. Yields a callback for `admm.training.train`."""
         self.logger.open(job.info, job.config)
         write_start_record(job.slot, job.info)
         names = self.names or [f"seed {seed}" for seed in job.info["seeds"]]
         reported: set[int] = set()
         bar = RunProgress(job.slot.name, config.iterations, config.progress, self.quantity.replace("_", " "))
 
-        def observe(rows: list[Row], history: History) -> None:
+        def observe(problem: Problem, state: State, history: History, rows: list[Row]) -> None:
             self.logger.log(rows)
             for replica in history.diverged.keys() - reported:
                 iteration = history.diverged[replica]

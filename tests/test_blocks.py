@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from admm.blocks import Blocks, Parameters, split
+from admm.comparison import outputs_of
 from admm.models import initialiser, mlp
 from admm.splitting import layer_names
 from admm.visits import Visit
@@ -146,7 +147,7 @@ def test_running_statistics_move_with_the_parameters_gradient_alone():
     blocks, x = whole(NETWORKS["batch normalisation"][0]()), inputs(1, 4, 4)
     theta = stack(blocks)
     before, gradient = theta.buffers.clone(), blocks.parameters(torch.empty_like(theta.flat))
-    assert theta.buffers.shape == (3, 4) and gradient.buffers.shape == (3, 0)
+    assert theta.buffers.shape == (3, 5) and gradient.buffers.shape == (3, 0)
     blocks[0].forward(theta.blocks[0], x, Visit(range(len(x))))
     for training in (False, True):
         output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x)), training=training))
@@ -161,10 +162,16 @@ def test_running_statistics_move_with_the_parameters_gradient_alone():
         torch.testing.assert_close(theta.buffers[s], blocks.flatten(network, "buffers"), rtol=1e-12, atol=1e-12)
 
 
-def test_an_average_over_all_steps_is_refused_by_name():
+def test_an_average_over_all_steps_is_pytorch_s():
     network = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3), norm=nn.BatchNorm2d(2, momentum=None)))
-    with pytest.raises(ValueError, match=r"layer 'norm' \(BatchNorm2d\) averages over all steps; give it a momentum"):
-        whole(network)
+    blocks = whole(network)
+    theta, twin = stack(blocks), blocks.export(stack(blocks), 1).train()
+    for x in (inputs(1, 4, 4), inputs(1, 4, 4) + 1.0, inputs(1, 4, 4) * 2.0):
+        output, record = blocks[0].linearize(theta.blocks[0], x, Visit(SEEDS))
+        blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient(theta).blocks[0], needs_input_grad=False)
+        twin(x[1])
+    assert theta.buffers[1, -1] == 3.0
+    torch.testing.assert_close(theta.buffers[1], blocks.flatten(twin, "buffers"), rtol=1e-12, atol=1e-12)
 
 
 def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
@@ -177,34 +184,155 @@ def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
     torch.testing.assert_close(theta.buffers[:, 0], 0.1 * x.flatten(1).mean(1))
 
 
-def test_dropout_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"layer '0' \(Dropout\) draws random numbers in each evaluation"):
-        whole(nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+RANDOM = {
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout()), (4,)),
+    "RReLU": (lambda: nn.Sequential(nn.RReLU(), nn.Linear(4, 4)), (4,)),
+    "transformer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.3, batch_first=True)), (3, 4)),
+    "a function": (lambda: nn.Sequential(nn.Linear(4, 4), Dropping()), (4,)),
+}
 
 
-@pytest.mark.parametrize("layer", [nn.RReLU(), nn.TransformerEncoderLayer(4, 2, 8, 0.1), nn.LSTM(4, 4, 2, dropout=0.1)])
-def test_other_layers_that_draw_are_refused(layer):
-    with pytest.raises(ValueError, match=r"layer '0' \(\w+\) draws random numbers in each evaluation"):
-        whole(nn.Sequential(layer, nn.Linear(4, 2)))
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.Dropout(0.0), nn.TransformerEncoderLayer(4, 2, 8, 0.0), nn.MultiheadAttention(4, 2)]
-)
-def test_without_a_probability_nothing_is_drawn(layer):
-    whole(nn.Sequential(layer, nn.Linear(4, 2)))
+@pytest.mark.parametrize("make, shape", RANDOM.values(), ids=RANDOM)
+def test_random_layers_draw_from_seed_visit_and_block(make, shape):
+    blocks, x = split(nn.Sequential(make(), make()), after=["0"]), inputs(*shape)
+    x = x[:1].expand_as(x)
+    theta, state = stack(blocks, (0, 0, 0)), torch.get_rng_state()
+
+    def evaluated(seeds, counter=(3, 1), t=0, inputs=x):
+        return blocks[t].forward(theta.blocks[t], inputs, Visit(seeds, counter))
+
+    first = evaluated((0, 1, 0))
+    recorded, _ = blocks[0].linearize(theta.blocks[0], x, Visit((0, 1, 0), (3, 1)))
+    assert torch.equal(first, evaluated((0, 1, 0)))
+    torch.testing.assert_close(first, recorded, rtol=1e-12, atol=1e-12)
+    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])  # by seed, not by replica
+    assert not torch.equal(first, evaluated((0, 1, 0), counter=(3, 2)))
+    assert torch.equal(torch.get_rng_state(), state)
+    outputs = [block.forward([dict(views)], x, Visit((0, 0, 0))) for block in blocks for views in theta.blocks[0]]
+    assert not torch.equal(*outputs)  # of the same parameters in another block
+    quiet = Visit((0, 1, 0), training=False)
+    assert torch.equal(blocks[0].forward(theta.blocks[0], x, quiet)[0], blocks[0].forward(theta.blocks[0], x, quiet)[1])
+    torch.testing.assert_close(blocks.forward(theta, x)[0], blocks.export(theta)(x[0]), rtol=1e-12, atol=1e-12)
 
 
-def test_a_layer_that_is_not_to_be_trained_is_refused_by_name():
-    network = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
-    with pytest.raises(ValueError, match=r"layer '0' .Linear. has parameters with requires_grad=False"):
-        whole(network)
+def test_a_draw_is_pytorch_s_after_the_seed_of_the_visit():
+    """Also where the vector-Jacobian product is of the outputs that were dropped."""
+    blocks, x = whole(nn.Sequential(nn.Linear(4, 4), nn.Dropout())), inputs(4)
+    theta, visit = stack(blocks), Visit(SEEDS, (7,))
+    output, record = blocks[0].linearize(theta.blocks[0], x, visit)
+    product = blocks[0].vjp(theta.blocks[0], record, torch.ones_like(output))
+    for s in range(len(SEEDS)):
+        network, leaf = blocks.export(theta, s).train(), x[s].clone().requires_grad_()
+        torch.manual_seed(visit.draws(s, block=1))
+        expected = network(leaf)
+        expected.sum().backward()
+        torch.testing.assert_close(output[s], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(product[s], leaf.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", [nn.ELU(inplace=True), nn.SiLU(inplace=True)])
-def test_an_in_place_activation_is_refused(activation):
-    with pytest.raises(ValueError, match=f"layer '0' .{type(activation).__name__}. overwrites its input"):
-        whole(nn.Sequential(activation, nn.Linear(6, 5)))
+def test_frozen_parameters_are_the_network_s_and_not_among_the_trained():
+    network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)).double()
+    network(torch.randn(5, 3, dtype=torch.float64))  # which moves the running statistics
+    network[:2].requires_grad_(False)
+    for blocks in (split(network, after=["2"]), whole(network)):
+        theta, x = stack(blocks), torch.randn(len(SEEDS), 7, 3, dtype=torch.float64)
+        assert blocks.parameter_slices() == {"3.weight": slice(0, 6), "3.bias": slice(6, 8)}
+        torch.testing.assert_close(theta.buffers[0, :3], network[1].running_mean, rtol=0.0, atol=0.0)
+        exported = blocks.export(theta, 1)
+        assert torch.equal(exported[0].weight, network[0].weight) and not torch.equal(
+            exported[3].weight, network[3].weight
+        )
+        torch.testing.assert_close(blocks.forward(theta, x)[1], exported(x[1]), rtol=1e-12, atol=1e-12)
+        assert len(blocks) == 1 or blocks.crossings[0].is_plain
+
+
+def test_a_module_that_is_pinned_to_evaluation_stays_there():
+    network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    network[1].eval()
+    blocks, x = whole(network), torch.randn(1, 7, 3, dtype=torch.float64)
+    theta = stack(blocks, (0,))
+    output, record = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+    torch.testing.assert_close(output[0], blocks.export(theta)(x[0]), rtol=1e-12, atol=1e-12)
+    before = theta.buffers.clone()
+    blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient(theta).blocks[0])
+    assert torch.equal(theta.buffers, before) and network.training
+
+
+@pytest.mark.parametrize("activation", [nn.ELU(inplace=True), nn.SiLU(inplace=True), nn.ReLU(inplace=True)])
+def test_an_in_place_activation_does_not_overwrite_the_coupling_variable(activation):
+    blocks = split(nn.Sequential(nn.Tanh(), nn.Linear(6, 6), activation, nn.Linear(6, 5)), after=["1"])
+    theta, z = stack(blocks), inputs(6)
+    before = z.clone()
+    for _ in range(2):  # before and after a problem has seen what the block does
+        output, record = blocks[1].linearize(theta.blocks[1], z, Visit(SEEDS))
+        blocks[1].vjp(theta.blocks[1], record, output)
+        blocks[1].forward(theta.blocks[1], z, Visit(SEEDS))
+        assert torch.equal(z, before)
+        outputs_of(blocks, z[0].float())
+
+
+def test_layers_that_share_a_parameter_have_the_sum_of_their_gradients():
+    """Two linear layers, and such a pair among other modules, in one block and in two."""
+    for middle, after in ((nn.ReLU, []), (nn.ReLU, ["0"]), (nn.Tanh, []), (nn.Tanh, ["1"])):
+        network = nn.Sequential(nn.Linear(4, 4), middle(), nn.Linear(4, 4)).double()
+        network[2].weight = network[0].weight
+        blocks, x = split(network, after=after), inputs(4)
+        theta = stack(blocks)
+        assert theta.flat.shape == (3, 24) and list(blocks.parameter_slices()) == ["0.weight", "0.bias", "2.bias"]
+        visit, z, records = Visit(SEEDS), x, []
+        for block, views in zip(blocks, theta.blocks, strict=True):
+            z, record = block.linearize(views, z, visit)
+            records.append(record)
+        gradient, grad = blocks.gradient(theta), torch.ones_like(z)
+        for t in reversed(range(len(blocks))):
+            grad = blocks[t].vjp(theta.blocks[t], records[t], grad, gradient.blocks[t])
+        exported = blocks.export(theta, 1)
+        assert exported[2].weight is exported[0].weight
+        exported(x[1]).sum().backward()
+        expected = torch.cat([p.grad.flatten() for p in exported.parameters()])
+        torch.testing.assert_close(gradient.total()[1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_of_several_types_keep_them():
+    network = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), b=Wide(4, 2)))
+    blocks, x = whole(network), inputs(4).float()
+    assert blocks.dtype == torch.float64
+    theta = blocks.initial(SEEDS, initialiser("pytorch"), like=torch.zeros(0, dtype=blocks.dtype))
+    exported = blocks.export(theta, 1)
+    assert exported.a.weight.dtype == torch.float32 and exported.b.weight.dtype == torch.float64
+    torch.testing.assert_close(blocks.forward(theta, x)[1], exported(x[1]))
+    output, record = blocks[0].linearize(theta.blocks[0], x, Visit(SEEDS))
+    gradient = blocks.gradient(theta)
+    blocks[0].vjp(theta.blocks[0], record, torch.ones_like(output), gradient.blocks[0])
+    exported.train()(x[1]).sum().backward()
+    expected = torch.cat([p.grad.double().flatten() for p in exported.parameters()])
+    torch.testing.assert_close(gradient.total()[1], expected, rtol=1e-5, atol=1e-6)
+
+
+class Wide(nn.Linear):
+    """In float64, whatever it is given."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
+
+
+def test_the_steps_of_batch_normalisation_in_bfloat16_are_counted():
+    network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).bfloat16()
+    network[1].num_batches_tracked.fill_(1000)  # which bfloat16 could not count on from
+    blocks = whole(network)
+    theta = blocks.initial([0], lambda module: None, like=torch.zeros(0, dtype=torch.bfloat16))
+    output, record = blocks[0].linearize(theta.blocks[0], torch.randn(1, 5, 3).bfloat16(), Visit([0]))
+    blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient(theta).blocks[0])
+    exported = blocks.export(theta)
+    assert exported[1].num_batches_tracked == 1001 and exported[0].weight.dtype == torch.bfloat16
 
 
 def test_an_in_place_relu_does_not_overwrite_the_input():
@@ -313,9 +441,14 @@ def test_a_wrong_cut_is_refused_by_name(options, message):
     assert message in str(error.value)
 
 
-def test_only_a_sequential_can_be_cut():
-    with pytest.raises(TypeError, match=r"only an nn\.Sequential of layers can be cut into blocks, got Linear"):
-        split(nn.Linear(2, 2), per_layer=True)
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"network: a str is no nn\.Module, nor a list of them"):
+        split("resnet18", after=["layer1"])
+
+
+def test_a_module_that_is_no_sequential_is_cut_by_name_alone():
+    with pytest.raises(ValueError, match=r"a TransformerEncoderLayer is cut by after=.*, such as self_attn, linear1"):
+        split(nn.TransformerEncoderLayer(4, 2), per_layer=True)
 
 
 # --- parameters

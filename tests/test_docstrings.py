@@ -15,13 +15,14 @@ import admm
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(admm.__path__, "admm.") if not is_package]
 WITH_EXAMPLES = {
     "admm.blocks": ["split"],
+    "admm.callbacks": ["EarlyStopping"],
     "admm.checkpoints": ["save"],
     "admm.losses": ["SquaredError", "CrossEntropy", "BinaryCrossEntropy", "Hinge", "FunctionLoss"],
     "admm.optimizers.backprop": ["Backprop"],
     "admm.optimizers.bcd": ["BCD"],
     "admm.optimizers.dladmm": ["DLADMM"],
     "admm.optimizers.protocol": ["Problem"],
-    "admm.optimizers.rules": ["Adam", "SGD"],
+    "admm.optimizers.rules": ["Adam", "SGD", "Clipped", "Grouped", "Averaged"],
     "admm.optimizers.standard_admm": ["StandardADMM"],
     "admm.optimizers.taylor": ["Taylor"],
     "admm.schedules": ["Schedule", "schedule", "block_values"],

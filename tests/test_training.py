@@ -83,21 +83,20 @@ class Killed(Exception):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("stop", "every"), [(1, 1), (4, 1), (4, 2), (6, 4)])
 def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, every: int, tmp_path: Path) -> None:
-    def kill(rows: list[Row], history: History) -> None:
+    def kill(problem: Problem, state: Any, history: History, rows: list[Row]) -> None:
         if rows[-1]["iteration"] == stop:
             raise Killed
 
     optimizer, checkpoint = OPTIMIZERS[name], tmp_path / "new" / "checkpoint.pt"
     whole_state, whole = run(problem, optimizer, SEEDS, 6, test_of(problem), every)
     with pytest.raises(Killed):
-        run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, kill)
+        run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, [kill])
     assert checkpoint.exists() == (stop > 1)
     if checkpoint.exists():  # of the iteration before, whether it was evaluated or not
         assert read_checkpoint(checkpoint)["state"]["iteration"] == stop - 1
     observed: list[Row] = []
-    state, resumed = run(
-        problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, lambda rows, _: observed.extend(rows)
-    )
+    callbacks = [lambda problem, state, history, rows: observed.extend(rows)]
+    state, resumed = run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, callbacks)
     assert torch.equal(state.theta.flat, whole_state.theta.flat)
     without_time = [{k: v for k, v in row.items() if k != "seconds"} for row in resumed.rows]
     assert without_time == [{k: v for k, v in row.items() if k != "seconds"} for row in whole.rows]

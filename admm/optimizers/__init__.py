@@ -9,7 +9,7 @@ from admm.optimizers.dladmm import DLADMM
 from admm.optimizers.gotmare import Gotmare
 from admm.optimizers.online_block_admm import OnlineBlockADMM
 from admm.optimizers.protocol import Optimizer, Problem, State
-from admm.optimizers.rules import SGD, Adam, UpdateRule
+from admm.optimizers.rules import SGD, Adam, Averaged, Clipped, Group, Grouped, UpdateRule
 from admm.optimizers.standard_admm import StandardADMM
 from admm.optimizers.taylor import Taylor
 
@@ -19,10 +19,14 @@ __all__ = [
     "SGD",
     "Adam",
     "AdaptivePenalty",
+    "Averaged",
     "Backprop",
     "BlockADMM",
+    "Clipped",
     "DeepFacto",
     "Gotmare",
+    "Group",
+    "Grouped",
     "OnlineBlockADMM",
     "Optimizer",
     "Problem",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of, suited
+from admm.crossings import Crossing
 from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
 from admm.minibatches import gather_shared, minibatches, stateless_rng
 from admm.numbers import plain
@@ -89,6 +90,7 @@ class Problem:
         if y.device != x.device:
             raise ValueError(f"y: is on {y.device}, x on {x.device}; both must be on one device")
         outputs = outputs_of(self.blocks, x)
+        self._check_outputs()
         return self.loss.targets(y, outputs.shape[1:], like=outputs)
 
     @cached_property
@@ -115,6 +117,21 @@ class Problem:
         if self.blocks.execution.precision == "bf16" and x.dtype != torch.float32:
             raise ValueError(f"precision: bf16 is for inputs x of float32, not {x.dtype}")
         return x
+
+    def _check_outputs(self) -> None:
+        """Let a plain function get the network's outputs, if they are several, as the network returns them.
+
+        Raises ValueError for other losses.
+        """
+        crossing = self.blocks.crossings[-1]
+        if len(crossing.shapes) == 1 or isinstance(self.loss, _LossOfSeveral):
+            return
+        if not isinstance(self.loss, FunctionLoss):
+            raise ValueError(
+                f"loss: {type(self.loss).__name__} takes one output, the network returns {len(crossing.shapes)} of them; "
+                "take a plain function of what it returns and the targets"
+            )
+        object.__setattr__(self, "loss", _LossOfSeveral(self.loss.function, crossing))
 
     def _check_loss(self) -> None:
         """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
@@ -248,6 +265,17 @@ class Optimizer(ABC, Generic[StateT]):
     def diagnostics(self, problem: Problem, state: StateT) -> dict[str, Tensor]:
         """Return named quantities [S] for the history, such as constraint residuals; the state stays as it is."""
         return {}
+
+
+@dataclass(frozen=True)
+class _LossOfSeveral(FunctionLoss):
+    """A loss from a function of a structure of outputs, which `crossing` has joined to one tensor."""
+
+    crossing: Crossing
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        one = FunctionLoss(lambda z, y: self.function(self.crossing.outputs(z)[0], y))
+        return one.value(z, y)
 
 
 def check_state(optimizer: object, state: Any) -> None:

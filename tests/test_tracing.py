@@ -1,0 +1,356 @@
+"""Networks that are no chain: where they are cut, what crosses the cuts, and what cannot be traced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from admm.blocks import split
+from admm.losses import CrossEntropy
+from admm.models import as_given
+from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
+from admm.optimizers.coupling import AugmentedLagrangian
+from admm.visits import Visit
+
+LABELS = torch.arange(6) % 3
+
+
+def gaussian(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Base(nn.Module):
+    """Layers a, b, c and d of width 4, and a last one for three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(4))
+            self.last = nn.Linear(4, 3, dtype=torch.float64)
+
+
+class Chain(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.c(self.b(self.a(x).tanh()).tanh()).tanh())
+
+
+class Skips(Base):
+    """One skip connection over one cut and one over all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x).tanh()
+        b = self.b(a).tanh() + a
+        c = self.c(b).tanh()
+        return self.last(self.d(c).tanh() + b + a)
+
+
+class Shapes(Base):
+    """Numbers that are taken from an activation before the cut and used after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        n, d = h.shape
+        h = self.b(h).view(n, 2, d // 2)
+        return self.last(self.c(h.reshape(n, d)))
+
+
+class Detached(Base):
+    """A value that depends on parameters, but has no gradient, crosses the cut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        largest = h.argmax(1)
+        scale = h.detach().abs().sum(1, keepdim=True)
+        return self.last(self.b(h).tanh() * scale + functional.one_hot(largest, 4).double())
+
+
+class Masked(Base):
+    """What depends on the inputs alone crosses both cuts."""
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        mask = (x > 0).double()
+        h = self.b(self.a(x) * mask).tanh()
+        return self.last(self.c(h) * mask * scale)
+
+
+class Moved(Base):
+    """Activations with the samples on the second axis, and joined with another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.view(-1, 2, 4)).transpose(0, 1)  # [2, n, 4]
+        h = self.b(h).tanh()
+        flat = self.c(h.transpose(0, 1).reshape(-1, 4))  # [2n, 4]
+        return self.last(self.d(flat).view(-1, 2, 4).sum(1))
+
+
+class Table(Base):
+    """A product of parameters alone crosses the cut: it has no axis of samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.a.weight @ self.b.weight
+        return self.last(self.c(self.d(x)).tanh() @ table)
+
+
+class Tuples(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.lstm = nn.LSTM(2, 4, batch_first=True, dtype=torch.float64)
+            self.last = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, (h, _) = self.lstm(x.view(-1, 2, 2))
+        return self.last(outputs[:, -1] + h[0])
+
+
+# A network, its cuts, and the width of its coupling variables.
+NETWORKS: dict[str, tuple[type[nn.Module], list[str], list[int]]] = {
+    "chain": (Chain, ["a", "b"], [4, 4]),
+    "skips": (Skips, ["a", "c"], [4, 12]),
+    "shapes": (Shapes, ["a", "b"], [4, 4]),
+    "no gradient": (Detached, ["b"], [4]),
+    "inputs alone": (Masked, ["a", "b"], [4, 4]),
+    "samples elsewhere": (Moved, ["a", "c"], [8, 8]),
+    "parameters alone": (Table, ["d", "c"], [20, 20]),
+    "tuples": (Tuples, ["lstm"], [8]),
+}
+each_network = pytest.mark.parametrize("make, after, widths", NETWORKS.values(), ids=NETWORKS)
+
+
+def problem(make: type[nn.Module], after: list[str], **options) -> Problem:
+    return Problem(
+        gaussian(6, 8 if make is Moved else 4), LABELS, split(make(), after, **options), CrossEntropy(), as_given
+    )
+
+
+@each_network
+def test_blocks_compute_what_the_network_does(make, after, widths):
+    task = problem(make, after)
+    assert len(task.blocks) == len(after) + 1
+    theta = task.initial([0, 1])
+    expected = make()(task.x)
+    torch.testing.assert_close(
+        task.blocks.forward(theta, task.x.expand(2, *task.x.shape))[1], expected, rtol=1e-12, atol=0
+    )
+    few = task.blocks.forward(theta, task.x[None, :3].expand(2, 3, -1))[0]
+    torch.testing.assert_close(few, expected[:3], rtol=1e-12, atol=1e-14)
+    visit = task.visit((0, 1), slice(None))
+    outputs = list(task.blocks.outputs(theta, visit.x, visit))
+    assert [z.flatten(2).shape[2] for z in outputs[:-1]] == widths
+    assert all(z.shape[:2] == (2, 6) for z in outputs)
+    exported = task.blocks.export(theta)
+    assert {k: v.tolist() for k, v in exported.state_dict().items()} == {
+        k: v.tolist() for k, v in make().state_dict().items()
+    }
+
+
+@each_network
+def test_the_step_of_back_propagation_is_pytorch_s(make, after, widths):
+    task, twin = problem(make, after), make()
+    optimizer = Backprop(1, SGD(momentum=0.9), 0.3, batch_size=6)
+    state = optimizer.init(task, [0])
+    rule = torch.optim.SGD(twin.parameters(), 0.3, momentum=0.9)
+    for _ in range(3):
+        optimizer.step(task, state)
+        rule.zero_grad()
+        functional.cross_entropy(twin(task.x), LABELS).backward()
+        rule.step()
+    trained = dict(task.blocks.export(state.theta).named_parameters())
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@each_network
+@pytest.mark.parametrize("method", ["online", "block-admm", "gotmare"])
+def test_for_small_steps_each_block_moves_along_back_propagation(make, after, widths, method):
+    """By a positive factor per block; the step is long, as the factors are small."""
+    zeta, task = 3e-4, problem(make, after)
+    options = {"z_step": zeta, "batch_size": 6}
+    if method == "gotmare":
+        optimizer = Gotmare(1, 1e9, rho=1.0, theta_update=SGD(), **options)
+    else:
+        kind = OnlineBlockADMM if method == "online" else BlockADMM
+        optimizer = kind(1, 1e9, beta=1.0, z_update=ZUpdate("gradient"), theta_update=SGD(), **options)
+    state, start = optimizer.init(task, [0]), task.initial([0])
+    optimizer.step(task, state)
+    moved = start.flat - state.theta.flat
+    twin = make()
+    functional.cross_entropy(twin(task.x), LABELS).backward()
+    gradients, columns = dict(twin.named_parameters()), task.blocks.parameter_slices()
+    for block, views in zip(task.blocks.modules, task.blocks.parameters(moved).blocks, strict=True):
+        names = [name for name, _ in block.named_parameters()]
+        if not names or (make is Table and {"a.weight", "b.weight"} & set(names)):
+            continue
+        ours = torch.cat([moved[0, columns[name]] for name in names])
+        true = torch.cat([gradients[name].grad.flatten() for name in names])
+        assert 1.0 - functional.cosine_similarity(ours, true, dim=0) < 1e-5, names
+        assert views
+
+
+@each_network
+def test_gradients_by_z_are_differences_of_the_lagrangian(make, after, widths):
+    task = problem(make, after)
+    theta, beta = task.initial([0, 1]), torch.tensor([[0.5, 2.0]], dtype=torch.float64).expand(len(after) + 1, 2)
+    visit = task.visit((0, 1), slice(None))
+    z = [output + 0.1 * gaussian(*output.shape) for output in task.blocks.outputs(theta, visit.x, visit)]
+    visit.carried.clear()  # as where Z is stored, and no forward pass comes before
+    lagrangian = AugmentedLagrangian(task, theta, beta, visit, z)
+    for t in range(1, len(z) + 1):
+        direction = gaussian(*z[t - 1].shape)
+        slope = (lagrangian.z_gradient(t) * direction).flatten(1).sum(1)
+        middle, values = lagrangian.z[t - 1], []
+        for step in (1e-6, -1e-6):
+            lagrangian.set_z(t, middle + step * direction)
+            values.append(lagrangian.value())
+        lagrangian.set_z(t, middle)
+        torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-7)
+
+
+def test_an_argument_with_a_default_is_left_out_unless_it_is_named():
+    blocks = split(Masked(), ["b"])
+    assert [node.name for node in blocks.modules[0].graph.nodes if node.op == "placeholder"] == ["x"]
+    named = split(Masked(), ["b"], inputs=["x", "scale"])
+    assert [node.name for node in named.modules[0].graph.nodes if node.op == "placeholder"] == ["x", "scale"]
+    with pytest.raises(ValueError, match=r"inputs: \['y'\] are no arguments of forward, which are x, scale"):
+        split(Masked(), ["b"], inputs=["x", "y"])
+    with pytest.raises(ValueError, match="inputs: the network's forward needs x, too"):
+        split(Masked(), ["b"], inputs=["scale"])
+
+
+class Branching(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.sum() > 0:
+            h = -h
+        return self.last(h)
+
+
+def test_what_cannot_be_traced_names_its_line_and_the_way_out():
+    with pytest.raises(
+        ValueError, match=r"test_tracing.py:\d+, 'if h.sum\(\) > 0:': TraceError: .*split\(\[first, second"
+    ):
+        split(Branching(), ["a"])
+    assert len(split(Branching(), [])) == 1  # which needs no trace
+
+
+def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(4, 4).double(), Branching()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.first(x).tanh())
+
+    task = problem(Outer, ["first"])
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], task.blocks.network(task.x))
+
+
+@pytest.mark.parametrize(
+    "after, message",
+    [
+        (["x"], "after: no module 'x'; the network's children are a, b, c, d, last"),
+        (["b", "a"], r"after: \['b', 'a'\] must name different modules in the order of evaluation"),
+        (["a", "a"], r"after: \['a', 'a'\] must name different modules"),
+        (["d"], "after: the network's forward does not call 'd'"),
+        (["last"], "after: 'last' is the last module, nothing would follow it"),
+    ],
+)
+def test_a_cut_that_is_not_possible_is_refused(after, message):
+    with pytest.raises(ValueError, match=message):
+        split(Chain(), after)
+
+
+def test_a_module_inside_another_one_can_end_a_block():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage, self.last = Chain(), nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.stage(x).tanh())
+
+    blocks = split(Outer(), ["stage.a", "stage"])
+    assert blocks.names == (("stage.a",), ("stage.b", "stage.c", "stage.last"), ("last",))
+    task = Problem(gaussian(6, 4), LABELS, blocks, CrossEntropy(), as_given)
+    torch.testing.assert_close(blocks.forward(task.initial([0]), task.x[None])[0], blocks.network(task.x))
+
+
+class Dropping(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.dropout(self.a(x), 0.5, self.training)
+        return self.last(functional.dropout(self.b(h), p=0.5, training=self.training))
+
+
+def test_functions_follow_the_mode_of_the_block():
+    task = problem(Dropping, ["a"])
+    theta = task.initial([0])
+    torch.testing.assert_close(task.blocks.forward(theta, task.x[None])[0], task.blocks.network.eval()(task.x))
+    outputs = [list(task.blocks.outputs(theta, task.x[None], Visit([0], (k,))))[-1] for k in (1, 1, 2)]
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+class TwoStreams(nn.Module):
+    """A stage that cannot be traced, and hands on two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.left, self.right = nn.Linear(4, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.isnan().any():
+            raise ValueError("NaN")
+        return self.left(x).tanh(), self.right(x), x > 0
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.last = nn.Linear(6, 3).double()
+
+    def forward(self, left: Tensor, right: Tensor, mask: Tensor) -> Tensor:
+        return self.last(torch.cat([left * mask, right], 1))
+
+
+def test_a_list_of_modules_is_cut_between_them():
+    stages = [TwoStreams(), Joined()]
+    task = Problem(gaussian(6, 4), LABELS, split(stages), CrossEntropy(), as_given)
+    state = (optimizer := Backprop(1, SGD(), 0.1, batch_size=6)).init(task, [0])
+    torch.testing.assert_close(task.blocks.forward(state.theta, task.x[None])[0], stages[1](*stages[0](task.x)))
+    assert next(task.blocks.outputs(state.theta, task.x[None], Visit([0]))).shape == (1, 6, 6)
+    optimizer.step(task, state)
+    functional.cross_entropy(stages[1](*stages[0](task.x)), LABELS).backward()
+    torch.optim.SGD([p for stage in stages for p in stage.parameters()], 0.1).step()
+    torch.testing.assert_close(task.blocks.export(state.theta)(task.x), stages[1](*stages[0](task.x)))
+    with pytest.raises(ValueError, match="split: a list of modules is cut between these; give no after"):
+        split(stages, after=["0"])
+
+
+class TwoOutputs(Base):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.a(x).tanh()
+        return {"classes": self.last(h), "rest": self.b(h)}
+
+
+def loss_of_two(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs["classes"], y, reduction="none") + outputs["rest"].square().sum(1)
+
+
+def test_several_outputs_go_to_a_plain_function_as_they_are():
+    task = Problem(gaussian(6, 4), LABELS, split(TwoOutputs(), ["a"]), loss_of_two, as_given)
+    state = (optimizer := Backprop(1, SGD(), 0.1, batch_size=6)).init(task, [0])
+    twin = TwoOutputs()
+    optimizer.step(task, state)
+    loss_of_two(twin(task.x), LABELS).mean().backward()
+    torch.optim.SGD(twin.parameters(), 0.1).step()
+    torch.testing.assert_close(task.blocks.export(state.theta)(task.x), twin(task.x))
+    with pytest.raises(ValueError, match="loss: CrossEntropy takes one output, the network returns 2 of them"):
+        Problem(gaussian(6, 4), LABELS, split(TwoOutputs(), ["a"]), CrossEntropy(), as_given)
