@@ -6,14 +6,14 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import NETWORKS, Inputs, Network, call, changed, without_draws
+from zoo import LABELS, NETWORKS, VECTORS, Inputs, Network, call, changed, without_draws
 
 from admm.checkpoints import restore, save
 from admm.minibatches import minibatches
@@ -30,7 +30,7 @@ DRAWING = [case.double() for case in TRAINED if case.size == "small" and case.dr
 
 
 def each(cases: Iterable[Network]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    return pytest.mark.parametrize("case", cases, ids=str)
 
 
 def problem_of(case: Network, network: nn.Module, cuts: Sequence[str] | None = None, start: Any = as_given) -> Problem:
@@ -64,8 +64,11 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], relative:
 # --- evaluation
 
 
-@pytest.mark.parametrize("cuts", [None, ()], ids=["cut", "whole"])
-@each(NETWORKS)
+CUT_AND_WHOLE = {f"{case}-cut": (case, None) for case in NETWORKS}
+CUT_AND_WHOLE |= {f"{case}-whole": (case, ()) for case in NETWORKS if case.size != "large"}
+
+
+@pytest.mark.parametrize(("case", "cuts"), CUT_AND_WHOLE.values(), ids=CUT_AND_WHOLE)
 def test_blocks_compute_what_the_network_computes(case: Network, cuts: Any) -> None:
     network, fresh = case.make(), case.make(seed=1)
     problem = problem_of(case, network, cuts)
@@ -109,16 +112,19 @@ def plain_training(case: Network, network: nn.Module, rule: str, epochs: int) ->
 def assert_trains_as_plain_pytorch(case: Network, cuts: Any, rule: str, relative: float) -> None:
     network = case.make()
     problem = problem_of(case, network, cuts)
-    optimizer = Backprop(4, RULES[rule][0], case.step_size, case.batch_size)
+    epochs = 4 if case.size == "small" else 2
+    optimizer = Backprop(epochs, RULES[rule][0], case.step_size, case.batch_size)
     state = optimizer.init(problem, [SEED])
-    for expected in plain_training(case, network, rule, 4):
+    for expected in plain_training(case, network, rule, epochs):
         optimizer.step(problem, state)
         assert_close(numbers(problem.blocks.export(state.theta)), expected, relative)
 
 
 @each(SINGLE)
 def test_back_propagation_is_torch_optim_s(case: Network) -> None:
-    assert_trains_as_plain_pytorch(case, (), "sgd", 2e-2 if case.name in HALF else 1e-6)
+    """At 1e-6, but for a network of half precision, and one of many normalisations."""
+    relative = {"bfloat16": 2e-2, "mixed types": 2e-2, "mobilenet_v3_small": 1e-5}.get(case.name, 1e-6)
+    assert_trains_as_plain_pytorch(case, (), "sgd", relative)
 
 
 @pytest.mark.parametrize(("cuts", "rule"), [(None, "sgd"), ((), "adamw")], ids=["cut, sgd", "whole, adamw"])
@@ -131,13 +137,17 @@ def test_back_propagation_is_torch_optim_s_in_float64(case: Network, cuts: Any, 
 
 # --- the block methods
 
-# Θ makes a long step, so that differences of Θ show gradients as small as ζ³.
-SMALL: dict[str, Any] = {"z_step": 1e-4, "theta_update": SGD()}
 TOWARDS_BACKPROP = {
-    "online": OnlineBlockADMM(1, 1e8, beta=1.0, **SMALL),
-    "block": BlockADMM(1, 1e8, beta=1.0, forward_mixing=1.0, **SMALL),
-    "gotmare": Gotmare(1, 1e8, rho=1.0, **SMALL),
+    "online": lambda step: OnlineBlockADMM(1, 1e8, step, beta=1.0, theta_update=SGD()),
+    "block": lambda step: BlockADMM(1, 1e8, step, beta=1.0, forward_mixing=1.0, theta_update=SGD()),
+    "gotmare": lambda step: Gotmare(1, 1e8, step, rho=1.0, theta_update=SGD()),
 }
+
+
+def hardly_moving(name: str, case: Network) -> Any:
+    """A method with steps ζ of Z so small that a gradient is off by O(ζ), and so large that ζ^T, of which it is a
+    multiple in the first of T blocks, is not lost in rounding. Θ makes a long step, to show it."""
+    return TOWARDS_BACKPROP[name](1e-4 if len(case.cuts) > 1 else 1e-5)
 
 
 def after_one_step(case: Network, network: nn.Module, optimizer: Any) -> nn.Module:
@@ -163,27 +173,28 @@ def assert_gradients_are_parallel(case: Network, before: nn.Module, after: nn.Mo
         assert 1.0 - torch.cosine_similarity(torch.cat(parts), torch.cat(gradients[t]), dim=0) < 1e-5, f"block {t}"
 
 
-@pytest.mark.parametrize("optimizer", TOWARDS_BACKPROP.values(), ids=TOWARDS_BACKPROP)
+@pytest.mark.parametrize("method", TOWARDS_BACKPROP)
 @each(DOUBLE)
-def test_gradients_are_parallel_to_back_propagation_s_where_z_hardly_moves(case: Network, optimizer: Any) -> None:
+def test_gradients_are_parallel_to_back_propagation_s_where_z_hardly_moves(case: Network, method: str) -> None:
     network = case.make()
     oracle = copy.deepcopy(network).train()
     case.mean_loss(call(oracle, case.inputs), case.targets).backward()
-    after = after_one_step(case, network, optimizer)
+    after = after_one_step(case, network, hardly_moving(method, case))
     assert_gradients_are_parallel(case, network, after, oracle)
     statistics = [{n: v for n, v in numbers(m).items() if n in dict(m.named_buffers())} for m in (after, oracle)]
     assert_close(*statistics, 1e-3)
 
 
-@pytest.mark.parametrize("optimizer", TOWARDS_BACKPROP.values(), ids=TOWARDS_BACKPROP)
+@pytest.mark.parametrize("method", TOWARDS_BACKPROP)
 @each(DRAWING)
-def test_all_evaluations_of_a_visit_draw_the_same(case: Network, optimizer: Any) -> None:
+def test_all_evaluations_of_a_visit_draw_the_same(case: Network, method: str) -> None:
     """Else the gradients would not be those of back-propagation with one draw."""
     network = case.make()
     oracle = after_one_step(case, network, Backprop(1, SGD(), 1.0))
     for p, before in zip(oracle.parameters(), network.parameters(), strict=True):
         p.grad = (before - p).detach()
-    assert_gradients_are_parallel(case, network, after_one_step(case, network, optimizer), oracle)
+    after = after_one_step(case, network, hardly_moving(method, case))
+    assert_gradients_are_parallel(case, network, after, oracle)
 
 
 # --- dropout
@@ -197,10 +208,10 @@ def of_one_sample(case: Network) -> Network:
 
 
 DROPPING = {
-    "online": OnlineBlockADMM(4, 1e-2, z_step=0.1),
-    "block": BlockADMM(4, 1e-2, z_step=0.1),
-    "gotmare": Gotmare(4, 1e-2, z_step=0.1),
-    "backprop": Backprop(4, SGD(), 1e-2),
+    "online": OnlineBlockADMM(2, 1e-2, z_step=0.1),
+    "block": BlockADMM(2, 1e-2, z_step=0.1),
+    "gotmare": Gotmare(2, 1e-2, z_step=0.1),
+    "backprop": Backprop(2, SGD(), 1e-2),
 }
 
 
@@ -210,25 +221,23 @@ def test_what_is_dropped_follows_from_the_seed(case: Network, optimizer: Any) ->
     case = of_one_sample(case)
     network, optimizer = case.make(), replace(optimizer, batch_size=case.batch_size)
     problem, still = problem_of(case, network), problem_of(case, without_draws(copy.deepcopy(network)))
-    one, other, again = (trained(problem, optimizer, [seed]) for seed in (1, 2, 1))
-    assert same(one, again) and not same(one, other)
-    assert same(*(trained(still, optimizer, [seed]) for seed in (1, 2)))
-    assert all(same(trained(problem, optimizer, [1, 2], replica), alone) for replica, alone in enumerate((one, other)))
-    assert same(trained(problem, optimizer, [1], interrupted=True), one)
+    one, other = trained(problem, optimizer, [1, 2])
+    assert not same(one, other) and same(*trained(still, optimizer, [1, 2]))
+    assert same(one, *trained(problem, optimizer, [1])) and same(other, *trained(problem, optimizer, [2]))
+    assert same(one, *trained(problem, optimizer, [1], interrupted=True))
 
 
 def trained(
-    problem: Problem, optimizer: Any, seeds: Sequence[int], replica: int = 0, interrupted: bool = False
-) -> dict[str, Tensor]:
-    """What is in the network of a replica after three steps; PyTorch's own random state is not to matter."""
+    problem: Problem, optimizer: Any, seeds: Sequence[int], interrupted: bool = False
+) -> list[dict[str, Tensor]]:
+    """What is in the networks after two steps; PyTorch's own random state is not to matter."""
     torch.rand(1)
     state = optimizer.step(problem, optimizer.init(problem, seeds))
     if interrupted:
         saved, state = copy.deepcopy(save(state)), optimizer.init(problem, seeds)
         restore(state, saved)
-    for _ in range(2):
-        optimizer.step(problem, state)
-    return numbers(problem.blocks.export(state.theta, replica))
+    optimizer.step(problem, state)
+    return [numbers(problem.blocks.export(state.theta, replica)) for replica in range(len(seeds))]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -258,24 +267,78 @@ def test_each_visit_draws_anew(case: Network) -> None:
 @each(TRAINED)
 def test_a_network_trains_with_the_defaults(case: Network, method: Any) -> None:
     problem = problem_of(case, case.build(), start=as_constructed(case.build))
-    optimizer, seeds = method(2, 1e-3, batch_size=case.batch_size), (1, 2)
-    before = [problem.blocks.export(problem.initial([seed])) for seed in seeds]
+    iterations, seeds = 2 if case.size == "small" else 1, (1, 2)
+    optimizer = method(iterations, 1e-3, batch_size=case.batch_size)
     together, *alone = (optimizer.init(problem, s) for s in (seeds, *([seed] for seed in seeds)))
-    history = train(problem, optimizer, together, 2)
+    before = [problem.blocks.export(together.theta, replica) for replica in range(2)]
+    few = changed(case.inputs, lambda v: v[:3]), case.targets[:3]
+    history = train(problem, optimizer, together, iterations, test=few)
     assert not history.diverged
-    assert [(row["iteration"], row["replica"]) for row in history.rows] == [(k, s) for k in range(3) for s in range(2)]
+    found = [(row["iteration"], row["replica"]) for row in history.rows]
+    assert found == [(k, replica) for k in range(iterations + 1) for replica in range(2)]
     assert all(math.isfinite(value) for row in history.rows for value in row.values())
     for replica, state in enumerate(alone):
         rows = [row for row in history.rows if row["replica"] == replica]
-        first = case.mean_loss(evaluated(before[replica], case.inputs).float(), case.targets)
-        assert rows[0]["train_loss"] == pytest.approx(float(first), rel=2e-2 if case.name in HALF else 1e-4)
-        assert [row["train_loss"] for row in train(problem, optimizer, state, 2).rows] == [
-            row["train_loss"] for row in rows
-        ]
-        ours = numbers(problem.blocks.export(together.theta, replica))
-        of_one = numbers(problem.blocks.export(state.theta))
-        if case.name in HALF:  # a sum of bfloat16 numbers is rounded otherwise at the end of a tensor
-            assert_close(ours, of_one, 1e-2)
+        close = 2e-2 if case.name in HALF else 1e-4
+        for name, (x, y) in {"train_loss": (case.inputs, case.targets), "test_loss": few}.items():
+            expected = case.mean_loss(evaluated(before[replica], x).float(), y)
+            assert rows[0][name] == pytest.approx(float(expected), rel=close)
+        by_itself = train(problem, optimizer, state, iterations).rows
+        assert [row["train_loss"] for row in by_itself] == pytest.approx([row["train_loss"] for row in rows], rel=close)
+        ours, of_one = (
+            numbers(problem.blocks.export(*trained)) for trained in ((together.theta, replica), (state.theta,))
+        )
+        if case.name in HALF:  # PyTorch rounds the last entries of a tensor of half precision otherwise
+            assert_close(ours, of_one, close)
         else:
             assert same(ours, of_one)
         assert not same(ours, numbers(before[replica]))
+
+
+# --- what cannot be trained as PyTorch would train it
+
+
+@dataclass
+class Halves:
+    """Not known to PyTorch as a structure of tensors."""
+
+    one: Tensor
+    other: Tensor
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Halves:  # type: ignore[override]
+        return Halves(*super().forward(x).chunk(2, dim=1))
+
+
+class OfHalves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = Halved(5, 6), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.first(x)
+        return self.head(halves.one * halves.other)
+
+
+class WithoutGradient(nn.Module):
+    """Its first layer is not trained, though its parameters are none of the frozen ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.hidden, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = self.features(x)
+        return self.head(self.hidden(z).tanh())
+
+
+@pytest.mark.parametrize(("build", "cut"), [(OfHalves, "first"), (WithoutGradient, "hidden")])
+def test_a_network_is_trained_as_pytorch_trains_it_or_refused(build: Any, cut: str) -> None:
+    case = Network("", build, VECTORS, LABELS, (cut,)).double()
+    try:
+        problem_of(case, case.build())
+    except ValueError:
+        return
+    assert_trains_as_plain_pytorch(case, None, "sgd", 1e-12)

@@ -70,6 +70,9 @@ class Network:
     batch_size: int = 4
     size: Literal["small", "medium", "large"] = "small"
 
+    def __str__(self) -> str:
+        return self.name
+
     def make(self, seed: int = 0) -> nn.Module:
         """Return the network from a seed, without parameters that are 0, which would hide what comes before them, and
         with running statistics that are not those of the start."""
