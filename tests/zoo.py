@@ -410,19 +410,18 @@ class StochasticDepth(nn.Module):
 
 
 class Refined(nn.Module):
-    """Layers that are called several times, and a part of the input that skips them."""
+    """Layers that are called several times."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.refine, self.act = nn.Linear(5, 6), nn.Linear(6, 6), nn.Tanh()
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        rest = x[:, 3:]
         z = self.act(self.first(x))
         for _ in range(3):
-            z = z + self.act(self.refine(z))
-        return self.head(torch.cat([z, rest], dim=1))
+            z = self.act(self.refine(z))
+        return self.head(z)
 
 
 class InPlace(nn.Module):
@@ -539,7 +538,7 @@ def small_vit() -> nn.Module:
     return models.VisionTransformer(16, 8, 3, 2, 8, 12, **options)  # of images, patches, layers, heads, widths
 
 
-IMAGES = gaussian(4, 3, 64, 64)  # of 32 by 32, one pixel is left at last, too little to be normalised well
+IMAGES = gaussian(4, 3, 48, 48)  # of 32 by 32, one pixel is left at last, too little to be normalised well
 VECTORS, SEQUENCES, SENTENCES = gaussian(SAMPLES, 5), gaussian(SAMPLES, 6, 4), whole(13, SAMPLES, 6)
 SENTENCES[:, 0] = 5  # a first word that is no padding
 TEXT = whole(9, SAMPLES, 7)
@@ -560,7 +559,7 @@ NETWORKS = (
     Network("vgg11_bn", partial(models.vgg11_bn, **CLASSES), IMAGES, LABELS[:4], ("features",), size="large"),
     Network(
         "vit_b_16",
-        partial(models.vit_b_16, image_size=64, **CLASSES),
+        partial(models.vit_b_16, image_size=48, **CLASSES),
         IMAGES,
         LABELS[:4],
         ("encoder.layers.encoder_layer_3", "encoder"),
