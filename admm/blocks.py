@@ -63,6 +63,7 @@ class Block:
         grad_output: Tensor,
         grad_params: Sequence[ParamDict] | None = None,
         needs_input_grad: bool = True,
+        retain_graph: bool = True,
     ) -> Tensor | None:
         """Multiply the transposed Jacobians of an evaluation by `grad_output` [S, n, d'].
 
@@ -73,6 +74,7 @@ class Block:
             grad_params: where the product with respect to the parameters, summed over the samples, is written to. If
                 given, running statistics in `theta` take the values that the evaluation in training gave them.
             needs_input_grad: whether the product with respect to the input is needed.
+            retain_graph: whether the record is needed again; else its activations are freed on the way.
 
         Returns:
             The product with respect to the input, [S, n, d], or None.
@@ -89,6 +91,7 @@ class Block:
                 gradient,
                 None if grad_params is None else grad_params[position],
                 needs_input_grad or position > first,
+                retain_graph,
             )
         return gradient
 

@@ -44,7 +44,13 @@ class Layer(ABC):
 
     @abstractmethod
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         """Multiply the transposed Jacobians at an evaluation by `grad_output`, which has the shape of the output.
 
@@ -56,6 +62,7 @@ class Layer(ABC):
                 if it is not needed. If given, running statistics that `linearize` has updated in training are written
                 to `theta`.
             needs_input_grad: whether the product with respect to x is needed.
+            retain_graph: whether `saved` is needed again; else its activations are freed on the way.
 
         Returns:
             The product with respect to x, [S, n, ...], or None.
@@ -75,7 +82,13 @@ class LinearLayer(Layer):
         return self.forward(theta, x, inplace, visit), x
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         rows = grad_output.flatten(1, -2)
         if grad_params is not None:
@@ -101,7 +114,13 @@ class ReLULayer(Layer):
         return output, output
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         return torch.ops.aten.threshold_backward(grad_output, saved, 0) if needs_input_grad else None
 
@@ -117,7 +136,13 @@ class FlattenLayer(Layer):
         return x.flatten(2), x.shape
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         return grad_output.reshape(saved) if needs_input_grad else None
 
@@ -204,17 +229,18 @@ class ModuleLayer(Layer):
         return output, [evaluation[:3] for evaluation in evaluations]
 
     def vjp(
-        self, theta: ParamDict, saved: Any, grad_output: Tensor, grad_params: ParamDict | None, needs_input_grad: bool
+        self,
+        theta: ParamDict,
+        saved: Any,
+        grad_output: Tensor,
+        grad_params: ParamDict | None,
+        needs_input_grad: bool,
+        retain_graph: bool,
     ) -> Tensor | None:
         grad_x = []
         for s, (views, x, output) in enumerate(saved):
             inputs = [views[name] for name in grad_params or ()] + ([x] if needs_input_grad else [])
-            gradients: list[Tensor] = [torch.zeros_like(v) for v in inputs]
-            if inputs and output.requires_grad:
-                with self._settings():
-                    gradients = list(
-                        torch.autograd.grad(output, inputs, grad_output[s], retain_graph=True, materialize_grads=True)
-                    )
+            gradients = self._gradients(output, inputs, grad_output[s], retain_graph)
             if needs_input_grad:
                 grad_x.append(gradients.pop())
             if grad_params is not None:
@@ -223,6 +249,17 @@ class ModuleLayer(Layer):
                 for name in theta.keys() - self._parameter_names:
                     theta[name][s].copy_(views[name])
         return _stack(grad_x) if needs_input_grad else None
+
+    def _gradients(
+        self, output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor, retain_graph: bool
+    ) -> list[Tensor]:
+        if not inputs or not output.requires_grad:  # no trained parameter before the output
+            return [torch.zeros_like(v) for v in inputs]
+        with self._settings():
+            gradients = torch.autograd.grad(
+                output, inputs, grad_output, retain_graph=retain_graph, materialize_grads=True
+            )
+        return list(gradients)
 
     def _evaluation(self, theta: ParamDict, x: Any, s: int, visit: Visit) -> tuple[ParamDict, Any, Tensor, Rest]:
         """Return the tensors of replica s and its input, both with derivatives where autograd is on, its output

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from admm.checks import check_batch_size
 from admm.numbers import plain
@@ -65,6 +67,11 @@ def minibatches(
 def gather_shared(data: Tensor, indices: Tensor) -> Tensor:
     """Return the samples [S, B, ...] of data [N, ...], which all replicas share, at each replica's indices [S, B]."""
     return data.index_select(0, indices.flatten()).view(*indices.shape, *data.shape[1:])
+
+
+def expand(tree: Any, replicas: int) -> Any:
+    """Return views [S, n, ...] of the tensors [n, ...] of a nested structure, the same for all replicas."""
+    return tree_map(lambda leaf: leaf.expand(replicas, *leaf.shape), tree)
 
 
 def slices(samples: int, size: int) -> Iterator[slice]:

@@ -13,13 +13,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from admm.blocks import Blocks, Parameters
 from admm.callbacks import Callback, StopTraining
 from admm.checkpoints import History, Row, callback_states, fingerprint, load_checkpoint, save, write_checkpoint
 from admm.checks import at_least_one
 from admm.files import remove_leftovers
-from admm.losses import SquaredError
+from admm.losses import CrossEntropy, Huber, SquaredError, unweighted
+from admm.minibatches import expand
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
@@ -41,15 +43,19 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
 
     Returns:
         Scores [S] of the training samples (`train_…`), the test set (`test_…`) or each set of a name (`valid_…`):
-        `loss`, the mean of J with its scale over the samples, and where the targets are
+        `loss`, the mean of J with its scale and weights over the samples, and where the targets are
 
-        - one class per sample, or per position of it: `accuracy`, the percentage whose largest output is the class;
+        - one class per sample, or per position of it: `accuracy`, the percentage whose largest output is the class, of
+          those whose label is not ignored;
         - several labels per sample, 0 or 1 (`BinaryCrossEntropy`, `Hinge`): `label_accuracy`, the percentage of the
           labels that are predicted right, and `exact_match`, the percentage of the samples of which all are; for one
           label, `accuracy`;
-        - numbers (`SquaredError`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets' variance.
+        - numbers (`SquaredError`, `Huber`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets'
+          variance.
 
-        For targets of other losses there is no further score.
+        For targets of other losses there is no further score. With weights of samples (`SampleWeighted`), `loss` is
+        Σ w J over the number of samples, which is what is minimised. All other scores are weighted means, divided by
+        Σ w, as with scikit-learn's `sample_weight`. Weights of classes and labels enter the loss alone.
 
     Raises:
         ValueError: for a set that does not fit, and for a name of one that is no text or "train".
@@ -74,32 +80,57 @@ def _other_sets(problem: Problem, test: Any) -> Iterator[tuple[str, tuple[Tensor
             raise ValueError(f"{place}: {error}") from None
 
 
-def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Any) -> dict[str, Tensor]:
     """Return the scores [S] of samples x [N, ...] and y, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     for part, targets in _chunks(x, y, len(theta.flat)):
         z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
-        for name, values in _sample_scores(problem, z, targets.expand(len(z), *targets.shape)).items():
+        for name, (values, counted) in _sample_scores(problem, z, targets).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
-    means = {name: total / len(x) for name, total in totals.items()}
+            counts[name] = counts.get(name, 0.0) + counted.sum(dtype=torch.float64)
+    means = {name: total / float(counts[name]) for name, total in totals.items()}
     if "mse" in means:
-        variance = y.flatten(1).var(0, correction=0).mean()
+        _, plain, weights = unweighted(problem.loss, y)
+        variance = _variance(plain.flatten(1), weights)
         means["r2"] = torch.where(variance > 0, 1.0 - means["mse"] / variance, torch.nan)
     return means
 
 
-def _sample_scores(problem: Problem, z: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Return the scores [S, n] of each sample for outputs z and targets y [S, n, ...]."""
-    loss = {"loss": problem.loss.value(z, y).reshape(*z.shape[:2], -1).sum(2)}
+def _sample_scores(problem: Problem, z: Tensor, y: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the scores [S, n] of each sample, times what it counts, and what it counts [n].
+
+    Outputs z are [S, n, ...], targets y [n, ...].
+    """
+    values = problem.loss.value(z, expand(y, len(z)))
+    once, scores = z.new_ones(z.shape[1]), {}
+    loss, y, weights = unweighted(problem.loss, y)
     if problem.has_classes:
-        return loss | {"accuracy": 100.0 * _mean((z.argmax(-1) == y.argmax(-1)).to(z))}
-    if problem.threshold is not None:
+        labels = y if y.ndim < z.ndim - 1 else y.argmax(-1)
+        kept = torch.ones_like(labels, dtype=z.dtype)
+        if isinstance(loss, CrossEntropy) and loss.ignore_index is not None:
+            kept = (labels != loss.ignore_index).to(z)
+        scores["accuracy"] = 100.0 * _mean((z.argmax(-1) == labels) * kept), _mean(kept[None])[0]
+    elif problem.threshold is not None:
         right = ((z > problem.threshold) == (y > 0.5)).to(z)
         if math.prod(right.shape[2:]) == 1:
-            return loss | {"accuracy": 100.0 * _mean(right)}
-        every = right.flatten(2).amin(2)
-        return loss | {"label_accuracy": 100.0 * _mean(right), "exact_match": 100.0 * every}
-    return loss | {"mse": _mean((z - y).square())} if isinstance(problem.loss, SquaredError) else loss
+            scores["accuracy"] = 100.0 * _mean(right), once
+        else:
+            scores["label_accuracy"] = 100.0 * _mean(right), once
+            scores["exact_match"] = 100.0 * right.flatten(2).amin(2), once
+    elif isinstance(loss, SquaredError | Huber):
+        scores["mse"] = _mean((z - y).square()), once
+    if weights is not None:
+        scores = {name: (score * weights, counted * weights) for name, (score, counted) in scores.items()}
+    return {"loss": (values.reshape(*z.shape[:2], -1).sum(2), once)} | scores
+
+
+def _variance(y: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean over the outputs of the variance of targets [N, d]."""
+    if weights is None:
+        return y.var(0, correction=0).mean()
+    mean = torch.einsum("n,nd->d", weights, y) / weights.sum()
+    return torch.einsum("n,nd->d", weights, (y - mean).square()).mean() / weights.sum()
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -118,14 +149,16 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Te
     return 100.0 * right / len(x)
 
 
-def _chunks(x: Tensor, y: Tensor, replicas: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(x: Tensor, y: Any, replicas: int) -> Iterator[tuple[Tensor, Any]]:
     """Yield samples x and y [N, ...] a few at a time, nearly the same number each: a single one that is left over could
     not be normalised."""
     most = _EVAL_BATCH_IMAGES
     if x.ndim == 2:
         most = min(_EVAL_BATCH_VECTORS, max(1, _EVAL_ROWS_ALL_REPLICAS // replicas))
     chunks = math.ceil(len(x) / most)
-    return zip(x.tensor_split(chunks), y.tensor_split(chunks), strict=True)
+    leaves, structure = tree_flatten(y)
+    parts = zip(*(leaf.tensor_split(chunks) for leaf in (x, *leaves)), strict=True)
+    return ((part, tree_unflatten(of_part, structure)) for part, *of_part in parts)
 
 
 def train(

@@ -18,6 +18,7 @@ from admm.losses import (
     CrossEntropy,
     FunctionLoss,
     Hinge,
+    Huber,
     Loss,
     SquaredError,
     as_targets,
@@ -25,7 +26,14 @@ from admm.losses import (
     one_hot,
 )
 
-LOSSES = [SquaredError(), SquaredError(0.3), CrossEntropy(), CrossEntropy(2.5), BinaryCrossEntropy(1.5)]
+LOSSES = [
+    SquaredError(),
+    SquaredError(0.3),
+    CrossEntropy(),
+    CrossEntropy(2.5),
+    BinaryCrossEntropy(1.5),
+    Huber(0.7, 1.3),
+]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -51,7 +59,7 @@ def exact_prox(scale: float, v: np.ndarray, y: np.ndarray, penalty: float) -> np
 
 def sharp(loss: Loss) -> Loss:
     """With a proximal operator to machine precision."""
-    return loss if isinstance(loss, SquaredError) else replace(loss, tolerance=1e-12)
+    return replace(loss, tolerance=1e-12) if hasattr(loss, "tolerance") else loss
 
 
 def stationarity(loss: Loss, z: Tensor, v: Tensor, y: Tensor, penalty: Any) -> Tensor:
@@ -211,7 +219,7 @@ def test_prox_tends_to_the_minimiser_for_a_small_penalty():
 @each_loss
 @pytest.mark.parametrize("penalty", [0.5, 2.0])
 def test_prox_keeps_what_is_already_optimal(loss, penalty):
-    if isinstance(loss, SquaredError):
+    if isinstance(loss, SquaredError | Huber):
         _, y, _ = example()
         torch.testing.assert_close(loss.prox(y, y, penalty), y, **EXACT)
     else:
@@ -293,14 +301,21 @@ CLASSES = torch.tensor([2, 0, 1])
 
 
 @pytest.mark.parametrize("labels", [CLASSES, CLASSES[:, None], CLASSES.byte(), CLASSES.int()], ids=str)
-@pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy(), BinaryCrossEntropy(), Hinge()], ids=str)
+@pytest.mark.parametrize("loss", [SquaredError(), BinaryCrossEntropy(), Hinge(), Huber()], ids=str)
 def test_class_indices_become_one_hot(loss, labels):
     assert torch.equal(loss.targets(labels, (3,), LIKE), torch.eye(3, dtype=torch.float64)[CLASSES])
 
 
+@pytest.mark.parametrize("labels", [CLASSES, CLASSES[:, None], CLASSES.byte(), CLASSES.int()], ids=str)
+def test_class_indices_of_cross_entropy_stay_indices(labels):
+    targets = CrossEntropy().targets(labels, (3,), LIKE)
+    assert torch.equal(targets, CLASSES) and targets.dtype == torch.int64
+
+
 def test_class_indices_of_positions_become_one_hot_over_the_last_axis():
     labels = torch.tensor([[2, 0], [1, 1], [0, 2]])
-    assert torch.equal(CrossEntropy().targets(labels, (2, 3), LIKE), torch.eye(3, dtype=torch.float64)[labels])
+    assert torch.equal(SquaredError().targets(labels, (2, 3), LIKE), torch.eye(3, dtype=torch.float64)[labels])
+    assert torch.equal(CrossEntropy().targets(labels, (2, 3), LIKE), labels)
 
 
 def test_numbers_for_one_output_need_no_axis():

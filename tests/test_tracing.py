@@ -352,5 +352,5 @@ def test_several_outputs_go_to_a_plain_function_as_they_are():
     loss_of_two(twin(task.x), LABELS).mean().backward()
     torch.optim.SGD(twin.parameters(), 0.1).step()
     torch.testing.assert_close(task.blocks.export(state.theta)(task.x), twin(task.x))
-    with pytest.raises(ValueError, match="loss: CrossEntropy takes one output, the network returns 2 of them"):
+    with pytest.raises(ValueError, match="loss: CrossEntropy takes one output, the network returns 2;"):
         Problem(gaussian(6, 4), LABELS, split(TwoOutputs(), ["a"]), CrossEntropy(), as_given)

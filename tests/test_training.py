@@ -242,7 +242,7 @@ def test_of_classes_accuracy_is_measured(loss: Loss, given: Any) -> None:
 def test_of_sequences_accuracy_is_of_the_positions() -> None:
     problem = task(CrossEntropy(), classes, 5, 4, outputs=3)
     found, z = measured(problem)
-    assert problem.y.shape == (300, 5, 3)
+    assert problem.y.shape == (300, 5)
     assert found["test_accuracy"] == pytest.approx(100.0 * (z.argmax(2) == classes(problem.x)).float().mean().item())
     expected = 5 * nn.functional.cross_entropy(z.flatten(0, 1), classes(problem.x).flatten()).item()
     assert found["train_loss"] == pytest.approx(expected, rel=1e-5)

@@ -86,7 +86,7 @@ class Backprop(Options, Optimizer[BackpropState]):
             grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
             for t in reversed(range(len(blocks))):
                 _, record = evaluations.pop()
-                grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0)
+                grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0, False)
                 del record  # and the activations with it
                 if grad_input is not None:
                     grad_output = grad_input

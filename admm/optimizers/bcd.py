@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.layers import ParamDict
 from admm.losses import ProximalLoss
-from admm.minibatches import slices
+from admm.minibatches import expand, slices
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox, same_samples
 from admm.optimizers.fully_connected import (
@@ -144,7 +145,7 @@ class BCD(Options, Optimizer[BCDState]):
         layers = linear_layers(problem, state.theta, "BCD")
         x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
         affine, activation = square_residuals(x, layers, state.u, state.v, _SLICE)
-        loss = problem.loss.value(state.v[-1], problem.y).sum(1, dtype=torch.float64)
+        loss = problem.loss.value(state.v[-1], expand(problem.y, len(gamma))).sum(1, dtype=torch.float64)
         return {
             "objective": loss + 0.5 * (gamma * activation.sum(0) + rho * affine.sum(0)),
             **relative_residuals(affine, activation, state.u, state.v),
@@ -173,7 +174,8 @@ class BCD(Options, Optimizer[BCDState]):
             affine = pre_activation(layer, layer_input)
             u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
             if above_gain is None:
-                _update_last(penalties, u, v, affine, check_prox(problem.loss, "BCD"), problem.y[part])
+                y = expand(problem.y[part], len(v))
+                _update_last(penalties, u, v, affine, check_prox(problem.loss, "BCD"), y)
             else:
                 _update_hidden(penalties, u, v, affine, layers[number], above_gain, state.u[number][:, part], scratch)
             residual = affine.neg_().add_(u)
@@ -191,7 +193,7 @@ class BCD(Options, Optimizer[BCDState]):
         bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
 
 
-def _update_last(penalties: Penalties, u: Tensor, v: Tensor, affine: Tensor, loss: ProximalLoss, y: Tensor) -> None:
+def _update_last(penalties: Penalties, u: Tensor, v: Tensor, affine: Tensor, loss: ProximalLoss, y: Any) -> None:
     """Update V_L and U_L of some samples, in place; `affine` is W_L V_{L−1} + b_L."""
     gamma, rho, alpha = penalties
     # V_L = argmin J(V) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_L‖²; U_L = (γ V_L + ρ (W_L V_{L−1} + b_L))/(γ + ρ)

@@ -15,7 +15,7 @@ def check_prox(loss: Loss, algorithm: str) -> ProximalLoss:
     if not isinstance(loss, ProximalLoss):
         raise ValueError(
             f"loss: {type(loss).__name__} has no prox; {algorithm} needs an admm.losses.ProximalLoss, such as "
-            "SquaredError, CrossEntropy, BinaryCrossEntropy or Hinge"
+            "SquaredError or CrossEntropy, or ProximalFunctionLoss of a plain function"
         )
     return loss
 

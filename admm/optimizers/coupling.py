@@ -178,11 +178,14 @@ class BlockOutputs:
             evaluation = self._evaluate(t, record=for_vjp or not self._recomputes(t))
         return evaluation[0]
 
-    def vjp(self, t: int, grad_output: Tensor, grad_params: Gradient | None = None) -> Tensor | None:
+    def vjp(
+        self, t: int, grad_output: Tensor, grad_params: Gradient | None = None, retain_graph: bool = True
+    ) -> Tensor | None:
         """Multiply the transposed Jacobian of block t by `grad_output` [S, n, d_t].
 
         Returns the product with respect to Z_{t−1}. With `grad_params`, the product with respect to Θ_t is written
-        there instead, running statistics in `theta` are updated, and None is returned.
+        there instead, running statistics in `theta` are updated, and None is returned. Without `retain_graph` block t
+        must be forgotten afterwards.
         """
         output, record = self._evaluations[t - 1] or (None, None)
         if record is None:
@@ -190,8 +193,9 @@ class BlockOutputs:
         assert output is not None
         block, views = self.blocks[t - 1], self.theta.blocks[t - 1]
         if grad_params is None:
-            return block.vjp(views, record, grad_output)
-        block.vjp(views, record, grad_output, grad_params.blocks[t - 1], needs_input_grad=False)
+            return block.vjp(views, record, grad_output, retain_graph=retain_graph)
+        retain_graph = retain_graph and not self._recomputes(t)
+        block.vjp(views, record, grad_output, grad_params.blocks[t - 1], False, retain_graph)
         if self._recomputes(t):
             self._evaluations[t - 1] = output, None
         return None
@@ -281,7 +285,7 @@ class AugmentedLagrangian(BlockOutputs):
         """Return the gradient by Z_t in a new tensor, and forget block t + 1's output, as Z_t is to move."""
         if t == len(self.blocks):
             return self.coupling_gradient(t).add_(self.loss.gradient(self.z[-1], self.visit.y))
-        from_above = self.vjp(t + 1, self.coupling_gradient(t + 1))
+        from_above = self.vjp(t + 1, self.coupling_gradient(t + 1), retain_graph=False)
         assert from_above is not None
         self.forget(t + 1)
         return self.coupling_gradient(t).sub_(from_above)

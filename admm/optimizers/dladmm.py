@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.checks import at_least_one
-from admm.losses import CrossEntropy, Loss, SquaredError
-from admm.minibatches import slices
+from admm.losses import CrossEntropy, Loss, SquaredError, unweighted
+from admm.minibatches import expand, slices
 from admm.numbers import Options
 from admm.optimizers.checks import same_samples
 from admm.optimizers.fully_connected import (
@@ -105,7 +106,8 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         fista_steps: the most steps of FISTA, a whole number.
         fista_tolerance: see above.
         fista_curvature: the inverse of FISTA's step. None stands for 1/4 times the scale of the cross-entropy, as the
-            authors have it, and for the scale of the squared error, of which the first step is then exact.
+            authors have it, with weights of classes for its largest second derivative, and for the scale of the squared
+            error, of which the first step is then exact.
 
     References:
         Wang, Yu, Chen & Zhao, "ADMM for efficient deep learning with global convergence", KDD 2019, Algorithm 1,
@@ -143,6 +145,8 @@ class DLADMM(Options, Optimizer[DLADMMState]):
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> DLADMMState:
         """Return W and b normal, Z and A by a forward pass, Z_L = +1 for the true class and −1 elsewhere, and u = 0.
 
+        For targets that are no numbers [N, C] nor classes, such as a plain function may take, Z_L is by a forward pass.
+
         Args:
             problem: what is trained on.
             seeds: one per replica.
@@ -168,7 +172,11 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         z = [x.new_empty(len(seeds), len(x), layer["weight"].shape[1]) for layer in layers]
         a = [torch.empty_like(z_l) for z_l in z[:-1]]
         forward(layers, x, z, a, _SLICE)
-        z[-1].copy_(torch.where(problem.y == 0, -1.0, 1.0))
+        loss, y, _ = unweighted(problem.loss, problem.y)
+        if isinstance(loss, CrossEntropy) and not y.is_floating_point():
+            y = y.unsqueeze(1) == torch.arange(z[-1].shape[2], device=y.device)
+        if isinstance(y, Tensor) and y.shape == z[-1].shape[1:]:
+            z[-1].copy_(torch.where(y == 0, -1.0, 1.0))
         u = [torch.zeros_like(z[-1])]
         for name, variables in (("z", z), ("a", a), ("u", u)):
             set_initial_values(name, variables, start)
@@ -239,7 +247,7 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         if self.fista_curvature is not None:
             return self.fista_curvature
         if isinstance(loss, CrossEntropy):
-            return 0.25 * loss.scale
+            return 0.25 * loss.scale if loss.weight is None else 0.5 * loss.scale * loss.largest_mass
         if isinstance(loss, SquaredError):
             return loss.scale
         raise ValueError(
@@ -391,8 +399,7 @@ class _Sweep:
             z = self.state.z[0][:, part] + self.state.error[0][:, part]
             for views in self.layers[1:]:
                 z = pre_activation(views, z.relu_())
-            y = self.problem.y[part]
-            total += self.problem.loss.value(z, y.expand(len(z), *y.shape)).sum(1)
+            total += self.problem.loss.value(z, expand(self.problem.y[part], len(z))).sum(1)
         return total.div_(len(self.problem.x))
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
@@ -400,13 +407,19 @@ class _Sweep:
         options, loss = self.options, self.problem.loss
         curvature = _column(replica_values("fista_curvature", options.curvature(loss), len(z)).to(z))
         tolerance = replica_values("fista_tolerance", options.fista_tolerance, len(z)).to(z.device)
-        z, target, y = z.mT.contiguous(), target.mT.contiguous(), self.problem.y.mT.contiguous()
+        y, mass = self.problem.y, None
+        if isinstance(loss, CrossEntropy):
+            y = loss.distribution(z[0], y)
+            mass = None if (y.sum(1) == 1).all() else y.sum(1)
+        if isinstance(y, Tensor) and y.ndim == 2:
+            y = y.mT.contiguous().mT
+        z, target = z.mT.contiguous(), target.mT.contiguous()
         result, proximal, momentum = torch.empty_like(z), z, 1.0
         last_value = torch.full_like(self.state.rho, math.inf, dtype=torch.float64)  # float32 is too coarse
         running = torch.ones_like(last_value, dtype=torch.bool)
         rho_target, total = self.rho * target, self.rho + curvature
         for _ in range(options.fista_steps):
-            value, gradient = _value_and_gradient(loss, z, y)
+            value, gradient = _value_and_gradient(loss, z, y, mass)
             value += 0.5 * self.state.rho * squared_norm(z - target)
             # A replica stops by itself and goes on without effect; one that has diverged stops too.
             stops = running & ~((value - last_value).abs() >= tolerance)
@@ -433,12 +446,18 @@ class _Sweep:
         return self._buffers[name][: like.numel()].view(like.shape)
 
 
-def _value_and_gradient(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return J summed over samples [S], in float64, and its gradient [S, C, N], for z [S, C, N] and y [C, N]."""
+def _value_and_gradient(loss: Loss, z: Tensor, y: Any, mass: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return J summed over samples [S], in float64, and its gradient [S, C, N], for z [S, C, N].
+
+    y are the targets of N samples. For the cross-entropy they are its distributions [N, C], with the sums `mass` [N],
+    None for ones.
+    """
     if isinstance(loss, CrossEntropy):  # both need the same exponentials
-        log_p = torch.log_softmax(z, 1)
-        return (log_p * y).sum((1, 2), dtype=torch.float64).mul_(-loss.scale), log_p.exp_().sub_(y).mul_(loss.scale)
-    outputs, targets = z.mT, y.mT.expand(len(z), *y.mT.shape)
+        log_p, t = torch.log_softmax(z, 1), y.mT
+        value = (log_p * t).sum((1, 2), dtype=torch.float64).mul_(-loss.scale)
+        p = log_p.exp_()
+        return value, (p if mass is None else p.mul_(mass)).sub_(t).mul_(loss.scale)
+    outputs, targets = z.mT, expand(y, len(z))
     return loss.value(outputs, targets).sum(1, dtype=torch.float64), loss.gradient(outputs, targets).mT
 
 

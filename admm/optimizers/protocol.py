@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of, suited
 from admm.crossings import Crossing
-from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot
+from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot, unweighted
 from admm.minibatches import gather_shared, minibatches, stateless_rng
 from admm.numbers import plain
 from admm.visits import Visit
@@ -64,7 +65,7 @@ class Problem:
         object.__setattr__(self, "y", self.targets(self.x, self.y))
         self._check_loss()
 
-    def samples(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    def samples(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Return other inputs [M, ...] and targets, such as a test set, in the form of the training samples.
 
         Raises ValueError for samples of another shape or on another device, and for targets of another kind.
@@ -76,13 +77,16 @@ class Problem:
                 f"{self.x.device}"
             )
         targets = self.targets(x, y)
-        if self.has_classes and not isinstance(self.loss, CrossEntropy) and not is_one_hot(targets):
+        are_classes = self._are_classes(targets)
+        if self.has_classes and not are_classes:
             raise ValueError("y: these targets are not one class per sample, as those of training are")
-        if not self.has_classes and is_one_hot(targets) and targets.shape != as_tensor("y", y).shape:
-            raise ValueError("y: these targets are class indices, and those of training are not classes")
+        if are_classes and not self.has_classes:
+            given, taken = (unweighted(self.loss, values)[1] for values in (y, targets))
+            if taken.shape != as_tensor("y", given).shape:
+                raise ValueError("y: these targets are class indices, and those of training are not classes")
         return x, targets
 
-    def targets(self, x: Tensor, y: Any) -> Tensor:
+    def targets(self, x: Tensor, y: Any) -> Any:
         """Return the targets of inputs x [M, ...] in the form that the loss takes. Raises ValueError."""
         y = as_tensor("y", y, x.device)
         if not y.ndim or len(x) != len(y):
@@ -96,12 +100,20 @@ class Problem:
     @cached_property
     def has_classes(self) -> bool:
         """Whether the targets are one class per sample, or per position of it, so that accuracy is defined."""
-        return isinstance(self.loss, CrossEntropy) or is_one_hot(self.y)
+        return self._are_classes(self.y)
 
     @cached_property
     def threshold(self) -> float | None:
         """The threshold of the loss, above which an output means yes, if all targets are 0 or 1; else None."""
-        return self.loss.threshold if bool(((self.y == 0) | (self.y == 1)).all()) else None
+        loss, y, _ = unweighted(self.loss, self.y)
+        return loss.threshold if isinstance(y, Tensor) and bool(((y == 0) | (y == 1)).all()) else None
+
+    def _are_classes(self, targets: Any) -> bool:
+        """Whether targets in the form that the loss takes are one class per sample, or per position of it."""
+        loss, y, _ = unweighted(self.loss, targets)
+        if isinstance(loss, CrossEntropy):
+            return True
+        return isinstance(y, Tensor) and y.shape[1:] == outputs_of(self.blocks, self.x).shape[1:] and is_one_hot(y)
 
     def _inputs(self, inputs: Any) -> Tensor:
         x = as_tensor("x", inputs).detach()
@@ -123,22 +135,23 @@ class Problem:
 
         Raises ValueError for other losses.
         """
-        crossing = self.blocks.crossings[-1]
-        if len(crossing.shapes) == 1 or isinstance(self.loss, _LossOfSeveral):
+        crossing, loss = self.blocks.crossings[-1], self.loss
+        if len(crossing.shapes) == 1:
             return
-        if not isinstance(self.loss, FunctionLoss):
+        if not isinstance(loss, FunctionLoss):
             raise ValueError(
-                f"loss: {type(self.loss).__name__} takes one output, the network returns {len(crossing.shapes)} of them; "
-                "take a plain function of what it returns and the targets"
+                f"loss: {type(loss).__name__} takes one output, the network returns {len(crossing.shapes)}; take a "
+                "plain function of what it returns and the targets"
             )
-        object.__setattr__(self, "loss", _LossOfSeveral(self.loss.function, crossing))
+        if not isinstance(loss.function, partial):
+            object.__setattr__(self, "loss", replace(loss, function=partial(_of_several, loss.function, crossing)))
 
     def _check_loss(self) -> None:
         """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
-        y = self.y[:2].expand(2, *self.y[:2].shape)
+        y = tree_map(lambda leaf: leaf[:2].expand(2, *leaf[:2].shape), self.y)
         outputs = outputs_of(self.blocks, self.x)
-        z = outputs.new_zeros(*y.shape[:2], *outputs.shape[1:])
-        shapes = f"outputs {list(z.shape)} and targets {list(y.shape)}"
+        z = outputs.new_zeros(2, len(self.x[:2]), *outputs.shape[1:])
+        shapes = f"outputs {list(z.shape)} and targets {tree_map(lambda leaf: list(leaf.shape), y)}"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
         except Exception as error:  # whatever the caller's function raises
@@ -267,15 +280,9 @@ class Optimizer(ABC, Generic[StateT]):
         return {}
 
 
-@dataclass(frozen=True)
-class _LossOfSeveral(FunctionLoss):
-    """A loss from a function of a structure of outputs, which `crossing` has joined to one tensor."""
-
-    crossing: Crossing
-
-    def value(self, z: Tensor, y: Tensor) -> Tensor:
-        one = FunctionLoss(lambda z, y: self.function(self.crossing.outputs(z)[0], y))
-        return one.value(z, y)
+def _of_several(function: Callable[[Any, Any], Tensor], crossing: Crossing, z: Tensor, y: Any) -> Tensor:
+    """Return the value of a function of a network's outputs, which `crossing` has joined to z [n, d]."""
+    return function(crossing.outputs(z)[0], y)
 
 
 def check_state(optimizer: object, state: Any) -> None:

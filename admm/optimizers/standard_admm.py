@@ -12,7 +12,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.checks import at_least_one, one_of
 from admm.layers import ParamDict
-from admm.minibatches import slices
+from admm.minibatches import expand, slices
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox, same_samples
 from admm.optimizers.fully_connected import (
@@ -207,7 +207,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
             target = pre_activation(layer, layer_input, scratch.take("target", z.shape))
             target.sub_(u)  # W_l A_{l−1} + b_l − U_l
             if number == len(layers) - 1:
-                z.copy_(loss.prox(target, problem.y[part], beta))
+                z.copy_(loss.prox(target, expand(problem.y[part], len(z)), beta))
             else:
                 a, v = state.a[number][:, part], state.v[number][:, part]
                 anchor = torch.add(a, v, out=scratch.take("anchor", z.shape))

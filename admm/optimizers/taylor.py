@@ -13,7 +13,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.checks import at_least_one, one_of
 from admm.layers import ParamDict
-from admm.minibatches import slices
+from admm.minibatches import expand, slices
 from admm.numbers import Options, is_whole
 from admm.optimizers.checks import check_prox, same_samples
 from admm.optimizers.fully_connected import (
@@ -209,7 +209,8 @@ class Taylor(Options, Optimizer[TaylorState]):
             z, multiplier = state.z[-1][:, part], state.multiplier[:, part]
             prediction = torch.bmm(layer_input[:, part], layer["weight"].mT)
             # argmin J + ⟨z, Λ⟩ + β‖z − m‖² = argmin J + 2β/2 ‖z − (m − Λ/2β)‖²
-            z.copy_(loss.prox(prediction - multiplier / (2.0 * beta), problem.y[part], 2.0 * beta))
+            y = expand(problem.y[part], len(z))
+            z.copy_(loss.prox(prediction - multiplier / (2.0 * beta), y, 2.0 * beta))
             if state.iteration >= self.warm_start:
                 multiplier.add_((z - prediction).mul_(beta))
 

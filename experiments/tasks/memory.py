@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hydra.utils import instantiate
@@ -25,6 +26,7 @@ from experiments.reports.memory import VARIABLES
 from experiments.store import Run
 from experiments.training import build_problem, write_start_record
 
+Argument = TypeVar("Argument")
 WARM_SAMPLES = 2000  # of the iteration before the baseline of the peak: the libraries' own memory is nobody's
 
 
@@ -39,7 +41,7 @@ def measure(config: DictConfig, job: Job) -> Run:
         sizes = variables(config, build_problem(config, job.dataset), config.seeds[0])
     write_start_record(job.slot, job.info)
     rows: list[dict[str, Any]] = [{"quantity": name, "bytes": size} for name, size in sizes.items()]
-    rows.append({"quantity": "peak", "bytes": peak_in_fresh_process(config)})
+    rows.append({"quantity": "peak", "bytes": in_fresh_process(peak, OmegaConf.to_yaml(config, resolve=True))})
     return job.slot.complete(job.config, rows, job.info)
 
 
@@ -61,13 +63,14 @@ def variables(config: DictConfig, problem: Problem, seed: int) -> dict[str, int]
     return sizes | {"z_moments": size(state.z_state.moments)}
 
 
-def peak_in_fresh_process(config: DictConfig) -> float:
-    """Return `peak` of a new process whose allocator returns every tensor of 64 KiB or more to the system at once."""
+def in_fresh_process(function: Callable[[Argument], float], argument: Argument) -> float:
+    """Return a function's value in a new process whose allocator returns every tensor of 64 KiB or more to the system
+    at once."""
     name, former = "MALLOC_MMAP_THRESHOLD_", os.environ.get("MALLOC_MMAP_THRESHOLD_")
     os.environ[name] = str(2**16)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(peak, OmegaConf.to_yaml(config, resolve=True)).result()
+            return pool.submit(function, argument).result()
     finally:
         os.environ.pop(name) if former is None else os.environ.update({name: former})
 
