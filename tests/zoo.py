@@ -393,20 +393,20 @@ class Drop(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Residual layers of which each sample skips some (Huang et al. 2016)."""
+    """Residual layers of which each sample skips some (Huang et al. 2016), and dropout as a function."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(5, 8)
         self.layers = nn.ModuleList([nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.SiLU()) for _ in range(3)])
         self.depth = nn.ModuleList([ops.StochasticDepth(0.1 * (k + 1), "row") for k in range(3)])
-        self.drop, self.head = Drop(0.25), nn.Linear(8, 3)
+        self.p, self.drop, self.head = 0.1, Drop(0.25), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.first(x)
         for layer, depth in zip(self.layers, self.depth, strict=True):
             z = z + depth(layer(z))
-        return self.head(self.drop(z))
+        return self.head(functional.dropout(self.drop(z), self.p, self.training))
 
 
 class Refined(nn.Module):
