@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map
 
+from admm.checks import at_least_one, check_positive
+from admm.losses import one_hot
 from admm.numbers import Options, is_whole
 
 
 class Augmentation(ABC):
-    """Random changes of each training sample, new in every epoch."""
+    """Random changes of each training sample, new in every epoch.
+
+    One of one's own draws numbers for all samples at once, by which `apply` changes those of a mini-batch:
+
+    >>> class Noise(Augmentation):
+    ...     def draw(self, samples, generator):
+    ...         return 0.1 * torch.randn(samples, 1, generator=generator)
+    ...     def apply(self, x, changes):  # x [n, C, H, W] brighter or darker, each image as a whole
+    ...         return x + changes.view(-1, 1, 1, 1)
+    >>> changes = Noise().draw(2, torch.Generator().manual_seed(0))
+    >>> Noise().apply(torch.zeros(2, 3, 8, 8), changes)[:, 0, 0, 0]
+    tensor([ 0.1541, -0.0293])
+
+    One that changes targets, or mixes samples, overrides `change`, as `Mixup` does.
+    """
 
     @abstractmethod
-    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Draw the changes [N, k] of all samples in an epoch, in numbers that `apply` understands."""
+    def draw(self, samples: int, generator: torch.Generator) -> Any:
+        """Draw the changes [N, k] of all samples in an epoch, in numbers that `apply` understands; or a tuple of such
+        tensors."""
 
     @abstractmethod
-    def apply(self, x: Tensor, changes: Tensor) -> Tensor:
-        """Return samples x [n, ...], changed by `changes` [n, k] on the same device, in a new tensor."""
+    def apply(self, x: Any, changes: Any) -> Any:
+        """Return samples x [n, ...], changed by `changes` [n, k] on the same device, in a new tensor.
+
+        x is as the network takes it: a tensor, or a tuple, list or dictionary of tensors (see `OfInput`).
+        """
+
+    def change(self, x: Any, y: Any, changes: Any) -> tuple[Any, Any]:
+        """Return changed inputs and targets of mini-batches, one of each seed.
+
+        Args:
+            x: inputs [S, B, ...].
+            y: targets [S, B, ...], as the loss takes them: class indices or distributions over classes.
+            changes: those of these samples, [S, B, k].
+        """
+        axes = tree_leaves(x)[0].shape[:2]
+        flat = tree_map(lambda leaf: leaf.flatten(0, 1), (x, changes))
+        return tree_map(lambda leaf: leaf.unflatten(0, axes), self.apply(*flat)), y
 
 
 @dataclass(frozen=True)
@@ -67,3 +103,118 @@ class CropAndFlip(Options, Augmentation):
         first = torch.arange(len(x), device=x.device).view(-1, 1, 1)
         cropped = padded[first, :, (top + rows).unsqueeze(2), columns.unsqueeze(1)]  # [n, H, W, C]
         return cropped.movedim(-1, 1).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Mixup(Options, Augmentation):
+    """Each sample mixed with the one before it in its mini-batch, λ x_i + (1 − λ) x_{i−1}, and so are their targets.
+
+    The first one is mixed with the last one. λ is drawn anew for each sample and epoch from Beta(α, α), as the paper's
+    definition has it; its authors' program draws one per mini-batch. Class indices become distributions first, by
+    `admm.losses.one_hot`; distributions and numbers are mixed as they are.
+
+    Args:
+        alpha: α > 0; the smaller, the less is mixed.
+        classes: the number of classes C, for class indices; None refuses these.
+
+    Raises:
+        ValueError: unless α is positive and C a whole number from 1 up or None; in a mini-batch, for inputs that are
+            not floating point, and for class indices without C.
+
+    References:
+        Zhang, Cisse, Dauphin & Lopez-Paz (2018), "mixup: Beyond Empirical Risk Minimization",
+        https://arxiv.org/abs/1710.09412
+    """
+
+    alpha: float = 0.2
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("alpha", self.alpha)
+        if self.classes is not None:
+            at_least_one("classes", self.classes)
+
+    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
+        """Draw λ, [N, 1]."""
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        drawn = np.random.default_rng(seed).beta(self.alpha, self.alpha, (samples, 1))
+        return torch.from_numpy(drawn).to(torch.get_default_dtype())
+
+    def apply(self, x: Any, changes: Any) -> Any:
+        """Return x [n, ...] mixed as one mini-batch."""
+        return tree_map(lambda leaf: self._mixed(leaf[None], changes[None])[0], x)
+
+    def change(self, x: Any, y: Any, changes: Any) -> tuple[Any, Any]:
+        """Return both mixed within each mini-batch; targets become distributions [S, B, C]."""
+        if not isinstance(y, Tensor):
+            raise ValueError(f"augmentation: Mixup takes class indices or numbers as targets, not a {type(y).__name__}")
+        if not y.is_floating_point():
+            if self.classes is None:
+                raise ValueError(
+                    "augmentation: Mixup needs the number of classes for class indices, such as classes=10"
+                )
+            y = one_hot(y, self.classes, like=tree_leaves(x)[0])
+        return tree_map(lambda leaf: self._mixed(leaf, changes), x), self._mixed(y, changes)
+
+    @staticmethod
+    def _mixed(values: Tensor, changes: Tensor) -> Tensor:
+        """Return values [S, B, ...] mixed by λ [S, B, 1]."""
+        if not values.is_floating_point():
+            raise ValueError(f"augmentation: Mixup mixes inputs of floating point, not of {values.dtype}")
+        weight = changes.to(values.dtype).view(*changes.shape[:2], *[1] * (values.ndim - 2))
+        return weight * values + (1.0 - weight) * values.roll(1, 1)
+
+
+@dataclass(frozen=True)
+class OfInput(Augmentation):
+    """The changes of another augmentation, of one entry of nested inputs alone.
+
+    Args:
+        key: the entry's place in a tuple or list, or its name in a dictionary.
+        augmentation: has the changes.
+
+    >>> image = {"image": torch.ones(1, 2, 2), "mask": torch.ones(1, 2)}
+    >>> changed = OfInput("image", CropAndFlip(padding=1)).apply(image, torch.tensor([[0, 1, 0]]))
+    >>> changed["image"]
+    tensor([[[0., 0.],
+             [1., 1.]]])
+    """
+
+    key: int | str
+    augmentation: Augmentation
+
+    def draw(self, samples: int, generator: torch.Generator) -> Any:
+        return self.augmentation.draw(samples, generator)
+
+    def apply(self, x: Any, changes: Any) -> Any:
+        return self._replaced(x, self.augmentation.apply(x[self.key], changes))
+
+    def change(self, x: Any, y: Any, changes: Any) -> tuple[Any, Any]:
+        changed, y = self.augmentation.change(x[self.key], y, changes)
+        return self._replaced(x, changed), y
+
+    def _replaced(self, x: Any, entry: Any) -> Any:
+        if isinstance(x, dict):
+            return x | {self.key: entry}
+        return type(x)(entry if place == self.key else other for place, other in enumerate(x))
+
+
+@dataclass(frozen=True)
+class Chain(Augmentation):
+    """Several augmentations, one after the other, such as `Chain([CropAndFlip(), Mixup(0.2, classes=10)])`."""
+
+    augmentations: Sequence[Augmentation]
+
+    def draw(self, samples: int, generator: torch.Generator) -> Any:
+        return tuple(augmentation.draw(samples, generator) for augmentation in self.augmentations)
+
+    def apply(self, x: Any, changes: Any) -> Any:
+        for augmentation, drawn in zip(self.augmentations, changes, strict=True):
+            x = augmentation.apply(x, drawn)
+        return x
+
+    def change(self, x: Any, y: Any, changes: Any) -> tuple[Any, Any]:
+        for augmentation, drawn in zip(self.augmentations, changes, strict=True):
+            x, y = augmentation.change(x, y, drawn)
+        return x, y

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from admm.blocks import Parameters
 from admm.files import atomic_write
@@ -160,18 +161,20 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
 def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **others: Any) -> dict[str, str]:
     """Return what determines the numbers of a run besides its seeds, as text by name.
 
-    That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data, and
-    `others`; to three digits, the mean and the mean size of the initial parameters, and the mean size of the outputs
-    of the first network for two samples, which tells of what its modules compute.
+    That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data (of a
+    stream the number of samples and the first ones), and `others`; to three digits, the mean and the mean size of the
+    initial parameters, and the mean size of the outputs of the first network for two samples, which tells of what its
+    modules compute.
     """
     names: list[str] = [f.name for f in fields(optimizer)] if is_dataclass(optimizer) else []
     values = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
     values |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
-    values |= {name: getattr(problem, name) for name in ("loss", "augmentation", "x", "y")} | others
+    values |= {"loss": problem.loss, "augmentation": problem.augmentation, "samples": problem.n_samples}
+    values |= dict(zip(("x", "y"), problem.data.examples, strict=True)) | others
     flat = state.theta.flat.double()
     start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
-    with torch.no_grad():
-        outputs = problem.blocks.export(state.theta)(problem.x[:2].cpu()).abs().mean().item()
+    few = tree_map(lambda leaf: leaf[None, :2].expand(len(flat), *leaf[:2].shape), problem.data.examples[0])
+    outputs = problem.blocks.forward(state.theta, few)[0].abs().double().mean().item()
     texts = {name: _text(value) for name, value in values.items()} | {"seeds": _text(state.seeds)}
     return {"optimizer": type(optimizer).__name__} | texts | {"initialisation": start, "outputs": f"{outputs:.3g}"}
 

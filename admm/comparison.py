@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from admm.blocks import Blocks
+from admm.blocks import Block, Blocks
 from admm.crossings import Crossing
 from admm.layers import ModuleLayer, as_arguments, pinned_modules, seeded, set_mode
 from admm.visits import Visit
@@ -178,7 +178,7 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         set_mode(copied, False, pinned)
         returned = [_call(copied, value, layer) for value in values]
         is_trained = is_trained or any(p.requires_grad for p in module.parameters())
-        by_gradient = number < len(blocks) and (not is_trained or (layer is not None and layer.hands_on_arguments))
+        by_gradient = number < len(blocks) and (not is_trained or _hands_on_arguments(block))
         crossing.learn(returned[0], returned[-1], samples, number, _has_gradient if by_gradient else _is_floating)
         if number == len(blocks) and not crossing.has_samples:
             shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
@@ -204,6 +204,11 @@ def _call(module: nn.Module, value: Any, layer: ModuleLayer | None) -> Any:
     if layer is not None:
         layer.overwrites_inputs |= [v._version for v in tensors] != versions
     return returned if layer is not None and layer.hands_on_arguments else (returned,)
+
+
+def _hands_on_arguments(block: Block) -> bool:
+    """Whether a block is one of a traced network, or of a list of modules."""
+    return isinstance(block.layers[0], ModuleLayer) and block.layers[0].hands_on_arguments
 
 
 def _handed_on(crossing: Crossing, value: Any, samples: int) -> Any:
@@ -234,9 +239,10 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
         for number, z in enumerate(eager.outputs(theta, stacked, visit), start=1):
             crossing, names = eager.crossings[number - 1], eager.names[number - 1]
             is_last = number == len(eager)
-            wanted = expected.outputs if is_last else layers.get(names[-1] if names else "")
+            is_chain = len(eager.names) > 1 and not _hands_on_arguments(eager[number - 1])
+            wanted = expected.outputs if is_last else layers[names[-1]] if is_chain and crossing.is_plain else None
             found = crossing.outputs(z[0])[0] if is_last else z[0]
-            if (is_last or (crossing.is_plain and isinstance(wanted, Tensor))) and not _same(wanted, found):
+            if wanted is not None and not _same(wanted, found):
                 raise ValueError(
                     f"network: in {expected.mode} mode block {number}, {list(names)}, has other outputs than these "
                     "layers of the network; a hook, a subclass, or a forward that asks for its mode or for numbers of "
@@ -256,7 +262,7 @@ def _same(expected: Any, outputs: Any) -> bool:
 
 
 def _same_leaf(expected: Any, found: Any) -> bool:
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor) or expected.is_nested or found.is_nested:
         return type(expected) is type(found)
     if expected.shape != found.shape or not expected.is_floating_point() or not expected.isfinite().all():
         return expected.shape == found.shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -80,8 +79,9 @@ def layout(network: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Layout:
     """
     named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     paths = {id(tensor): path for path, tensor in reversed(named)}
-    owned = (tensors_of(layer) for layers in blocks for layer in layers)
-    tensors = [(kind, paths[id(tensor)], tensor) for kind, _, tensor in chain.from_iterable(owned)]
+    # A block has further tensors where a forward uses attributes that are neither parameters nor buffers: constants.
+    owned = [[[(k, n, v) for k, n, v in tensors_of(layer) if id(v) in paths] for layer in layers] for layers in blocks]
+    tensors = [(kind, paths[id(v)], v) for layers in owned for layer in layers for kind, _, v in layer]
     columns: dict[Kind, dict[str, slice]] = {"parameters": {}, "buffers": {}}
     ends: dict[Kind, int] = {"parameters": 0, "buffers": 0}
     again = []
@@ -108,7 +108,7 @@ def layout(network: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Layout:
             seen.add(path)
         return _Entry(name, kind, tensor.shape, tensor.dtype, places)
 
-    entries = [[[entry(*tensor) for tensor in tensors_of(layer)] for layer in layers] for layers in blocks]
+    entries = [[[entry(*tensor) for tensor in layer] for layer in layers] for layers in owned]
     dtype = common(v.dtype for kind, _, v in tensors if kind == "parameters") or torch.get_default_dtype()
     statistics = wide(common(v.dtype for kind, _, v in tensors if kind == "buffers") or dtype)
     return Layout(columns, shared, end, dtype, statistics, entries)

@@ -71,9 +71,14 @@ def one_hot(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(labels.long(), classes).to(like)
 
 
-def is_one_hot(y: Tensor) -> bool:
+def is_one_hot(y: Any) -> bool:
     """Whether targets [..., C] are classes: one of C ≥ 2 entries is 1 and the others are 0."""
-    return y.ndim > 1 and y.shape[-1] > 1 and bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) == 1)).all())
+    return (
+        isinstance(y, Tensor)
+        and y.ndim > 1
+        and y.shape[-1] > 1
+        and bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) == 1)).all())
+    )
 
 
 def as_targets(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from admm.blocks import Blocks, Parameters
 from admm.callbacks import Callback, StopTraining
@@ -25,6 +25,7 @@ from admm.minibatches import expand
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
+from admm.samples import Samples, Tensors
 from admm.schedules import warn_beyond_horizon
 
 # Samples evaluated at a time, so few that a CPU's caches hold their activations: images, whose replicas take turns;
@@ -38,8 +39,8 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
     Args:
         problem: the training samples, the blocks and the loss.
         theta: parameters of S replicas.
-        test: a test set, which is inputs [M, ...] and targets or class indices; several sets by name, such as
-            `{"valid": (x, y), "test": (x2, y2)}`; or None.
+        test: a test set, which is inputs [M, ...] and targets or class indices, or a data set or loader (see `Problem`
+            for their forms); several sets by name, such as `{"valid": (x, y), "test": (x2, y2)}`; or None.
 
     Returns:
         Scores [S] of the training samples (`train_…`), the test set (`test_…`) or each set of a name (`valid_…`):
@@ -60,39 +61,41 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
     Raises:
         ValueError: for a set that does not fit, and for a name of one that is no text or "train".
     """
-    sets = {"train": (problem.x, problem.y)} | dict(_other_sets(problem, test))
-    scores = {part: _scores(problem, theta, x, y) for part, (x, y) in sets.items()}
+    sets = {"train": problem.data} | dict(_other_sets(problem, test))
+    scores = {part: _scores(problem, theta, samples) for part, samples in sets.items()}
     return {f"{part}_{name}": value for part, values in scores.items() for name, value in values.items()}
 
 
-def _other_sets(problem: Problem, test: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+def _other_sets(problem: Problem, test: Any) -> Iterator[tuple[str, Samples]]:
     """Yield the name and the samples, in the form of the training samples, of each set in the `test` of `evaluate`."""
     is_named = isinstance(test, Mapping)
-    for name, pair in (test if is_named else {} if test is None else {"test": test}).items():
+    for name, given in (test if is_named else {} if test is None else {"test": test}).items():
         place = f"test[{name!r}]" if is_named else "test"
         if not isinstance(name, str) or name == "train":
             raise ValueError(f"{place}: the name of a set must be text, and 'train' is that of the training samples")
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ValueError(f"{place}: a {type(pair).__name__} is no pair of inputs and targets")
+        if isinstance(given, Tensor | dict) or (isinstance(given, tuple | list) and len(given) != 2):
+            raise ValueError(f"{place}: a {type(given).__name__} is no pair of inputs and targets, nor a data set")
         try:
-            yield name, problem.samples(*pair)
+            yield name, problem.samples(*given) if isinstance(given, tuple | list) else problem.samples(given)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
 
 
-def _scores(problem: Problem, theta: Parameters, x: Tensor, y: Any) -> dict[str, Tensor]:
-    """Return the scores [S] of samples x [N, ...] and y, by `evaluate`'s names without the prefix."""
+def _scores(problem: Problem, theta: Parameters, samples: Samples) -> dict[str, Tensor]:
+    """Return the scores [S] of samples, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    for part, targets in _chunks(x, y, len(theta.flat)):
-        z = problem.blocks.forward(theta, part.expand(len(theta.flat), *part.shape))
-        for name, (values, counted) in _sample_scores(problem, z, targets).items():
+    spread = _Spread(problem, samples)
+    for x, y in _chunks(samples, len(theta.flat)):
+        z = problem.blocks.forward(theta, expand(x, len(theta.flat)))
+        for name, (values, counted) in _sample_scores(problem, z, y).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
             counts[name] = counts.get(name, 0.0) + counted.sum(dtype=torch.float64)
+        if "mse" in totals:
+            spread.add(y)
     means = {name: total / float(counts[name]) for name, total in totals.items()}
     if "mse" in means:
-        _, plain, weights = unweighted(problem.loss, y)
-        variance = _variance(plain.flatten(1), weights)
+        variance = spread.variance()
         means["r2"] = torch.where(variance > 0, 1.0 - means["mse"] / variance, torch.nan)
     return means
 
@@ -133,32 +136,62 @@ def _variance(y: Tensor, weights: Tensor | None) -> Tensor:
     return torch.einsum("n,nd->d", weights, (y - mean).square()).mean() / weights.sum()
 
 
+class _Spread:
+    """The variance of targets: of tensors by PyTorch, of a stream from sums of what comes by, in float64."""
+
+    def __init__(self, problem: Problem, samples: Samples) -> None:
+        self.loss, self.samples, self.sums = problem.loss, samples, list[Tensor]()
+
+    def add(self, targets: Any) -> None:
+        """Add targets of n samples."""
+        if isinstance(self.samples, Tensors):
+            return
+        y, weights = self._flat(targets)
+        near = self._flat(self.samples.examples[1])[0].mean(0)  # without it a large mean would cancel out
+        w = torch.ones_like(y[:, :1]) if weights is None else weights[:, None]
+        self.sums.append(torch.stack([(w * (y - near) ** power).sum(0) for power in range(3)]))
+
+    def variance(self) -> Tensor:
+        """Return the mean of the variances of the targets' entries."""
+        if isinstance(self.samples, Tensors):
+            _, y, weights = unweighted(self.loss, self.samples.y)
+            return _variance(y.flatten(1), weights)
+        total, first, second = torch.stack(self.sums).sum(0)
+        variance: Tensor = (second / total - (first / total).square()).mean()
+        return variance
+
+    def _flat(self, targets: Any) -> tuple[Tensor, Tensor | None]:
+        _, y, weights = unweighted(self.loss, targets)
+        return y.flatten(1).double(), None if weights is None else weights.double()
+
+
 def _mean(values: Tensor) -> Tensor:
     """Return the mean over all axes but the first two."""
     return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
-def accuracy(blocks: Blocks, theta: Parameters, x: Tensor, labels: Tensor) -> Tensor:
+def accuracy(blocks: Blocks, theta: Parameters, x: Any, labels: Tensor) -> Tensor:
     """Return the percentage [S] of samples x [M, ...] whose largest output, in evaluation mode, is their label [M].
 
-    Raises RuntimeError for no samples.
+    It is NaN for no samples.
     """
-    right = torch.zeros(len(theta.flat), device=x.device)
-    for part, label in _chunks(x, labels, len(theta.flat)):
-        right += (blocks.forward(theta, part.expand(len(theta.flat), *part.shape)).argmax(2) == label).sum(1)
-    return 100.0 * right / len(x)
+    samples = Tensors(x, labels)
+    right = torch.zeros(len(theta.flat), device=samples.device)
+    for part, label in _chunks(samples, len(theta.flat)):
+        right += (blocks.forward(theta, expand(part, len(theta.flat))).argmax(2) == label).sum(1)
+    return 100.0 * right / samples.n
 
 
-def _chunks(x: Tensor, y: Any, replicas: int) -> Iterator[tuple[Tensor, Any]]:
-    """Yield samples x and y [N, ...] a few at a time, nearly the same number each: a single one that is left over could
-    not be normalised."""
-    most = _EVAL_BATCH_IMAGES
-    if x.ndim == 2:
+def _chunks(samples: Samples, replicas: int) -> Iterator[tuple[Any, Any]]:
+    """Yield inputs and targets a few at a time, nearly the same number each: a single one that is left over could not
+    be normalised."""
+    most, x = _EVAL_BATCH_IMAGES, samples.examples[0]
+    if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point():
         most = min(_EVAL_BATCH_VECTORS, max(1, _EVAL_ROWS_ALL_REPLICAS // replicas))
-    chunks = math.ceil(len(x) / most)
-    leaves, structure = tree_flatten(y)
-    parts = zip(*(leaf.tensor_split(chunks) for leaf in (x, *leaves)), strict=True)
-    return ((part, tree_unflatten(of_part, structure)) for part, *of_part in parts)
+    chunks = max(1, math.ceil(samples.n / most))
+    size, larger = divmod(samples.n, chunks)
+    ends = list(accumulate(size + (number < larger) for number in range(chunks)))
+    return samples.read([slice(*bounds) for bounds in pairwise([0, *ends])])
 
 
 def train(
@@ -188,9 +221,9 @@ def train(
         state: the state that `optimizer.init` has returned; it is trained in place.
         iterations: the number of iterations, those before a resume included; None means the optimizer's `iterations`,
             at which its schedules end.
-        test: a test set, inputs [M, ...] and class indices [M] or targets; several sets by name, such as
-            `{"valid": (x, y), "test": (x2, y2)}`, for quantities `valid_…` and `test_…`; None; or what another
-            `measure` takes.
+        test: a test set, inputs [M, ...] and class indices [M] or targets, or a data set or loader; several sets by
+            name, such as `{"valid": (x, y), "test": (x2, y2)}`, for quantities `valid_…` and `test_…`; None; or what
+            another `measure` takes.
         evaluate_every: iterations between two evaluations.
         checkpoint: a file for the state and the history. A run that finds such a file goes on from it as if it had not
             been interrupted.
@@ -339,10 +372,10 @@ def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) ->
 
     Raises TypeError where that is no state, and ValueError where the iteration is not counted.
     """
-    _synchronize(problem.x.device)
+    _synchronize(problem.device)
     start, iteration = time.perf_counter(), state.iteration
     returned = optimizer.step(problem, state)
-    _synchronize(problem.x.device)
+    _synchronize(problem.device)
     seconds = time.perf_counter() - start
     if type(returned) is not type(state):
         raise TypeError(

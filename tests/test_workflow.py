@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from admm.blocks import Parameters, split
 from admm.callbacks import EarlyStopping, StopTraining
 from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
-from admm.losses import CrossEntropy, SquaredError
+from admm.losses import CrossEntropy, SquaredError, one_hot
 from admm.models import initialiser, mlp, resnet18
 from admm.optimizers import (
     SGD,
@@ -492,6 +492,7 @@ def test_networks_of_the_same_shapes_are_told_apart(activations: Any, message: s
 
 
 def test_functions_that_differ_within_are_told_apart(problem: Problem, tmp_path: Path) -> None:
+    problem = replace(problem, y=one_hot(problem.y, 3, like=problem.like), loss=SquaredError())
     first = replace(problem, loss=lambda z, y: (lambda r: r.square())(z - y))
     second = replace(problem, loss=lambda z, y: (lambda r: r.abs())(z - y))
     run(first, SGD6, checkpoint=tmp_path / "c.pt", keep_last=True)

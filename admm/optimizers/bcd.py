@@ -28,6 +28,7 @@ from admm.optimizers.fully_connected import (
 )
 from admm.optimizers.least_squares import Scratch, add_gram, cholesky_with_ridge, input_factor, ridge_gain, zero_gram
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.samples import take
 from admm.schedules import Number, positive
 
 _SLICE = 2000  # samples that are visited at a time: their temporaries stay in the CPU's cache
@@ -115,13 +116,14 @@ class BCD(Options, Optimizer[BCDState]):
         set_initial_values("weight", [layer["weight"] for layer in layers], start)
         set_initial_values("bias", [layer["bias"] for layer in layers], start)
         widths = [layer["weight"].shape[1] for layer in layers]
-        u = [problem.x.new_empty(replicas, len(problem.x), width) for width in widths]
+        x, _ = problem.whole("BCD")
+        u = [problem.like.new_empty(replicas, len(x), width) for width in widths]
         v = [torch.empty_like(values) for values in u]
-        forward(layers, problem.x.flatten(1), u, v[:-1], _SLICE)
+        forward(layers, x.flatten(1), u, v[:-1], _SLICE)
         v[-1].copy_(u[-1])
         set_initial_values("u", u, start)
         set_initial_values("v", v, start)
-        x_factor = input_factor(problem.x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
+        x_factor = input_factor(x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
         return BCDState(seeds, 0, theta, u, v, x_factor)
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
@@ -143,9 +145,10 @@ class BCD(Options, Optimizer[BCDState]):
         """Return `objective`, `residual_l` and `activation_residual_l` (see `relative_residuals`), and `sigma_t`."""
         gamma, rho, _ = (p.flatten() for p in self._penalties(problem, len(state.seeds)))
         layers = linear_layers(problem, state.theta, "BCD")
-        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        inputs, targets = problem.whole("BCD")
+        x = inputs.flatten(1).expand(len(state.seeds), -1, -1)
         affine, activation = square_residuals(x, layers, state.u, state.v, _SLICE)
-        loss = problem.loss.value(state.v[-1], expand(problem.y, len(gamma))).sum(1, dtype=torch.float64)
+        loss = problem.loss.value(state.v[-1], expand(targets, len(gamma))).sum(1, dtype=torch.float64)
         return {
             "objective": loss + 0.5 * (gamma * activation.sum(0) + rho * affine.sum(0)),
             **relative_residuals(affine, activation, state.u, state.v),
@@ -155,7 +158,7 @@ class BCD(Options, Optimizer[BCDState]):
     def _penalties(self, problem: Problem, replicas: int) -> Penalties:
         """Return γ, ρ and α, [S, 1, 1] each. Raises ValueError that names one that is not positive."""
         gamma, rho, alpha = (
-            positive(name, getattr(self, name), replicas).to(problem.x).view(-1, 1, 1)
+            positive(name, getattr(self, name), replicas).to(problem.like).view(-1, 1, 1)
             for name in ("gamma", "rho", "alpha")
         )
         return gamma, rho, alpha
@@ -169,12 +172,13 @@ class BCD(Options, Optimizer[BCDState]):
         weight, bias, scratch = layer["weight"], layer["bias"], Scratch(layer["weight"])
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
         gram = zero_gram(len(weight), weight.shape[2], weight) if number > 1 else None
-        for part in slices(len(problem.x), _SLICE):
+        targets = problem.whole("BCD")[1]
+        for part in slices(problem.n_samples, _SLICE):
             layer_input = _layer_input(problem, state, number, part)
             affine = pre_activation(layer, layer_input)
             u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
             if above_gain is None:
-                y = expand(problem.y[part], len(v))
+                y = expand(take(targets, part), len(v))
                 _update_last(penalties, u, v, affine, check_prox(problem.loss, "BCD"), y)
             else:
                 _update_hidden(penalties, u, v, affine, layers[number], above_gain, state.u[number][:, part], scratch)
@@ -190,7 +194,7 @@ class BCD(Options, Optimizer[BCDState]):
         ridge = (alpha / rho).view(-1, 1)
         factor = state.x_factor if gram is None else cholesky_with_ridge(gram, ridge, _epsilon(weight))
         weight += torch.cholesky_solve(cross.mT.double(), factor).mT
-        bias += (rho / (rho * len(problem.x) + alpha)).squeeze(2) * total
+        bias += (rho / (rho * problem.n_samples + alpha)).squeeze(2) * total
 
 
 def _update_last(penalties: Penalties, u: Tensor, v: Tensor, affine: Tensor, loss: ProximalLoss, y: Any) -> None:
@@ -236,5 +240,5 @@ def _layer_input(problem: Problem, state: BCDState, number: int, part: slice) ->
     """Return V_{l−1} of a slice of samples, [S, n, d_{l−1}]; all replicas share V_0 = X."""
     if number > 1:
         return state.v[number - 2][:, part]
-    x = problem.x[part].flatten(1)
+    x = problem.whole("BCD")[0][part].flatten(1)
     return x.expand(len(state.seeds), *x.shape)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,8 +33,10 @@ from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_s
 from admm.optimizers.rules import Adam, UpdateRule
 from admm.placement import PLACES, Place, allocate
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
+from admm.visits import Visit
 
 _Z, _THETA, _DUALS = range(3)  # what a batch sweep visits the samples for, in the counter of the visit
+BatchT = TypeVar("BatchT", Tensor, slice)  # indices [S, B] of a mini-batch, or consecutive samples
 
 
 @dataclass
@@ -205,12 +207,13 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Return Z by a forward pass, U = 0 and the moments of Z, which are 0; T tensors [S, N, d_t] each."""
         replicas, n_blocks, samples = len(seeds), len(problem.blocks), problem.n_samples
         variables: list[Tensor] = []
-        for part in slices(samples, self.slice_size):
-            visit = problem.visit(seeds, part, (0,))
+        parts = list(slices(samples, self.slice_size))
+        for part, visit in zip(parts, problem.visits(seeds, parts, [(0,)] * len(parts)), strict=True):
             outputs = list(problem.blocks.outputs(theta, visit.x, visit))
             if not variables:
                 shapes = [(replicas, samples, *output.shape[2:]) for output in outputs]
-                variables = allocate(self.sample_storage, (2 + self.z_update.moments_of_each) * shapes, like=outputs[0])
+                copies = 2 + self.z_update.moments_of_each
+                variables = allocate(self.sample_storage, copies * shapes, copies * outputs)
             for z, output in zip(variables, outputs, strict=False):  # the first T variables are Z
                 z[:, part] = output
         return [variables[start : start + n_blocks] for start in range(0, len(variables), n_blocks)]
@@ -238,13 +241,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         for r in range(rounds):
             h = schedules.at((state.iteration + r / rounds) / self.iterations)
             self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            for part in parts:
-                self._update_z(problem, state, part, h, r)  # lines 5 to 8: Z_T … Z_1
+            for part, visit in self._visits(problem, state, parts, _Z, r):
+                self._update_z(problem, state, part, visit, h, r)  # lines 5 to 8: Z_T … Z_1
             state.z_state.count += self.z_update.steps
-            for number, batch in enumerate(self._theta_batches(problem, state, r)):
-                counter = (state.iteration, _THETA, r, number)
-                updater.step(self._lagrangian(problem, state, batch, counter), h.theta_steps)  # line 10: Θ
-        squares = [self._update_duals(problem, state, part, h) for part in parts]  # line 12: U
+            batches = self._theta_batches(problem, state, r)
+            for batch, visit in self._visits(problem, state, batches, _THETA, r):
+                updater.step(self._lagrangian(problem, state, batch, visit), h.theta_steps)  # line 10: Θ
+        visits = self._visits(problem, state, parts, _DUALS, 0)
+        squares = [self._update_duals(problem, state, part, visit, h) for part, visit in visits]  # line 12: U
         return self._norm(squares, problem.n_samples)
 
     def _minibatch_sweep(
@@ -253,12 +257,13 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Update Z, Θ and U of each mini-batch before those of the next one (Gauss-Seidel order); return ‖h‖ [S]."""
         k, device = state.iteration, problem.device
         batches = minibatches(problem.n_samples, self.batch_size, state.seeds, k, device, self.epoch_parts)
+        visits = problem.visits(state.seeds, batches, [(k, number) for number in range(len(batches))])
         squares = []
-        for number, batch in enumerate(batches):
+        for number, (batch, visit) in enumerate(zip(batches, visits, strict=True)):
             h = schedules.at((k + number / len(batches)) / self.iterations)
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            lagrangian, z_state = self._gather(problem, state, batch, state.z_state, (k, number))
+            lagrangian, z_state = self._gather(problem, state, batch, state.z_state, visit)
             update_minibatch(lagrangian, self.z_update, z_state, updater, h, rounds)
             squares.append(self._squared_residual(lagrangian))
             variables = [*state.z, *state.u, *state.z_state.tensors()]
@@ -268,18 +273,30 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             state.z_state.count += rounds * self.z_update.steps
         return self._norm(squares, sum(batch.shape[1] for batch in batches))
 
-    def _update_z(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters, r: int) -> None:
+    @staticmethod
+    def _visits(
+        problem: Problem, state: BlockADMMState, batches: Sequence[BatchT], purpose: int, r: int
+    ) -> Iterator[tuple[BatchT, Visit]]:
+        """Yield each batch of a batch sweep in round r, and a visit of it. Slices count by where they start."""
+        places = [batch.start if isinstance(batch, slice) else number for number, batch in enumerate(batches)]
+        counters = [(state.iteration, purpose, r, place) for place in places]
+        return zip(batches, problem.visits(state.seeds, batches, counters), strict=True)
+
+    def _update_z(
+        self, problem: Problem, state: BlockADMMState, part: slice, visit: Visit, h: Hyperparameters, r: int
+    ) -> None:
         """Update Z of consecutive samples in round r, in the first one after the mixing with a forward pass."""
-        counter = (state.iteration, _Z, r, part.start)
-        lagrangian, z_state = self._gather(problem, state, part, state.z_state, counter)
+        lagrangian, z_state = self._gather(problem, state, part, state.z_state, visit)
         if r == 0:
             lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         scatter(part, [*state.z, *state.z_state.tensors()], [*lagrangian.z, *z_state.tensors()])
 
-    def _update_duals(self, problem: Problem, state: BlockADMMState, part: slice, h: Hyperparameters) -> Tensor:
+    def _update_duals(
+        self, problem: Problem, state: BlockADMMState, part: slice, visit: Visit, h: Hyperparameters
+    ) -> Tensor:
         """Update U of consecutive samples; return their `_squared_residual`."""
-        lagrangian = self._lagrangian(problem, state, part, (state.iteration, _DUALS, 0, part.start))
+        lagrangian = self._lagrangian(problem, state, part, visit)
         lagrangian.update_duals(h.dual_step)
         scatter(part, state.u, lagrangian.u)
         return self._squared_residual(lagrangian)
@@ -297,18 +314,17 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 
     @staticmethod
     def _gather(
-        problem: Problem, state: BlockADMMState, batch: Tensor | slice, z_state: ZState, counter: tuple[int, ...]
+        problem: Problem, state: BlockADMMState, batch: Tensor | slice, z_state: ZState, visit: Visit
     ) -> tuple[AugmentedLagrangian, ZState]:
         """Return the Lagrangian of a visit of the samples `batch`, see `gather`; `z_state` gets their moments."""
         z, u, *moments = gather(problem, batch, [state.z, state.u, *z_state.moments])
-        visit = problem.visit(state.seeds, batch, counter)
         return AugmentedLagrangian(problem, state.theta, state.beta, visit, z, u), replace(z_state, moments=moments)
 
     def _lagrangian(
-        self, problem: Problem, state: BlockADMMState, batch: Tensor | slice, counter: tuple[int, ...]
+        self, problem: Problem, state: BlockADMMState, batch: Tensor | slice, visit: Visit
     ) -> AugmentedLagrangian:
         """Return the Lagrangian of the samples `batch` alone, without their moments."""
-        return self._gather(problem, state, batch, ZState(), counter)[0]
+        return self._gather(problem, state, batch, ZState(), visit)[0]
 
     def _squared_residual(self, lagrangian: AugmentedLagrangian) -> Tensor:
         """Return Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S] for the adaptive penalty; 0 without one."""
@@ -354,8 +370,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         gradient = problem.blocks.gradient(theta)
         theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
-        for part in slices(samples, self.slice_size):
-            lagrangian = self._lagrangian(problem, state, part, (state.iteration, _DUALS, 0, part.start))
+        for part, visit in self._visits(problem, state, list(slices(samples, self.slice_size)), _DUALS, 0):
+            lagrangian = self._lagrangian(problem, state, part, visit)
             z, u = lagrangian.z, lagrangian.u
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
             for t in range(1, len(z) + 1):
@@ -372,14 +388,15 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         }
         for t, dual in enumerate(state.u, start=1):
             values[f"residual_{t}"] = torch.where(norm[t - 1] > 0, square[t - 1] / norm[t - 1], 0.0).sqrt()
-            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / dual[0].numel()).sqrt()
+            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / max(dual[0].numel(), 1)).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
         return values
 
     def _after_z_update(self, problem: Problem, state: BlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """Return the Lagrangian of copies of the samples [S, B] after an update of Z with the last iteration's ζ."""
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
-        lagrangian, z_state = self._gather(problem, state, batch, state.z_state, (state.iteration, 0))
+        visit = problem.visit(state.seeds, batch, (state.iteration, 0))
+        lagrangian, z_state = self._gather(problem, state, batch, state.z_state, visit)
         self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
         lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from admm.blocks import Blocks, Parameters
 from admm.checks import at_least_one, in_range
 from admm.layers import LinearLayer
-from admm.minibatches import minibatches, slices
+from admm.minibatches import expand, minibatches, slices
 from admm.nmf import NMF, feature_maps, hals_sweep, matrix, nonnegative_least_squares, warm_start
 from admm.numbers import Options
 from admm.optimizers.block_admm import update_minibatch
@@ -236,13 +237,12 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         problem.refuse_augmentation("DeepFacto")
         theta = problem.initial(seeds)
         factors = factorisations(problem.blocks, theta)
-        x, z = problem.x.expand(len(seeds), *problem.x.shape), list[Tensor]()
+        x, z = self._factorised_inputs(problem, factors, len(seeds)), list[Tensor]()
         for t, block in enumerate(problem.blocks, start=1):
-            before = z[-1] if z else x
             if t in factors:
-                z.append(_warm_scores(before, factors[t], self.warm_rounds))
+                z.append(_warm_scores(z[-1] if z else x, factors[t], self.warm_rounds))
             else:
-                views, parts = theta.blocks[t - 1], before.split(self.slice_size, 1)
+                views, parts = theta.blocks[t - 1], self._parts(problem, seeds, z)
                 z.append(torch.cat([block.forward(views, part, Visit(seeds, (0,))) for part in parts], 1))
         residuals = [before if t in factors else z[t - 1] for t, before in enumerate([x, *z[:-1]], start=1)]
         return DeepFactoState(
@@ -265,9 +265,10 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         updater = BlockwiseThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments, trained)
         z_update = FactorisedZUpdate("gradient", score_sweeps=self.score_sweeps)
         batches = self._minibatches(problem, state)
-        for number, batch in enumerate(batches):
+        visits = problem.visits(state.seeds, batches, [(state.iteration, number) for number in range(len(batches))])
+        for number, (batch, visit) in enumerate(zip(batches, visits, strict=True)):
             h = schedules.at((state.iteration + number / len(batches)) / self.iterations)
-            lagrangian = _lagrangian(problem, state, factors, beta, batch, number)
+            lagrangian = _lagrangian(problem, state, factors, beta, batch, visit)
             update_minibatch(lagrangian, z_update, ZState(), updater, h, self.primal_rounds)
             scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
             del lagrangian  # and the activations with it
@@ -279,13 +280,43 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
 
     def _minibatches(self, problem: Problem, state: DeepFactoState) -> list[Tensor]:
         """Return the indices [R, B] of an epoch's mini-batches."""
-        groups = problem.y if self.group_size > 1 else None
-        n, k, device = problem.n_samples, state.iteration, problem.device
+        n, k, device, groups = problem.n_samples, state.iteration, problem.device, self._groups(problem)
         return minibatches(n, self.batch_size, state.seeds, k, device, groups=groups, group_size=self.group_size)
+
+    def _groups(self, problem: Problem) -> Tensor | None:
+        """Return the targets [N] whose equal ones follow one another, or None. Raises ValueError."""
+        if self.group_size == 1:
+            return None
+        if not isinstance(problem.y, Tensor | np.ndarray):
+            raise ValueError(
+                f"group_size: {self.group_size} needs the targets of all samples before training; take tensors or "
+                "arrays of class indices, or group_size=1"
+            )
+        y = torch.as_tensor(np.array(problem.y)) if isinstance(problem.y, np.ndarray) else problem.y
+        if y.ndim > 1:
+            raise ValueError(f"group_size: {self.group_size} needs class indices as y, not {y.ndim} axes")
+        return y
+
+    def _parts(self, problem: Problem, seeds: Sequence[int], z: list[Tensor]) -> Iterator[Tensor]:
+        """Yield slices of what the block after the coupling variables `z` is applied to."""
+        if z:
+            yield from z[-1].split(self.slice_size, 1)
+            return
+        parts = list(slices(problem.n_samples, self.slice_size))
+        for visit in problem.visits(seeds, parts, [(0,)] * len(parts)):
+            yield visit.x
+
+    @staticmethod
+    def _factorised_inputs(problem: Problem, factors: Iterable[int], replicas: int) -> Tensor:
+        """Return all inputs [R, N, ...] if the first block is a factorisation; else nothing."""
+        if 1 not in factors:
+            return problem.like
+        inputs: Tensor = expand(problem.whole("DeepFacto, whose first block is a factorisation,")[0], replicas)
+        return inputs
 
     def _update_basis(self, problem: Problem, state: DeepFactoState, t: int, basis: Tensor) -> None:
         """Update M in place, by sweeps of non-negative least squares on γ/2 ‖Z − M S + V‖² over all samples."""
-        before = state.z[t - 2] if t > 1 else problem.x.expand(len(state.seeds), *problem.x.shape)
+        before = state.z[t - 2] if t > 1 else self._factorised_inputs(problem, [t], len(state.seeds))
         gram = basis.new_zeros(len(basis), basis.shape[2], basis.shape[2])
         cross = basis.new_zeros(len(basis), basis.shape[2], basis.shape[1])
         for part in slices(problem.n_samples, self.slice_size):
@@ -307,8 +338,10 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
         square, norm = problem.like.new_zeros(2, len(state.z), len(state.seeds))
         value = torch.zeros_like(square[0])
-        for part in slices(problem.n_samples, self.slice_size):
-            lagrangian = _lagrangian(problem, state, factors, beta, part, part.start)
+        parts = list(slices(problem.n_samples, self.slice_size))
+        visits = problem.visits(state.seeds, parts, [(state.iteration, part.start) for part in parts])
+        for part, visit in zip(parts, visits, strict=True):
+            lagrangian = _lagrangian(problem, state, factors, beta, part, visit)
             value += lagrangian.value()
             for t in range(1, len(state.z) + 1):
                 target = lagrangian.block_input(t) if t in factors else lagrangian.z[t - 1]
@@ -323,8 +356,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         for name in ("group_size", "primal_rounds", *sweeps, "slice_size"):
             at_least_one(name, getattr(self, name))
         in_range("frozen", self.frozen, self.iterations)
-        if self.group_size > 1 and problem.y.ndim > 1:
-            raise ValueError(f"group_size: {self.group_size} needs class indices as y, not {problem.y.ndim} axes")
+        self._groups(problem)
 
     def _penalties(self, problem: Problem, state: DeepFactoState) -> Tensor:
         return penalties(self.beta, len(state.z), len(state.seeds), like=problem.like)
@@ -370,11 +402,10 @@ def by_block(blocks: Blocks, flat: Tensor) -> list[Tensor]:
 
 
 def _lagrangian(
-    problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice, number: int
+    problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice, visit: Visit
 ) -> FactorisedLagrangian:
-    """Return Eq. 9 for the `number`-th visit of an iteration, of the samples `batch`, see `gather`."""
+    """Return Eq. 9 for a visit of the samples `batch`, see `gather`."""
     z, u = gather(problem, batch, [state.z, state.u])
-    visit = problem.visit(state.seeds, batch, (state.iteration, number))
     return FactorisedLagrangian(problem, state.theta, factors, beta, visit, z, u)
 
 

@@ -28,6 +28,7 @@ from admm.optimizers.fully_connected import (
     squared_norm,
 )
 from admm.optimizers.protocol import Optimizer, Problem, whole_seeds
+from admm.samples import take
 from admm.schedules import Number, positive, replica_values
 
 _BACKWARD, _FORWARD = 0, 1  # the two sweeps of an iteration
@@ -168,11 +169,12 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         set_initial_values("weight", [layer["weight"] for layer in layers], start)
         set_initial_values("bias", [layer["bias"] for layer in layers], start)
 
-        x = problem.x.flatten(1)
+        inputs, targets = problem.whole("DLADMM")
+        x = inputs.flatten(1)
         z = [x.new_empty(len(seeds), len(x), layer["weight"].shape[1]) for layer in layers]
         a = [torch.empty_like(z_l) for z_l in z[:-1]]
         forward(layers, x, z, a, _SLICE)
-        loss, y, _ = unweighted(problem.loss, problem.y)
+        loss, y, _ = unweighted(problem.loss, targets)
         if isinstance(loss, CrossEntropy) and not y.is_floating_point():
             y = y.unsqueeze(1) == torch.arange(z[-1].shape[2], device=y.device)
         if isinstance(y, Tensor) and y.shape == z[-1].shape[1:]:
@@ -234,7 +236,7 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         layers = linear_layers(problem, state.theta, "DLADMM")
         for number, (z, error) in enumerate(zip(state.z, state.error, strict=True), start=1):
             if number == len(state.z):  # its error contains the dual
-                layer_input = state.a[-1] if state.a else problem.x.flatten(1).expand(len(z), -1, -1)
+                layer_input = state.a[-1] if state.a else problem.whole("DLADMM")[0].flatten(1).expand(len(z), -1, -1)
                 error = pre_activation(layers[-1], layer_input) - z
             values[f"residual_{number}"] = (_square(error) / _square(z)).sqrt()
         for name, accepted in (("theta", state.accepted_theta), ("tau", state.accepted_tau)):
@@ -291,7 +293,8 @@ class _Sweep:
     def __init__(self, options: DLADMM, problem: Problem, state: DLADMMState) -> None:
         self.options, self.problem, self.state = options, problem, state
         self.layers = linear_layers(problem, state.theta, "DLADMM")
-        self.x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)  # not copied
+        x, self.y = problem.whole("DLADMM")
+        self.x = x.flatten(1).expand(len(state.seeds), -1, -1)  # not copied
         self.rho = _column(state.rho)
         self._buffers: dict[str, Tensor] = {}
         self._error_w: dict[int, Tensor] = {}  # E_{l+1} W_{l+1}, from the backward to the forward update of A_l
@@ -395,19 +398,19 @@ class _Sweep:
     def training_cost(self) -> Tensor:
         """Return the mean loss [S] of a plain forward pass, whose first layer is known: Z_1 + E_1 (without dual)."""
         total = torch.zeros_like(self.state.rho)
-        for part in slices(len(self.problem.x), _SLICE):
+        for part in slices(len(self.y), _SLICE):
             z = self.state.z[0][:, part] + self.state.error[0][:, part]
             for views in self.layers[1:]:
                 z = pre_activation(views, z.relu_())
-            total += self.problem.loss.value(z, expand(self.problem.y[part], len(z))).sum(1)
-        return total.div_(len(self.problem.x))
+            total += self.problem.loss.value(z, expand(take(self.y, part), len(z))).sum(1)
+        return total.div_(self.problem.n_samples)
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
         """Minimise J(z) + ρ/2 ‖z − target‖², from z. Samples are columns here, for fast sums over the classes."""
         options, loss = self.options, self.problem.loss
         curvature = _column(replica_values("fista_curvature", options.curvature(loss), len(z)).to(z))
         tolerance = replica_values("fista_tolerance", options.fista_tolerance, len(z)).to(z.device)
-        y, mass = self.problem.y, None
+        y, mass = self.y, None
         if isinstance(loss, CrossEntropy):
             y = loss.distribution(z[0], y)
             mass = None if (y.sum(1) == 1).all() else y.sum(1)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.comparison import outputs_of, suited
 from admm.crossings import Crossing
-from admm.losses import CrossEntropy, FunctionLoss, Loss, is_one_hot, unweighted
-from admm.minibatches import gather_shared, minibatches, stateless_rng
+from admm.losses import CrossEntropy, FunctionLoss, Loss, SampleWeighted, is_one_hot, unweighted
+from admm.minibatches import expand, minibatches, stateless_rng
 from admm.numbers import plain
+from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, take_rows
 from admm.visits import Visit
 
 
@@ -27,15 +27,42 @@ from admm.visits import Visit
 class Problem:
     """Training data, a network cut into blocks, and a loss.
 
+    Inputs x and targets y are in one of these forms:
+
+    - Tensors [N, ...] of any type, arrays, or lists of numbers. A tuple or list of them is the network's positional
+      arguments, a dictionary its keyword arguments; the targets of a plain function may be nested, too.
+    - `np.memmap`s, alone or among tensors: they stay on the disk, and what a mini-batch needs is read.
+    - A map-style `torch.utils.data.Dataset`, or a list, as x, whose items are pairs of inputs and targets, with y=None;
+      or a `DataLoader`, of which the data set, `collate_fn` and the workers' options are taken. (Its `shuffle`,
+      `batch_size` and `drop_last` are not used: each sample comes once an epoch, in mini-batches of the optimizer's
+      `batch_size`, in the order of the seed.) Collated items of several seeds must have one shape.
+
+    What is not whole on the device is a stream. The mini-batch methods, and Block-ADMM and DeepFacto with variables of
+    all samples, read it once in an epoch, for each seed, and workers read ahead; algorithms that need all samples as
+    tensors refuse it, see `whole`. The first 64 samples are looked at before training, to check them and to find out
+    what the targets are.
+
+    Random numbers that a data set draws for an item, from the global generators of PyTorch, NumPy and Python, follow
+    from the seed, the epoch and the item's index in the mini-batches of `minibatches`, and from the index alone in an
+    evaluation and where there are variables of each sample; so that runs are repeated and resumed exactly, with any
+    number of workers and in any stack. Other random numbers, such as those of a generator of its own, are not fixed.
+
     Args:
-        x: inputs [N, ...] of floating point, a tensor or what `torch.as_tensor` takes.
-        y: targets [N, ...] on the same device, as `loss.targets` takes them: for classes, class indices [N], which
-            become one-hot, or distributions [N, C].
+        x: inputs [N, ...], or a data set or loader.
+        y: targets [N, ...], as `loss.targets` takes them: for classes, class indices [N], which become one-hot, or
+            distributions [N, C]. None for a data set.
         blocks: the network, cut by `admm.blocks.split`.
         loss: a `Loss`, or a plain function as `FunctionLoss` takes it.
         initialise: a function that fills a network's parameters in place from PyTorch's global random state, such as
             `admm.models.initialiser("pytorch")`.
-        augmentation: random changes of the inputs of mini-batches, for optimizers without variables of each sample.
+        augmentation: random changes of mini-batches, for optimizers without variables of each sample.
+        stream_to: the device to compute on, for samples that are elsewhere, such as tensors in the host's memory. None
+            is the device of the tensors, and for other samples that on which PyTorch makes tensors.
+        weights: numbers [N] ≥ 0 that J of each sample is multiplied by, see `admm.losses.SampleWeighted`.
+
+    Attributes:
+        x, y: of samples on the device, tensors as the network and the loss take them; else as they were given.
+        data: all samples, as they are read.
 
     Raises:
         ValueError: for inputs or targets that the network or the loss cannot take, a loss that has no value per sample
@@ -49,50 +76,62 @@ class Problem:
     >>> problem.y
     tensor([[0., 1.],
             [1., 0.]])
+
+    The same from a data set, of which each epoch reads what it needs:
+
+    >>> dataset = torch.utils.data.TensorDataset(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 0]))
+    >>> problem = Problem(dataset, None, blocks, SquaredError(), initialiser("pytorch"))
+    >>> [visit.y.shape for _, visit in problem.minibatches(batch_size=1, seeds=[0, 1], iteration=0, parts=None)]
+    [torch.Size([2, 1, 2]), torch.Size([2, 1, 2])]
     """
 
-    x: Tensor
-    y: Tensor
+    x: Any
+    y: Any
     blocks: Blocks
     loss: Loss
     initialise: Callable[[nn.Module], None]
     augmentation: Augmentation | None = None
+    stream_to: str | torch.device | None = None
+    weights: Any = None
+    data: Samples = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loss", as_loss(self.loss))
-        object.__setattr__(self, "x", self._inputs(self.x))
-        object.__setattr__(self, "blocks", suited(self.blocks, self.x))
-        object.__setattr__(self, "y", self.targets(self.x, self.y))
+        object.__setattr__(self, "loss", _weighted(as_loss(self.loss), self.weights))
+        given = as_samples(self.x, self.y, self.weights, self.stream_to)
+        object.__setattr__(self, "data", given)
+        self._check_precision()
+        object.__setattr__(self, "blocks", suited(self.blocks, given.examples[0]))
+        data = self._formed(given, lambda x: x)
+        kept = given.source if isinstance(given, Stream) else data
+        if isinstance(kept, Tensors | Arrays):
+            object.__setattr__(self, "x", kept.x)
+            object.__setattr__(self, "y", kept.y if self.weights is None else kept.y[0])
+        object.__setattr__(self, "data", data)
         self._check_loss()
 
-    def samples(self, x: Any, y: Any) -> tuple[Tensor, Any]:
-        """Return other inputs [M, ...] and targets, such as a test set, in the form of the training samples.
+    def samples(self, x: Any, y: Any = None) -> Samples:
+        """Return other samples, such as a test set, in the form of the training samples, and on their device.
 
-        Raises ValueError for samples of another shape or on another device, and for targets of another kind.
+        Args:
+            x: inputs [M, ...] or a data set, in any form that `Problem` takes, whatever that of the training samples.
+            y: targets, or None.
+
+        Raises:
+            ValueError: for samples of another shape or type, and for targets of another kind.
         """
-        x = self._inputs(x).to(self.x.dtype)
-        if x.shape[1:] != self.x.shape[1:] or x.device != self.x.device:
-            raise ValueError(
-                f"x: samples {list(x.shape[1:])} on {x.device}, where training has {list(self.x.shape[1:])} on "
-                f"{self.x.device}"
-            )
-        targets = self.targets(x, y)
-        are_classes = self._are_classes(targets)
+        given = as_samples(x, y, device=self.device)
+        data = self._formed(given, self._like_training)
+        are_classes = self._are_classes(data.examples[1])
         if self.has_classes and not are_classes:
             raise ValueError("y: these targets are not one class per sample, as those of training are")
         if are_classes and not self.has_classes:
-            given, taken = (unweighted(self.loss, values)[1] for values in (y, targets))
-            if taken.shape != as_tensor("y", given).shape:
+            before, after = (unweighted(self.loss, values.examples[1])[1] for values in (given, data))
+            if before.shape != after.shape:
                 raise ValueError("y: these targets are class indices, and those of training are not classes")
-        return x, targets
+        return data
 
-    def targets(self, x: Tensor, y: Any) -> Any:
+    def targets(self, x: Any, y: Any) -> Any:
         """Return the targets of inputs x [M, ...] in the form that the loss takes. Raises ValueError."""
-        y = as_tensor("y", y, x.device)
-        if not y.ndim or len(x) != len(y):
-            raise ValueError(f"problem: {len(x)} inputs x, but {len(y) if y.ndim else 'no'} targets y")
-        if y.device != x.device:
-            raise ValueError(f"y: is on {y.device}, x on {x.device}; both must be on one device")
         outputs = outputs_of(self.blocks, x)
         self._check_outputs()
         return self.loss.targets(y, outputs.shape[1:], like=outputs)
@@ -100,12 +139,12 @@ class Problem:
     @cached_property
     def has_classes(self) -> bool:
         """Whether the targets are one class per sample, or per position of it, so that accuracy is defined."""
-        return self._are_classes(self.y)
+        return self._are_classes(self.data.examples[1])
 
     @cached_property
     def threshold(self) -> float | None:
         """The threshold of the loss, above which an output means yes, if all targets are 0 or 1; else None."""
-        loss, y, _ = unweighted(self.loss, self.y)
+        loss, y, _ = unweighted(self.loss, self.data.examples[1])
         return loss.threshold if isinstance(y, Tensor) and bool(((y == 0) | (y == 1)).all()) else None
 
     def _are_classes(self, targets: Any) -> bool:
@@ -113,29 +152,46 @@ class Problem:
         loss, y, _ = unweighted(self.loss, targets)
         if isinstance(loss, CrossEntropy):
             return True
-        return isinstance(y, Tensor) and y.shape[1:] == outputs_of(self.blocks, self.x).shape[1:] and is_one_hot(y)
+        outputs = outputs_of(self.blocks, self.data.examples[0])
+        return isinstance(y, Tensor) and y.shape[1:] == outputs.shape[1:] and is_one_hot(y)
 
-    def _inputs(self, inputs: Any) -> Tensor:
-        x = as_tensor("x", inputs).detach()
-        if not x.is_floating_point():
-            raise ValueError(
-                f"x: inputs of {x.dtype} are not supported; give numbers of floating point, such as x.float(); a "
-                "module that needs whole numbers, such as an embedding, can be wrapped in one that calls x.long()"
-            )
-        if x.ndim < 1 or not len(x):
-            raise ValueError(f"x: inputs {list(x.shape)} have no samples [N, ...]")
-        if not math.isfinite(x.sum(dtype=torch.float64)):
-            raise ValueError("x: inputs must be finite numbers, found NaN or infinity")
-        if self.blocks.execution.precision == "bf16" and x.dtype != torch.float32:
-            raise ValueError(f"precision: bf16 is for inputs x of float32, not {x.dtype}")
-        return x
+    def _formed(self, data: Samples, inputs: Callable[[Any], Any]) -> Samples:
+        """Return samples with `inputs` in place of the inputs, and targets as the loss takes them. Raises ValueError"""
+
+        def form(x: Any, y: Any) -> tuple[Any, Any]:
+            x = inputs(x)
+            return x, self.targets(x, y)
+
+        return Tensors(*form(*data.examples)) if isinstance(data, Tensors) else Formed(data, form)
+
+    def _like_training(self, x: Any) -> Any:
+        """Return inputs of floating point in the type of training. Raises ValueError for inputs of another kind."""
+        trained = self.data.examples[0]
+        if tree_structure(x) != tree_structure(trained):
+            raise ValueError(f"x: inputs of the form {_described(x)}, where training has {_described(trained)}")
+
+        def converted(leaf: Tensor, like: Tensor) -> Tensor:
+            is_same = leaf.dtype == like.dtype or (leaf.is_floating_point() and like.is_floating_point())
+            if leaf.shape[1:] != like.shape[1:] or not is_same:
+                raise ValueError(
+                    f"x: samples {list(leaf.shape[1:])} of {leaf.dtype}, where training has {list(like.shape[1:])} of "
+                    f"{like.dtype}"
+                )
+            return leaf.to(like.dtype)
+
+        return tree_map(converted, x, trained)
+
+    def _check_precision(self) -> None:
+        types = {leaf.dtype for leaf in tree_leaves(self.data.examples[0]) if leaf.is_floating_point()}
+        if self.blocks.execution.precision == "bf16" and types - {torch.float32}:
+            raise ValueError(f"precision: bf16 is for inputs x of float32, not {', '.join(map(str, types))}")
 
     def _check_outputs(self) -> None:
         """Let a plain function get the network's outputs, if they are several, as the network returns them.
 
         Raises ValueError for other losses.
         """
-        crossing, loss = self.blocks.crossings[-1], self.loss
+        crossing, loss = self.blocks.crossings[-1], unweighted(self.loss, None)[0]
         if len(crossing.shapes) == 1:
             return
         if not isinstance(loss, FunctionLoss):
@@ -144,13 +200,15 @@ class Problem:
                 "plain function of what it returns and the targets"
             )
         if not isinstance(loss.function, partial):
-            object.__setattr__(self, "loss", replace(loss, function=partial(_of_several, loss.function, crossing)))
+            of_several = replace(loss, function=partial(_of_several, loss.function, crossing))
+            object.__setattr__(self, "loss", _weighted(of_several, self.weights))
 
     def _check_loss(self) -> None:
         """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
-        y = tree_map(lambda leaf: leaf[:2].expand(2, *leaf[:2].shape), self.y)
-        outputs = outputs_of(self.blocks, self.x)
-        z = outputs.new_zeros(2, len(self.x[:2]), *outputs.shape[1:])
+        x, y = self.data.examples
+        y = tree_map(lambda leaf: leaf[:2].expand(2, *leaf[:2].shape), y)
+        outputs = outputs_of(self.blocks, x)
+        z = outputs.new_zeros(*tree_leaves(y)[0].shape[:2], *outputs.shape[1:])
         shapes = f"outputs {list(z.shape)} and targets {tree_map(lambda leaf: list(leaf.shape), y)}"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
@@ -171,31 +229,52 @@ class Problem:
     @property
     def n_samples(self) -> int:
         """The number N of training samples."""
-        return len(self.x)
+        return self.data.n
 
     @property
     def device(self) -> torch.device:
-        """Where the samples and all variables are."""
-        return self.x.device
+        """Where samples are read to, and all variables are."""
+        return self.data.device
 
     @property
     def like(self) -> Tensor:
         """An empty tensor with the type and the device of the parameters."""
         return torch.empty(0, dtype=self.blocks.dtype, device=self.device)
 
+    def whole(self, optimizer: str) -> tuple[Tensor, Any]:
+        """Return all inputs [N, ...], and targets.
+
+        Raises ValueError that names the optimizer, for a stream, with the bytes that it would need, and for several
+        inputs.
+        """
+        if not isinstance(self.data, Tensors):
+            size = self.data.nbytes
+            raise ValueError(
+                f"x: {optimizer} needs all samples as tensors on {self.device}, {size / 2**30:.1f} GiB ({size} bytes) "
+                "besides its variables of each sample, and these are read as they are needed; Backprop, Gotmare, "
+                "OnlineBlockADMM, BlockADMM and DeepFacto do with that"
+            )
+        if not isinstance(self.data.x, Tensor):
+            raise ValueError(f"x: {optimizer} takes one tensor, not {_described(self.data.x)}")
+        return self.data.examples
+
     def visit(self, seeds: Sequence[int], batch: Tensor | slice, counter: tuple[int, ...] = ()) -> Visit:
-        """Return a visit of some samples, in training mode.
+        """Return a visit of some samples, in training mode; see `visits`."""
+        return next(self.visits(seeds, [batch], [counter]))
+
+    def visits(
+        self, seeds: Sequence[int], batches: Sequence[Tensor | slice], counters: Sequence[tuple[int, ...]]
+    ) -> Iterator[Visit]:
+        """Yield a visit, in training mode, of the samples of each batch.
 
         Args:
             seeds: S whole numbers.
-            batch: indices [S, B], or a slice of samples, the same for all replicas, for which x and y are views.
-            counter: tells the visits of a run apart, see `Visit`.
+            batches: indices [S, B], or a slice of samples, the same for all replicas, for which x and y are views.
+            counters: tell the visits of a run apart, see `Visit`.
         """
-        if isinstance(batch, Tensor):
-            x, y = (gather_shared(data, batch) for data in (self.x, self.y))
-        else:
-            x, y = (data[batch].expand(len(seeds), *data[batch].shape) for data in (self.x, self.y))
-        return Visit(seeds, counter, True, x, y)
+        for batch, counter, pair in zip(batches, counters, self.data.read(batches), strict=True):
+            x, y = expand(pair, len(seeds)) if isinstance(batch, slice) else pair
+            yield Visit(seeds, counter, True, x, y)
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
@@ -205,21 +284,23 @@ class Problem:
         Each is the fraction of the iteration before it, and a visit of the inputs [S, B, ...], augmented, and the
         targets [S, B, ...]. Raises ValueError as `admm.minibatches.minibatches` does.
         """
-        distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, gathered once
-        place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.x.device)
-        batches = minibatches(len(self.x), batch_size, distinct, iteration, self.x.device, parts)
-        if self.augmentation is not None:
-            generators = [stateless_rng(seed, "augmentation", iteration // (parts or 1)) for seed in distinct]
-            draws = torch.stack([self.augmentation.draw(len(self.x), rng) for rng in generators]).to(self.x.device)
-        for number, batch in enumerate(batches):
-            x = gather_shared(self.x, batch)
-            if self.augmentation is not None:
-                changes = draws.take_along_dim(batch.unsqueeze(2), 1)
-                x = self.augmentation.apply(x.flatten(0, 1), changes.flatten(0, 1)).unflatten(0, batch.shape)
-            y = gather_shared(self.y, batch)
-            if len(distinct) < len(seeds):
-                x, y = x.index_select(0, place), y.index_select(0, place)
+        distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, read once
+        place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.device)
+        batches = minibatches(self.n_samples, batch_size, distinct, iteration, self.device, parts)
+        epoch, augmentation = iteration // (parts or 1), self.augmentation
+        if augmentation is not None:
+            draws = self._draws(augmentation, distinct, epoch)
+        for number, (batch, pair) in enumerate(zip(batches, self.data.read(batches, distinct, epoch), strict=True)):
+            if augmentation is not None:
+                at = batch.unsqueeze(2)
+                pair = augmentation.change(*pair, tree_map(lambda drawn, at=at: drawn.take_along_dim(at, 1), draws))
+            x, y = take_rows(pair, place) if len(distinct) < len(seeds) else pair
             yield number / len(batches), Visit(seeds, (iteration, number), True, x, y)
+
+    def _draws(self, augmentation: Augmentation, seeds: Sequence[int], epoch: int) -> Any:
+        """Return what an augmentation draws for all samples in an epoch, [S, N, k]."""
+        drawn = [augmentation.draw(self.n_samples, stateless_rng(seed, "augmentation", epoch)) for seed in seeds]
+        return tree_map(lambda *replicas: torch.stack(replicas).to(self.device), *drawn)
 
     def refuse_augmentation(self, optimizer: str) -> None:
         """Raise ValueError if there is an augmentation: `optimizer` keeps variables of each sample."""
@@ -305,20 +386,16 @@ def as_loss(loss: Any) -> Loss:
     raise ValueError(f"loss: {name} is neither an object of a subclass of admm.losses.Loss nor a function")
 
 
-def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    """Return a tensor as it is, or one made of an array or a list of numbers, on the device.
+def _weighted(loss: Loss, weights: Any) -> Loss:
+    """Return the loss that takes pairs of targets and weights, or the loss itself where there are no weights."""
+    return loss if weights is None or isinstance(loss, SampleWeighted) else SampleWeighted(loss)
 
-    Raises ValueError that names the argument `name` for anything else.
-    """
-    if isinstance(value, Tensor):
-        return value
-    try:
-        return torch.as_tensor(value, device=device)
-    except Exception as error:  # of whatever type it is
-        raise ValueError(
-            f"{name}: a {type(value).__name__} is no tensor, nor an array or a list of numbers ({error}); join several "
-            "inputs, or a data loader's batches, to one tensor"
-        ) from None
+
+def _described(tree: Any) -> str:
+    """Return what a tree of inputs is, such as ['image', 'mask'] for a dictionary."""
+    if isinstance(tree, Tensor):
+        return "a tensor"
+    return str(list(tree)) if isinstance(tree, dict) else f"a {type(tree).__name__} of {len(tree)}"
 
 
 def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ from admm.optimizers.least_squares import (
     zero_gram,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.samples import take
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "StandardADMM"
@@ -125,7 +126,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
         self._check(problem, len(seeds))
         spread = replica_values("spread", self.spread, len(seeds))
         check_initial_names(start, ("weight", "bias", "z", "a", "u", "v"))
-        x, replicas = problem.x.flatten(1), len(seeds)
+        x, replicas = problem.whole(_NAME)[0].flatten(1), len(seeds)
         z = [x.new_zeros(replicas, len(x), layer["bias"].shape[1]) for layer in layers]
         a, u, v = ([torch.zeros_like(t) for t in variables] for variables in (z[:-1], z, z[:-1]))
         variables = {name: [layer[name] for layer in layers] for name in ("weight", "bias")}
@@ -144,7 +145,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
         """Do one iteration of Algorithm 3."""
         same_samples(problem, state.z[0])
         layers = linear_layers(problem, state.theta, _NAME)
-        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        x = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
         scratch = Scratch(x)
         self._update_weights(x, layers, state, scratch)
         beta, gamma = (broadcast(per_replica(n, getattr(self, n), len(x)), x) for n in ("beta", "gamma"))
@@ -158,7 +159,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
         """Return `residual_l` and `activation_residual_l` (see `relative_residuals`), `dual_rms_l` = rms(U_l) and
         `activation_dual_rms_l` = rms(V_l) by layer; `sigma_t`."""
         layers = linear_layers(problem, state.theta, _NAME)
-        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        x = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
         squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
         values = relative_residuals(*squares, state.z, state.a)
         for name, duals in (("dual_rms", state.u), ("activation_dual_rms", state.v)):
@@ -207,7 +208,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
             target = pre_activation(layer, layer_input, scratch.take("target", z.shape))
             target.sub_(u)  # W_l A_{l−1} + b_l − U_l
             if number == len(layers) - 1:
-                z.copy_(loss.prox(target, expand(problem.y[part], len(z)), beta))
+                z.copy_(loss.prox(target, expand(take(problem.whole(_NAME)[1], part), len(z)), beta))
             else:
                 a, v = state.a[number][:, part], state.v[number][:, part]
                 anchor = torch.add(a, v, out=scratch.take("anchor", z.shape))

@@ -38,6 +38,7 @@ from admm.optimizers.least_squares import (
     zero_gram,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.samples import take
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "Taylor"
@@ -129,7 +130,7 @@ class Taylor(Options, Optimizer[TaylorState]):
         layers = linear_layers(problem, theta, _NAME, biases=False)
         self._check(problem, len(seeds))
         check_initial_names(start, ("weight", "z", "a", "multiplier"))
-        x, replicas = problem.x.flatten(1), len(seeds)
+        x, replicas = problem.whole(_NAME)[0].flatten(1), len(seeds)
         for layer in layers:
             if "bias" in layer:
                 layer["bias"].zero_()
@@ -150,7 +151,7 @@ class Taylor(Options, Optimizer[TaylorState]):
         """Do one iteration of Algorithm 1."""
         same_samples(problem, state.z[0])
         layers = linear_layers(problem, state.theta, _NAME, biases=False)
-        layer_input = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        layer_input = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
         factor, cross, scratch = state.factor, _zero_cross(layer_input, state.z[0]), Scratch(layer_input)
         for part in slices(layer_input.shape[1], self.slice_size):
             add_cross(cross, layer_input[:, part], state.z[0][:, part], scratch)
@@ -167,7 +168,7 @@ class Taylor(Options, Optimizer[TaylorState]):
         """Return `residual_l` and `activation_residual_l` (see `relative_residuals`) by layer; `multiplier_rms` =
         rms(Λ); `sigma_t`."""
         layers = linear_layers(problem, state.theta, _NAME, biases=False)
-        x = problem.x.flatten(1).expand(len(state.seeds), -1, -1)
+        x = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
         squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
         multiplier_rms = (squared_norm(state.multiplier) / state.multiplier[0].numel()).sqrt()
         return {
@@ -204,13 +205,13 @@ class Taylor(Options, Optimizer[TaylorState]):
 
     def _update_last(self, problem: Problem, layer_input: Tensor, layer: ParamDict, state: TaylorState) -> None:
         """Update Z_L, and Λ after the warm start."""
-        loss, beta = check_prox(problem.loss, _NAME), self._value("beta", state)
+        loss, beta, y = check_prox(problem.loss, _NAME), self._value("beta", state), problem.whole(_NAME)[1]
         for part in slices(layer_input.shape[1], self.slice_size):
             z, multiplier = state.z[-1][:, part], state.multiplier[:, part]
             prediction = torch.bmm(layer_input[:, part], layer["weight"].mT)
             # argmin J + ⟨z, Λ⟩ + β‖z − m‖² = argmin J + 2β/2 ‖z − (m − Λ/2β)‖²
-            y = expand(problem.y[part], len(z))
-            z.copy_(loss.prox(prediction - multiplier / (2.0 * beta), y, 2.0 * beta))
+            targets = expand(take(y, part), len(z))
+            z.copy_(loss.prox(prediction - multiplier / (2.0 * beta), targets, 2.0 * beta))
             if state.iteration >= self.warm_start:
                 multiplier.add_((z - prediction).mul_(beta))
 

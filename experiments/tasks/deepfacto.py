@@ -324,15 +324,15 @@ def measure_faces(
     """Return the verification accuracy on the test pairs, and the triplet loss of a mini-batch of training faces, each
     [R]."""
     features, x, task = test
-    size = min(BATCH, len(problem.x))
-    batch = minibatches(len(problem.x), size, [0], 0, problem.x.device, groups=problem.y, group_size=4)[0][0]
+    size = min(BATCH, problem.n_samples)
+    batch = minibatches(problem.n_samples, size, [0], 0, problem.device, groups=problem.y, group_size=4)[0][0]
     found, losses = [], []
     for replica in range(len(theta.flat)):
         network = problem.blocks.export(theta, replica)
         found.append(task.accuracy(features.applied(network, x)))
         outputs = features.applied(network, problem.x[batch])
         losses.append(problem.loss.value(outputs, problem.y[batch].cpu()).mean())
-    return {"verification": torch.tensor(found), "train_loss": torch.stack(losses).to(problem.x.device)}
+    return {"verification": torch.tensor(found), "train_loss": torch.stack(losses).to(problem.device)}
 
 
 def attributes_to_probe(faces: Faces, fewest: int, probe: Probe) -> list[int]:

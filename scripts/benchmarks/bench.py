@@ -319,7 +319,7 @@ def block_admm_flops(optimizer: BlockADMM, problem: Problem) -> float:
     theta = rest + first + rest
     dual = first + rest
     inverses = sum(3 * w.shape[1] ** 3 for w in weights[1:]) / (optimizer.curvature_every * optimizer.batch_size)
-    return len(problem.x) * 2.0 * (forward + rounds + theta + dual + inverses)
+    return problem.n_samples * 2.0 * (forward + rounds + theta + dual + inverses)
 
 
 def turns(*tasks: Task, counted: int = TURNS, uncounted: int = 1) -> list[list[float]]:
