@@ -185,7 +185,8 @@ class Blocks(Sequence[Block]):
         """
         self.network, self.execution, self._cut = network, execution or Execution(), cut
         tensors = [*network.parameters(), *network.buffers()]
-        parts = cut(copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}))  # whose modes may change
+        own = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})  # whose modes may change
+        parts = cut(own if own.training else own.train())
         self.names, self.modules = tuple(part.names for part in parts), tuple(part.module for part in parts)
         self.crossings = tuple(crossings) or tuple(Crossing() for _ in parts)
         self.given, self._in_other_types = self, dict[torch.dtype, Blocks]()

@@ -245,7 +245,7 @@ class ModuleLayer(Layer):
                 grad_x.append(gradients.pop())
             if grad_params is not None:
                 for name, gradient in zip(grad_params, gradients, strict=True):
-                    grad_params[name][s].copy_(gradient)
+                    grad_params[name][s].copy_(gradient.to_dense() if gradient.is_sparse else gradient)
                 for name in theta.keys() - self._parameter_names:
                     theta[name][s].copy_(views[name])
         return _stack(grad_x) if needs_input_grad else None

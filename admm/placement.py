@@ -77,6 +77,8 @@ def free_bytes(place: Place, device: torch.device) -> float:
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return zeros that are mapped from a file without a name."""
+    if not np.prod(shape):
+        return torch.zeros(tuple(shape), dtype=dtype)
     with tempfile.TemporaryFile() as file:
         size = dtype.itemsize * int(np.prod(shape))
         if hasattr(os, "posix_fallocate"):

@@ -40,6 +40,11 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
         self._opened = opened
 
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind.startswith("call_") and not torch.is_grad_enabled():
+            raise ValueError(f"{target} is called without gradients, as by torch.no_grad, which a trace does not show")
+        return super().create_node(kind, target, *args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
 
@@ -84,6 +89,10 @@ def _parents(name: str) -> Iterator[str]:
 def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -> fx.Graph:
     """Return the graph of the network's forward, with the inputs alone as placeholders. Raises ValueError."""
     arguments = inspect.signature(network.forward).parameters
+    if many := [str(a) for a in arguments.values() if a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]:
+        raise ValueError(
+            f"network: its forward takes {many[0]}, and needs a name for each input to be traced; {_WAY_OUT}"
+        )
     if unknown := set(inputs or ()) - set(arguments):
         raise ValueError(f"inputs: {sorted(unknown)} are no arguments of forward, which are {', '.join(arguments)}")
     is_required = {name: a.default is inspect.Parameter.empty for name, a in arguments.items()}
@@ -93,6 +102,7 @@ def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -
         raise ValueError(f"inputs: the network's forward needs {', '.join(missing)}, too")
     try:
         with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
             for module, name in _HELPERS:
                 stack.enter_context(mock.patch.object(module, name, _as_node(getattr(module, name))))
             graph = _Tracer(opened).trace(network, concrete_args=defaults)
