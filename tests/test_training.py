@@ -346,7 +346,7 @@ def test_without_a_test_set_nothing_of_it_is_measured(problem: Problem) -> None:
     [
         (lambda x: (x[:4], torch.tensor([0, 1, 2, 3])), "test: y: class indices go from 0 to 3"),
         (lambda x: (x[:4], torch.tensor([0, 1])), "test: problem: 4 inputs x, but 2 targets y"),
-        (lambda x: (x[:4, :3], torch.tensor([0, 1, 2, 0])), r"test: x: samples \[3\] of torch.float32, where training has \[6\]"),
+        (lambda x: (x[:4, :3], torch.tensor([0, 1, 2, 0])), r"test: x: samples \[3\] of torch.float32, where"),
         (lambda x: x, "test: a Tensor is no pair of inputs and targets"),
         (lambda x: (x[:4].long(), torch.tensor([0, 1, 2, 0])), r"test: x: samples \[6\] of torch.int64, where"),
     ],
