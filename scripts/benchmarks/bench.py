@@ -42,8 +42,9 @@ from experiments.paths import in_full
 from experiments.provenance import machine
 from experiments.rows import CONF
 from experiments.store import failed_writes_in_words
-from experiments.tasks.memory import variables
+from experiments.tasks.memory import in_fresh_process, variables
 from experiments.training import build_problem
+from scripts.benchmarks import bench_networks
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
@@ -58,7 +59,7 @@ Task = Callable[[], object]
 
 def main(path: Path) -> None:
     rows: list[Row] = []
-    for measure in (stacks, grid, workers, rivals, share_of_peak, memory, nmf, cifar):
+    for measure in (stacks, grid, workers, rivals, share_of_peak, memory, nmf, cifar, networks):
         for row in measure():
             rows.append(row)
             print(f"{row[0]:40s} {row[1]:10.3f} {row[2]}", flush=True)
@@ -258,6 +259,20 @@ def cifar() -> list[Row]:
     for name, flops, seconds in zip(METHODS, needed, times, strict=False):
         rows.append((f"cifar_{name}_share_of_peak", share(flops, seconds, times[2]), "share"))
     return rows + cifar_flops()
+
+
+def networks() -> list[Row]:
+    """torchvision's resnet18 and a small GPT in two blocks, over a plain PyTorch loop; and the peak of a mini-batch of
+    online Block-ADMM with resnet18 in four blocks over that of the loop."""
+    rows: list[Row] = []
+    for name, of_gpt in (("resnet18", False), ("gpt", True)):
+        epochs = bench_networks.epochs(of_gpt)
+        times = dict(zip(epochs, turns(*epochs.values()), strict=True))
+        for method in ("ours", "online"):
+            pair = [times[method], times["torch"]]
+            rows.append((f"{name}_{method}_over_torch", ratio(pair, 0, 1), "ratio"))
+    plain, online = (in_fresh_process(bench_networks.peak, method) for method in ("torch", "online"))
+    return [*rows, ("resnet18_online_peak_over_torch", online / plain, "ratio")]
 
 
 def cifar_flops() -> list[Row]:
