@@ -181,11 +181,12 @@ class Blocks(Sequence[Block]):
             crossings: what is known of what crosses the cuts, by block.
 
         Raises:
-            ValueError: for an option of `execution` without effect, statistics that blocks share, and as `cut` does.
+            ValueError: for an option of `execution` without effect, and as `cut` does.
         """
         self.network, self.execution, self._cut = network, execution or Execution(), cut
         tensors = [*network.parameters(), *network.buffers()]
-        parts = cut(copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}))  # whose modes may change
+        own = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})  # whose modes may change
+        parts = cut(own if own.training else own.train())
         self.names, self.modules = tuple(part.names for part in parts), tuple(part.module for part in parts)
         self.crossings = tuple(crossings) or tuple(Crossing() for _ in parts)
         self.given, self._in_other_types = self, dict[torch.dtype, Blocks]()
@@ -244,6 +245,11 @@ class Blocks(Sequence[Block]):
     def parameter_slices(self) -> dict[str, slice]:
         """Return the columns of [S, P] that each trained parameter has, by its name in the network."""
         return dict(self._layout.columns["parameters"])
+
+    @property
+    def shared_buffers(self) -> frozenset[str]:
+        """The names, in the network, of buffers that several blocks have, such as a mask."""
+        return self._layout.shared_buffers
 
     def initial(self, seeds: Sequence[int], initialise: Callable[[nn.Module], None], like: Tensor) -> Parameters:
         """Return the parameters [S, P] of one freshly initialised network per seed.

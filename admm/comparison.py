@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from admm.blocks import Blocks
+from admm.blocks import Block, Blocks
 from admm.crossings import Crossing
 from admm.layers import ModuleLayer, as_arguments, pinned_modules, seeded, set_mode
 from admm.visits import Visit
@@ -65,7 +66,10 @@ def outputs_of(blocks: Blocks, x: Any) -> Tensor:
             _learn(blocks, few, expected)
             outputs = _compared(blocks, few, expected)
             if len(leaves[0]) > 1:
-                _compared(blocks, few, _Evaluation(blocks.network, few, training=True))
+                trained = _Evaluation(blocks.network, few, training=True)
+                _compared(blocks, few, trained)
+                if moved := sorted(trained.moved & blocks.shared_buffers):
+                    raise ValueError(f"network: several blocks share the statistics {moved[0]!r}; cut them elsewhere")
         blocks.compared[kind] = outputs[:0]
     return blocks.compared[kind]
 
@@ -83,9 +87,7 @@ class _Evaluation:
         with _watched(copied) as calls:
             self.outputs = _called(copied, x, calls)
             self.layers, calls.returned = calls.returned, []
-            for name, buffer in copied.named_buffers():
-                if buffer.layout == torch.strided:
-                    buffer.copy_(network.get_buffer(name))
+            self.moved = set(_set_back(copied, network))
             again = _called(copied, x, calls)
         for (name, first), (_, second) in zip(self.layers, calls.returned, strict=False):
             if not _same(first, second):
@@ -101,6 +103,16 @@ class _Evaluation:
     @property
     def mode(self) -> str:
         return "training" if self.training else "evaluation"
+
+
+def _set_back(network: nn.Module, former: nn.Module) -> Iterator[str]:
+    """Give buffers their former values, and yield the names of those that had others."""
+    for name, buffer in network.named_buffers():
+        if buffer.layout == torch.strided:
+            before = former.get_buffer(name).to(buffer)
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+                yield name
 
 
 @dataclass
@@ -178,7 +190,7 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         set_mode(copied, False, pinned)
         returned = [_call(copied, value, layer) for value in values]
         is_trained = is_trained or any(p.requires_grad for p in module.parameters())
-        by_gradient = number < len(blocks) and (not is_trained or (layer is not None and layer.hands_on_arguments))
+        by_gradient = number < len(blocks) and (not is_trained or _hands_on_arguments(block))
         crossing.learn(returned[0], returned[-1], samples, number, _has_gradient if by_gradient else _is_floating)
         if number == len(blocks) and not crossing.has_samples:
             shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
@@ -206,6 +218,11 @@ def _call(module: nn.Module, value: Any, layer: ModuleLayer | None) -> Any:
     return returned if layer is not None and layer.hands_on_arguments else (returned,)
 
 
+def _hands_on_arguments(block: Block) -> bool:
+    """Whether a block is one of a traced network, or of a list of modules."""
+    return isinstance(block.layers[0], ModuleLayer) and block.layers[0].hands_on_arguments
+
+
 def _handed_on(crossing: Crossing, value: Any, samples: int) -> Any:
     """Return what the next block gets, where the coupling variable has no graph of autograd before it."""
     z, rest = crossing.pack(value, samples)
@@ -229,14 +246,16 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
     flat, buffers = (eager.flatten(eager.network, kind)[None].to(expected.device) for kind in ("parameters", "buffers"))
     theta, visit = eager.parameters(flat, buffers), Visit([None], training=expected.training)
     stacked = pytree.tree_map_only(Tensor, lambda v: v[None], x)
-    layers = dict(expected.layers)
+    calls = Counter(name for name, _ in expected.layers)
+    layers = {name: outputs for name, outputs in expected.layers if calls[name] == 1}
     with seeded(0, expected.device):
         for number, z in enumerate(eager.outputs(theta, stacked, visit), start=1):
             crossing, names = eager.crossings[number - 1], eager.names[number - 1]
             is_last = number == len(eager)
-            wanted = expected.outputs if is_last else layers.get(names[-1] if names else "")
+            is_chain = len(eager.names) > 1 and not _hands_on_arguments(eager[number - 1])
+            wanted = expected.outputs if is_last else layers.get(names[-1]) if is_chain and crossing.is_plain else None
             found = crossing.outputs(z[0])[0] if is_last else z[0]
-            if (is_last or (crossing.is_plain and isinstance(wanted, Tensor))) and not _same(wanted, found):
+            if wanted is not None and not _same(wanted, found):
                 raise ValueError(
                     f"network: in {expected.mode} mode block {number}, {list(names)}, has other outputs than these "
                     "layers of the network; a hook, a subclass, or a forward that asks for its mode or for numbers of "
@@ -256,7 +275,7 @@ def _same(expected: Any, outputs: Any) -> bool:
 
 
 def _same_leaf(expected: Any, found: Any) -> bool:
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor) or expected.is_nested or found.is_nested:
         return type(expected) is type(found)
     if expected.shape != found.shape or not expected.is_floating_point() or not expected.isfinite().all():
         return expected.shape == found.shape

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_LEAVES = (Tensor, int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 Rest = tuple[list[torch.Size], list[Any]]  # the variables' shapes, and the other leaves
 
 
@@ -46,10 +47,15 @@ class Crossing:
             is_variable: tells a variable among the leaves.
 
         Raises:
-            ValueError: where the samples' axis cannot be told.
+            ValueError: where the samples' axis cannot be told, and for an object in which tensors may hide.
         """
         leaves, self._spec = pytree.tree_flatten(value)
         others = pytree.tree_leaves(fewer)
+        if strange := [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _LEAVES)]:
+            raise ValueError(
+                f"network: block {number} hands on a {strange[0]}, in which no tensors are seen; take a tuple or a "
+                "dictionary, or a dataclass that torch.utils._pytree.register_dataclass knows"
+            )
         self._is_variable = tuple(map(is_variable, leaves))
         pairs = [pair for pair in zip(leaves, others, strict=True) if is_variable(pair[0])]
         self._axes = tuple(_samples_axis(leaf, other, samples, number) for leaf, other in pairs)

@@ -26,8 +26,10 @@ from admm.numbers import is_whole
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 NORMALISATIONS = ("unit", "standard", "symmetric")
+TASKS = ("classification", "regression", "multilabel")
 
 Arrays = dict[str, NDArray[np.uint8]]
+Samples = tuple[NDArray[Any], NDArray[Any]]  # inputs and targets
 
 
 class DatasetError(RuntimeError):
@@ -73,14 +75,17 @@ DATASETS = {
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A classification data set, whole, on one device.
+    """A data set, whole, on one device.
 
     Attributes:
         name: the data set's.
-        x_train, x_test: floats [N, 28, 28] (MNIST, Fashion-MNIST), [N, 3, 32, 32] (CIFAR-10) or [N, 8, 8] (digits).
-        y_train, y_test: int64 [N], in 0 … classes − 1.
-        classes: how many there are.
+        x_train, x_test: floats [N, ...], such as [N, 28, 28] (MNIST, Fashion-MNIST), [N, 3, 32, 32] (CIFAR-10) and
+            [N, 8, 8] (digits).
+        y_train, y_test: classes, int64 [N], in 0 … classes − 1; of a regression numbers, and of several labels per
+            sample zeros and ones, floats [N, k].
+        classes: how many there are, 0 in another task than classification.
         sha256: of the stored content, whatever the normalisation and the hold-out.
+        task: "classification", "regression" or "multilabel".
     """
 
     name: str
@@ -90,6 +95,12 @@ class Dataset:
     y_test: torch.Tensor
     classes: int
     sha256: str
+    task: str = "classification"
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs that a network for it has: one per class, number or label."""
+        return self.classes or self.y_train.shape[1]
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -105,6 +116,7 @@ def load(
     first: int | None = None,
     holdout: int = 0,
     holdout_seed: int = 0,
+    channels: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     download: bool = True,
@@ -125,6 +137,7 @@ def load(
         holdout: the number of these training samples that are held out, stratified by class. If it is not 0, they are
             x_test and y_test, and the test set is not returned: what is tuned on them never sees it.
         holdout_seed: which samples are held out; the same seed always gives the same ones.
+        channels: the channels that images get, see `with_channels`.
         device: where the tensors are.
         dtype: of x_train and x_test.
         download: whether missing data may be downloaded.
@@ -139,21 +152,14 @@ def load(
     spec = DATASETS[name]
     arrays = _digits() if name == "digits" else _find(name, Path(root).expanduser(), download)
     x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
-    if first is not None:
-        if not is_whole(first, 1) or first > len(y_train):
-            raise ValueError(f"first: {first!r} is not None or a whole number of samples from 1 to {len(y_train)}")
-        x_train, y_train = x_train[:first], y_train[:first]
-    if holdout != 0:
-        in_holdout = _stratified(y_train, holdout, holdout_seed)
-        x_test, y_test = x_train[in_holdout], y_train[in_holdout]
-        x_train, y_train = x_train[~in_holdout], y_train[~in_holdout]
+    x_train, y_train, x_test, y_test = divided((x_train, y_train), (x_test, y_test), first, holdout, holdout_seed)
     train, test = (_images(x, device, dtype) for x in (x_train, x_test))
-    _normalise(train, test, normalisation, spec.maximum)
+    normalise(train, test, normalisation, spec.maximum)
     return Dataset(
         name=name,
-        x_train=train,
+        x_train=with_channels(train, channels),
         y_train=_labels(y_train, device),
-        x_test=test,
+        x_test=with_channels(test, channels),
         y_test=_labels(y_test, device),
         classes=spec.classes,
         sha256=spec.sha256,  # other content was refused
@@ -343,7 +349,31 @@ def _checked(name: str, arrays: Arrays, origin: str | Path) -> Arrays:
     return {key: array.ravel() if key.startswith("y") else array for key, array in arrays.items()}
 
 
-def _stratified(y: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.bool_]:
+def divided(
+    train: Samples, test: Samples | None, first: int | None, holdout: int, holdout_seed: int, stratify: bool = True
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return x_train, y_train, x_test and y_test after `first` and `holdout`, as `load` describes them.
+
+    Args:
+        train, test: inputs [N, ...] and targets. Without a test set, `holdout` makes one.
+        first, holdout, holdout_seed: as `load` takes them.
+        stratify: whether the targets are classes.
+
+    Raises:
+        ValueError: for a number of samples that is not possible.
+    """
+    x, y = train
+    if first is not None:
+        if not is_whole(first, 1) or first > len(y):
+            raise ValueError(f"first: {first!r} is not None or a whole number of samples from 1 to {len(y)}")
+        x, y = x[:first], y[:first]
+    if test is not None and holdout == 0:
+        return x, y, *test
+    held = _stratified(y if stratify else np.zeros(len(y)), holdout, holdout_seed)
+    return x[~held], y[~held], x[held], y[held]
+
+
+def _stratified(y: NDArray[Any], count: int, seed: int) -> NDArray[np.bool_]:
     """Return a random mask [N] of `count` samples, each class having its due share to within one sample.
 
     Samples are shuffled, sorted by class, then taken at even distances. RandomState's stream is frozen by NumPy's
@@ -370,17 +400,56 @@ def _labels(y: NDArray[np.uint8], device: str | torch.device) -> torch.Tensor:
     return torch.from_numpy(y).to(device, torch.int64)
 
 
-def _normalise(train: torch.Tensor, test: torch.Tensor, normalisation: str, maximum: int) -> None:
-    """Shift and scale both in place."""
+def normalise(train: torch.Tensor, test: torch.Tensor, normalisation: str, maximum: int | None = None) -> None:
+    """Shift and scale both [N, ...] in place.
+
+    Args:
+        train, test: images [N, C, H, W] or [N, H, W], vectors [N, F], or other arrays [N, C, ...]. Their numbers are
+            scaled together in each channel, of vectors in each entry.
+        normalisation: "unit", to [0, 1]; "symmetric", to [−1, 1]; "standard", to mean 0 and standard deviation 1 of
+            `train`; or "none". Constant numbers are shifted only.
+        maximum: for "unit" and "symmetric", the largest number that there may be, 0 being the smallest; None takes the
+            smallest and the largest number of `train`.
+
+    >>> train, test = torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.tensor([[2.0, 6.0]])
+    >>> normalise(train, test, "unit")
+    >>> train.tolist(), test.tolist()
+    ([[0.0, 0.0], [1.0, 0.0]], [[0.5, 1.0]])
+    """
+    axes = [axis for axis in range(train.ndim) if axis != 1 or train.ndim == 3]
     shift: float | torch.Tensor
     scale: float | torch.Tensor
-    if normalisation == "unit":
-        shift, scale = 0, maximum
-    elif normalisation == "symmetric":
-        shift = scale = maximum / 2
-    else:  # over samples and pixels, for each channel
-        pixels = (-2, -1) if train.ndim > 2 else ()
-        scale, shift = torch.std_mean(train, dim=(0, *pixels), correction=0, keepdim=True)
-        scale = torch.where(scale > 0, scale, 1.0)
+    if normalisation == "none":
+        return
+    if normalisation == "standard":
+        scale, shift = torch.std_mean(train, dim=axes, correction=0, keepdim=True)
+    elif maximum is not None:
+        shift, scale = (0.0, maximum) if normalisation == "unit" else (maximum / 2, maximum / 2)
+    else:
+        low, high = train.amin(axes, keepdim=True), train.amax(axes, keepdim=True)
+        shift, scale = (low, high - low) if normalisation == "unit" else ((low + high) / 2, (high - low) / 2)
+    if isinstance(scale, torch.Tensor):
+        rounding = 4 * torch.finfo(train.dtype).eps * torch.as_tensor(shift).abs()  # of a constant's deviation
+        scale = torch.where(scale > rounding, scale, 1.0)
     for x in (train, test):
         x.sub_(shift).div_(scale)
+
+
+def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
+    """Return images [N, channels, H, W] of images [N, H, W] or [N, C, H, W]; None returns them as they are.
+
+    Gray images [N, H, W] or [N, 1, H, W] are repeated in each of several channels. Raises ValueError for others.
+
+    >>> with_channels(torch.zeros(5, 8, 8), channels=3).shape
+    torch.Size([5, 3, 8, 8])
+    """
+    if channels is None:
+        return images
+    shape = list(images.shape[1:])
+    stacked = images.unsqueeze(1) if len(shape) == 2 else images
+    if not is_whole(channels, 1) or stacked.ndim != 4 or stacked.shape[1] not in (1, channels):
+        raise ValueError(
+            f"channels: {channels!r} cannot be made of samples {shape}; gray images [H, W] or [1, H, W] are repeated "
+            "in 3 channels, others keep theirs"
+        )
+    return stacked.expand(-1, channels, -1, -1).contiguous()

@@ -245,7 +245,7 @@ class ModuleLayer(Layer):
                 grad_x.append(gradients.pop())
             if grad_params is not None:
                 for name, gradient in zip(grad_params, gradients, strict=True):
-                    grad_params[name][s].copy_(gradient)
+                    grad_params[name][s].copy_(gradient.to_dense() if gradient.is_sparse else gradient)
                 for name in theta.keys() - self._parameter_names:
                     theta[name][s].copy_(views[name])
         return _stack(grad_x) if needs_input_grad else None
@@ -296,7 +296,7 @@ class ModuleLayer(Layer):
     def _replica(self, theta: ParamDict, s: int, device: torch.device) -> ParamDict:
         """Return the parameters of replica s, detached, copies of its buffers, which modules change in place, and the
         tensors that all replicas share."""
-        views = dict(self._shared_on(device))
+        views = dict(self._shared_on(device, theta))
         for name, stack in theta.items():
             is_parameter, dtype = name in self._parameter_names, self.casts.get(name, stack.dtype)
             views[name] = stack[s].detach().to(dtype, copy=not is_parameter)
@@ -326,10 +326,9 @@ class ModuleLayer(Layer):
         channels_last = self.execution.channels_last and not (self._needs_contiguous and x.is_cpu)
         return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def _shared_on(self, device: torch.device) -> ParamDict:
+    def _shared_on(self, device: torch.device, own: ParamDict) -> ParamDict:
         """Return the tensors that all replicas share: frozen parameters, and buffers that are no statistics."""
         if device not in self._shared:
-            own = {name for _, name, _ in tensors_of(self.module)}
             tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
             self._shared[device] = {name: v.detach().to(device) for name, v in tensors if name not in own}
         return self._shared[device]

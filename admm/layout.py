@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -34,6 +33,7 @@ class Layout:
     Attributes:
         columns: by kind, the columns of each tensor by its path in the network.
         shared: pairs of the columns, in a gradient, of a shared parameter in the first block and in a further one.
+        shared_buffers: the paths of buffers that several layers have.
         gradient_size: the columns of a gradient, P and those of shared parameters in further blocks.
         dtype: the common type of the parameters.
         statistics_dtype: that of the buffers.
@@ -41,6 +41,7 @@ class Layout:
 
     columns: dict[Kind, dict[str, slice]]
     shared: list[tuple[slice, slice]]
+    shared_buffers: frozenset[str]
     gradient_size: int
     dtype: torch.dtype
     statistics_dtype: torch.dtype
@@ -74,27 +75,23 @@ class Layout:
 
 
 def layout(network: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Layout:
-    """Return the layout of a network for the modules of its layers, by block.
-
-    Raises ValueError for statistics that two layers share.
-    """
+    """Return the layout of a network for the modules of its layers, by block."""
     named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     paths = {id(tensor): path for path, tensor in reversed(named)}
-    owned = (tensors_of(layer) for layers in blocks for layer in layers)
-    tensors = [(kind, paths[id(tensor)], tensor) for kind, _, tensor in chain.from_iterable(owned)]
+    # A block has further tensors where a forward uses attributes that are neither parameters nor buffers: constants.
+    owned = [[[(k, n, v) for k, n, v in tensors_of(layer) if id(v) in paths] for layer in layers] for layers in blocks]
+    tensors = [(kind, paths[id(v)], v) for layers in owned for layer in layers for kind, _, v in layer]
     columns: dict[Kind, dict[str, slice]] = {"parameters": {}, "buffers": {}}
     ends: dict[Kind, int] = {"parameters": 0, "buffers": 0}
-    again = []
+    again: dict[Kind, list[str]] = {"parameters": [], "buffers": []}
     for kind, path, tensor in tensors:
         if path not in columns[kind]:
             columns[kind][path] = slice(ends[kind], ends[kind] + tensor.numel())
             ends[kind] += tensor.numel()
-        elif kind == "buffers":
-            raise ValueError(f"network: several blocks share the statistics {path!r}, which is not supported")
         else:
-            again.append(path)
+            again[kind].append(path)
     shared, end = [], ends["parameters"]
-    for path in again:
+    for path in again["parameters"]:
         first = columns["parameters"][path]
         shared.append((first, slice(end, end + first.stop - first.start)))
         end = shared[-1][1].stop
@@ -108,10 +105,10 @@ def layout(network: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Layout:
             seen.add(path)
         return _Entry(name, kind, tensor.shape, tensor.dtype, places)
 
-    entries = [[[entry(*tensor) for tensor in tensors_of(layer)] for layer in layers] for layers in blocks]
+    entries = [[[entry(*tensor) for tensor in layer] for layer in layers] for layers in owned]
     dtype = common(v.dtype for kind, _, v in tensors if kind == "parameters") or torch.get_default_dtype()
     statistics = wide(common(v.dtype for kind, _, v in tensors if kind == "buffers") or dtype)
-    return Layout(columns, shared, end, dtype, statistics, entries)
+    return Layout(columns, shared, frozenset(again["buffers"]), end, dtype, statistics, entries)
 
 
 def common(types: Iterable[torch.dtype]) -> torch.dtype | None:

@@ -88,7 +88,7 @@ def gather_per_replica(variables: Tensor, indices: Tensor) -> Tensor:
 
 def scatter_per_replica(variables: Tensor, indices: Tensor, values: Tensor) -> None:
     """Overwrite, in place, the samples that `gather_per_replica` returns by `values` [S, B, ...]."""
-    variables.view(-1, *variables.shape[2:]).index_copy_(
+    variables.view(-1 if variables.numel() else 0, *variables.shape[2:]).index_copy_(
         0, indices.flatten().to(variables.device), values.flatten(0, 1).to(variables.device)
     )
 

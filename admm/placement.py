@@ -21,25 +21,26 @@ PLACES: tuple[Place, ...] = ("device", "host", "disk")
 _GIB = 2**30
 
 
-def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
-    """Return tensors of zeros, in the dtype of `like`.
+def allocate(place: Place, shapes: Sequence[Sequence[int]], likes: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of zeros.
 
     Args:
-        place: "device", that of `like`; "host", the host's memory, page-locked for a GPU, where consecutive samples of
+        place: "device", that of `likes`; "host", the host's memory, page-locked for a GPU, where consecutive samples of
             one replica then move while it computes; or "disk", mapped into memory from files in the folder of
             temporary files (the variable TMPDIR; not one that is itself in memory). These take no room there once the
             process has ended, however it ends.
         shapes: one per tensor.
-        like: a tensor.
+        likes: tensors on one device, whose types these get.
 
     Raises:
         ValueError: with the bytes needed and free in each place, where they do not fit.
         WriteError: where the files cannot be made.
     """
-    is_pinned = place == "host" and like.is_cuda
-    sizes = [like.element_size() * int(np.prod(shape)) for shape in shapes]
+    types, device = [like.dtype for like in likes], likes[0].device
+    is_pinned = place == "host" and device.type == "cuda"
+    sizes = [dtype.itemsize * int(np.prod(shape)) for shape, dtype in zip(shapes, types, strict=True)]
     needed = sum(2 ** (size - 1).bit_length() if is_pinned else size for size in sizes)  # PyTorch rounds them up
-    room = {name: free_bytes(name, like.device) for name in PLACES}
+    room = {name: free_bytes(name, device) for name in PLACES}
     if needed > room[place]:
         free = ", ".join(f"{name} {room[name] / _GIB:.1f} GiB" for name in PLACES)
         raise ValueError(
@@ -49,9 +50,12 @@ def allocate(place: Place, shapes: Sequence[Sequence[int]], like: Tensor) -> lis
         )
     if place == "disk":
         with explain_write_errors(Path(tempfile.gettempdir()), "the variables of all samples", needed):
-            return [_mapped(shape, like.dtype) for shape in shapes]
-    device = like.device if place == "device" else "cpu"
-    return [torch.zeros(tuple(shape), dtype=like.dtype, device=device, pin_memory=is_pinned) for shape in shapes]
+            return [_mapped(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+    where = device if place == "device" else "cpu"
+    return [
+        torch.zeros(tuple(shape), dtype=dtype, device=where, pin_memory=is_pinned)
+        for shape, dtype in zip(shapes, types, strict=True)
+    ]
 
 
 def free_bytes(place: Place, device: torch.device) -> float:
@@ -73,6 +77,8 @@ def free_bytes(place: Place, device: torch.device) -> float:
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return zeros that are mapped from a file without a name."""
+    if not np.prod(shape):
+        return torch.zeros(tuple(shape), dtype=dtype)
     with tempfile.TemporaryFile() as file:
         size = dtype.itemsize * int(np.prod(shape))
         if hasattr(os, "posix_fallocate"):

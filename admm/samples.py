@@ -103,6 +103,8 @@ class Tensors(Samples):
 class Stream(Samples):
     """Samples that stay where they are; those that are needed are read, and moved to the device.
 
+    Workers start anew with each call of `read` for more than one batch.
+
     Args:
         source: maps a `Request` to inputs and targets [S, B, ...].
         to: the device.

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import operator
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
 from torch.nn.modules import transformer
 
+# Private functions of PyTorch's transformers whose control flow depends on tensors.
+_HELPERS = (
+    (functional, "_canonical_mask"),
+    (transformer, "_get_seq_len"),
+    (transformer, "_detect_is_causal_mask"),
+)
 _WAY_OUT = (
     "give the network's parts as a list of modules instead, split([first, second, …]), each of which gets what the one "
     "before returns"
@@ -24,11 +33,17 @@ _WAY_OUT = (
 class _Tracer(fx.Tracer):
     """Traces the forwards that contain a cut; all other modules are called as they are."""
 
+    proxy_buffer_attributes = True  # or they would become constants
+
     def __init__(self, opened: set[str]) -> None:
-        # What is called with a tensor of the network is a node of the graph, and its own control flow is not traced.
-        helpers = (functional._canonical_mask, transformer._get_seq_len, transformer._detect_is_causal_mask)
-        super().__init__(autowrap_modules=(math, functional), autowrap_functions=helpers)  # type: ignore[arg-type]
+        # A function that is called with a tensor of the network is a node of the graph: its control flow is not traced.
+        super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
         self._opened = opened
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind.startswith("call_") and not torch.is_grad_enabled():
+            raise ValueError(f"{target} is called without gradients, as by torch.no_grad, which a trace does not show")
+        return super().create_node(kind, target, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
@@ -74,6 +89,10 @@ def _parents(name: str) -> Iterator[str]:
 def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -> fx.Graph:
     """Return the graph of the network's forward, with the inputs alone as placeholders. Raises ValueError."""
     arguments = inspect.signature(network.forward).parameters
+    if many := [str(a) for a in arguments.values() if a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]:
+        raise ValueError(
+            f"network: its forward takes {many[0]}, and needs a name for each input to be traced; {_WAY_OUT}"
+        )
     if unknown := set(inputs or ()) - set(arguments):
         raise ValueError(f"inputs: {sorted(unknown)} are no arguments of forward, which are {', '.join(arguments)}")
     is_required = {name: a.default is inspect.Parameter.empty for name, a in arguments.items()}
@@ -82,7 +101,11 @@ def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -
     if missing := [name for name in defaults if is_required[name]]:
         raise ValueError(f"inputs: the network's forward needs {', '.join(missing)}, too")
     try:
-        graph = _Tracer(opened).trace(network, concrete_args=defaults)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for module, name in _HELPERS:
+                stack.enter_context(mock.patch.object(module, name, _as_node(getattr(module, name))))
+            graph = _Tracer(opened).trace(network, concrete_args=defaults)
     except Exception as error:  # of whatever type it is
         raise ValueError(
             f"network: its forward cannot be traced, {_place(error)}: {type(error).__name__}: {error}; cut where only "
@@ -94,6 +117,19 @@ def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -
         node.meta.pop("is_wrapped", None)  # which would make PyTorch register the function by a name it cannot find
         _follow_mode(graph, node)
     return graph
+
+
+def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that becomes a node of the graph where it is called with a tensor of the network."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        traced = next((v for v in (*args, *kwargs.values()) if isinstance(v, fx.Proxy)), None)
+        if traced is None:
+            return function(*args, **kwargs)
+        return traced.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return called
 
 
 def _place(error: Exception) -> str:

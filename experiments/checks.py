@@ -12,11 +12,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.numbers import is_number, is_whole
 from experiments.errors import BadInput
+from experiments.identity import OWN_PACKAGES
 from experiments.launch import Launch
 from experiments.overrides import key_of
 from experiments.rows import CONF, TableRows
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+OWN = tuple(f"{package}." for package in OWN_PACKAGES)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OTHER_CODE = ("keep", "rerun", "refuse")
 Kind = tuple[str, Callable[[Any], bool]]  # what is right, in words, and whether a value is
@@ -75,7 +77,7 @@ def check(config: DictConfig) -> None:
         group: Any = OmegaConf.select(config, place) if place else config
         if not isinstance(group, DictConfig) or name not in group:
             continue
-        is_own = group.get("_target_", "admm.").startswith("admm.")  # another class may mean something else by the name
+        is_own = group.get("_target_", "admm.").startswith(OWN)  # another class may mean something else by the name
         if is_own and not is_right(value := OmegaConf.select(group, name)):
             raise ValueError(f"{key}: {value!r} is not {right}")
     check_words(OmegaConf.to_container(config, resolve=True))

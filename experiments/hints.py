@@ -15,17 +15,24 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from admm.files import ADVICE, WriteError, explain_write_errors
+from experiments.implied import with_implied
 from experiments.launch import conf_folders
 from experiments.launching import failures
 from experiments.overrides import key_of
 from experiments.rows import CONF, TableRows
+
+OWN = {  # by group, how a user's own is given
+    "dataset": "your own: dataset=npz dataset.path={} (x_train, y_train, …), or dataset=image_folder dataset.path={}",
+    "model": "your own: model._target_={}, a function that returns an nn.Module",
+}
 
 
 def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     """Return lines for the user after Hydra has ended with an error.
 
     They say which jobs of an unfinished sweep have failed, and what to do about an error in writing. Otherwise they say
-    which rows the experiment has, if the chosen row is missing, or name the overrides whose keys are missing.
+    how own data and networks are given, if such a file is missing, or which rows the experiment has, if the chosen row
+    is; or they name the overrides whose keys are missing.
 
     Args:
         arguments: The command line, without the program's name.
@@ -36,10 +43,14 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
         return [*failed, _write_hint(error)]
     if failed:
         return failed
-    row = _missing_row(error)
+    group, _, name = _missing_file(error).partition("/")
+    if group in OWN:
+        return [f"no {group} {name!r} in conf/{group}; {OWN[group].replace('{}', name)}"]
+    row = name if group == "row" else ""
     try:
         options = get_args_parser().parse_args(list(arguments))
-        keys = {o: key_of(o) for o in options.overrides if "=" in o}
+        overrides = with_implied(options.overrides)
+        keys = {o: key_of(o) for o in overrides if "=" in o and not o.startswith("+")}
         keys = {o: key for o, key in keys.items() if not key.startswith("hydra.") and not (row and key == "row")}
         groups = [o for o, key in keys.items() if (CONF / key).is_dir() and "," not in o]
         config, hydra = _composed([*groups, *_search_path(options)])
@@ -50,10 +61,9 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     return [line for o, key in keys.items() if o not in groups if (line := _key_hint(config, key))]
 
 
-def _missing_row(error: BaseException | None) -> str:
-    """The name of the row whose file Hydra has not found; empty for another error."""
-    file = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
-    return file.removeprefix("row/") if file.startswith("row/") else ""
+def _missing_file(error: BaseException | None) -> str:
+    """The file in conf that Hydra has not found; empty for another error."""
+    return str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
 
 
 def _search_path(options: Namespace) -> list[str]:

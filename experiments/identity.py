@@ -48,6 +48,7 @@ FORMER_NAMES: dict[str, tuple[str, ...]] = {
 NOT_IN_IDENTITY = (
     "task",
     "dataset.root",
+    "dataset.path",  # the content counts
     "backbone.weights",  # their content counts
     "dataset.download",
     "device",

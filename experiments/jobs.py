@@ -9,14 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from admm.data import load
 from admm.files import atomic_write
 from experiments.checks import DTYPES, check, check_place, check_row, check_search
 from experiments.device import ready_device
 from experiments.errors import user_errors
 from experiments.identity import SCHEMA, choices_of, identity
+from experiments.implied import as_given
 from experiments.launch import Launch
 from experiments.overrides import changes_row, key_of
 from experiments.provenance import changed_sources, provenance, sources_changed_since
@@ -25,8 +26,21 @@ from experiments.store import LEFT, Run, Slot, runs_of_row, warn_of_former_runs
 
 log = logging.getLogger(__name__)
 TASK = "experiments.tasks.classification.run"
-load_once = lru_cache(maxsize=1)(load)  # the runs of a launch share their data
 FEW = 6  # files that a message names
+
+
+def load_dataset(_target_: str = "admm.data.load", **options: Any) -> Any:
+    """Return the data set that a group `dataset` of a configuration describes, by the function that it names."""
+    return get_method(_target_)(**options)
+
+
+load_once = lru_cache(maxsize=1)(load_dataset)  # the runs of a launch share their data
+
+
+def options_of(dataset: DictConfig) -> dict[str, Any]:
+    """Return the keys of a group `dataset` as a cache can keep them: lists are tuples."""
+    plain: dict[str, Any] = OmegaConf.to_container(dataset, resolve=True)  # type: ignore[assignment]
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     """
     check_job(config, launch)
     device = ready_device(config, launch.workers)
-    dataset = load(**config.dataset, device=device, dtype=DTYPES[config.dtype])
+    dataset = load(**options_of(config.dataset), device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     origin = provenance(device, plain)
     overrides, by_seed = changing_overrides(config, launch), config.task == TASK
@@ -143,7 +157,7 @@ def check_job(config: DictConfig, launch: Launch) -> None:
 def changing_overrides(config: DictConfig, launch: Launch) -> list[str]:
     """Return the overrides that change a run's numbers, so that it is not the committed row's. A classifier's `seeds`
     change nothing if they are among the committed ones."""
-    changing = [override for override in launch.overrides if changes_row(override)]
+    changing = [override for override in as_given(launch.overrides) if changes_row(override)]
     if config.task == TASK and set(config.seeds) <= set(config.committed_seeds):
         return [override for override in changing if key_of(override) != "seeds"]
     return changing

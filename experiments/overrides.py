@@ -15,6 +15,7 @@ from experiments.identity import NOT_IN_IDENTITY
 ROW_FILTERS = ("optimizer", "setting")  # choose among an experiment's rows
 ROW_SELECTORS = ("experiment", *ROW_FILTERS, "row")
 DECLARED = ("rows", "committed_seeds", "note", "report", "report.*", "method", "method.*")  # by an experiment or a row
+OUTSIDE = ("dataset.path",)  # of the identity, as the content counts; but other data are another row
 NOT_SEARCHED = ("dataset", "dataset.*", "seeds", "iterations", "search")
 REDUCING = ("iterations", "seeds", "model.*", "dataset.first")
 COMPARABLE_WITH_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "optimizer.*")
@@ -48,7 +49,7 @@ def is_outside_identity(override: str) -> bool:
 
 def changes_row(override: str) -> bool:
     """Return whether an override makes a run differ from the committed row, in its numbers or in what it declares."""
-    return is_of(override, DECLARED) or not (chooses_row(override) or is_outside_identity(override))
+    return is_of(override, (*DECLARED, *OUTSIDE)) or not (chooses_row(override) or is_outside_identity(override))
 
 
 def reduces(override: str) -> bool:

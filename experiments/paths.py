@@ -12,6 +12,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import InterpolationResolutionError
 
+from experiments.implied import with_implied
+
 IN_OVERRIDE = re.compile(r"(?<=[=,])~(?=/|$)")
 IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
 
@@ -36,7 +38,7 @@ def expand(node: DictConfig | ListConfig) -> None:
 
 
 def expand_in_configurations() -> None:
-    """Make Hydra `expand` each configuration that it composes from now on.
+    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply.
 
     Hydra has no hook for this: it makes the folders of a launch and of a sweep's jobs before a callback, or the task,
     sees their configuration."""
@@ -45,7 +47,7 @@ def expand_in_configurations() -> None:
     @wraps(load)
     def load_expanded(self: Any, config_name: Any, overrides: list[str], **how: Any) -> DictConfig:
         home = Path.home().as_posix()
-        config = load(self, config_name, [IN_OVERRIDE.sub(lambda _: home, o) for o in overrides], **how)
+        config = load(self, config_name, with_implied([IN_OVERRIDE.sub(lambda _: home, o) for o in overrides]), **how)
         expand(config)
         return config
 

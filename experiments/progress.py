@@ -20,17 +20,16 @@ def show_what_can_be_shown() -> None:
 
 
 class RunProgress:
-    """Shows the iteration, the mean of a quantity in percent, such as the test accuracy, and the time left."""
+    """Shows the iteration, what was measured, such as the mean test accuracy, and the time left."""
 
-    def __init__(self, name: str, iterations: int, enabled: bool, quantity: str = "test accuracy") -> None:
+    def __init__(self, name: str, iterations: int, enabled: bool) -> None:
         console = Console(stderr=True)
         self.name, self.iterations, self.enabled, self.terminal = name, iterations, enabled, console.is_terminal
-        self.quantity = quantity
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(f"iterations, {quantity} {{task.fields[accuracy]}}"),
+            TextColumn("iterations, {task.fields[measured]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("elapsed,"),
             TimeRemainingColumn(),
@@ -38,7 +37,7 @@ class RunProgress:
             console=console,
             disable=not (enabled and self.terminal),
         )
-        self._task = self._bar.add_task(name, total=iterations, accuracy="–")
+        self._task = self._bar.add_task(name, total=iterations, measured="–")
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -49,16 +48,8 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, iteration: int, accuracy: float, seconds: float) -> None:
-        """Show an iteration. accuracy: the quantity's mean over the replicas. seconds: of training so far."""
-        self._bar.update(self._task, completed=iteration, accuracy=f"{accuracy:.2f} %")
+    def update(self, iteration: int, measured: str, seconds: float) -> None:
+        """Show an iteration. measured: in words, such as `test accuracy 97.61 %`. seconds: of training so far."""
+        self._bar.update(self._task, completed=iteration, measured=measured)
         if self.enabled and not self.terminal:
-            log.info(
-                "%s: iteration %d/%d, %s %.2f %%, %.0f s",
-                self.name,
-                iteration,
-                self.iterations,
-                self.quantity,
-                accuracy,
-                seconds,
-            )
+            log.info("%s: iteration %d/%d, %s, %.0f s", self.name, iteration, self.iterations, measured, seconds)

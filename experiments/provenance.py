@@ -94,7 +94,7 @@ def named_modules(config: dict[str, Any]) -> Iterator[str]:
             continue
         if isinstance(value, dict):
             yield from named_modules(value)
-        elif key in ("_target_", "task"):
+        elif key in ("_target_", "task") and "." in str(value):  # a data set's task is a word
             with suppress(Exception):  # a wrong name is told where it is used
                 yield str(get_object(value).__module__)
 

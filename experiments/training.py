@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from admm.blocks import Blocks
 from admm.callbacks import Callback
 from admm.checkpoints import History, Row
 from admm.data import Dataset
@@ -27,6 +31,7 @@ from experiments.jobs import Job, first_few
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
 from experiments.provenance import changed_sources
+from experiments.reports.metrics import metric_of
 from experiments.store import PROBES, Slot
 
 log = logging.getLogger(__name__)
@@ -65,12 +70,12 @@ def train_or_resume(
 class Observer:
     """Sees a run's rows as they come: sends them to the logger, shows progress, warns of replicas that diverge.
 
-    logger: is opened, and left open. quantity: what the progress shows, in percent. names: of the replicas;
-    None names them by their seeds.
+    logger: is opened, and left open. quantity: what the progress shows, in percent; None is what the rows are judged
+    by (`experiments.reports.metrics`). names: of the replicas; None names them by their seeds.
     """
 
     logger: Logger = NO_LOGGER
-    quantity: str = "test_accuracy"
+    quantity: str | None = None
     names: Sequence[str] | None = None
 
     @contextmanager
@@ -80,7 +85,7 @@ class Observer:
         write_start_record(job.slot, job.info)
         names = self.names or [f"seed {seed}" for seed in job.info["seeds"]]
         reported: set[int] = set()
-        bar = RunProgress(job.slot.name, config.iterations, config.progress, self.quantity.replace("_", " "))
+        bar = RunProgress(job.slot.name, config.iterations, config.progress)
 
         def observe(problem: Problem, state: State, history: History, rows: list[Row]) -> None:
             self.logger.log(rows)
@@ -90,11 +95,19 @@ class Observer:
                 reported.add(replica)
             if rows:
                 last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
-                mean = sum(row[self.quantity] for row in last) / len(last)
-                progress.update(int(last[0]["iteration"]), mean, history.seconds)
+                progress.update(int(last[0]["iteration"]), self.measured(last), history.seconds)
 
         with bar as progress:
             yield observe
+
+    def measured(self, rows: Sequence[Row]) -> str:
+        """Return in words the mean of the quantity over the replicas' rows of an iteration."""
+        metric = metric_of(rows[0])
+        column, words, unit = metric.column, f"test {metric.words}", metric.unit
+        if self.quantity:
+            column, words, unit = self.quantity, self.quantity.replace("_", " "), "%"
+        factor = 1.0 if self.quantity else metric.factor
+        return f"{words} {factor * sum(row[column] for row in rows) / len(rows):.2f} {unit}".rstrip()
 
 
 def write_start_record(slot: Slot, info: dict[str, Any]) -> None:
@@ -135,16 +148,81 @@ def logger_of(config: DictConfig) -> Guarded:
 
 
 def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
-    """Return the problem of a configuration: its network in blocks, loss, initialisation and data."""
-    network = instantiate(config.model, input_shape=dataset.input_shape, classes=dataset.classes, _convert_="all")
-    return Problem(
-        x=dataset.x_train,
-        y=one_hot(dataset.y_train, dataset.classes, dataset.x_train),
-        blocks=instantiate(config.split, _partial_=True, _convert_="all")(network, execution=execution(config)),
-        loss=instantiate(config.loss),
-        initialise=instantiate(config.init),
-        augmentation=instantiate(config.get("augmentation")),
-    )
+    """Return the problem of a configuration: its network in blocks, loss, initialisation and data.
+
+    Raises ValueError, or an error of Hydra's, for what does not fit together.
+    """
+    y = dataset.y_train
+    build = partial(build_network, config.model, dataset)
+    with remedies(dataset):
+        return Problem(
+            x=dataset.x_train,
+            y=one_hot(y, dataset.classes, dataset.x_train) if dataset.task == "classification" else y,
+            blocks=blocks_of(config, build()),
+            loss=instantiate(config.loss),
+            initialise=initialise_of(config.init, build),
+            augmentation=instantiate(config.get("augmentation")),
+        )
+
+
+def build_network(model: DictConfig, dataset: Dataset) -> nn.Module:
+    """Return a new network: what the group's function makes of its keys, and of those of `data_arguments` that it
+    takes. Raises an error of Hydra's, and ValueError where it makes no module."""
+    given = data_arguments(model, dataset)
+    network = instantiate(model, **given, _convert_="all")
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model: {model._target_} returns a {type(network).__name__}, expected an nn.Module")
+    return network
+
+
+def data_arguments(model: DictConfig, dataset: Dataset) -> dict[str, Any]:
+    """Return what a network's function takes of `input_shape` and the number of outputs, `classes` or `num_classes`,
+    and the configuration does not give. A function of any keywords, as torchvision's, gets `num_classes`."""
+    offered = {"input_shape": dataset.input_shape, "classes": dataset.outputs, "num_classes": dataset.outputs}
+    try:
+        parameters = signature(get_object(model._target_)).parameters
+    except (HydraException, ImportError, TypeError, ValueError):  # what is wrong is told where it is called
+        return {}
+    taken = offered.keys() & parameters.keys()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not {"classes", "num_classes"} & {*taken, *model}:
+        taken |= {"num_classes"}
+    return {name: value for name, value in offered.items() if name in taken and name not in model}
+
+
+def blocks_of(config: DictConfig, network: nn.Module) -> Blocks:
+    """Return a network in the blocks of a configuration. Raises ValueError where it cannot be cut.
+
+    On the command line the name of a layer may be a number, as in `split.after=[1]`."""
+    after = OmegaConf.to_container(config.split).get("after")  # type: ignore[union-attr]
+    named = {} if after is None else {"after": [str(name) for name in (after if isinstance(after, list) else [after])]}
+    cut = instantiate(config.split, **named, _partial_=True, _convert_="all")
+    try:
+        return cut(network, execution=execution(config))  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise ValueError(f"model: {error}") from error
+
+
+def initialise_of(init: DictConfig, build: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
+    """Return the initialisation of a configuration; `build` goes to one that takes it, as `as_constructed` does."""
+    takes_build = "build" in signature(get_object(init._target_)).parameters
+    made: Callable[[nn.Module], None] = instantiate(init, **({"build": build} if takes_build else {}))
+    return made
+
+
+@contextmanager
+def remedies(dataset: Dataset) -> Iterator[None]:
+    """Add to an error about the channels of gray images, or the number of outputs, what the data set has to offer."""
+    try:
+        yield
+    except ValueError as error:
+        is_gray = len(dataset.input_shape) == 2 or dataset.input_shape[0] == 1
+        if "channel" in str(error) and is_gray:
+            way = f"The images are gray, {list(dataset.input_shape)}; dataset.channels=3, or 1, gives them channels"
+        elif "network's outputs" in str(error):
+            way = f"The data need {dataset.outputs} outputs, which a key such as model.num_classes may set"
+        else:
+            raise
+        raise ValueError(f"{error}. {way}") from error
 
 
 def execution(config: DictConfig) -> Execution:

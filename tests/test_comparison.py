@@ -235,6 +235,12 @@ def test_the_first_block_that_differs_is_named(monkeypatch):
         problem(network, per_layer=True)
 
 
+def test_a_layer_that_occurs_twice_is_no_difference():
+    relu = nn.ReLU()
+    task = problem(nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2)), after=["1", "3"])
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], task.blocks.network(task.x))
+
+
 def test_later_changes_of_the_network_are_none_of_the_blocks():
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     task = problem(network)

@@ -88,10 +88,10 @@ def test_a_row_has_one_identity_for_all_seeds_but_where_a_value_is_per_replica()
 
 
 def test_a_rename_costs_a_line_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = {"Descent.weight_penalty": ("gamma",), "mine.Descent": ("admm.optimizers.BCD",), "dataset.path": ("name",)}
+    lines = {"Descent.weight_penalty": ("gamma",), "mine.Descent": ("admm.optimizers.BCD",), "dataset.its": ("name",)}
     monkeypatch.setattr(module, "FORMER_NAMES", lines)
     optimizer = {"_target_": "mine.Descent", "weight_penalty": 1.0}
-    renamed = CONFIG | {"optimizer": optimizer, "dataset": {"path": "a", "root": "x"}}
+    renamed = CONFIG | {"optimizer": optimizer, "dataset": {"its": "a", "root": "x"}}
     assert of(renamed) == of(CONFIG)
     assert with_todays_names(CONFIG) == renamed and with_former_names(renamed) == CONFIG
     assert with_todays_names(renamed) == renamed, "a configuration of today stays as it is"

@@ -84,16 +84,16 @@ def test_the_host_s_memory_is_page_locked_for_a_gpu_and_counted_as_it_is_rounded
     made = []
     monkeypatch.setattr(torch, "zeros", lambda shape, **options: made.append(options))
     for like in (torch.empty(0, device=gpu), torch.empty(0)):
-        allocate("host", [(100,)], like)
+        allocate("host", [(100,)], [like])
     assert [(options["device"], options["pin_memory"]) for options in made] == [("cpu", True), ("cpu", False)]
     monkeypatch.setattr(placement, "free_bytes", lambda name, device: 511)
     with pytest.raises(ValueError, match=r"\(512 bytes\)"):
-        allocate("host", [(100,)], like=torch.empty(0, device=gpu))
+        allocate("host", [(100,)], [torch.empty(0, device=gpu)])
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_they_are_zeros_that_can_be_written(place):
-    first, second = allocate(place, [(2, 3), (2, 5, 1, 2)], like=torch.zeros(0, dtype=torch.float64))
+    first, second = allocate(place, [(2, 3), (2, 5, 1, 2)], [torch.zeros(0, dtype=torch.float64)] * 2)
     assert first.shape == (2, 3) and second.shape == (2, 5, 1, 2) and first.dtype == torch.float64
     assert not first.any() and not second.any()
     second[1] = 4.0
@@ -102,7 +102,7 @@ def test_they_are_zeros_that_can_be_written(place):
 
 def test_files_have_no_name_that_could_stay_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (kept,) = allocate("disk", [(1000,)], like=torch.zeros(0))
+    (kept,) = allocate("disk", [(1000,)], [torch.zeros(0)])
     assert kept.numel() == 1000 and not list(Path(tmp_path).iterdir())
 
 

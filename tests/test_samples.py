@@ -26,6 +26,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     default_collate,
+    get_worker_info,
 )
 
 import admm.losses
@@ -150,6 +151,24 @@ def test_each_sample_is_read_once_an_epoch_for_each_seed(mlp_problem: Any) -> No
     assert torch.equal(visit.x, problem.x[batch]) and torch.equal(visit.y, problem.y[batch])
     assert set(pairs.read.values()) == {2}  # in two orders
     assert torch.equal(streaming.visit([0, 1], slice(None)).x, problem.x.expand(2, 24, 6))
+
+
+@pytest.mark.parametrize("name", ["block-admm as in the paper", "block-admm, mini-batches"])
+def test_each_visit_of_an_iteration_has_a_counter_of_its_own(
+    name: str, mlp_problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters: list[Any] = []
+
+    def visits(self: Problem, seeds: Any, batches: Any, numbers: Any) -> Any:
+        counters.extend(numbers)
+        return read(self, seeds, batches, numbers)
+
+    problem, optimizer, read = mlp_problem(), CASES[name].optimizer, Problem.visits
+    state = optimizer.init(problem, SEEDS)
+    monkeypatch.setattr(Problem, "visits", visits)
+    for _ in range(2):
+        optimizer.step(problem, state)
+    assert len(counters) == len(set(counters)) > 6
 
 
 def test_what_is_not_needed_is_not_read(tmp_path: Path) -> None:
@@ -470,6 +489,19 @@ def test_mini_batches_of_several_seeds_must_have_one_shape() -> None:
     assert x.tolist() == [[[1.0, 0.0], [1.0, 1.0]]]
     with pytest.raises(ValueError, match="x: mini-batches of several seeds of list cannot be joined"):
         list(samples.read([torch.tensor([[0, 1], [2, 3]])], seeds=[0, 1]))
+
+
+class Workers(Pairs):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        worker = get_worker_info()
+        return self.x[index], -1 if worker is None else worker.id
+
+
+def test_a_loader_s_workers_take_turns() -> None:
+    samples = as_samples(DataLoader(Workers(torch.zeros(8), torch.zeros(8)), num_workers=2), None)
+    batches = [torch.tensor([[number, number + 1]]) for number in range(4)]
+    assert [y.tolist() for _, y in samples.read(batches)] == [[[worker] * 2] for worker in (0, 1, 0, 1)]
+    assert [y.tolist() for _, y in samples.read(batches[:1])] == [[[-1, -1]]]  # not worth their start
 
 
 def test_a_loader_s_collate_function_is_used() -> None:

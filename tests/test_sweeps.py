@@ -157,7 +157,7 @@ def test_a_cell_with_a_wrong_number_is_left_to_its_own_run(tmp_path: Path) -> No
 def test_cells_share_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the data vary faster than the number."""
     loaded = []
-    monkeypatch.setattr(stacking, "load", lambda **options: loaded.append(options) or load(**options))
+    monkeypatch.setattr(stacking, "load_dataset", lambda **options: loaded.append(options) or load(**options))
     arguments = ["optimizer.step_size=0.1,0.2", "dataset.holdout=300", "dataset.holdout_seed=0,1", "iterations=1"]
     output = launch(tmp_path, "optimizer=sgd", *arguments, "hydra/launcher=stacked")
     assert len(loaded) == 2 and output.count("2 cells, 4 replicas, as one stack") == 2

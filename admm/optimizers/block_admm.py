@@ -212,7 +212,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             outputs = list(problem.blocks.outputs(theta, visit.x, visit))
             if not variables:
                 shapes = [(replicas, samples, *output.shape[2:]) for output in outputs]
-                variables = allocate(self.sample_storage, (2 + self.z_update.moments_of_each) * shapes, like=outputs[0])
+                copies = 2 + self.z_update.moments_of_each
+                variables = allocate(self.sample_storage, copies * shapes, copies * outputs)
             for z, output in zip(variables, outputs, strict=False):  # the first T variables are Z
                 z[:, part] = output
         return [variables[start : start + n_blocks] for start in range(0, len(variables), n_blocks)]
@@ -387,7 +388,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         }
         for t, dual in enumerate(state.u, start=1):
             values[f"residual_{t}"] = torch.where(norm[t - 1] > 0, square[t - 1] / norm[t - 1], 0.0).sqrt()
-            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / dual[0].numel()).sqrt()
+            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / max(dual[0].numel(), 1)).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
         return values
 

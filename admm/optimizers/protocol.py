@@ -37,10 +37,10 @@ class Problem:
       `batch_size` and `drop_last` are not used: each sample comes once an epoch, in mini-batches of the optimizer's
       `batch_size`, in the order of the seed.) Collated items of several seeds must have one shape.
 
-    What is not whole on the device is a stream. The mini-batch methods, and Block-ADMM and DeepFacto with variables of
-    all samples, read it once in an epoch, for each seed, and workers read ahead; algorithms that need all samples as
-    tensors refuse it, see `whole`. The first 64 samples are looked at before training, to check them and to find out
-    what the targets are.
+    What is not whole on the device is a stream. In an epoch the mini-batch methods read each sample once for each seed,
+    and so do DeepFacto and Block-ADMM beside their variables of all samples (with sweep="batch", per sweep); workers
+    read ahead. Algorithms that need all samples as tensors refuse it, see `whole`. The first 64 samples are looked at
+    before training, to check them and to find out what the targets are.
 
     Random numbers that a data set draws for an item, from the global generators of PyTorch, NumPy and Python, follow
     from the seed, the epoch and the item's index in the mini-batches of `minibatches`, and from the index alone in an
@@ -156,7 +156,7 @@ class Problem:
         return isinstance(y, Tensor) and y.shape[1:] == outputs.shape[1:] and is_one_hot(y)
 
     def _formed(self, data: Samples, inputs: Callable[[Any], Any]) -> Samples:
-        """Return samples with `inputs` in place of the inputs, and targets as the loss takes them. Raises ValueError"""
+        """Return samples with `inputs` in place of the inputs, and targets as the loss takes them."""
 
         def form(x: Any, y: Any) -> tuple[Any, Any]:
             x = inputs(x)

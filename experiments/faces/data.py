@@ -373,7 +373,7 @@ def _face(file: Path, box: Box, size: int) -> Bytes:
     """One image [3, size, size]."""
     try:
         with Image.open(file) as stored:
-            image = _upright(stored)
+            image = upright(stored)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{file}: expected an image, found a damaged or other file ({error})") from error
     if box is not None:
@@ -385,7 +385,7 @@ def _face(file: Path, box: Box, size: int) -> Bytes:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
-def _upright(stored: Image.Image) -> Image.Image:
+def upright(stored: Image.Image) -> Image.Image:
     """An image of any kind as RGB of 8 bits, upright. Raises ValueError for pixels whose range is not known."""
     stored.load()
     image = stored

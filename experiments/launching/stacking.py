@@ -18,11 +18,10 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from admm.checkpoints import History, Row, save, size
-from admm.data import load
 from admm.optimizers.protocol import Optimizer, Problem
 from experiments.device import find_device
 from experiments.errors import FOR_USERS, in_words
-from experiments.jobs import TASK, Job, find_job
+from experiments.jobs import TASK, Job, find_job, load_dataset
 from experiments.launch import Launch
 from experiments.loggers import Guarded, Logger
 from experiments.store import Slot
@@ -61,7 +60,7 @@ def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: fl
         memory: GiB for a stack's variables; None: a quarter of the device's.
     """
     check_limits(replicas, memory)
-    shared = cache(load)  # cells with the same data hold them once
+    shared = cache(load_dataset)  # cells with the same data hold them once
     groups: dict[str, dict[str, Cell]] = {}
     for config in configs:
         cell = as_cell(config, shared)

@@ -1,4 +1,4 @@
-"""Test accuracy against iteration."""
+"""Test accuracy, or what else runs are judged by, against iteration."""
 
 from __future__ import annotations
 
@@ -15,25 +15,39 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
 from experiments.reports.curves import Curve, curves, ordered_settings, place, table_of
 from experiments.reports.methods import method_of
+from experiments.reports.metrics import ACCURACY, in_percent, metric_of
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
 
 @dataclass(frozen=True)
 class Accuracy(ExperimentReport):
-    """Test accuracy against iteration. The score is the last accuracy; in a search it is on held-out data."""
+    """Test accuracy, or what else `experiments.reports.metrics` finds, against iteration. The score is the last one; in
+    a search it is on held-out data."""
 
     def score(self, run: Run) -> dict[int, float]:
-        """Return each seed's last accuracy. Raises ValueError for a seed that has not diverged and lacks it."""
-        record, history = run.record, run.history
-        final = history[history["iteration"] == record.iterations].set_index("replica")["test_accuracy"].dropna()
+        """Return each seed's last score, at least 0; none for runs that are judged by their loss.
+
+        Raises ValueError for a seed that has not diverged and lacks it."""
+        record, history = run.record, in_percent(run.history)
+        metric = metric_of(history.columns)
+        if not metric.unit:
+            return {}
+        final = history[history["iteration"] == record.iterations].set_index("replica")[metric.column].dropna()
         if len(final) + len(record.diverged) < len(record.seeds):
             raise ValueError(f"history.csv has the last iteration of {len(final)} of {len(record.seeds)} seeds only")
-        return score_by_seed(record, final)
+        return score_by_seed(record, final.clip(lower=0.0))
 
     def headline(self, run: Run) -> tuple[float, str]:
         (curve,) = curves([run])
-        return curve.row()["mean"], "%"
+        words = "" if curve.metric == ACCURACY else f" {curve.metric.words}"
+        return curve.row()["mean"], f"{curve.metric.unit}{words}".strip()
+
+    def title(self, runs: Sequence[Run]) -> str:
+        by_row = curves(runs)
+        if all(curve.metric == ACCURACY for curve in by_row):
+            return super().title(runs)
+        return f"{self.experiment}: {', '.join(sorted({curve.score_label for curve in by_row}))}"
 
     def compare(self, runs: list[Run]) -> list[Comparison]:
         return [_comparison(curve) for curve in curves(runs)]
@@ -47,18 +61,19 @@ class Accuracy(ExperimentReport):
     def figure(self, curves: list[Curve]) -> Figure:
         """Draw mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
 
-        One panel for each setting, with the legend below it.
+        One panel for each setting and score, with the legend below it. Overrides of all curves are in the caption.
         """
-        names, order = {curve.record.setting for curve in curves}, ordered_settings(self)
-        settings = sorted(names, key=lambda name: place(name, order))
-        groups = [[curve for curve in curves if curve.record.setting == setting] for setting in settings]
-        size = 6.0 * len(settings) + 1.5, 4.6 + 0.2 * max(map(legend_lines, groups))
+        order, groups = ordered_settings(self), dict[tuple[str, str], list[Curve]]()
+        for curve in sorted(curves, key=lambda curve: (place(curve.record.setting, order), curve.metric.name)):
+            groups.setdefault((curve.record.setting, curve.metric.name), []).append(curve)
+        shared = shared_overrides(curves)
+        size = 6.0 * len(groups) + 1.5, 4.6 + 0.2 * max(legend_lines(group, shared) for group in groups.values())
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
-        for axes, setting, group in zip(panels, settings, groups, strict=True):
-            _plot_panel(axes, group)
+        for axes, ((setting, _), group) in zip(panels, groups.items(), strict=True):
+            _plot_panel(axes, group, shared)
             title = in_figure(self.panels.get(setting, setting))
-            axes.set(title=title, xlabel="iteration", ylabel=accuracy_label(curves), ylim=accuracy_range(group))
+            axes.set(title=title, xlabel="iteration", ylabel=score_label(group), ylim=score_range(group))
         remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in curves) else ""
         disagree = any(curve.seeds_disagree for curve in curves)
         remark += "; thin: the seeds of a method in which they disagree" if disagree else ""
@@ -77,13 +92,20 @@ def _comparison(curve: Curve) -> Comparison:
         std=row["std"],
         seeds=row["seeds"],
         iterations=row["iterations"],
+        measure=None if curve.metric == ACCURACY else curve.score_label,
     )
 
 
-def accuracy_label(curves: Sequence[Curve]) -> str:
-    """Return what the column `test_accuracy` holds: held-out accuracy if all curves are of held-out data."""
+def score_label(curves: Sequence[Curve]) -> str:
+    """Return what curves of one metric are judged by: held-out accuracy if all are of held-out data."""
     held_out = all(curve.record.dataset.holdout for curve in curves)
-    return f"{'held-out' if held_out else 'test'} accuracy (%)"
+    return curves[0].metric.label("held-out" if held_out else "test")
+
+
+def shared_overrides(curves: Sequence[Curve]) -> list[str]:
+    """Return the overrides that all curves have, if there are several curves."""
+    first, *others = [curve.record.overrides for curve in curves]
+    return [override for override in first if all(override in other for other in others)] if others else []
 
 
 def colours(curves: Sequence[Curve]) -> list[str]:
@@ -119,17 +141,19 @@ def plot_curve(
     axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
 
 
-def legend_lines(curves: Sequence[Curve]) -> int:
-    """Return how many lines the legends of these curves take."""
-    return sum(1 + curve.legend.count("\n") for curve in curves)
+def legend_lines(curves: Sequence[Curve], shared: Sequence[str] = ()) -> int:
+    """Return how many lines the legends of these curves take. shared: overrides that they leave out."""
+    return sum(1 + curve.legend_beside(shared).count("\n") for curve in curves)
 
 
-def _plot_panel(axes: Axes, curves: Sequence[Curve]) -> None:
+def _plot_panel(axes: Axes, curves: Sequence[Curve], shared: Sequence[str]) -> None:
+    metric = curves[0].metric
+    highest = 100.0 if metric.unit else np.inf
     for curve, colour in zip(curves, colours(curves), strict=True):
-        plot_curve(axes, curve, "test_accuracy", colour, curve.legend, highest=100.0)
+        plot_curve(axes, curve, metric.column, colour, curve.legend_beside(shared), highest=highest)
         if curve.seeds_disagree:
             for _, seed in curve.history.groupby("replica"):
-                axes.plot(seed["iteration"], seed["test_accuracy"], color=colour, linewidth=0.5)
+                axes.plot(seed["iteration"], seed[metric.column], color=colour, linewidth=0.5)
         if curve.reference is not None:
             axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
     if lengths_differ(curves):
@@ -142,12 +166,17 @@ def _plot_panel(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
-def accuracy_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the range to show: from below the worst final accuracy, or 0 if that is at most 50, to above the best."""
-    finals = [float(curve.by_iteration("test_accuracy")["mean"].iloc[-1]) for curve in curves]
+def score_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """Return the range to show of curves of one metric: from below the worst final score, or 0 if that is at most 50,
+    to above the best. None shows all."""
+    metric = curves[0].metric
+    if not metric.unit or metric.column not in curves[0].history:
+        return None
+    finals = [float(curve.by_iteration(metric.column)["mean"].iloc[-1]) for curve in curves]
     finals += [curve.reference for curve in curves if curve.reference is not None]
     missing = 100.0 - min(finals)
-    return 99.0 - 1.4 * missing if missing < 50.0 else 0.0, min(100.3, max(finals) + 0.25 * missing)
+    lowest = 99.0 - 1.4 * missing if missing < 50.0 else min(0.0, 1.1 * min(finals))
+    return lowest, min(100.3, max(finals) + 0.25 * missing)
 
 
 def caption(report: ExperimentReport, curves: Sequence[Curve], remark: str = "") -> str:
@@ -158,4 +187,5 @@ def caption(report: ExperimentReport, curves: Sequence[Curve], remark: str = "")
     several = f"Mean over {' or '.join(map(str, seeds))} seeds, shaded ±1 standard deviation"
     mean, machines = "One seed" if seeds == [1] else several, sorted({curve.record.machine for curve in curves})
     shows = report.caption if of_the_paper else report.experiment
+    shows = in_figure(", ".join([shows, *shared_overrides(curves)]))
     return textwrap.fill(f"{source}{shows}. {mean}{remark}. {', '.join(machines)}.", 120)

@@ -25,7 +25,8 @@ TEST_ACCURACY = "test accuracy in percent"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The number of a table's row beside the paper's. run: the name of the row's newest run."""
+    """The number of a table's row beside the paper's. run: the name of the row's newest run. measure: what the number
+    is, where it is not the report's `measure`."""
 
     run: str
     method: str
@@ -35,6 +36,7 @@ class Comparison:
     std: float | None = None
     seeds: int | None = None
     iterations: int | None = None
+    measure: str | None = None
 
 
 @dataclass(frozen=True)

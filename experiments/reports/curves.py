@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from experiments.overrides import is_comparable_with_paper, reduces
 from experiments.records import RunRecord
 from experiments.reports.base import ExperimentReport, report_of
 from experiments.reports.methods import method_of, methods
+from experiments.reports.metrics import ACCURACY, Metric, in_percent, metric_of
 from experiments.reports.paper import PaperEntry
 from experiments.store import Run
 
@@ -41,12 +42,22 @@ class Curve:
         return method_of(self.record.method).label
 
     @property
+    def metric(self) -> Metric:
+        """What the run is judged by."""
+        return metric_of(self.history.columns)
+
+    @property
     def setting(self) -> str:
         """The setting's name, whether it is reduced (less than the paper's), note, overrides, and missing seeds."""
+        return self.setting_beside(())
+
+    def setting_beside(self, said: Collection[str]) -> str:
+        """Return `setting` without the overrides that are said elsewhere."""
         record, seeds = self.record, self.history["replica"].nunique()
-        is_reduced = self.report.reduced or any(map(reduces, record.overrides))
+        is_reduced = self.report.reduced or (self.report.paper.source and any(map(reduces, record.overrides)))
         name = f"{'reduced ' if is_reduced else ''}{record.setting}"
-        parts = [f"{name}: {record.note}" if record.note else name, *record.overrides]
+        overrides = [override for override in record.overrides if override not in said]
+        parts = [f"{name}: {record.note}" if record.note else name, *overrides]
         parts += [f"{seeds} of {record.of_seeds} seeds"] if seeds < record.of_seeds else []
         diverged = seeds - len(self._final())
         return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
@@ -54,13 +65,18 @@ class Curve:
     @property
     def legend(self) -> str:
         """Method, setting, last accuracy and published ones, in words."""
+        return self.legend_beside(())
+
+    def legend_beside(self, said: Collection[str]) -> str:
+        """Return `legend` without the overrides that are said elsewhere."""
         row = self.row()
         published = {"paper": self.reference, "its authors": self.authors}
         others = ", ".join(f"{who} {value}" for who, value in published.items() if value is not None)
         others = f" ({others})" if others else ""
         spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
-        remark = self.setting.removeprefix(self.record.setting).lstrip(":, ")
-        return textwrap.fill(f"{self.label}{f', {remark}' if remark else ''}: {row['mean']:.2f}{spread} %{others}", 100)
+        remark = self.setting_beside(said).removeprefix(self.record.setting).lstrip(":, ")
+        score = f"{row['mean']:.2f}{spread} {self.metric.unit}".rstrip()
+        return textwrap.fill(f"{self.label}{f', {remark}' if remark else ''}: {score}{others}", 100)
 
     @property
     def reference(self) -> float | None:
@@ -92,9 +108,17 @@ class Curve:
         return replace(self, history=self.history[self.history["iteration"] > 0])
 
     def _final(self) -> pd.Series[float]:
+        return self._last(self.metric.column)
+
+    def _last(self, column: str) -> pd.Series[float]:
         is_last = self.history["iteration"] == self.record.iterations
-        final: pd.Series[float] = self.history.loc[is_last, "test_accuracy"]
-        return final
+        last: pd.Series[float] = self.history.loc[is_last, column]
+        return last
+
+    @property
+    def score_label(self) -> str:
+        """What the run is judged by, of which data, in words."""
+        return self.metric.label("held-out" if self.record.dataset.holdout else "test")
 
     @property
     def seeds_disagree(self) -> bool:
@@ -102,8 +126,9 @@ class Curve:
         return bool(self._final().std() > 10.0)
 
     def row(self) -> dict[str, Any]:
-        """Return the row of a table: test accuracy of the replicas that reached the last iteration, in percent."""
-        final = self._final()
+        """Return the row of a table: the scores of the replicas that reached the last iteration, in percent. They are
+        test accuracies unless the row has a column `score`, which says what they are."""
+        final, metric = self._final(), self.metric
         return {
             "method": self.label,
             "setting": self.setting,
@@ -111,6 +136,8 @@ class Curve:
             **({"authors": self.authors} if self.authors else {}),
             "mean": round(final.mean(), 2),
             "std": round(final.std(), 2),
+            **({"score": self.score_label} if metric != ACCURACY else {}),
+            **{name: round(self._last(column).mean(), 4) for name, column in metric.beside if column in self.history},
             "seeds": len(final),
             "iterations": self.record.iterations,
             "machine": self.record.machine,
@@ -138,9 +165,9 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 def _joined(runs: list[Run]) -> Curve:
     """The curve of the last of these runs, with the seeds of earlier runs that differ from it in their seeds alone."""
     *former, newest = runs
-    curve = Curve((newest.name,), newest.record, newest.history)
+    curve = Curve((newest.name,), newest.record, in_percent(newest.history))
     for run in reversed(former):
-        history, present = run.history, curve.history
+        history, present = in_percent(run.history), curve.history
         more = history[~history["seed"].isin(present["seed"])] if "seed" in history else history[:0]
         if len(more) and run.row == newest.row:
             more = more.assign(replica=more["replica"] + present["replica"].max() + 1)

@@ -26,7 +26,7 @@ from pandas.api.types import is_numeric_dtype
 from plotly.offline import get_plotlyjs
 
 from experiments.records import RunRecord
-from experiments.reports.accuracy import accuracy_label, accuracy_range, colours, lengths_differ
+from experiments.reports.accuracy import colours, lengths_differ, score_label, score_range
 from experiments.reports.base import Comparison, ExperimentReport, report_on
 from experiments.reports.curves import Curve, curves
 from experiments.reports.interrupted import interrupted_row
@@ -171,6 +171,7 @@ def newest_runs(contents: Contents) -> pd.DataFrame:
 
 def _newest_row(report: ExperimentReport, record: RunRecord, comparison: Comparison, remark: str) -> dict[str, Any]:
     """A row of `newest_runs`: when the run was finished, what it was, its number and the paper's."""
+    what = report.measure.replace("test", "held-out") if record.dataset.holdout else report.measure
     return {
         "finished": moment(record.finished),
         "experiment": record.experiment,
@@ -179,7 +180,7 @@ def _newest_row(report: ExperimentReport, record: RunRecord, comparison: Compari
         "measured": comparison.ours,
         "std": comparison.std,
         "paper": comparison.paper,
-        "what": report.measure.replace("test", "held-out") if record.dataset.holdout else report.measure,
+        "what": comparison.measure or what,
         "seeds": comparison.seeds,
         "training": duration(record.seconds),
     }
@@ -289,23 +290,26 @@ def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
         curve_data(curve, to_hex(colour_of[id(curve)]), DASHES[settings.index(curve.record.setting) % len(DASHES)])
         for curve in curves
     ]
+    score = curves[0].metric.column
     quantities = sorted(
-        {name for curve in plotted for name in curve["measured"]}, key=lambda name: quantity_order(name)
+        {name for curve in plotted for name in curve["measured"]}, key=lambda name: quantity_order(name, score)
     )
+    limits = score_range([curve for curve in curves if curve.metric.column == score])
     return {
         "curves": plotted,
-        "quantities": {n: accuracy_label(curves) if n == "test_accuracy" else in_words(n) for n in quantities},
+        "quantities": {n: score_label(curves) if n == score else in_words(n) for n in quantities},
+        "score": score,
         "log": lengths_differ(curves),
-        "range": numbers(accuracy_range(curves)) if "test_accuracy" in quantities else None,
+        "range": numbers(limits) if limits else None,
     }
 
 
-def quantity_order(name: str) -> tuple[bool, bool, str, int]:
-    """Return a key that sorts quantities: accuracies first, then by name and block."""
+def quantity_order(name: str, score: str) -> tuple[bool, bool, str, int]:
+    """Return a key that sorts quantities: the score first, then accuracies, then by name and block."""
     stem, _, block = name.rpartition("_")
     is_of_block = block.isdigit()
     return (
-        name != "test_accuracy",
+        name != score,
         "accuracy" not in name,
         stem if is_of_block else name,
         int(block) if is_of_block else 0,
@@ -314,7 +318,7 @@ def quantity_order(name: str) -> tuple[bool, bool, str, int]:
 
 def in_words(name: str) -> str:
     """Return the name of a history's column in words."""
-    return name.replace("_", " ") + (" (%)" if name.endswith("accuracy") else "")
+    return name.replace("_", " ") + (" (%)" if name.endswith(("accuracy", "exact_match", "r2")) else "")
 
 
 def curve_data(curve: Curve, colour: str, dash: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ def scores(runs: Sequence[Run]) -> dict[int, float]:
 
 
 def mean_score(runs: Sequence[Run], seeds: Collection[int]) -> float | None:
-    """Return the mean score of the seeds that have one; None if there are no runs."""
-    return fmean(score for seed, score in scores(runs).items() if seed in seeds) if runs else None
+    """Return the mean score of the seeds that have one; None if there is none."""
+    found = [score for seed, score in scores(runs).items() if seed in seeds]
+    return fmean(found) if found else None
 
 
 def is_of_a_search(run: Run) -> bool:

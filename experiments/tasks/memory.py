@@ -20,7 +20,7 @@ from admm.optimizers.coupling import BlockOutputs
 from experiments.checks import DTYPES
 from experiments.device import find_device
 from experiments.errors import user_errors
-from experiments.jobs import Job, load_once, run_once
+from experiments.jobs import Job, load_once, options_of, run_once
 from experiments.launch import Launch
 from experiments.reports.memory import VARIABLES
 from experiments.store import Run
@@ -86,7 +86,7 @@ def peak(config: str) -> float:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    dataset = load_once(**options.dataset, device=device, dtype=DTYPES[options.dtype])
+    dataset = load_once(**options_of(options.dataset), device=device, dtype=DTYPES[options.dtype])
     problem = build_problem(options, dataset)
     optimizer = instantiate(options.optimizer, _convert_="all")
 

@@ -164,7 +164,7 @@ def race_one(config: DictConfig, jobs: dict[str, Job], seed: int) -> dict[str, l
             done = sum(c.state.iteration for c in contestants.values())
             if done % len(contestants) == 0:
                 mean = sum(c.rows[-1]["test_accuracy"] for c in contestants.values()) / len(contestants)
-                progress.update(done, mean, sum(c.seconds for c in contestants.values()))
+                progress.update(done, f"test accuracy {mean:.2f} %", sum(c.seconds for c in contestants.values()))
     return {method: c.rows for method, c in contestants.items()}
 
 
@@ -172,6 +172,8 @@ def contestant(job: Job, seed: int) -> Contestant:
     """Return a contestant that is ready to start. An iteration of a twin has warmed up the process."""
     config = OmegaConf.create(job.config)
     with user_errors(config, "optimizer"):
+        if job.dataset.task != "classification":
+            raise ValueError(f"dataset.task: a race measures accuracy, which {job.dataset.task} does not have")
         problem = build_problem(config, job.dataset)
         optimizer = instantiate(config.optimizer, _convert_="all")
         optimizer.step(problem, optimizer.init(problem, (seed,)))

@@ -31,7 +31,7 @@ function filter() {
 
 // A curve's mean, its band and the paper's number, which one entry of the legend shows and hides. Where an axis is
 // logarithmic, means up to 0 have no place, and the band ends at the lowest mean that has one.
-function traces(curve, number, quantity, against, isLog) {
+function traces(curve, number, quantity, against, isLog, isScore) {
   const at = curve[against];
   const values = curve.measured[quantity];
   if (!at || !values) return [];
@@ -57,18 +57,19 @@ function traces(curve, number, quantity, against, isLog) {
     ...common, uid: `paper${number}`, line: { color: curve.colour, dash: "dot", width: 1 },
     x: [line.x[0], line.x.at(-1)], y: [curve.paper, curve.paper],
   };
-  return quantity === "test_accuracy" && curve.paper !== null ? [shade, line, paper] : [shade, line];
+  return isScore && curve.paper !== null ? [shade, line, paper] : [shade, line];
 }
 
 function draw({ canvas, content, chosen }, isWanted) {
   const quantity = chosen("quantity").value;
+  const isScore = quantity === content.score;
   const against = chosen("against").value;
   const isLog = { x: chosen("log-x").checked, y: chosen("log-y").checked };
   const type = (axis) => (isLog[axis] ? "log" : "linear");
   const shown = content.curves.flatMap((curve, number) =>
-    traces(curve, number, quantity, against, isLog).map((trace) => ({ ...trace, visible: isWanted(curve) })),
+    traces(curve, number, quantity, against, isLog, isScore).map((trace) => ({ ...trace, visible: isWanted(curve) })),
   );
-  const range = quantity === "test_accuracy" && !isLog.y ? { range: content.range.slice() } : {};
+  const range = isScore && content.range && !isLog.y ? { range: content.range.slice() } : {};
   const layout = {
     uirevision: [quantity, against, type("x"), type("y")].join(), // zoomed until another plot is asked for
     legend: { uirevision: "kept", font: { size: 11 }, x: 0, y: -0.2, maxheight: 0.3, yanchor: "top", orientation: "h" },
