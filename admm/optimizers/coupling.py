@@ -189,6 +189,8 @@ class BlockOutputs:
         """
         output, record = self._evaluations[t - 1] or (None, None)
         if record is None:
+            del output  # before the block is evaluated once more
+            self.forget(t)
             output, record = self._evaluate(t)
         assert output is not None
         block, views = self.blocks[t - 1], self.theta.blocks[t - 1]

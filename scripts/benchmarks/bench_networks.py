@@ -7,6 +7,7 @@ mini-batches of 32 sequences of 64 characters; both are cut into two blocks, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,8 +73,10 @@ def epochs(of_gpt: bool) -> dict[str, Callable[[], object]]:
             functional.cross_entropy(outputs.flatten(0, -2), y[indices].flatten()).backward()
             rule.step()
 
-    steps = {name: lambda name=name: ours[name].step(problem, states[name]) for name in ours}
-    return {"torch": plain} | steps
+    steps: dict[str, Callable[[], object]] = {"torch": plain}
+    for name, optimizer in ours.items():
+        steps[name] = partial(optimizer.step, problem, states[name])
+    return steps
 
 
 def peak(method: str) -> float:
