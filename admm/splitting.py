@@ -47,7 +47,7 @@ def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:
     return dict(network.named_modules(remove_duplicate=False))
 
 
-def _is_chain(module: nn.Module) -> bool:
+def is_chain(module: nn.Module) -> bool:
     """Whether a module calls its children one after the other, and does nothing more."""
     is_sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
     return is_sequential and not has_hooks(module) and "forward" not in vars(module)
@@ -62,7 +62,7 @@ def layer_names(network: nn.Module) -> list[str]:
     names = []
     for name, child in network._modules.items():  # named_children leaves out a module that occurs again
         assert child is not None
-        names += [f"{name}.{inner}" for inner in layer_names(child)] if _is_chain(child) else [name]
+        names += [f"{name}.{inner}" for inner in layer_names(child)] if is_chain(child) else [name]
     return names
 
 
@@ -85,7 +85,7 @@ def parts_of(
     one_of("activation", "end" if activation is None else activation, ("end", "start"))
     if after is not None and activation is not None:
         raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")
-    if _is_chain(network):
+    if is_chain(network):
         names = layer_names(network)
         ends = _even_boundaries(network, names, n_blocks, activation or "end") if after is None else None
         return _parts_of_chain(network, names, _named_boundaries(names, after or ()) if ends is None else ends)

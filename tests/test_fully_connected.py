@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from admm.blocks import split
 from admm.losses import SquaredError
@@ -73,3 +74,34 @@ def test_a_hook_that_would_not_be_called_is_named(optimizer):
     )
     with pytest.raises(ValueError, match=r"network: \w+ would not call the hooks of layer 'fc1.linear'; remove them"):
         optimizer.init(problem, [0])
+
+
+class Shifted(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+def shared() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    network[2].weight = network[0].weight
+    return network
+
+
+def frozen() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    "network, message",
+    [
+        (Shifted(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), "an nn.Sequential of .*, not a Shifted"),
+        (frozen(), "trains all parameters, but '0.weight' has requires_grad=False"),
+        (shared(), "does not support layers that share parameters"),
+    ],
+)
+@pytest.mark.parametrize("optimizer", [StandardADMM(), Taylor(), DLADMM(), BCD()], ids=lambda made: type(made).__name__)
+def test_networks_that_would_not_be_trained_as_they_are_are_refused(optimizer, network, message):
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    task = Problem(x, y, split(network, after=[]), SquaredError(), initialiser("pytorch"))
+    with pytest.raises(ValueError, match=message):
+        optimizer.init(task, [0])

@@ -19,7 +19,7 @@ from admm.blocks import Parameters
 from admm.layers import ParamDict, has_hooks
 from admm.minibatches import slices, stateless_rng
 from admm.optimizers.protocol import Problem
-from admm.splitting import layer_names, modules_by_name
+from admm.splitting import is_chain, layer_names, modules_by_name
 
 Start = Mapping[str, Sequence[Tensor]]  # initial values by the name of a state's variable
 
@@ -28,10 +28,20 @@ def linear_layers(problem: Problem, theta: Parameters, algorithm: str, biases: b
     """Return `weight` and `bias` of layers 1..L, as views into theta.
 
     Raises ValueError, which names the algorithm, unless the network is `Linear, ReLU, Linear, …, Linear`, after a
-    `Flatten` or not, without hooks and, if `biases` are needed, with one in each layer; and for an augmentation.
+    `Flatten` or not, in an `nn.Sequential`, all of it trained, without shared parameters and hooks and, if `biases` are
+    needed, with one in each layer; and for an augmentation.
     """
     problem.refuse_augmentation(algorithm)
     network = problem.blocks.network
+    if not is_chain(network):
+        raise ValueError(
+            f"network: {algorithm} supports fully connected ReLU networks (an nn.Sequential of Linear, ReLU, …, "
+            f"Linear), not a {type(network).__name__}"
+        )
+    if frozen := [name for name, p in network.named_parameters() if not p.requires_grad]:
+        raise ValueError(f"network: {algorithm} trains all parameters, but {frozen[0]!r} has requires_grad=False")
+    if problem.blocks.gradient(theta).shared:
+        raise ValueError(f"network: {algorithm} does not support layers that share parameters")
     modules = modules_by_name(network)
     kinds = [type(modules[name]) for name in layer_names(network)]
     if hooked := [name for name in layer_names(network) if has_hooks(modules[name])]:
