@@ -35,9 +35,11 @@ def suited(blocks: Blocks, x: Any) -> Blocks:
 
 
 def _can_take(blocks: Blocks, x: Tensor) -> bool:
+    network = copy.deepcopy(blocks.network).to(x.device).eval()
     try:
-        _Evaluation(blocks.network, x, training=False)
-    except ValueError:
+        with torch.no_grad(), seeded(0, x.device):
+            network(x.clone())
+    except Exception:  # of whatever type it is
         return False
     return True
 
@@ -242,7 +244,9 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
 
     Functions are not compiled, which would be for this number of samples.
     """
-    eager = blocks.with_execution(replace(blocks.execution, compile=False, precision="fp32"))
+    eager = blocks
+    if blocks.execution.compile or blocks.execution.precision != "fp32":
+        eager = blocks.with_execution(replace(blocks.execution, compile=False, precision="fp32"))
     flat, buffers = (eager.flatten(eager.network, kind)[None].to(expected.device) for kind in ("parameters", "buffers"))
     theta, visit = eager.parameters(flat, buffers), Visit([None], training=expected.training)
     stacked = pytree.tree_map_only(Tensor, lambda v: v[None], x)
