@@ -69,8 +69,15 @@ class Crossing:
         return len(self._axes) > 0 and None not in self._axes
 
     def pack(self, value: Any, samples: int) -> tuple[Tensor, Rest]:
-        """Return the coupling variable [n, ...] of what a block has returned for n samples, and the rest."""
+        """Return the coupling variable [n, ...] of what a block has returned for n samples, and the rest.
+
+        Raises ValueError for several values that `learn` has not seen.
+        """
         leaves = pytree.tree_leaves(value)
+        if not self.is_known and len(leaves) > 1:
+            raise ValueError(
+                "network: a block returns several values; make a Problem first, which finds out what they are"
+            )
         if self.is_plain:
             return leaves[0], ([], [])
         variables, others = self._sorted(leaves)

@@ -87,8 +87,11 @@ def parts_of(
         raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")
     if is_chain(network):
         names = layer_names(network)
-        ends = _even_boundaries(network, names, n_blocks, activation or "end") if after is None else None
-        return _parts_of_chain(network, names, _named_boundaries(names, after or ()) if ends is None else ends)
+        if after is None:
+            ends = _even_boundaries(network, names, n_blocks, activation or "end")
+        else:
+            ends = _named_boundaries(names, after)
+        return _parts_of_chain(network, names, ends)
     if after is None:
         children = ", ".join(name for name, _ in network.named_children())
         raise ValueError(

@@ -344,6 +344,14 @@ def loss_of_two(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
     return functional.cross_entropy(outputs["classes"], y, reduction="none") + outputs["rest"].square().sum(1)
 
 
+def test_blocks_that_have_not_seen_an_input_refuse_several_values():
+    for network, after in ((TwoOutputs(), ["a"]), (Skips(), ["a", "c"])):
+        blocks = split(network, after)
+        theta = blocks.initial([0], as_given, like=gaussian(0))
+        with pytest.raises(ValueError, match="network: a block returns several values; make a Problem first"):
+            blocks.forward(theta, gaussian(1, 6, 4))
+
+
 def test_several_outputs_go_to_a_plain_function_as_they_are():
     task = Problem(gaussian(6, 4), LABELS, split(TwoOutputs(), ["a"]), loss_of_two, as_given)
     state = (optimizer := Backprop(1, SGD(), 0.1, batch_size=6)).init(task, [0])
