@@ -58,7 +58,7 @@ class Layer(ABC):
             theta: the parameters and buffers of the evaluation.
             saved: what `linearize` has returned with the output.
             grad_output: [S, n, ...].
-            grad_params: where the product with respect to the parameters, summed over the samples, is written to; None
+            grad_params: where the product with respect to each parameter, summed over the samples, is put by name; None
                 if it is not needed. If given, running statistics that `linearize` has updated in training are written
                 to `theta`.
             needs_input_grad: whether the product with respect to x is needed.
@@ -92,13 +92,9 @@ class LinearLayer(Layer):
     ) -> Tensor | None:
         rows = grad_output.flatten(1, -2)
         if grad_params is not None:
-            weight, inputs = grad_params["weight"], saved.flatten(1, -2)
-            if weight.is_contiguous() or weight.device.type != "cpu":
-                torch.bmm(rows.mT, inputs, out=weight)
-            else:  # bmm would compute one product per replica, which is slower than this copy
-                weight.copy_(torch.bmm(rows.mT, inputs))
-            if "bias" in grad_params:
-                torch.sum(rows, 1, out=grad_params["bias"])
+            grad_params["weight"] = torch.bmm(rows.mT, saved.flatten(1, -2))
+            if "bias" in theta:
+                grad_params["bias"] = rows.sum(1)
         return torch.bmm(rows, theta["weight"]).view(saved.shape) if needs_input_grad else None
 
 
@@ -237,17 +233,20 @@ class ModuleLayer(Layer):
         needs_input_grad: bool,
         retain_graph: bool,
     ) -> Tensor | None:
-        grad_x = []
+        grad_x, replicas = list[Tensor](), list[list[Tensor]]()
+        names = [name for name in theta if name in self._parameter_names] if grad_params is not None else []
         for s, (views, x, output) in enumerate(saved):
-            inputs = [views[name] for name in grad_params or ()] + ([x] if needs_input_grad else [])
+            inputs = [views[name] for name in names] + ([x] if needs_input_grad else [])
             gradients = self._gradients(output, inputs, grad_output[s], retain_graph)
             if needs_input_grad:
                 grad_x.append(gradients.pop())
+            replicas.append([g.to_dense() if g.is_sparse else g for g in gradients])
             if grad_params is not None:
-                for name, gradient in zip(grad_params, gradients, strict=True):
-                    grad_params[name][s].copy_(gradient.to_dense() if gradient.is_sparse else gradient)
                 for name in theta.keys() - self._parameter_names:
                     theta[name][s].copy_(views[name])
+        if grad_params is not None:
+            for name, gradients in zip(names, map(list, zip(*replicas, strict=True)), strict=True):
+                grad_params[name] = _stack(gradients).to(theta[name].dtype)
         return _stack(grad_x) if needs_input_grad else None
 
     def _gradients(

@@ -86,8 +86,8 @@ def _scores(problem: Problem, theta: Parameters, samples: Samples) -> dict[str, 
     totals: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     spread = _Spread(problem, samples)
-    for x, y in _chunks(samples, len(theta.flat)):
-        z = problem.blocks.forward(theta, expand(x, len(theta.flat)))
+    for x, y in _chunks(samples, theta.replicas):
+        z = problem.blocks.forward(theta, expand(x, theta.replicas))
         for name, (values, counted) in _sample_scores(problem, z, y).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
             counts[name] = counts.get(name, 0.0) + counted.sum(dtype=torch.float64)
@@ -176,9 +176,9 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Any, labels: Tensor) -> Tenso
     It is NaN for no samples.
     """
     samples = Tensors(x, labels)
-    right = torch.zeros(len(theta.flat), device=samples.device)
-    for part, label in _chunks(samples, len(theta.flat)):
-        right += (blocks.forward(theta, expand(part, len(theta.flat))).argmax(2) == label).sum(1)
+    right = torch.zeros(theta.replicas, device=samples.device)
+    for part, label in _chunks(samples, theta.replicas):
+        right += (blocks.forward(theta, expand(part, theta.replicas)).argmax(2) == label).sum(1)
     return 100.0 * right / samples.n
 
 
@@ -398,7 +398,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _record(state: State, values: dict[str, Tensor], history: History) -> list[Row]:
     """Append the rows of an evaluation to the history, but for diverged replicas, and return them."""
-    finite = torch.isfinite(state.theta.flat).all(1) & torch.isfinite(values["train_loss"])
+    finite = torch.isfinite(state.theta.flat()).all(1) & torch.isfinite(values["train_loss"])
     table = {name: value.tolist() for name, value in values.items()}
     rows = []
     for replica, seed in enumerate(state.seeds):

@@ -77,8 +77,8 @@ def test_an_optimizer_sees_the_changed_images(resnet_problem, optimizer):
     states = [optimizer.init(problem, SEEDS) for problem in (plain, changed, unchanged)]
     for problem, state in zip((plain, changed, unchanged), states, strict=True):
         optimizer.step(problem, state)
-    assert torch.equal(states[0].theta.flat, states[2].theta.flat)
-    assert not torch.allclose(states[0].theta.flat, states[1].theta.flat)
+    assert torch.equal(states[0].theta.flat(), states[2].theta.flat())
+    assert not torch.allclose(states[0].theta.flat(), states[1].theta.flat())
 
 
 @pytest.mark.parametrize("optimizer", [BlockADMM(1, 0.1, batch_size=5), BCD()], ids=["block_admm", "bcd"])

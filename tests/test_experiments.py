@@ -289,7 +289,7 @@ def test_a_row_has_its_values_and_starts(path: Path) -> None:
         config.optimizer.epoch_parts = None  # the digits have fewer mini-batches than parts
     problem = build_problem(config, load(**config.dataset))
     state = instantiate(config.optimizer, _convert_="all").init(problem, [0])
-    assert state.theta.flat.isfinite().all()
+    assert state.theta.flat().isfinite().all()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("conf/optimizer/*.yaml")), ids=lambda path: path.stem)

@@ -465,10 +465,10 @@ def test_the_tail_keeps_its_running_statistics(faces: Faces, tmp_path: Path) -> 
     optimizer = instantiate(options.optimizer, _convert_="all")
     state = optimizer.init(problem, [0])
     torch.testing.assert_close(state.z[0][0], features.maps[faces.train])
-    start = state.theta.flat.clone()
+    start = state.theta.flat().clone()
     optimizer.step(problem, state)
     of_tail = sum(parameter.numel() for parameter in features.tail.parameters())
-    assert of_tail and not torch.equal(state.theta.flat[:, :of_tail], start[:, :of_tail])
+    assert of_tail and not torch.equal(state.theta.flat()[:, :of_tail], start[:, :of_tail])
     assert (problem.blocks.export(state.theta, 0)[0].layers[1][1].running_mean == 5.0).all()
 
 

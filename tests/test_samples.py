@@ -179,9 +179,9 @@ def test_what_is_not_needed_is_not_read(tmp_path: Path) -> None:
     )
     optimizer = Backprop(1, SGD(), 0.1, batch_size=16, epoch_parts=2**16)
     state = optimizer.init(problem, [0])
-    bias = state.theta.flat[0, -1].item()
+    bias = state.theta.flat()[0, -1].item()
     optimizer.step(problem, state)
-    assert state.theta.flat[0, -1].item() == pytest.approx(0.9 * bias)  # the gradient of ½ b²
+    assert state.theta.flat()[0, -1].item() == pytest.approx(0.9 * bias)  # the gradient of ½ b²
     with pytest.raises(ValueError, match=r"x: .* needs all samples as tensors on cpu, 16.0 GiB \(17184063488 bytes\)"):
         problem.whole("An optimizer")
 
@@ -230,7 +230,7 @@ def test_random_items_follow_from_seed_epoch_and_index(name: str, noisy: Problem
     assert states() == before
     for s, seed in enumerate((4, 1)):
         alone = trained(optimizer, noisy, (seed,), 2)
-        torch.testing.assert_close(alone.theta.flat[0], together.theta.flat[s], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(alone.theta.flat()[0], together.theta.flat()[s], rtol=1e-10, atol=1e-10)
 
 
 def test_random_items_differ_between_epochs_and_seeds_and_not_with_workers(noisy: Problem) -> None:
@@ -267,7 +267,7 @@ def test_a_resumed_run_is_bit_identical(name: str, noisy: Problem, tmp_path: Pat
         state = optimizer.init(noisy, SEEDS)
         path = tmp_path / "c.pt"
         history = train(noisy, optimizer, state, iterations, noisy.x, checkpoint=path, keep_last=True)
-    assert torch.equal(state.theta.flat, whole.theta.flat)
+    assert torch.equal(state.theta.flat(), whole.theta.flat())
     resumed, uninterrupted = ([{**row, "seconds": 0.0} for row in h.rows] for h in (history, expected))
     assert resumed == uninterrupted
 
@@ -401,14 +401,14 @@ def test_a_network_of_several_inputs_learns_from_each_form(form: str, tmp_path: 
             nn.functional.cross_entropy(outputs, y[batch]).backward()
             rule.step()
     expected = problem.blocks.flatten(network)
-    torch.testing.assert_close(state.theta.flat[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.theta.flat()[0], expected, rtol=1e-4, atol=1e-5)
     right = (network(*x.values()).argmax(1) == y).float().mean().item()
     found = evaluate(problem, state.theta, given)
     assert found["train_accuracy"] == found["test_accuracy"] == pytest.approx(100.0 * right)
     for name in ("online, decay", "gotmare", "block-admm, mini-batches, adam"):
         own = CASES[name].optimizer
         together, plain = (trained(own, p, SEEDS, 2) for p in (problem, replace(problem, x=tuple(x.values()), y=y)))
-        assert torch.equal(together.theta.flat, plain.theta.flat)
+        assert torch.equal(together.theta.flat(), plain.theta.flat())
 
 
 def test_a_plain_function_s_targets_may_be_nested(mlp_problem: Any) -> None:
@@ -424,7 +424,7 @@ def test_a_plain_function_s_targets_may_be_nested(mlp_problem: Any) -> None:
     )
     for name in ("adam", "online, decay", "block-admm, gradient"):
         found, expected = (trained(CASES[name].optimizer, task, SEEDS, 2) for task in (nested, scaled))
-        torch.testing.assert_close(found.theta.flat, expected.theta.flat, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.theta.flat(), expected.theta.flat(), rtol=1e-10, atol=1e-10)
         found, expected = (evaluate(task, found.theta, (task.x, task.y)) for task in (nested, scaled))
         assert set(found) == {"train_loss", "test_loss"}
         torch.testing.assert_close(found, expected)

@@ -177,7 +177,7 @@ def test_for_small_steps_each_block_moves_along_back_propagation(make, after, wi
         optimizer = kind(1, 1e9, beta=1.0, z_update=ZUpdate("gradient"), theta_update=SGD(), **options)
     state, start = optimizer.init(task, [0]), task.initial([0])
     optimizer.step(task, state)
-    moved = start.flat - state.theta.flat
+    moved = start.flat - state.theta.flat()
     twin = make()
     functional.cross_entropy(twin(task.x), LABELS).backward()
     gradients, columns = dict(twin.named_parameters()), task.blocks.parameter_slices()

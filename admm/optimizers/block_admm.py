@@ -30,7 +30,7 @@ from admm.optimizers.coupling import (
     scatter,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
-from admm.optimizers.rules import Adam, UpdateRule
+from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.placement import PLACES, Place, allocate
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
@@ -45,7 +45,7 @@ class BlockADMMState:
 
     Attributes:
         seeds, iteration, theta: see `admm.optimizers.protocol.State`.
-        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+        moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
         z, u: coupling variables Z_t and scaled duals U_t, T tensors [S, N, d_t] each.
         z_state: see `ZState`; its moments are [S, N, d_t].
         beta: penalties [T, S].
@@ -54,7 +54,7 @@ class BlockADMMState:
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[Tensor]
+    moments: Moments
     z: list[Tensor]
     u: list[Tensor]
     z_state: ZState
@@ -196,7 +196,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=self.theta_update.init(theta.flat),
+            moments=self.theta_update.init([*theta.stacks.values()]),
             z=z,
             u=u,
             z_state=self.z_update.init(problem.blocks, theta, zip(*moments, strict=True)),
@@ -367,8 +367,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`; running statistics stay."""
         theta, samples = state.theta, problem.n_samples
         statistics = theta.buffers.clone()
-        gradient = problem.blocks.gradient(theta)
-        theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
+        gradient, z_square = problem.blocks.gradient(), torch.zeros_like(state.beta[0])
+        theta_gradient = [torch.zeros_like(stack) for stack in theta.stacks.values()]
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part, visit in self._visits(problem, state, list(slices(samples, self.slice_size)), _DUALS, 0):
             lagrangian = self._lagrangian(problem, state, part, visit)
@@ -380,10 +380,11 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                     total[t - 1] += _squared_norm(v)
                 lagrangian.vjp(t, multiplier[t - 1], grad_params=gradient)
                 z_square += _squared_norm(_gradient_by_z(lagrangian, multiplier, t))
-            theta_gradient += gradient.total()
+            for total, part_of_it in zip(theta_gradient, problem.blocks.total(gradient), strict=True):
+                total += part_of_it
         theta.buffers.copy_(statistics)
         values = {
-            "kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt(),
+            "kkt": (z_square / samples + sum(_squared_norm(g / samples) for g in theta_gradient)).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
         }
         for t, dual in enumerate(state.u, start=1):

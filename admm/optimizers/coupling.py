@@ -18,15 +18,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from admm.blocks import Blocks, Gradient, Parameters
+from admm.blocks import Blocks, Parameters
 from admm.checks import at_least_one, in_range, one_of
+from admm.layers import ParamDict
 from admm.losses import ProximalLoss
 from admm.minibatches import flat_indices, gather_per_replica, scatter_per_replica
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import cholesky_with_ridge
 from admm.optimizers.protocol import Problem
-from admm.optimizers.rules import UpdateRule
+from admm.optimizers.rules import Moments, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
 from admm.visits import Visit
 
@@ -81,7 +82,7 @@ def label_leak(
     if last == 1:
         return {}
     evenly = torch.arange(batch_size, device=problem.device) * problem.n_samples // batch_size
-    moved = moved_lagrangian(evenly.expand(len(theta.flat), -1))
+    moved = moved_lagrangian(evenly.expand(theta.replicas, -1))
     forward = BlockOutputs(problem.blocks, theta, moved.visit).z[-1]
     outputs = {"loss_forward": forward, "loss_moved": moved.output(last)}
     return {name: problem.loss.value(z, moved.visit.y).flatten(1).mean(1) for name, z in outputs.items()}
@@ -179,7 +180,7 @@ class BlockOutputs:
         return evaluation[0]
 
     def vjp(
-        self, t: int, grad_output: Tensor, grad_params: Gradient | None = None, retain_graph: bool = True
+        self, t: int, grad_output: Tensor, grad_params: list[list[ParamDict]] | None = None, retain_graph: bool = True
     ) -> Tensor | None:
         """Multiply the transposed Jacobian of block t by `grad_output` [S, n, d_t].
 
@@ -197,7 +198,7 @@ class BlockOutputs:
         if grad_params is None:
             return block.vjp(views, record, grad_output, retain_graph=retain_graph)
         retain_graph = retain_graph and not self._recomputes(t)
-        block.vjp(views, record, grad_output, grad_params.blocks[t - 1], False, retain_graph)
+        block.vjp(views, record, grad_output, grad_params[t - 1], False, retain_graph)
         if self._recomputes(t):
             self._evaluations[t - 1] = output, None
         return None
@@ -299,7 +300,7 @@ class AugmentedLagrangian(BlockOutputs):
         anchor = self.output(last) - self.u[-1] if self.u else self.output(last)
         return self.loss.prox(anchor, self.visit.y, broadcast(self.beta[-1], anchor))
 
-    def theta_gradient(self, gradient: Gradient, trained: Iterable[int] | None = None) -> None:
+    def theta_gradient(self, gradient: list[list[ParamDict]], trained: Iterable[int] | None = None) -> None:
         """Write the gradient by Θ_t of the mean coupling term of a sample to `gradient`; update running statistics.
 
         `trained` are the numbers t of the blocks, by default all.
@@ -339,15 +340,15 @@ class AugmentedLagrangian(BlockOutputs):
 class ThetaUpdate:
     """An update of Θ on the mean coupling terms of some samples (Algorithm 1, line 10; Algorithm 2, line 11)."""
 
-    def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
-        self.rule, self.theta, self.moments = rule, theta, moments
-        self.gradient = blocks.gradient(theta)
+    def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: Moments) -> None:
+        self.rule, self.blocks, self.moments = rule, blocks, moments
+        self.stacks, self.gradient = [*theta.stacks.values()], blocks.gradient()
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
         """Move Θ once, by the one step size η in `steps`."""
         (step,) = steps
         lagrangian.theta_gradient(self.gradient)
-        self.rule.apply(self.theta.flat, self.gradient.total(), self.moments, step)
+        self.rule.apply(self.stacks, self.blocks.total(self.gradient), self.moments, step)
         lagrangian.forget_all()
 
 

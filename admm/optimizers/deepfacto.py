@@ -30,7 +30,7 @@ from admm.optimizers.coupling import (
     scatter,
 )
 from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
-from admm.optimizers.rules import Adam, UpdateRule
+from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
 
@@ -52,7 +52,7 @@ class DeepFactoState:
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[list[Tensor]]
+    moments: list[Moments]
     z: list[Tensor]
     u: list[Tensor]
 
@@ -156,19 +156,17 @@ class BlockwiseThetaUpdate(ThetaUpdate):
     """An update of the blocks whose numbers t are in `trained`, with one η_t and one list of moments per block."""
 
     def __init__(
-        self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[list[Tensor]], trained: list[int]
+        self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Moments], trained: list[int]
     ) -> None:
         super().__init__(rule, blocks, theta, moments=[])
-        self.trained = trained
-        self.by_block = list(
-            zip(by_block(blocks, theta.flat), by_block(blocks, self.gradient.total()), moments, strict=True)
-        )
+        self.trained, self.by_block = trained, list(zip(by_block(blocks, theta), moments, strict=True))
 
     def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
         """Move Θ_t of each block in `trained` once, by η_t from the step sizes η_1..η_T."""
         lagrangian.theta_gradient(self.gradient, self.trained)
         for t in self.trained:
-            self.rule.apply(*self.by_block[t - 1], steps[t - 1])
+            stacks, moments = self.by_block[t - 1]
+            self.rule.apply(stacks, self.blocks.total(self.gradient, [t - 1]), moments, steps[t - 1])
         lagrangian.forget_all()
 
 
@@ -249,7 +247,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=[self.theta_update.init(flat) for flat in by_block(problem.blocks, theta.flat)],
+            moments=[self.theta_update.init(stacks) for stacks in by_block(problem.blocks, theta)],
             z=z,
             u=[torch.zeros_like(v) for v in residuals] if schedules.dual_step.largest > 0.0 else [],
         )
@@ -393,12 +391,12 @@ def factorisations(blocks: Blocks, theta: Parameters) -> Factors:
     return factors
 
 
-def by_block(blocks: Blocks, flat: Tensor) -> list[Tensor]:
-    """Return the parameters of each block, views of flat [R, P]. Raises ValueError where they share some."""
-    sizes = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in blocks.modules]
-    if sum(sizes) != flat.shape[1]:
+def by_block(blocks: Blocks, theta: Parameters) -> list[list[Tensor]]:
+    """Return the trained parameters of each block, [R, *shape] each. Raises ValueError where they share some."""
+    if blocks.shared_parameters:
         raise ValueError("network: blocks share parameters, which DeepFacto does not support")
-    return list(flat.split(sizes, 1))
+    numbers = blocks.numbers_of_parameters()
+    return [[p for name, p in theta.stacks.items() if numbers[name] == t] for t in range(1, len(blocks) + 1)]
 
 
 def _lagrangian(

@@ -25,7 +25,7 @@ from admm.optimizers.coupling import (
     penalties,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
-from admm.optimizers.rules import Adam, UpdateRule
+from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
 
@@ -36,7 +36,7 @@ class OnlineBlockADMMState:
 
     Attributes:
         seeds, iteration, theta: see `admm.optimizers.protocol.State`.
-        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+        moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
         u: one scalar dual per block, [T, S].
         z_state: see `ZState`; it has no moments, which last for one mini-batch only.
     """
@@ -44,7 +44,7 @@ class OnlineBlockADMMState:
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[Tensor]
+    moments: Moments
     u: Tensor
     z_state: ZState
 
@@ -146,7 +146,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=self.theta_update.init(theta.flat),
+            moments=self.theta_update.init([*theta.stacks.values()]),
             u=torch.zeros_like(beta),
             z_state=self.z_update.init(problem.blocks, theta),
         )
