@@ -201,9 +201,8 @@ class Blocks(Sequence[Block]):
         self._layout = layout(network, [part.layers or (part.module,) for part in parts])
         self.dtype = self._layout.dtype
         self._blocks = tuple(self._block(t, part) for t, part in enumerate(parts, start=1))
-        for option, value in (("precision", "bf16"), ("compile", True)):
-            if getattr(self.execution, option) == value and not any(block.is_autograd for block in self._blocks):
-                raise ValueError(f"{option}: {value} is for other layers than linear, ReLU and flatten; there are none")
+        if self.execution.precision == "bf16" and self.are_known_layers:
+            raise ValueError("precision: bf16 is for other layers than linear, ReLU and flatten; there are none")
 
     def _block(self, t: int, part: Part) -> Block:
         if part.layers:
@@ -224,6 +223,11 @@ class Blocks(Sequence[Block]):
 
     def __getitem__(self, t: int | slice) -> Block | tuple[Block, ...]:
         return self._blocks[t]
+
+    @property
+    def are_known_layers(self) -> bool:
+        """Whether all layers are linear, ReLU or flatten, so that none is evaluated by autograd."""
+        return not any(block.is_autograd for block in self)
 
     def with_dtype(self, dtype: torch.dtype) -> Blocks:
         """Return the blocks of a copy of the network with all its tensors of floating point in this type."""

@@ -145,12 +145,14 @@ class FlattenLayer(Layer):
 
 @dataclass(frozen=True)
 class Execution:
-    """Options for the evaluation of blocks that have other layers than linear, ReLU and flatten.
+    """Options for the evaluation of blocks; all but `compile` are for other layers than linear, ReLU and flatten.
 
     Args:
         precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling
             variables and gradients keep their type.
-        compile: whether blocks are evaluated by `torch.compile`.
+        compile: whether `torch.compile` is used: for each visit of a mini-batch as a whole where all layers are linear,
+            ReLU and flatten, for the evaluations of blocks where others are among them. "auto" compiles visits, in runs
+            of so many steps that the compiler's time, ten seconds or so, is won back.
         channels_last: whether images are in that memory format, except on a CPU in blocks with a strided 1×1
             convolution.
         recompute: whether Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters'
@@ -161,12 +163,14 @@ class Execution:
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     channels_last: bool = True
     recompute: bool = True
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("fp32", "bf16"))
+        if self.compile not in (False, True, "auto"):
+            raise ValueError(f"compile: {self.compile!r} is not one of False, True, auto")
 
 
 class ModuleLayer(Layer):
@@ -204,8 +208,8 @@ class ModuleLayer(Layer):
         self.hands_on_arguments, self.casts = hands_on_arguments, casts or {}
         self.overwrites_inputs, self.is_random = True, True  # until `admm.comparison` has seen what it does
         # fullgraph: what cannot be compiled is an error.
-        self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile else self._evaluate
-        self._settings = _compiler_settings if execution.compile else nullcontext
+        self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile is True else self._evaluate
+        self._settings = _compiler_settings if execution.compile is True else nullcontext
         self._parameter_names = {name for kind, name, _ in tensors_of(module) if kind == "parameters"}
         self._shared: dict[torch.device, ParamDict] = {}
         self.pinned = pinned_modules(module)
@@ -349,9 +353,14 @@ def _compiler_settings() -> Iterator[None]:
     except Exception as error:
         if not any(sign in str(error) for sign in _NO_COMPILER):
             raise
-        raise ValueError(
-            "compile: torch.compile finds no working compiler; install one, such as g++, or take compile=False"
-        ) from None
+        raise ValueError(f"compile: {compiler_error(error)}") from None
+
+
+def compiler_error(error: Exception) -> str:
+    """Return what an error of `torch.compile` says, in words where PyTorch has found no compiler."""
+    if any(sign in str(error) for sign in _NO_COMPILER):
+        return "torch.compile finds no working compiler; install one, such as g++, or take compile=False"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def _is_strided_pointwise(module: nn.Module) -> bool:

@@ -19,12 +19,12 @@ from admm.nmf import NMF, matrix, nonnegative_least_squares
 from admm.optimizers import SGD, Adam
 from admm.optimizers.coupling import ZState, penalties
 from admm.optimizers.deepfacto import (
-    BlockwiseThetaUpdate,
     DeepFacto,
     FactorisedLagrangian,
     FactorisedZUpdate,
     by_block,
     factorisations,
+    update_blocks,
 )
 from admm.optimizers.protocol import Problem
 
@@ -121,8 +121,7 @@ def test_every_primal_update_decreases_equation_9(net):
         assert (moved < value).all(), t
         value = moved
     blocks = [t for t in range(1, len(state.z) + 1) if t not in lagrangian.factors]
-    updater = BlockwiseThetaUpdate(options.theta_update, task.blocks, state.theta, state.moments, blocks)
-    updater.step(lagrangian, [1e-3] * len(state.z))
+    update_blocks(lagrangian, options.theta_update, state.moments, blocks, [1e-3] * len(state.z))
     assert (lagrangian.value() < value).all()
 
 

@@ -141,9 +141,9 @@ def test_each_sample_is_read_once_an_epoch_for_each_seed(mlp_problem: Any) -> No
     streaming = replace(problem, x=pairs, y=None)
     for seeds in ([3, 3, 3], [3, 4], [3, 4, 3, 4, 4]):
         pairs.read.clear()
-        visits = [visit for _, visit in streaming.minibatches(7, seeds, 2, None)]
+        visits = [visit for visit in streaming.minibatches(7, seeds, 2, None)[1]]
         assert set(pairs.read.values()) == {len(set(seeds))} and len(pairs.read) == 24
-        for visit, (_, expected) in zip(visits, problem.minibatches(7, seeds, 2, None), strict=True):
+        for visit, expected in zip(visits, problem.minibatches(7, seeds, 2, None)[1], strict=True):
             assert torch.equal(visit.x, expected.x) and torch.equal(visit.y, expected.y)
     pairs.read.clear()
     batch = torch.tensor([[3, 8], [3, 8], [8, 3]])
@@ -235,10 +235,10 @@ def test_random_items_follow_from_seed_epoch_and_index(name: str, noisy: Problem
 
 def test_random_items_differ_between_epochs_and_seeds_and_not_with_workers(noisy: Problem) -> None:
     def epoch(problem: Problem, seed: int, number: int) -> Tensor:
-        return torch.cat([visit.x[0] for _, visit in problem.minibatches(5, [seed], number, None)])
+        return torch.cat([visit.x[0] for visit in problem.minibatches(5, [seed], number, None)[1]])
 
     def added(seed: int, number: int) -> Tensor:
-        order = torch.cat([visit.x[0] for _, visit in replace(noisy, x=plain).minibatches(5, [seed], number, None)])
+        order = torch.cat([visit.x[0] for visit in replace(noisy, x=plain).minibatches(5, [seed], number, None)[1]])
         return epoch(noisy, seed, number) - order
 
     plain = Pairs(noisy.x.x, noisy.x.y)
@@ -247,7 +247,7 @@ def test_random_items_differ_between_epochs_and_seeds_and_not_with_workers(noisy
     before = states()
     workers = replace(noisy, x=DataLoader(noisy.x, num_workers=2))
     assert torch.equal(epoch(workers, 0, 1), epoch(noisy, 0, 1)) and states() == before
-    batches = [torch.cat([visit.x[0] for _, visit in noisy.minibatches(5, [0], part, 5)]) for part in range(5, 10)]
+    batches = [torch.cat([visit.x[0] for visit in noisy.minibatches(5, [0], part, 5)[1]]) for part in range(5, 10)]
     assert torch.equal(torch.cat(batches), epoch(noisy, 0, 1))  # by parts of an epoch
 
 

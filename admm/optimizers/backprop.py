@@ -11,9 +11,12 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
+from admm.optimizers.coupling import Hyperparameters, Schedules
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Moments, UpdateRule
+from admm.optimizers.running import Runner
 from admm.schedules import Value, schedule
+from admm.visits import Visit
 
 
 @dataclass
@@ -74,26 +77,31 @@ class Backprop(Options, Optimizer[BackpropState]):
         return BackpropState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]))
 
     def step(self, problem: Problem, state: BackpropState) -> BackpropState:
-        blocks, theta = problem.blocks, state.theta
-        step_size = schedule("step_size", self.step_size, len(state.seeds))
-        stacks, gradient = [*theta.stacks.values()], blocks.gradient()
-        for fraction, visit in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
-            evaluations: list[tuple[Tensor, Any]] = []
-            z = visit.x
-            for block, views in zip(blocks, theta.blocks, strict=True):
-                evaluations.append(block.linearize(views, z, visit))
-                z = evaluations[-1][0]
-            grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
-            for t in reversed(range(len(blocks))):
-                _, record = evaluations.pop()
-                grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient[t], t > 0, False)
-                del record  # and the activations with it
-                if grad_input is not None:
-                    grad_output = grad_input
-            progress = (state.iteration + fraction) / self.iterations
-            self.theta_update.apply(stacks, blocks.total(gradient), state.moments, step_size(progress))
+        fractions, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        schedules = Schedules([schedule("step_size", self.step_size, len(state.seeds))], [])
+        run = Runner(problem, self, (state,), schedules, fractions)
+        for visit, row in zip(visits, run.rows([state.moments]), strict=True):
+            run(visit, row)
         state.iteration += 1
         return state
+
+    def visit(self, problem: Problem, state: BackpropState, visit: Visit, rounds: list[Hyperparameters]) -> None:
+        """Move Θ once, in place, on the mean loss of a mini-batch."""
+        blocks, theta, gradient = problem.blocks, state.theta, problem.blocks.gradient()
+        evaluations: list[tuple[Tensor, Any]] = []
+        z = visit.x
+        for block, views in zip(blocks, theta.blocks, strict=True):
+            evaluations.append(block.linearize(views, z, visit))
+            z = evaluations[-1][0]
+        grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
+        for t in reversed(range(len(blocks))):
+            _, record = evaluations.pop()
+            grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient[t], t > 0, False)
+            del record  # and the activations with it
+            if grad_input is not None:
+                grad_output = grad_input
+        (step,) = rounds[0].theta_steps
+        self.theta_update.update([*theta.stacks.values()], blocks.total(gradient), state.moments, step)
 
     def diagnostics(self, problem: Problem, state: BackpropState) -> dict[str, Tensor]:
         """Return the spectral norms `sigma_t` of blocks of one linear layer."""

@@ -39,6 +39,37 @@ class UpdateRule(ABC):
             step: the step size, a float or one value per replica, [S].
         """
 
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        """Return what the next K updates depend on besides tensors that they change, for `apply_coefficients`.
+
+        Args:
+            steps: their step sizes [K, S], in float64.
+            moments: those before the first of them.
+
+        Returns:
+            Numbers per update and replica, each [K, S] in float64; by default the step sizes.
+        """
+        return [steps]
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        """Update as `apply` does, with operations of tensors alone, so that it can be compiled.
+
+        `coefficients` are those of this update, each [S]; by default `apply` is called with the one that there is.
+        """
+        (step,) = coefficients
+        self.apply(theta, gradient, moments, step)
+
+    def update(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor | Sequence[Tensor]
+    ) -> None:
+        """Call `apply` with a step size, or `apply_coefficients` with a list of coefficients."""
+        if isinstance(step, float | Tensor):
+            self.apply(theta, gradient, moments, step)
+        else:
+            self.apply_coefficients(theta, gradient, moments, step)
+
 
 @dataclass(frozen=True)
 class Adam(Options, UpdateRule):
@@ -108,6 +139,24 @@ class Adam(Options, UpdateRule):
             amsgrad=False,
             maximize=False,
         )
+
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        """Return 1 − step λ, and with the bias corrections step/(1 − β₁ᵏ) and 1/√(1 − β₂ᵏ), for update k."""
+        counts = moments[-1][0].double().cpu() + torch.arange(1, len(steps) + 1, dtype=torch.float64).unsqueeze(1)
+        of_mean, of_square = (1.0 - beta**counts for beta in (self.beta1, self.beta2))
+        return [1.0 - self.weight_decay * steps, steps / of_mean, of_square.rsqrt()]
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        means, squares, counts = moments
+        for p, g, mean, square in zip(theta, gradient, means, squares, strict=True):
+            kept, step, scale = (broadcast(value, p) for value in coefficients)
+            mean.lerp_(g, 1.0 - self.beta1)
+            square.mul_(self.beta2).addcmul_(g, g, value=1.0 - self.beta2)
+            p.mul_(kept).sub_(step * mean / (square.sqrt() * scale + self.epsilon))
+        for count in counts:
+            count.add_(1)
 
 
 @dataclass(frozen=True)
@@ -188,10 +237,21 @@ class Clipped(Options, UpdateRule):
         return self.rule.init(theta)
 
     def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        self.rule.apply(theta, self._clipped(gradient), moments, step)
+
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        return self.rule.coefficients(steps, moments)
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        self.rule.apply_coefficients(theta, self._clipped(gradient), moments, coefficients)
+
+    def _clipped(self, gradient: Stacks) -> Stacks:
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradient])
         norm = torch.linalg.vector_norm(norms, dim=0)
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in PyTorch
-        self.rule.apply(theta, [g * broadcast(factor, g) for g in gradient], moments, step)
+        return [g * broadcast(factor, g) for g in gradient]
 
 
 @dataclass(frozen=True)
@@ -270,21 +330,42 @@ class Grouped(Options, UpdateRule):
             raise ValueError(
                 f"theta_update: Grouped is for all {needed} parameters of its blocks, not for {len(theta)}"
             )
-        return [moment for rule, _, some in self._rules(theta) for moment in rule.init(some)]
+        rules = self._rules(len(theta[0]))
+        return [moment for rule, _, places in rules for moment in rule.init([theta[p] for p in places])]
 
     def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
-        left = iter(moments)
-        for (rule, factor, some), places in zip(self._rules(theta), self.places, strict=True):
-            own = list(islice(left, len(rule.init([]))))
-            rule.apply(some, [gradient[place] for place in places], own, step * factor)
+        for rule, factor, places, own in self._with_moments(moments, len(theta[0])):
+            rule.apply([theta[p] for p in places], [gradient[p] for p in places], own, step * factor)
 
-    def _rules(self, theta: Stacks) -> Iterator[tuple[UpdateRule, float | Tensor, Stacks]]:
-        """Yield the rule of each group, the factor of its step size, a float or a tensor [S], and its parameters; at
-        last those of the rest."""
-        chosen = [[theta[place] for place in places] for places in self.places]
-        for group, some in zip(self.groups, chosen, strict=False):
-            yield group.rule, per_replica("factor", group.factor, len(theta[0])), some
-        yield self.rest, 1.0, chosen[-1]
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        rules = self._with_moments(moments, steps.shape[1])
+        return [c for rule, factor, _, own in rules for c in rule.coefficients(steps * factor, own)]
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        left, one_step = iter(coefficients), coefficients[0].new_ones(1, len(theta[0]))
+        for rule, _, places, own in self._with_moments(moments, len(theta[0])):
+            needed = len(rule.coefficients(one_step, own))
+            rule.apply_coefficients(
+                [theta[p] for p in places], [gradient[p] for p in places], own, list(islice(left, needed))
+            )
+
+    def _with_moments(
+        self, moments: Moments, replicas: int
+    ) -> Iterator[tuple[UpdateRule, float | Tensor, tuple[int, ...], Moments]]:
+        """Yield the rule, the factor of its step size, the places of its parameters and its moments, by group."""
+        left = iter(moments)
+        for rule, factor, places in self._rules(replicas):
+            yield rule, factor, places, list(islice(left, len(rule.init([]))))
+
+    def _rules(self, replicas: int) -> Iterator[tuple[UpdateRule, float | Tensor, tuple[int, ...]]]:
+        """Yield the rule, the factor of its step size, a float or a tensor [S], and the places of its parameters, of
+        each group that has some and of the rest."""
+        for group, places in zip(self.groups, self.places, strict=False):
+            yield group.rule, per_replica("factor", group.factor, replicas), places
+        if self.places[-1]:
+            yield self.rest, 1.0, self.places[-1]
 
 
 def _chosen(group: Group, free: Mapping[str, int], block_of: Mapping[str, int]) -> list[str]:
@@ -343,8 +424,20 @@ class Averaged(Options, UpdateRule):
         return [*self.rule.init(theta), [p.clone() for p in theta], [p.new_ones(len(p)) for p in theta[:1]]]
 
     def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
-        *own, averages, weights = moments
-        self.rule.apply(theta, gradient, own, step)
+        self.rule.apply(theta, gradient, moments[:-2], step)
+        self._average(theta, moments)
+
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        return self.rule.coefficients(steps, moments[:-2])
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        self.rule.apply_coefficients(theta, gradient, moments[:-2], coefficients)
+        self._average(theta, moments)
+
+    def _average(self, theta: Stacks, moments: Moments) -> None:
+        averages, weights = moments[-2:]
         for weight in weights:
             for average, p in zip(averages, theta, strict=True):
                 average.lerp_(p, broadcast(weight, p))
