@@ -28,7 +28,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, Problem, Any]:
     """Return the optimizer, the problem, with generated data, and the state before the first chunk."""
     former, features, classes = spec["former"], spec["features"], spec["classes"]
     random = torch.Generator().manual_seed(0)
-    x = torch.rand(spec["samples"], features, generator=random)
+    x = spec["largest"] * torch.rand(spec["samples"], features, generator=random)
     y = one_hot(torch.randint(classes, (len(x),), generator=random), classes, x)
     network = make(spec["model"], former, input_shape=features, classes=classes)
     execution = Execution(compile=True) if spec["compile"] else None

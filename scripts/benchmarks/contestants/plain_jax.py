@@ -27,7 +27,7 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]
     import jax
 
     random = np.random.default_rng(0)
-    x = jax.numpy.asarray(random.random((spec["samples"], spec["features"]), dtype=np.float32))
+    x = jax.numpy.asarray(random.random((spec["samples"], spec["features"]), np.float32) * np.float32(spec["largest"]))
     labels = random.integers(spec["classes"], size=spec["samples"])
     y = jax.numpy.asarray(np.eye(spec["classes"], dtype=np.float32)[labels])
     widths = [spec["features"], *spec["model"]["hidden"], spec["classes"]]

@@ -19,7 +19,8 @@ RULES = {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW}
 def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]:
     torch.set_num_threads(spec["threads"])
     samples, classes, hidden = spec["samples"], spec["classes"], spec["model"]["hidden"]
-    x, y = torch.rand(samples, spec["features"]), one_hot(torch.randint(classes, (samples,)), classes).float()
+    x, labels = spec["largest"] * torch.rand(samples, spec["features"]), torch.randint(classes, (samples,))
+    y = one_hot(labels, classes).float()
     network = mlp([spec["features"], *hidden, classes])
     rule = RULES[spec["method"]](
         network.parameters(),
