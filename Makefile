@@ -27,8 +27,9 @@ lint: env ## ruff, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-figures: env ## redraw every figure and the README's tables from results/ alone
+figures: env ## redraw every figure and the tables of README and docs/ from results/ alone
 	$(BIN)/python -m scripts.figures
+	$(BIN)/python -m scripts.benchmarks.performance_page
 
 results-page: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
 	$(BIN)/python -m scripts.results_page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from hydra.utils import instantiate
 
 from admm.schedules import schedule
+from experiments.reports.writing import with_tables
 from scripts.benchmarks.bench import config_of
 from scripts.benchmarks.bench_speed import rows
 from scripts.benchmarks.contestants import floor, ours, plain_jax, plain_torch, profiled
+from scripts.benchmarks.performance_page import BENCH, PAGE, TABLES, tables
 from scripts.benchmarks.races import ROOT, Contestant, Lane, Options, race, started
 
 SMALL = Options(turns=3, threads=1, samples=1000)
@@ -175,3 +178,24 @@ def test_a_row_says_how_many_times_as_fast_the_first_named_is() -> None:
     assert values["eager_sgd1_share_of_peak"] == pytest.approx(6e6 / 1.0 / (2 * 2048**3 / 0.1))
     assert values["compiled_sgd1_compile_seconds"] == pytest.approx(9.5)
     assert values["compiled_sgd1_compile_seconds_cached"] == pytest.approx(3.0)
+
+
+def test_the_pages_tables_are_those_of_the_benchmark() -> None:
+    page = PAGE.read_text()
+    assert with_tables(page, tables(BENCH)) == page
+    assert set(re.findall(r"<!-- table: (\w+) -->", page)) == TABLES.keys()
+
+
+def test_the_pages_tables_have_every_row_of_a_race() -> None:
+    columns = [(pattern, labels) for _, labels, columns in TABLES.values() for pattern in columns.values()]
+    names = {pattern.format(label) for pattern, labels in columns for label in labels}
+    lanes = {label: lane(1.0) for label in ("compiled", "eager", "before", "torch", "jax")}
+    lanes |= {"floor": lane(0.4, flops=3e6, batches=2), "product": lane(0.1)}
+    lanes["compiled"].again = {"warm_up": [1.0] * 4}
+    assert {name for name, _, _ in rows("sgd1", lanes, replace(SMALL, against=ROOT))} <= names
+
+
+def test_the_pages_example_profiles_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(example, {})
+    assert "aten::" in capsys.readouterr().out
