@@ -1,13 +1,14 @@
 """What an epoch of an optimizer cannot go below: its matrix products and updates of the parameters, and nothing else.
 
-The calls of two mini-batches are recorded with their tensors, and repeated as often as a part of an epoch has such
-pairs.
+The calls of two or three mini-batches are recorded with their tensors, and a chunk repeats as many of them as a part of
+an epoch has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -48,12 +49,11 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]
     optimizer.step(problem, state)  # which begins with what later steps need not do
     with Recorder() as recorder:
         optimizer.step(problem, state)
-    repeats = round(pairs / spec["parts"])
+    recorded = 2 * batches // pairs - batches // pairs
+    needed, calls = round(len(recorder.calls) / recorded * batches / spec["parts"]), cycle(recorder.calls)
 
     def chunk() -> None:
-        for _ in range(repeats):
-            for call in recorder.calls:
-                call()
+        for call in islice(calls, needed):
+            call()
 
-    recorded = 2 * batches // pairs - batches // pairs
-    return chunk, {"flops": recorder.flops / recorded, "batches": repeats * recorded}
+    return chunk, {"flops": recorder.flops / recorded, "batches": batches / spec["parts"]}

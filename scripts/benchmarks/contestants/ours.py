@@ -31,8 +31,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, Problem, Any]:
     x = spec["largest"] * torch.rand(spec["samples"], features, generator=random)
     y = one_hot(torch.randint(classes, (len(x),), generator=random), classes, x)
     network = make(spec["model"], former, input_shape=features, classes=classes)
-    execution = Execution(compile=True) if spec["compile"] else None
-    blocks = split(network, **spec["split"], execution=execution)
+    blocks = split(network, **spec["split"], execution=Execution(compile=spec["compile"]))
     problem = Problem(x, y, blocks, make(spec["loss"], former), make(spec["init"], former))
     optimizer = make(spec["optimizer"], former)
     return optimizer, problem, optimizer.init(problem, spec["seeds"])
