@@ -37,12 +37,14 @@ class History:
         rows: one per evaluation and replica, with `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
             whole stack), what `measure` returns (see `admm.training.train`), and the optimizer's diagnostics.
         seconds: the time of all steps.
+        compile_seconds: the time beside it that compiling has taken, see `admm.layers.Execution`.
         diverged: the iteration, by replica, after which its numbers are not all finite. Such a replica has no rows from
             there on, except for that before the first iteration.
     """
 
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     diverged: dict[int, int] = field(default_factory=dict)
 
 

@@ -301,7 +301,9 @@ def train(
         while (
             not (stopped or interrupt.has_come) and state.iteration < iterations and not _all_diverged(history, state)
         ):
+            compiling = problem.compiled.seconds
             history.seconds += timed_step(problem, optimizer, state)
+            history.compile_seconds += problem.compiled.seconds - compiling
             if state.iteration == iterations or state.iteration % evaluate_every == 0:
                 stopped = stops(evaluation())
             if path is not None and time.monotonic() - last_write >= checkpoint_seconds:
@@ -368,15 +370,15 @@ def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> N
 
 
 def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) -> float:
-    """Do one iteration and return its seconds; `state` then is what the step has returned.
+    """Do one iteration and return its seconds without those of compiling; `state` then is what the step has returned.
 
     Raises TypeError where that is no state, and ValueError where the iteration is not counted.
     """
     _synchronize(problem.device)
-    start, iteration = time.perf_counter(), state.iteration
+    start, iteration, compiling = time.perf_counter(), state.iteration, problem.compiled.seconds
     returned = optimizer.step(problem, state)
     _synchronize(problem.device)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - (problem.compiled.seconds - compiling)
     if type(returned) is not type(state):
         raise TypeError(
             f"optimizer: the step of {type(optimizer).__name__} returns a {type(returned).__name__}, expected the "

@@ -48,7 +48,8 @@ KINDS: dict[str, Kind] = {  # of values that no other check names by these keys
     "evaluate_every": whole_number(1),
     "threads": or_null(whole_number(1, 1024)),  # far more end the process without a word
     "checkpoint_seconds": FROM_0,
-    **dict.fromkeys(("compile", "channels_last", "recompute", "progress", "force"), YES_OR_NO),
+    "compile": ("true, false or auto", lambda value: type(value) is bool or value == "auto"),
+    **dict.fromkeys(("channels_last", "recompute", "progress", "force"), YES_OR_NO),
     **dict.fromkeys(("results", "outputs", "dataset.root"), FOLDER),
     "other_code": among(OTHER_CODE),
     "precision": among(PRECISIONS),
