@@ -270,18 +270,31 @@ def write_v5(path, **variables):
 
 
 def write_v73(path, **variables):
-    """As MATLAB does: its header first, axes reversed, strings as references to columns of uint16."""
+    """As MATLAB's save(…, '-v7.3'), which LFWA's authors have used: a header of 128 bytes in a block of 512, the class
+    as an attribute, axes reversed, and cells of strings as references to columns of uint16 in the group #refs#."""
     h5py = pytest.importorskip("h5py")
+
+    def put(file, key, data, kind, **more):
+        made = file.create_dataset(key, data=data, **more)
+        made.attrs["MATLAB_class"] = np.bytes_(kind)
+        return made
+
+    def string(file, text):
+        units = np.frombuffer(text.encode("utf-16-le"), np.uint16)[:, None]
+        made = put(file, f"#refs#/a{len(file['#refs#'])}", units, "char")
+        made.attrs["MATLAB_int_decode"] = np.int32(2)
+        return made.ref
+
     with h5py.File(path, "w", userblock_size=512) as file:
+        put(file, "#refs#/a", np.zeros(2, np.uint64), "canonical empty").attrs["MATLAB_empty"] = np.uint8(1)
         for key, x in variables.items():
             if isinstance(x[0], str):
-                strings = [np.frombuffer(s.encode("utf-16-le"), np.uint16)[:, None] for s in x]
-                parts = [file.create_dataset(f"#refs#/{key}{i}", data=s) for i, s in enumerate(strings)]
-                file.create_dataset(key, data=np.array([[part.ref for part in parts]], dtype=h5py.ref_dtype))
+                put(file, key, np.array([[string(file, text) for text in x]], h5py.ref_dtype), "cell")
             else:
-                file.create_dataset(key, data=np.asarray(x).T)
+                put(file, key, np.asarray(x).T, "double", chunks=True, compression="gzip")
     with path.open("r+b") as file:
-        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64")
+        header = b"MATLAB 7.3 MAT-file, Platform: PCWIN64, Created on: Tue Dec 01 2015 HDF5 schema 1.00 ."
+        file.write(header.ljust(124) + b"\x00\x02IM")
 
 
 def lfwa(root, write_mat=write_v5, folder="lfw", **changes):
@@ -292,7 +305,8 @@ def lfwa(root, write_mat=write_v5, folder="lfw", **changes):
         "label": answers(len(LISTED))[:, order].astype(float),
         "name": [name.replace("/", "\\") for name in LISTED],
     }
-    split = {"indices_img_train": TRAIN, "indices_img_test": TEST, "indices_identity_train": [[1.0]]}
+    split = {"indices_img_train": TRAIN, "indices_img_test": TEST}
+    split |= {"indices_identity_train": [[1.0]], "indices_identity_test": [[2.0]]}
     for file, variables in (("lfw_att_40.mat", labels), ("indices_train_test.mat", split)):
         variables |= {key: changes[key] for key in variables.keys() & changes}
         write_mat(root / file, **{key: x for key, x in variables.items() if x is not None})
@@ -347,14 +361,33 @@ def test_lfwa_with_other_images_or_another_table(tmp_path):
     ("change", "problem"),
     [
         ({"AttrName": None}, "lfw_att_40.mat: has no AttrName, only "),
-        ({"AttrName": ["Male"] * 40}, "lfw_att_40.mat: has no attribute 5_o_Clock_Shadow, Arched_Eyebrows, "),
-        ({"label": np.ones((4, 40))}, "lfw_att_40.mat: label is [4, 40], expected [5, 40]"),
-        ({"label": np.full((5, 40), 3.0)}, "lfw_att_40.mat: attributes are numbers from 3.0 to 3.0, expected 0/1"),
+        ({"AttrName": ["Male"] * 40}, "lfw_att_40.mat: AttrName and label: has no attribute 5_o_Clock_Shadow, "),
+        ({"AttrName": np.ones((40, 1))}, "lfw_att_40.mat: AttrName holds "),
+        (
+            {"label": np.ones((4, 40))},
+            "lfw_att_40.mat: label is [4, 40], expected [5, 40] as there are so many in name ",
+        ),
+        (
+            {"label": np.full((5, 40), 3.0)},
+            "lfw_att_40.mat: AttrName and label: attributes are numbers from 3.0 to 3.0, ",
+        ),
+        ({"name": np.ones((5, 1))}, "lfw_att_40.mat: name holds np.float64(1.0), expected a cell of strings"),
+        ({"name": [*LISTED[:4], LISTED[0]]}, f"lfw_att_40.mat: name lists {LISTED[0]} twice, expected each image once"),
         ({"name": [*LISTED[:4], "Eve\\Eve_0001.png"]}, "lfw: has no Eve/Eve_0001.png; "),
         ({"indices_img_test": None}, "indices_train_test.mat: has no indices_img_test, only "),
-        ({"indices_img_train": [[0.0]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers"),
-        ({"indices_img_test": [[6.0]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers fr"),
-        ({"indices_img_test": [[1.5]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers fr"),
+        (
+            {"indices_img_train": [[0.0]]},
+            "indices_train_test.mat: indices_img_train holds 0.0, expected whole numbers ",
+        ),
+        (
+            {"indices_img_test": [[6.0]]},
+            "indices_train_test.mat: indices_img_test holds 6.0, expected whole numbers from",
+        ),
+        (
+            {"indices_img_test": [[1.5]]},
+            "indices_train_test.mat: indices_img_test holds 1.5, expected whole numbers from",
+        ),
+        ({"indices_img_train": [[1.0], [1.0]]}, "indices_train_test.mat: indices_img_train holds 1.0 twice, expect"),
         ({"indices_img_test": [[4.0], [1.0]]}, "indices_train_test.mat: 2 images are in both"),
     ],
 )
@@ -377,7 +410,7 @@ def test_hdf5_without_h5py(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)  # importing it raises ImportError
     lfwa(tmp_path)
     (tmp_path / "lfw_att_40.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(512) + b"\x89HDF\r\n\x1a\n")
-    assert message(tmp_path).endswith("is a MATLAB 7.3 (HDF5) file, which needs h5py: pip install h5py")
+    assert message(tmp_path).endswith("is of MATLAB 7.3 (HDF5), which needs h5py: pip install -e '.[faces]'")
 
 
 # Images

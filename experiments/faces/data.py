@@ -244,19 +244,31 @@ def composed(name: str) -> str:
 def _lfwa(mat: Path, folder: Path, listed: list[str]) -> tuple[list[str], Answers]:
     """Names and attributes [N, 40] as LFWA's authors give them."""
     columns, label, files = _read_mat(mat, "AttrName", "label", "name")
-    names = [composed(str(file).strip().replace("\\", "/")) for file in files.ravel()]
+    for key, strings in (("AttrName", columns), ("name", files)):
+        if other := [x for x in strings.ravel() if not isinstance(x, str)]:
+            raise DatasetError(f"{mat}: {key} holds {other[0]!r}, expected a cell of strings")
+    names = [composed(file.strip().replace("\\", "/")) for file in files.ravel()]
     if label.shape != (len(names), columns.size):
-        raise DatasetError(f"{mat}: label is {list(label.shape)}, expected [{len(names)}, {columns.size}]")
+        expected = f"[{len(names)}, {columns.size}] as there are so many in name and in AttrName"
+        raise DatasetError(f"{mat}: label is {list(label.shape)}, expected {expected}")
+    if twice := _twice(names):
+        raise DatasetError(f"{mat}: name lists {twice[0]} twice, expected each image once")
     if missing := sorted(set(names) - set(listed)):
-        raise DatasetError(f"{folder}: has no {missing[0]}; {mat} lists {len(missing)} images that are absent")
-    return names, _binary(pd.DataFrame(label, columns=columns.ravel()), mat)
+        number = f"{len(missing)} images that are absent, expected <person>\\<image>.jpg of this folder"
+        raise DatasetError(f"{folder}: has no {missing[0]}; {mat}: name lists {number}")
+    return names, _binary(pd.DataFrame(label, columns=columns.ravel()), f"{mat}: AttrName and label")
 
 
 def _lfwa_split(mat: Path, images: int) -> tuple[Integers, Integers]:
     """Ascending indices of train and test as LFWA's authors give them, from 1."""
-    train, test = (np.sort(indices, axis=None) for indices in _read_mat(mat, "indices_img_train", "indices_img_test"))
-    if not np.isin(np.concatenate([train, test]), np.arange(1, images + 1)).all():
-        raise DatasetError(f"{mat}: indices_img_train and _test must be whole numbers from 1 to {images}, the images")
+    keys = ("indices_img_train", "indices_img_test")
+    train, test = (np.sort(indices, axis=None) for indices in _read_mat(mat, *keys))
+    for key, indices in zip(keys, (train, test), strict=True):
+        if len(other := indices[~np.isin(indices, np.arange(1, images + 1))]):
+            right = f"whole numbers from 1 to {images}, the number of names in {LFWA}"
+            raise DatasetError(f"{mat}: {key} holds {other[0]}, expected {right}")
+        if twice := _twice(indices):
+            raise DatasetError(f"{mat}: {key} holds {twice[0]} twice, expected each image once")
     if shared := len(np.intersect1d(train, test)):
         raise DatasetError(f"{mat}: {shared} images are in both indices_img_train and indices_img_test")
     return train.astype(np.int64) - 1, test.astype(np.int64) - 1
@@ -267,9 +279,9 @@ def _read_mat(path: Path, *keys: str) -> list[NDArray[Any]]:
     try:
         with path.open("rb") as file:
             hdf5 = b"\x89HDF\r\n\x1a\n" in file.read(1024)  # MATLAB 7.3's own header comes before it
-        content = _read_hdf5(path) if hdf5 else scipy.io.loadmat(path, squeeze_me=True)
+        content = _read_hdf5(path, keys) if hdf5 else scipy.io.loadmat(path, squeeze_me=True)
     except ImportError as error:
-        raise DatasetError(f"{path}: is a MATLAB 7.3 (HDF5) file, which needs h5py: pip install h5py") from error
+        raise DatasetError(f"{path}: is of MATLAB 7.3 (HDF5), which needs h5py: pip install -e '.[faces]'") from error
     except Exception as error:  # damaged files raise anything
         raise DatasetError(f"{path}: could not be read as a MATLAB file ({error})") from error
     if missing := [key for key in keys if key not in content]:
@@ -278,15 +290,21 @@ def _read_mat(path: Path, *keys: str) -> list[NDArray[Any]]:
     return [np.asarray(content[key]) for key in keys]
 
 
-def _read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
+def _read_hdf5(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any] | None]:
+    """The variables of a MATLAB 7.3 file, None for those that are not asked for. A cell is a matrix of references to
+    its elements, a string is a column of UTF-16 code units, and axes are reversed."""
     import h5py
 
-    def text(reference: Any) -> str:
-        return "".join(map(chr, file[reference][()].ravel()))
+    def element(reference: Any) -> Any:
+        units = file[reference][()]
+        return units.astype("<u2").tobytes().decode("utf-16-le") if units.dtype.kind == "u" else units
+
+    def variable(stored: NDArray[Any]) -> NDArray[Any]:
+        return (np.vectorize(element, otypes=[object])(stored) if stored.dtype == object else stored).T
 
     with h5py.File(path) as file:
-        arrays = {key: item[()].T for key, item in file.items() if isinstance(item, h5py.Dataset)}  # axes are reversed
-        return {key: np.vectorize(text)(array) if array.dtype == object else array for key, array in arrays.items()}
+        datasets = {key: item for key, item in file.items() if isinstance(item, h5py.Dataset)}
+        return {key: variable(item[()]) if key in keys else None for key, item in datasets.items()}
 
 
 def _table(path: Path, names: list[str]) -> Answers:
@@ -304,19 +322,26 @@ def _table(path: Path, names: list[str]) -> Answers:
     if len(strange := image[~image.isin(rows)]):
         raise DatasetError(f"{path}: no face is called {strange.iloc[0]} (of {len(strange)} such), one is {names[0]}")
     row = image.map(rows).astype(np.int64)
-    if row.duplicated().any():
-        raise DatasetError(f"{path}: image {image[row.duplicated()].iloc[0]} is listed twice, expected one row each")
+    if twice := _twice(row):
+        raise DatasetError(f"{path}: image {names[twice[0]]} is listed twice, expected one row each")
     answers = _unknown(names)
     answers[row] = _binary(table, path)
     return answers
+
+
+def _twice(values: Any) -> list[Any]:
+    """The values that are there before."""
+    series = pd.Series(values)
+    return series[series.duplicated()].tolist()
 
 
 def _unknown(names: list[str]) -> Answers:
     return np.full((len(names), len(ATTRIBUTES)), -1, dtype=np.int8)
 
 
-def _binary(table: pd.DataFrame, path: Path) -> Answers:
-    """The 40 attributes of a table, whatever its order, as 1, 0 or -1; "5 o'Clock Shadow" is 5_o_Clock_Shadow."""
+def _binary(table: pd.DataFrame, path: Path | str) -> Answers:
+    """The 40 attributes of a table, whatever its order, as 1, 0 or -1; "5 o'Clock Shadow" is 5_o_Clock_Shadow. path:
+    of the table, for messages."""
     columns = {_letters(column): column for column in table}
     if missing := [name for name in ATTRIBUTES if _letters(name) not in columns]:
         raise DatasetError(f"{path}: has no attribute {', '.join(missing)}")
