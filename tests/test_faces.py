@@ -182,11 +182,92 @@ def test_a_wrong_table_is_named(change, problem, root):
     assert message(root, attributes="b.csv").startswith(f"{root / 'b.csv'}: {problem}")
 
 
-@pytest.mark.parametrize(("file", "raw"), [("b.csv", None), ("b.csv", b""), ("b.csv.gz", b"\x1f\x8bno")])
-def test_an_absent_or_damaged_table_is_named(file, raw, root):
-    if raw is not None:
-        (root / file).write_bytes(raw)
-    assert message(root, attributes=file).startswith(f"{root / file}: could not be read as a CSV file (")
+@pytest.mark.parametrize(("file", "raw"), [("b.csv", b""), ("b.csv.gz", b"\x1f\x8bno"), ("b.txt", b"# \xff")])
+def test_a_damaged_table_is_named(file, raw, root):
+    (root / file).write_bytes(raw)
+    assert message(root, attributes=file).startswith(f"{root / file}: could not be read as a table of attributes (")
+
+
+def test_an_absent_table_is_named_with_one_that_anybody_has(root):
+    absent = message(root, attributes="b.csv")
+    assert absent == f"{root / 'b.csv'}: there is no such table of attributes; one for LFW is {faces.SCORES}"
+
+
+# Kumar et al.'s scores of 73 attributes
+
+SCORED = (
+    "Male,Asian,White,Black,Baby,Child,Youth,Middle Aged,Senior,Black Hair,Blond Hair,Brown Hair,Bald,No Eyewear,"
+    "Eyeglasses,Sunglasses,Mustache,Smiling,Frowning,Chubby,Blurry,Harsh Lighting,Flash,Soft Lighting,Outdoor,"
+    "Curly Hair,Wavy Hair,Straight Hair,Receding Hairline,Bangs,Sideburns,Fully Visible Forehead,"
+    "Partially Visible Forehead,Obstructed Forehead,Bushy Eyebrows,Arched Eyebrows,Narrow Eyes,Eyes Open,Big Nose,"
+    "Pointy Nose,Big Lips,Mouth Closed,Mouth Slightly Open,Mouth Wide Open,Teeth Not Visible,No Beard,Goatee,"
+    "Round Jaw,Double Chin,Wearing Hat,Oval Face,Square Face,Round Face,Color Photo,Posed Photo,Attractive Man,"
+    "Attractive Woman,Indian,Gray Hair,Bags Under Eyes,Heavy Makeup,Rosy Cheeks,Shiny Skin,Pale Skin,"
+    "5 o' Clock Shadow,Strong Nose-Mouth Lines,Wearing Lipstick,Flushed Face,High Cheekbones,Brown Eyes,"
+    "Wearing Earrings,Wearing Necktie,Wearing Necklace"
+).split(",")
+LINES = [("Abdel Aziz Al-Hakim", 1), ("Abdel Aziz Al-Hakim", 12), ("Mr T", 2)]
+FILES = ["Abdel_Aziz_Al-Hakim/Abdel_Aziz_Al-Hakim_0001.jpg", "Abdel_Aziz_Al-Hakim/Abdel_Aziz_Al-Hakim_0012.jpg"]
+FILES += ["Mr_T/Mr_T_0001.jpg", "Mr_T/Mr_T_0002.jpg"]  # the third is in no line
+FIRST = "# lfw_attributes.txt - made up\n"
+
+
+def scored(root, first=FIRST, header=("person", "imagenum", *SCORED), lines=LINES, change=lambda row: row):
+    """Faces, and a table of random scores [lines, 73] in the form of lfw_attributes.txt. Returns the scores."""
+    write(root / "faces", FILES)
+    scores = np.random.RandomState(0).randn(len(lines), len(SCORED)).round(12)
+    scores[0, :2] = 0.0, -0.0
+    rows = [change([name, str(number), *map(str, row)]) for (name, number), row in zip(lines, scores, strict=True)]
+    text = "".join("\t".join(row) + "\n" for row in (["#", *header], *rows))
+    (root / "lfw_attributes.txt").write_text(first + text, encoding="utf-8")
+    return scores
+
+
+def test_faces_with_scores(tmp_path):
+    scores = scored(tmp_path)
+    found = load_faces(tmp_path, attributes=str(tmp_path / "lfw_attributes.txt"), size=4)
+    assert found.names == tuple(FILES) and found.labels == "proxy labels"
+    by_name = {
+        name.replace(" ", "_").replace("o'_C", "o_C"): column for name, column in zip(SCORED, scores.T, strict=True)
+    }
+    for name, answers in zip(ATTRIBUTES, found.attributes.T.tolist(), strict=True):
+        if name in ("Attractive", "Young"):
+            assert answers == [-1] * 4
+        else:
+            yes = [int(score > 0) for score in by_name[name]]
+            assert answers == [*yes[:2], -1, yes[2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"first": "# person\timagenum\n", "header": ["made up"]}, "the last line of comment is '#\\tmade up\\n', exp"),
+        (
+            {"first": FIRST * 2, "header": ["person", "Male"]},
+            "the last line of comment is '#\\tperson\\tMale\\n', expected",
+        ),
+        ({"header": ("person", "imagenum", *SCORED[1:])}, "rows have 75 values, expected 74 as the header has"),
+        ({"header": ("person", "imagenum", "Man", *SCORED[1:])}, "has no attribute Male"),
+        (
+            {"change": lambda row: [*row[:2], "yes", *row[3:]]},
+            "Male of Abdel Aziz Al-Hakim is 'yes', expected a number",
+        ),
+        (
+            {"change": lambda row: [row[0], "one", *row[2:]]},
+            "imagenum of Abdel Aziz Al-Hakim is 'one', expected a number",
+        ),
+        (
+            {"change": lambda row: row[: 75 if row[1] == "1" else 9]},
+            "Middle Aged of Abdel Aziz Al-Hakim is '', expected a ",
+        ),
+        ({"lines": [*LINES, ("Eve", 3)]}, "no face is called Eve/Eve_0003.jpg (of 1 such), one is Abdel_Aziz_"),
+        ({"lines": [*LINES, LINES[0]]}, f"image {FILES[0]} is listed twice, expected one row each"),
+    ],
+)
+def test_wrong_scores_are_named(change, problem, tmp_path):
+    scored(tmp_path, **change)
+    path = tmp_path / "lfw_attributes.txt"
+    assert message(tmp_path, attributes=path).startswith(f"{path}: {problem}")
 
 
 # The split by identity

@@ -2,8 +2,11 @@
 
 LFW: Huang, Ramesh, Berg & Learned-Miller, "Labeled Faces in the Wild", 2007. LFWA, its 40 attributes and their
 split: Liu, Luo, Wang & Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015; it is given out by its authors.
+Scores of 73 attributes of LFW's faces, which anybody can download: Kumar, Berg, Belhumeur & Nayar, "Attribute and
+Simile Classifiers for Face Verification", ICCV 2009.
 """
 
+import csv
 import hashlib
 import struct
 import tempfile
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +41,8 @@ ATTRIBUTES = tuple(  # in CelebA's order
 FOLDERS = ("faces", "lfw", "lfw-deepfunneled", "lfw_funneled")  # the last is where a download goes
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LFWA, LFWA_SPLIT = "lfw_att_40.mat", "indices_train_test.mat"
+SCORES = "http://www.cs.columbia.edu/CAVE/databases/pubfig/download/lfw_attributes.txt"
+NOT_SCORED = ("Attractive", "Young")  # there are Attractive Man, Attractive Woman and Youth
 DECODED = 2  # to be raised when another image is made of a file: the cache is then written again
 
 Integers = NDArray[np.int64]
@@ -91,6 +97,7 @@ def load_faces(
     attributes: table under root (.csv, .csv.gz), with the file (its person's folder before it or not) in column
         `image` and a column of 0/1, -1/1 or probabilities, which are yes from 0.5 on, for each of the 40 attributes.
         An empty value, or an image that is not listed, is unknown. A name is the same in Unicode's forms NFC and NFD.
+        Or Kumar et al.'s lfw_attributes.txt, whose scores above 0 are yes; Attractive and Young are unknown there.
         None: LFWA, if root has its authors' lfw_att_40.mat and indices_train_test.mat (of MATLAB 5, or of 7.3 with
         h5py), whose images, labels and split are taken as they are; else all is unknown.
     labels: what the labels of the table are.
@@ -308,11 +315,15 @@ def _read_hdf5(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any] | None
 
 
 def _table(path: Path, names: list[str]) -> Answers:
-    """Attributes [N, 40] of the named images from a CSV file, -1 where it has none."""
+    """Attributes [N, 40] of the named images from a file as `load_faces` takes it, -1 where it has none."""
     try:
-        table = pd.read_csv(path)
+        with path.open("rb") as file:
+            begins_with_comment = file.read(1) == b"#"
+        table = _scores(path) if begins_with_comment else pd.read_csv(path)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: there is no such table of attributes; one for LFW is {SCORES}") from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DatasetError(f"{path}: could not be read as a CSV file ({error})") from error
+        raise DatasetError(f"{path}: could not be read as a table of attributes ({error})") from error
     if "image" not in table:
         raise DatasetError(f"{path}: has no column image, only {', '.join(map(str, table.columns))}")
     rows = {name: row for row, name in enumerate(names)}
@@ -327,6 +338,29 @@ def _table(path: Path, names: list[str]) -> Answers:
     answers = _unknown(names)
     answers[row] = _binary(table, path)
     return answers
+
+
+def _scores(path: Path) -> pd.DataFrame:
+    """Kumar et al.'s lfw_attributes.txt as a table of images with 0 and 1: comments, of which the last is the header
+    "# person imagenum Male ...", and rows such as "Aaron Eckhart 1 1.568 ...", all separated by tabs."""
+    with path.open(encoding="utf-8") as file:
+        *_, header = takewhile(lambda line: line.startswith("#"), file)
+    columns = header.strip("#\t\n\r ").split("\t")
+    if columns[:2] != ["person", "imagenum"]:
+        right = "# person imagenum Male ..., separated by tabs"
+        raise DatasetError(f"{path}: the last line of comment is {header[:50]!r}, expected the header {right}")
+    table = pd.read_csv(path, sep="\t", comment="#", header=None, keep_default_na=False, quoting=csv.QUOTE_NONE)
+    if table.shape[1] != len(columns):
+        raise DatasetError(f"{path}: rows have {table.shape[1]} values, expected {len(columns)} as the header has")
+    table.columns = pd.Index(columns)
+    numbers = table.drop(columns="person").apply(pd.to_numeric, errors="coerce")
+    for row, column in np.argwhere(numbers.isna())[:1]:
+        name, value = table["person"][row], table[numbers.columns[column]][row]
+        raise DatasetError(f"{path}: {numbers.columns[column]} of {name} is {value!r}, expected a number")
+    person = table["person"].astype(str).str.replace(" ", "_")
+    image = person + "/" + person + numbers["imagenum"].map("_{:04.0f}.jpg".format)
+    answers: pd.DataFrame = (numbers > 0).astype(float)
+    return answers.assign(image=image, **dict.fromkeys(NOT_SCORED, np.nan))
 
 
 def _twice(values: Any) -> list[Any]:
