@@ -190,7 +190,7 @@ def test_a_damaged_table_is_named(file, raw, root):
 
 def test_an_absent_table_is_named_with_one_that_anybody_has(root):
     absent = message(root, attributes="b.csv")
-    assert absent == f"{root / 'b.csv'}: there is no such table of attributes; one for LFW is {faces.SCORES}"
+    assert absent == f"{root / 'b.csv'}: there is no such table; for LFW, download {faces.SCORES} and give its path"
 
 
 # Kumar et al.'s scores of 73 attributes

@@ -195,7 +195,7 @@ def test_runs_of_one_rank_with_values_of_their_own_are_told_apart(faces: Faces, 
     runs = []
     for step in ("0.001", "0.002"):
         run = executed(tmp_path / step, faces, "deepfacto", "rank4", *SMALL, "seeds=[0]")
-        told = run.info | {"overrides": [f"optimizer.theta_step={step}"], "identity": step}
+        told = run.info | {"overrides": ["fewest=5", f"optimizer.theta_step={step}"], "identity": step}
         (run.folder / "run.json").write_text(json.dumps(told))
         runs.append(Run(run.folder))
     figures = report_of("lfw_proxy").figures(runs)
@@ -203,6 +203,7 @@ def test_runs_of_one_rank_with_values_of_their_own_are_told_apart(faces: Faces, 
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         f"DeepFacto, rank4, optimizer.theta_step={step}" for step in ("0.001", "0.002")
     ]
+    assert "fewest=5" in figures["lfw_proxy"].get_supxlabel()  # of both
     assert len({bar.get_y() for bar in axes.patches}) == 2
     assert {f"lfw_proxy_rank4_{step}_heat_maps" for step in ("0.001", "0.002")} < set(figures)
     columns = report_of("lfw_proxy").further_tables(runs)["lfw_proxy_attributes"].columns

@@ -321,7 +321,7 @@ def _table(path: Path, names: list[str]) -> Answers:
             begins_with_comment = file.read(1) == b"#"
         table = _scores(path) if begins_with_comment else pd.read_csv(path)
     except FileNotFoundError as error:
-        raise DatasetError(f"{path}: there is no such table of attributes; one for LFW is {SCORES}") from error
+        raise DatasetError(f"{path}: there is no such table; for LFW, download {SCORES} and give its path") from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DatasetError(f"{path}: could not be read as a table of attributes ({error})") from error
     if "image" not in table:

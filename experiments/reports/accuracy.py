@@ -111,9 +111,9 @@ def score_label(curves: Sequence[Curve]) -> str:
     return curves[0].metric.label("held-out" if held_out else "test")
 
 
-def shared_overrides(curves: Sequence[Curve]) -> list[str]:
-    """Return the overrides that all curves have, if there are several curves."""
-    first, *others = [curve.record.overrides for curve in curves]
+def shared_overrides(rows: Sequence[Curve | Run]) -> list[str]:
+    """Return the overrides that all rows have, if there are several rows."""
+    first, *others = [row.record.overrides for row in rows]
     return [override for override in first if all(override in other for other in others)] if others else []
 
 

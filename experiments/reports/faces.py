@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from experiments.reports.accuracy import shared_overrides
 from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
 from experiments.reports.methods import method_of
 from experiments.reports.paired import Scored, insert_differences
@@ -136,9 +137,11 @@ class Faces(ExperimentReport):
         runs, table = in_order(runs), self._of_runs(runs)
         figure = Figure(figsize=(7.5, 1.4 + 0.32 * len(runs)), layout="constrained")
         axes = figure.subplots()
+        shared = shared_overrides(runs)  # the caption has them
+        own = [[override for override in run.record.overrides if override not in shared] for run in runs]
         labels = [
-            ", ".join([method, run.record.setting, *run.record.overrides])
-            for method, run in zip(table["method"], runs, strict=True)
+            ", ".join([method, run.record.setting, *overrides])
+            for method, run, overrides in zip(table["method"], runs, own, strict=True)
         ]
         colours = [method_of(run.record.method).colour or "C0" for run in runs]
         values, places = table["balanced accuracy"], range(len(runs))  # two runs may have the same label
@@ -186,7 +189,8 @@ class Faces(ExperimentReport):
     def _caption(self, runs: list[Run], remark: str) -> str:
         labels = " and ".join(sorted({run.record.labels for run in runs}))
         machines = ", ".join(sorted({run.record.machine for run in runs}))
-        return textwrap.fill(f"{self.caption}; {labels}. {remark}. {machines}.", 120)
+        shows = in_figure(", ".join([self.caption, *shared_overrides(runs)]))
+        return textwrap.fill(f"{shows}; {labels}. {remark}. {machines}.", 120)
 
 
 def in_order(runs: list[Run]) -> list[Run]:
