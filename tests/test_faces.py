@@ -195,7 +195,7 @@ def test_an_absent_table_is_named_with_one_that_anybody_has(root):
 
 # Kumar et al.'s scores of 73 attributes
 
-SCORED = (
+NAMED = (
     "Male,Asian,White,Black,Baby,Child,Youth,Middle Aged,Senior,Black Hair,Blond Hair,Brown Hair,Bald,No Eyewear,"
     "Eyeglasses,Sunglasses,Mustache,Smiling,Frowning,Chubby,Blurry,Harsh Lighting,Flash,Soft Lighting,Outdoor,"
     "Curly Hair,Wavy Hair,Straight Hair,Receding Hairline,Bangs,Sideburns,Fully Visible Forehead,"
@@ -205,7 +205,8 @@ SCORED = (
     "Attractive Woman,Indian,Gray Hair,Bags Under Eyes,Heavy Makeup,Rosy Cheeks,Shiny Skin,Pale Skin,"
     "5 o' Clock Shadow,Strong Nose-Mouth Lines,Wearing Lipstick,Flushed Face,High Cheekbones,Brown Eyes,"
     "Wearing Earrings,Wearing Necktie,Wearing Necklace"
-).split(",")
+)
+SCORED = NAMED.split(",")
 LINES = [("Abdel Aziz Al-Hakim", 1), ("Abdel Aziz Al-Hakim", 12), ("Mr T", 2)]
 FILES = ["Abdel_Aziz_Al-Hakim/Abdel_Aziz_Al-Hakim_0001.jpg", "Abdel_Aziz_Al-Hakim/Abdel_Aziz_Al-Hakim_0012.jpg"]
 FILES += ["Mr_T/Mr_T_0001.jpg", "Mr_T/Mr_T_0002.jpg"]  # the third is in no line

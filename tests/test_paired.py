@@ -84,8 +84,10 @@ def test_other_values_of_the_optimizer_are_compared_and_other_networks_and_data_
     assert cells(tmp_path / "1", sgd, larger) == ["baseline", "0.10 [0.10, 0.10]"]
     assert cells(tmp_path / "2", sgd, ("adam-tuned", [1.0, 2.0], narrow)) is None
     assert cells(tmp_path / "3", sgd, ("adam-tuned", [1.0, 2.0], {"dataset": {"sha256": "other"}})) is None
-    both = [("sgd-tuned", [98.0, 98.2], changed(f"optimizer.step_size={step}")) for step in (1, 2)]
-    assert cells(tmp_path / "4", *both, ("adam-tuned", [1.0, 2.0], {})) == ["baseline", "baseline", "– (2 such rows)"]
+    both = [("sgd-tuned", [98.0 + step, 98.2], changed(f"optimizer.batch_size={step}")) for step in (1, 2)]
+    adam = ("adam-tuned", [98.1, 98.3], {}), ("adam-tuned", [100.1, 98.3], changed("optimizer.batch_size=2"))
+    expected = ["baseline", "baseline", "– (2 such rows)", "0.10 [0.10, 0.10]"]
+    assert cells(tmp_path / "4", *both, *adam) == expected
 
 
 def test_a_table_without_a_comparison_has_no_such_column(tmp_path: Path) -> None:

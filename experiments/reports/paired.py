@@ -58,6 +58,7 @@ def _cell(row: Scored, rows: Sequence[Scored], baseline: str) -> str:
     found = [other for other in rows if other.is_baseline_of(row, baseline)]
     if row in found:
         return BASELINE
+    found = [other for other in found if other.record.overrides == row.record.overrides] or found
     if len(found) != 1:
         return f"– ({len(found)} such rows)" if found else NO_ROW
     return difference(row.scores, found[0].scores)
