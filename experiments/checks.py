@@ -104,9 +104,11 @@ def check_place() -> None:
 
 def check_row(config: DictConfig, launch: Launch) -> None:
     """Raises ValueError for a name that would be read as another one, for a row of another optimizer or experiment, and
-    for another task than the experiment's."""
+    for another task or baseline than the experiment's."""
     if any(key_of(override) == "task" for override in launch.overrides):
         raise ValueError("task: is the experiment's own; take an experiment with another task, such as memory")
+    if any(key_of(override) == "report.baseline" for override in launch.overrides):
+        raise ValueError(f"report.baseline: is read from conf/experiment/{launch.experiment}.yaml; change it there")
     for key, name in (("experiment", launch.experiment), ("optimizer", launch.method)):
         if "/" in name:
             raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
@@ -118,6 +120,7 @@ def check_row(config: DictConfig, launch: Launch) -> None:
     table = TableRows.of(launch.experiment, config.get("rows"), launch.conf)
     if launch.row and launch.row not in (*table.listed, *table.others):
         raise ValueError(f"row: {launch.row.name} is no row of experiment={launch.experiment}; {table.in_words()}")
+    table.check_baseline(config.get("report"))
     if config.setting not in (None, launch.setting):
         raise ValueError(
             f"setting: {config.setting} chooses no row with hydra.mode=RUN, nor beside row=…, of {launch.setting}; "
