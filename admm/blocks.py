@@ -238,7 +238,10 @@ class Blocks(Sequence[Block]):
 
     def with_execution(self, execution: Execution) -> Blocks:
         """Return the same blocks, evaluated in another way."""
-        return Blocks(self.network, self._cut, execution, self.crossings)
+        blocks = Blocks(self.network, self._cut, execution, self.crossings)
+        if self.given is not self:
+            blocks.given = self.given.with_execution(execution)
+        return blocks
 
     def parameters(self, flat: Tensor, buffers: Tensor | None = None) -> Parameters:
         """Return copies of parameters [S, P], with the buffers [S, B], which are not copied, or without any.
