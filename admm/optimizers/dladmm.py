@@ -27,6 +27,7 @@ from admm.optimizers.fully_connected import (
     set_initial_values,
     squared_norm,
 )
+from admm.optimizers.least_squares import Scratch
 from admm.optimizers.protocol import Optimizer, Problem, whole_seeds
 from admm.samples import take
 from admm.schedules import Number, positive, replica_values
@@ -92,6 +93,11 @@ class DLADMM(Options, Optimizer[DLADMMState]):
     Z_L is FISTA's on J + φ_L: it stops before a step when the objective has changed by less than `fista_tolerance`, and
     returns the extrapolated point, as the authors' program does.
 
+    In float64 the iterates are those of the authors' program, but not in float32. FISTA's objective is summed in float64
+    here and in float32 there, so that it stops at another step: in the first iteration on 55,000 digits after 280 steps
+    instead of 287, and Z_L differs by 1e-3. Their searches, rounded as above, double once or twice more at times, by
+    which A_1 and W_1 differ by at most 1e-5.
+
     The training cost is the mean loss of a plain forward pass at the end of an iteration. When it has risen
     `rises` times in a row, ρ becomes min(rho_factor ρ, rho_max) and, where the widest hidden layer has at least `wide`
     units, the line searches start at start_factor times their start.
@@ -147,6 +153,8 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         """Return W and b normal, Z and A by a forward pass, Z_L = +1 for the true class and −1 elsewhere, and u = 0.
 
         For targets that are no numbers [N, C] nor classes, such as a plain function may take, Z_L is by a forward pass.
+        Every W_l and b_l is drawn independently. The authors' program seeds its generator anew before each draw, so
+        that the weights of all layers begin with the same numbers, and the biases repeat them.
 
         Args:
             problem: what is trained on.
@@ -297,7 +305,7 @@ class _Sweep:
         self.x = x.flatten(1).expand(len(state.seeds), -1, -1)  # not copied
         self.rho = _column(state.rho)
         self.slices = list(slices(self.x.shape[1], _SLICE))
-        self._buffers: dict[str, Tensor] = {}
+        self.scratch = Scratch(self.x)
         self._error_w: dict[int, Tensor] = {}  # E_{l+1} W_{l+1}, from the backward to the forward update of A_l
         self._first_gradient = torch.empty(0)  # of φ_1, from one update of W_1 to the next
 
@@ -312,7 +320,7 @@ class _Sweep:
             square = (image.flatten(1) * gradient.flatten(1)).sum(1)
         else:
             gradient = torch.bmm(error.mT, layer_input)
-            image = self._buffer("image", error)
+            image = self.scratch.take("image", error.shape)
             square = self._product_square(layer_input, gradient, image)
         theta = _doubled(self.state.theta_start, self.state.rho * square / _square(gradient))
         self.state.accepted_theta[layer - 1][:, sweep] = theta
@@ -332,7 +340,8 @@ class _Sweep:
         a, z, error = self.state.a[layer - 1], self.state.z[layer - 1], self.state.error[layer]
         weight, is_backward = self.layers[layer]["weight"], sweep == _BACKWARD
         narrows = weight.shape[1] < weight.shape[2]
-        gradient, image = self._buffer("gradient", a), self._buffer("image", error if narrows else a)
+        gradient = self.scratch.take("gradient", a.shape)
+        image = self.scratch.take("image", (error if narrows else a).shape)
         gram = torch.bmm(weight.mT, weight)
         known = self._error_w.pop(layer, None)  # E_{l+1} W
         if is_backward and not narrows:
@@ -395,7 +404,7 @@ class _Sweep:
             z, target, a = (variable[layer - 1][:, part] for variable in (self.state.z, self.state.error, self.state.a))
             target.add_(z)  # A_{l−1} W_lᵀ + b_l
             z.copy_(target)
-            relu_prox_(z, a.clone(), 1.0, torch.empty_like(a))
+            relu_prox_(z, a, 1.0, self.scratch)
             target.sub_(z)
 
     def update_u(self) -> None:
@@ -460,12 +469,6 @@ class _Sweep:
     def _layer_input(self, layer: int) -> Tensor:
         """Return A_{l−1}, where A_0 = X."""
         return self.x if layer == 1 else self.state.a[layer - 2]
-
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """Return a tensor of the shape of `like`, to be overwritten; those of one name share their memory."""
-        if name not in self._buffers:
-            self._buffers[name] = like.new_empty(max(v.numel() for v in self.state.z))
-        return self._buffers[name][: like.numel()].view(like.shape)
 
 
 def _value_and_gradient(loss: Loss, z: Tensor, y: Any, mass: Tensor | None) -> tuple[Tensor, Tensor]:
