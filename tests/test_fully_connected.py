@@ -11,7 +11,6 @@ from admm.losses import SquaredError
 from admm.models import initialiser, mlp
 from admm.optimizers import BCD, DLADMM, Problem, StandardADMM, Taylor
 from admm.optimizers.fully_connected import relu_prox_, sample_initial_values
-from admm.optimizers.least_squares import Scratch
 from scripts.literal import bcd as literal
 
 numbers = st.floats(-4.0, 4.0, width=32)
@@ -19,7 +18,7 @@ numbers = st.floats(-4.0, 4.0, width=32)
 
 def prox(p, q, ratio):
     result, other = p.clone(), q.clone()
-    relu_prox_(result, other, ratio, Scratch(p))
+    relu_prox_(result, other, ratio, torch.empty_like(p), torch.empty_like(p))
     assert torch.equal(other, q)
     return result
 

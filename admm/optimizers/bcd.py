@@ -232,7 +232,7 @@ def _update_hidden(
     torch.baddbmm(hidden, torch.sub(next_u, gap, out=gap), above_gain, out=v)
     # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
     u.lerp_(affine, rho / (rho + alpha))
-    relu_prox_(u, v, gamma / (rho + alpha), scratch)
+    relu_prox_(u, v, gamma / (rho + alpha), hidden, scratch.take("gap", u.shape))
 
 
 def _epsilon(weight: Tensor) -> float:

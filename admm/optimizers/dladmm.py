@@ -33,7 +33,7 @@ from admm.samples import take
 from admm.schedules import Number, positive, replica_values
 
 _BACKWARD, _FORWARD = 0, 1  # the two sweeps of an iteration
-_SLICE = 500  # samples that are visited at a time: their temporaries stay in the CPU's cache
+_SLICE = 1000  # samples that are visited at a time: their temporaries stay in the CPU's cache
 
 
 @dataclass
@@ -93,10 +93,10 @@ class DLADMM(Options, Optimizer[DLADMMState]):
     Z_L is FISTA's on J + φ_L: it stops before a step when the objective has changed by less than `fista_tolerance`, and
     returns the extrapolated point, as the authors' program does.
 
-    In float64 the iterates are those of the authors' program, but not in float32. FISTA's objective is summed in float64
-    here and in float32 there, so that it stops at another step: in the first iteration on 55,000 digits after 280 steps
-    instead of 287, and Z_L differs by 1e-3. Their searches, rounded as above, double once or twice more at times, by
-    which A_1 and W_1 differ by at most 1e-5.
+    In float64 the iterates are those of the authors' program, but not in float32. FISTA's objective is summed in
+    float64 here and in float32 there, so that it stops at another step: in the first iteration on 55,000 digits after
+    280 steps instead of 287, and Z_L differs by 1e-3. Their searches, rounded as above, double once or twice more at
+    times, by which A_1 and W_1 differ by at most 1e-5.
 
     The training cost is the mean loss of a plain forward pass at the end of an iteration. When it has risen
     `rises` times in a row, ρ becomes min(rho_factor ρ, rho_max) and, where the widest hidden layer has at least `wide`
@@ -404,7 +404,7 @@ class _Sweep:
             z, target, a = (variable[layer - 1][:, part] for variable in (self.state.z, self.state.error, self.state.a))
             target.add_(z)  # A_{l−1} W_lᵀ + b_l
             z.copy_(target)
-            relu_prox_(z, a, 1.0, self.scratch)
+            relu_prox_(z, a, 1.0, *(self.scratch.take(name, a.shape) for name in ("positive", "is positive")))
             target.sub_(z)
 
     def update_u(self) -> None:

@@ -212,7 +212,8 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
             else:
                 a, v = state.a[number][:, part], state.v[number][:, part]
                 anchor = torch.add(a, v, out=scratch.take("anchor", z.shape))
-                relu_prox_(z.copy_(target), anchor, ratio, scratch)  # argmin P_l + Q_l
+                z.copy_(target)
+                relu_prox_(z, anchor, ratio, anchor, scratch.take("gap", z.shape))  # argmin P_l + Q_l
                 torch.clamp(z, min=0.0, out=anchor).sub_(v)
                 next_z, next_u = state.z[number + 1][:, part], state.u[number + 1][:, part]
                 next_layer = layers[number + 1]

@@ -198,7 +198,7 @@ class Taylor(Options, Optimizer[TaylorState]):
             torch.baddbmm(next_z, activation, next_layer["weight"].mT, alpha=-1, out=gap)
             torch.baddbmm(activation, gap, next_gain, out=a)
             torch.bmm(layer_input[:, part], layer["weight"].mT, out=z)
-            relu_prox_(z, a, ratio, scratch)
+            relu_prox_(z, a, ratio, activation, scratch.take("gap", z.shape))
             add_gram(gram, a, scratch)
             add_cross(cross, a, next_z, scratch)
         return cholesky_with_ridge(gram, self._ridge(len(gram)), torch.finfo(gram.dtype).eps), cross
