@@ -342,9 +342,9 @@ class _Sweep:
         narrows = weight.shape[1] < weight.shape[2]
         gradient = self.scratch.take("gradient", a.shape)
         image = self.scratch.take("image", (error if narrows else a).shape)
-        gram = torch.bmm(weight.mT, weight)
         known = self._error_w.pop(layer, None)  # E_{l+1} W
         if is_backward and not narrows:
+            gram = torch.bmm(weight.mT, weight)
             self._error_w[layer] = torch.empty_like(a)
         gradient_square, square = torch.zeros_like(self.state.rho), torch.zeros_like(self.state.rho)
         for part in self.slices:
