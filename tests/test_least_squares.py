@@ -20,7 +20,7 @@ def solve(x: Tensor, target: Tensor, ridge: float) -> Tensor:
     """[W b] of each replica, summed in float64, in two slices."""
     scratch = Scratch(x)
     gram = zero_gram(len(x), x.shape[2] + 1, x)
-    cross = x.new_zeros(len(x), x.shape[2] + 1, target.shape[2], dtype=torch.float64)
+    cross = x.new_zeros(len(x), target.shape[2], x.shape[2] + 1, dtype=torch.float64)
     for part in (slice(0, 8), slice(8, None)):
         add_gram(gram, x[:, part], scratch)
         add_cross(cross, x[:, part], target[:, part].double(), scratch)

@@ -118,17 +118,17 @@ def forward(layers: Sequence[ParamDict], x: Tensor, z: Sequence[Tensor], a: Sequ
                 layer_input = torch.clamp(z_l[:, part], min=0.0, out=a_l[:, part])
 
 
-def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, spare: Tensor) -> None:
+def relu_prox_(p: Tensor, q: Tensor, ratio: float | Tensor, positive: Tensor, is_positive: Tensor) -> None:
     """Write argmin_z ½ (z − p)² + ratio/2 (q − max(z, 0))² of each element into p; of two minima the negative one.
 
-    ratio > 0 is a number or [S, 1, 1]; q and spare, of p's shape, are overwritten. On z > 0 the minimiser is
-    z⁺ = (p + ratio q)/(1 + ratio), on z ≤ 0 it is min(p, 0). For p > 0, z⁺ is better wherever it is positive; for
-    p ≤ 0, where p > −(√(1 + ratio) − 1) q, which implies z⁺ > 0.
+    ratio > 0 is a number or [S, 1, 1]. All other tensors have p's shape; `positive`, which may be q, and `is_positive`
+    are overwritten. On z > 0 the minimiser is z⁺ = (p + ratio q)/(1 + ratio), on z ≤ 0 it is min(p, 0). For p > 0, z⁺
+    is better wherever it is positive; for p ≤ 0, where p > −(√(1 + ratio) − 1) q, which implies z⁺ > 0.
     """
     below = -ratio / (1.0 + (1.0 + ratio) ** 0.5)  # 1 − √(1 + ratio), without cancellation
-    torch.mul(q, below, out=spare).clamp_(max=0.0).lt_(p)  # 1 where z⁺ is better; p ≤ 0 elsewhere
-    q.mul_(ratio).add_(p).mul_(1.0 / (1.0 + ratio)).clamp_(min=0.0)
-    p.lerp_(q, spare)  # exactly one of the two, many times faster than torch.where
+    torch.mul(q, below, out=is_positive).clamp_(max=0.0).lt_(p)  # 1 where z⁺ is better; p ≤ 0 elsewhere
+    torch.mul(q, ratio, out=positive).add_(p).mul_(1.0 / (1.0 + ratio)).clamp_(min=0.0)
+    p.lerp_(positive, is_positive)  # exactly one of the two, many times faster than torch.where
 
 
 def squared_norm(values: Tensor) -> Tensor:

@@ -59,14 +59,14 @@ def add_gram(gram: Tensor, a: Tensor, scratch: Scratch) -> None:
 
 
 def add_cross(cross: Tensor, a: Tensor, target: Tensor, scratch: Scratch) -> None:
-    """Add aᵀ target to cross [S, m, d'], for samples a [S, n, d] in any dtype and target [S, n, d'] in cross's dtype.
+    """Add targetᵀ a to cross [S, d', m], for samples a [S, n, d] in any dtype and target [S, n, d'] in cross's dtype.
 
-    m is d or, for an intercept, d + 1, as in `add_gram`.
+    m is d or, for an intercept, d + 1, as in `add_gram`. aᵀ target, of the same entries, takes a third longer.
     """
     features = a.shape[-1]
-    cross[:, :features].baddbmm_(_converted(a, cross.dtype, scratch).mT, target)
-    if cross.shape[1] > features:
-        cross[:, features] += target.sum(1)
+    cross[:, :, :features].baddbmm_(target.mT, _converted(a, cross.dtype, scratch))
+    if cross.shape[2] > features:
+        cross[:, :, features] += target.sum(1)
 
 
 def _converted(a: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
@@ -119,8 +119,8 @@ def input_factor(
 
 
 def solve_ridge(factor: Tensor, cross: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Solve factor factorᵀ [Wᵀ; bᵀ] = cross for W [S, d', d] and, if cross has a row for it, b [S, d']; in place."""
-    solution = torch.cholesky_solve(cross.to(factor), factor)
+    """Solve [W b] factor factorᵀ = cross for W [S, d', d] and, if cross has a column for it, b [S, d']; in place."""
+    solution = torch.cholesky_solve(cross.mT.to(factor), factor)
     weight.copy_(solution[:, : weight.shape[-1]].mT)
     if bias is not None:
         bias.copy_(solution[:, -1])

@@ -171,7 +171,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
         """Set all W_l, b_l to argmin β/2 ‖Z_l + U_l − [A_{l−1} 1][W_l b_l]ᵀ‖² + λ‖[W_l b_l]‖² (Alg. 3, first loop)."""
         inputs, replicas = [x, *state.a], len(state.seeds)
         cross = [
-            x.new_zeros(replicas, a.shape[2] + 1, z.shape[2], dtype=torch.float64)
+            x.new_zeros(replicas, z.shape[2], a.shape[2] + 1, dtype=torch.float64)
             for a, z in zip(inputs, state.z, strict=True)
         ]
         grams = [zero_gram(replicas, a.shape[2] + 1, x) for a in state.a]
@@ -212,7 +212,8 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
             else:
                 a, v = state.a[number][:, part], state.v[number][:, part]
                 anchor = torch.add(a, v, out=scratch.take("anchor", z.shape))
-                relu_prox_(z.copy_(target), anchor, ratio, scratch.take("gap", z.shape))  # argmin P_l + Q_l
+                z.copy_(target)
+                relu_prox_(z, anchor, ratio, anchor, scratch.take("gap", z.shape))  # argmin P_l + Q_l
                 torch.clamp(z, min=0.0, out=anchor).sub_(v)
                 next_z, next_u = state.z[number + 1][:, part], state.u[number + 1][:, part]
                 next_layer = layers[number + 1]

@@ -198,7 +198,7 @@ class Taylor(Options, Optimizer[TaylorState]):
             torch.baddbmm(next_z, activation, next_layer["weight"].mT, alpha=-1, out=gap)
             torch.baddbmm(activation, gap, next_gain, out=a)
             torch.bmm(layer_input[:, part], layer["weight"].mT, out=z)
-            relu_prox_(z, activation.copy_(a), ratio, scratch.take("gap", z.shape))
+            relu_prox_(z, a, ratio, activation, scratch.take("gap", z.shape))
             add_gram(gram, a, scratch)
             add_cross(cross, a, next_z, scratch)
         return cholesky_with_ridge(gram, self._ridge(len(gram)), torch.finfo(gram.dtype).eps), cross
@@ -235,5 +235,5 @@ class Taylor(Options, Optimizer[TaylorState]):
 
 
 def _zero_cross(a: Tensor, target: Tensor) -> Tensor:
-    """Return zeros [S, d, d'] for `add_cross`."""
-    return a.new_zeros(len(target), a.shape[2], target.shape[2])
+    """Return zeros [S, d', d] for `add_cross`."""
+    return a.new_zeros(len(target), target.shape[2], a.shape[2])

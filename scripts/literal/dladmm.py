@@ -1,4 +1,4 @@
-"""A literal transcription of dlADMM's updates (Wang et al. 2019, KDD), as its authors evaluate them.
+"""dlADMM (Wang et al., KDD 2019, Algorithm 1, https://arxiv.org/abs/1905.13611), every update from its own formula.
 
 There is one replica, and samples are columns. Nothing is cached: every update evaluates the products that it needs, and
 each trial of the two searches evaluates the objective and the quadratic model from the data.
