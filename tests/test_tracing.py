@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,6 +100,15 @@ class Table(Base):
         return self.last(self.c(self.d(x)).tanh() @ table)
 
 
+class OfAll(Base):
+    """A mean over the samples crosses the cuts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        mean = self.b(h).mean(0)
+        return self.last(self.d(self.c(h).tanh()) * mean)
+
+
 class Tuples(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +131,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], list[str], list[int]]] = {
     "inputs alone": (Masked, ["a", "b"], [4, 4]),
     "samples elsewhere": (Moved, ["a", "c"], [8, 8]),
     "parameters alone": (Table, ["d", "c"], [20, 20]),
+    "of all samples": (OfAll, ["c", "d"], [8, 8]),
     "tuples": (Tuples, ["lstm"], [8]),
 }
 each_network = pytest.mark.parametrize("make, after, widths", NETWORKS.values(), ids=NETWORKS)
@@ -137,7 +153,7 @@ def test_blocks_compute_what_the_network_does(make, after, widths):
         task.blocks.forward(theta, task.x.expand(2, *task.x.shape))[1], expected, rtol=1e-12, atol=0
     )
     few = task.blocks.forward(theta, task.x[None, :3].expand(2, 3, -1))[0]
-    torch.testing.assert_close(few, expected[:3], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(few, make()(task.x[:3]), rtol=1e-12, atol=1e-14)
     visit = task.visit((0, 1), slice(None))
     outputs = list(task.blocks.outputs(theta, visit.x, visit))
     assert [z.flatten(2).shape[2] for z in outputs[:-1]] == widths
@@ -183,7 +199,7 @@ def test_for_small_steps_each_block_moves_along_back_propagation(make, after, wi
     gradients, columns = dict(twin.named_parameters()), task.blocks.parameter_slices()
     for block, views in zip(task.blocks.modules, task.blocks.parameters(moved).blocks, strict=True):
         names = [name for name, _ in block.named_parameters()]
-        if not names or (make is Table and {"a.weight", "b.weight"} & set(names)):
+        if not names:
             continue
         ours = torch.cat([moved[0, columns[name]] for name in names])
         true = torch.cat([gradients[name].grad.flatten() for name in names])
@@ -237,6 +253,85 @@ def test_what_cannot_be_traced_names_its_line_and_the_way_out():
     assert len(split(Branching(), [])) == 1  # which needs no trace
 
 
+def counts(self: Base) -> None:
+    if self.training:
+        self.calls += 1
+
+
+def keeps(self: Base) -> None:
+    self.kept.append(1)
+
+
+def averages(self: Base) -> None:
+    self.average = 0.9 * self.average
+
+
+def moves(self: Base) -> None:
+    if self.training:
+        self.average.mul_(0.9)
+
+
+def drops(self: Base) -> None:
+    torch.rand(1)
+
+
+def shuffles(self: Base) -> None:
+    np.random.permutation(2)
+
+
+def chooses(self: Base) -> None:
+    random.random()
+
+
+class Changing(Base):
+    """Calls a function before its second layer, whose effects a trace would not repeat."""
+
+    def __init__(self, function: Callable[[Base], None]) -> None:
+        super().__init__()
+        self.function, self.calls, self.kept = function, 0, []
+        self.register_buffer("average", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.function(self)
+        return self.last(self.b(h).tanh())
+
+
+class Inside(Base):
+    """Calls its second layer in a context that a trace would not show."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__()
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        with self.context():
+            h = self.b(h)
+        return self.last(h.tanh())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Changing(counts), "'self.calls \\+= 1': ValueError: it sets 'calls' of a Changing, which a trace"),
+        (lambda: Changing(keeps), "its forward changes kept, which a trace does not repeat"),
+        (lambda: Changing(averages), "'self.average = 0.9 .*it sets 'average' of a Changing, .* module of their own"),
+        (lambda: Changing(moves), "something else in evaluation mode, at .*'self.average.mul_.*module of their own"),
+        (lambda: Changing(drops), "'return self.last.*random numbers have been drawn before this line, without"),
+        (lambda: Changing(shuffles), "random numbers have been drawn before this line"),
+        (lambda: Changing(chooses), "random numbers have been drawn before this line"),
+        (lambda: Inside(torch.no_grad), "'h = self.b.*is called without gradients, as by torch.no_grad"),
+        (lambda: Inside(partial(torch.autocast, "cpu", enabled=False)), "'with self.context.*by torch.autocast"),
+    ],
+    ids=["count", "list", "buffer", "in place", "torch", "numpy", "python", "no_grad", "autocast"],
+)
+def test_what_a_trace_would_not_repeat_is_refused_with_its_line(make, message):
+    with pytest.raises(ValueError, match=message):
+        split(make(), ["a"])
+    assert len(split(make(), [])) == 1  # which needs no trace
+
+
 def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -258,6 +353,7 @@ def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
         (["a", "a"], r"after: \['a', 'a'\] must name different modules"),
         (["d"], "after: the network's forward does not call 'd'"),
         (["last"], "after: 'last' is the last module, nothing would follow it"),
+        ([1], r"after: \[1\] are not all names of modules, which are text"),
     ],
 )
 def test_a_cut_that_is_not_possible_is_refused(after, message):
@@ -292,6 +388,65 @@ def test_functions_follow_the_mode_of_the_block():
     torch.testing.assert_close(task.blocks.forward(theta, task.x[None])[0], task.blocks.network.eval()(task.x))
     outputs = [list(task.blocks.outputs(theta, task.x[None], Visit([0], (k,))))[-1] for k in (1, 1, 2)]
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+class Differing(Base):
+    """Numbers and modes that its functions get depend on its own mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, rate = self.a(x), 0.5 if self.training else 0.0
+        h = functional.dropout(self.b(h), rate) * (3.0 if self.training else 2.0)
+        return self.last(functional.feature_alpha_dropout(h[:, :, None], 0.5, self.training)[:, :, 0])
+
+
+def test_arguments_follow_the_mode_of_the_block():
+    task = problem(Differing, ["a"])
+    theta = task.initial([0])
+    torch.testing.assert_close(task.blocks.forward(theta, task.x[None])[0], Differing().eval()(task.x))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        expected = Differing()(task.x)
+        torch.manual_seed(5)
+        found = list(task.blocks.outputs(theta, task.x[None], Visit([None])))[-1][0]
+    torch.testing.assert_close(found, expected)
+
+
+class Stored(Base):
+    """A function of PyTorch's as an attribute, and a question about the type of an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation = functional.relu
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.activation(self.a(x))
+        return self.last(h * mask if isinstance(mask, Tensor) else self.b(h))
+
+
+def test_functions_that_are_attributes_and_types_are_what_they_are():
+    task = problem(Stored, ["b"])
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], Stored()(task.x))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_is_cut_inside_its_layers(norm_first):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, norm_first=norm_first, dtype=torch.float64)
+    network = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten())
+    network.append(nn.Linear(8, 3, dtype=torch.float64))
+    task = Problem(
+        gaussian(6, 2, 4), LABELS, split(Wrapped(network), ["inner.0.layers.0.linear1"]), CrossEntropy(), as_given
+    )
+    expected = network.eval()(task.x)
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], expected)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 class TwoStreams(nn.Module):
@@ -332,6 +487,36 @@ def test_a_list_of_modules_is_cut_between_them():
     torch.testing.assert_close(task.blocks.export(state.theta)(task.x), stages[1](*stages[0](task.x)))
     with pytest.raises(ValueError, match="split: a list of modules is cut between these; give no after"):
         split(stages, after=["0"])
+
+
+class Fourier(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.b(torch.fft.fft(self.a(x)).abs()))
+
+
+class OfFourier(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.kept(torch.fft.fft(self.a(x))).abs())
+
+
+def test_complex_numbers_cross_no_cut():
+    task = problem(Fourier, ["a"])
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], Fourier()(task.x))
+    with pytest.raises(ValueError, match=r"block 1 hands on a tensor of torch.complex128, .* torch.view_as_real"):
+        problem(OfFourier, ["kept"])
+
+
+def test_arguments_that_a_block_does_not_take_are_named():
+    x = {"x": gaussian(6, 4), "scale": gaussian(6, 1)}
+    with pytest.raises(ValueError, match=r"block 1 cannot be evaluated .*scale=Tensor\).*'scale'; `inputs` of split"):
+        Problem(x, LABELS, split(Masked(), ["b"]), CrossEntropy(), as_given)
+    task = Problem(x, LABELS, split(Masked(), ["b"], inputs=["x", "scale"]), CrossEntropy(), as_given)
+    found = task.blocks.forward(task.initial([0]), {name: v[None] for name, v in x.items()})[0]
+    torch.testing.assert_close(found, Masked()(**x))
 
 
 class TwoOutputs(Base):
