@@ -57,11 +57,21 @@ class Crossing:
                 "dictionary, or a dataclass that torch.utils._pytree.register_dataclass knows"
             )
         self._is_variable = tuple(map(is_variable, leaves))
+        if of_complex := [leaf for leaf in leaves if is_variable(leaf) and leaf.is_complex()]:
+            raise ValueError(
+                f"network: block {number} hands on a tensor of {of_complex[0].dtype}, where coupling variables are of "
+                "floating point; hand on torch.view_as_real of it, or cut elsewhere"
+            )
         pairs = [pair for pair in zip(leaves, others, strict=True) if is_variable(pair[0])]
         self._axes = tuple(_samples_axis(leaf, other, samples, number) for leaf, other in pairs)
         self.shapes = [leaf.shape for leaf, _ in pairs]
         is_one = len(leaves) == 1 and self._axes == (0,) and leaves[0].shape[0] == samples
         self.is_known, self.is_plain = True, is_one
+
+    def fits(self, value: Any, is_variable: Callable[[Any], bool]) -> bool:
+        """Whether what a block returns has the structure and the variables that `learn` has seen."""
+        leaves, spec = pytree.tree_flatten(value)
+        return spec == self._spec and tuple(map(is_variable, leaves)) == self._is_variable
 
     @property
     def has_samples(self) -> bool:
