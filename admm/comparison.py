@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from admm.blocks import Block, Blocks
@@ -285,6 +287,8 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         by_gradient = number < len(blocks) and (not is_trained or _hands_on_arguments(block))
         is_variable = _has_gradient if by_gradient else _is_floating
         crossing.learn(returned[0], returned[-1], samples, number, is_variable)
+        if number == len(blocks):
+            _check_constants(*returned[:: len(returned) - 1 or 1])
         if number == len(blocks) and not crossing.has_samples:
             shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
             raise ValueError(
@@ -293,8 +297,12 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         if layer is not None:
             before = _random_state(expected.device)
             set_mode(copied, True, pinned)
-            trained = _call(copied, values[0], layer, number)
+            own = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in copied.named_parameters()}
+            for parameter in copied.parameters():
+                parameter.data.fill_(torch.nan if parameter.is_floating_point() else 0)
+            trained = _call(partial(_functional, copied, own), values[0], layer, number)
             layer.is_random = not torch.equal(before, _random_state(expected.device))
+            _check_gradient(trained, own.values(), number)
             if number < len(blocks) and not crossing.fits(trained, is_variable):
                 raise ValueError(
                     f"network: block {number} hands on other values in training mode than in evaluation mode, or some "
@@ -303,7 +311,7 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         values = [_handed_on(crossing, value, samples - i) for i, value in enumerate(returned)]
 
 
-def _call(module: nn.Module, value: Any, layer: ModuleLayer | None, number: int) -> Any:
+def _call(module: Callable[..., Any], value: Any, layer: ModuleLayer | None, number: int) -> Any:
     """Return what a block returns, with a graph of autograd, and note whether it overwrites its inputs.
 
     Raises ValueError where it does not take what it gets.
@@ -318,11 +326,46 @@ def _call(module: nn.Module, value: Any, layer: ModuleLayer | None, number: int)
         except Exception as error:  # of whatever type it is; the network itself has been evaluated
             raise ValueError(
                 f"network: block {number} cannot be evaluated on what it gets, {_described(positional, keyword)}: "
-                f"{type(error).__name__}: {error}{_INPUTS if number == 1 else ''}"
+                f"{type(error).__name__}: {error}"
+                f"{_INPUTS if number == 1 and isinstance(error, TypeError) else ''}"
             ) from error
     if layer is not None:
         layer.overwrites_inputs |= [v._version for v in tensors] != versions
     return returned if layer is not None and layer.hands_on_arguments else (returned,)
+
+
+def _functional(module: nn.Module, parameters: dict[str, Tensor], *positional: Any, **keyword: Any) -> Any:
+    return functional_call(module, parameters, positional, keyword)
+
+
+def _check_gradient(returned: Any, parameters: Iterable[Tensor], number: int) -> None:
+    """Raise ValueError unless what a block has returned has a gradient by the parameters that it was evaluated with,
+    where those of its module are NaN."""
+    outputs = [v for v in pytree.tree_leaves(returned) if _has_gradient(v)]
+    if not outputs:
+        return
+    try:
+        trained = [p for p in parameters if p.requires_grad]
+        found = torch.autograd.grad(outputs, trained, list(map(torch.ones_like, outputs)), allow_unused=True)
+    except Exception as error:  # of whatever type it is
+        raise ValueError(f"network: block {number} has no gradient: {type(error).__name__}: {error}") from error
+    if all(v.isfinite().all() for v in outputs) and any(v.isnan().any() for v in found if v is not None):
+        raise ValueError(
+            f"network: the gradient of block {number} is NaN, or has other parameters than the outputs, as where "
+            "torch.utils.checkpoint evaluates a module once more; evaluate it without (the blocks have "
+            "Execution(recompute=True) of their own)"
+        )
+
+
+def _check_constants(outputs: Any, of_fewer: Any) -> None:
+    """Raise ValueError where what a network returns besides tensors of floating point depends on the samples."""
+    for leaf, other in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(of_fewer), strict=True):
+        if not _is_floating(leaf) and (isinstance(leaf, Tensor) or leaf != other):
+            kind = f"tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"network: its outputs have a {kind} that depends on the samples, and a loss gets tensors of floating "
+                "point alone; return these"
+            )
 
 
 def _described(positional: tuple[Any, ...], keyword: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ class Crossing:
         self._is_variable: tuple[bool, ...] = (True,)
         self._axes: tuple[int | None, ...] = (0,)
         self.shapes: list[torch.Size] = []  # of the variables, those of the samples that were learned from
+        self._others: list[Any] = []  # the other leaves of these samples
 
     def learn(self, value: Any, fewer: Any, samples: int, number: int, is_variable: Callable[[Any], bool]) -> None:
         """Find out which leaves are variables, and which of their axes is that of the samples.
@@ -65,6 +66,7 @@ class Crossing:
         pairs = [pair for pair in zip(leaves, others, strict=True) if is_variable(pair[0])]
         self._axes = tuple(_samples_axis(leaf, other, samples, number) for leaf, other in pairs)
         self.shapes = [leaf.shape for leaf, _ in pairs]
+        self._others = [leaf for leaf in leaves if not is_variable(leaf)]
         is_one = len(leaves) == 1 and self._axes == (0,) and leaves[0].shape[0] == samples
         self.is_known, self.is_plain = True, is_one
 
@@ -112,7 +114,7 @@ class Crossing:
     def outputs(self, z: Tensor) -> Any:
         """Return the network's outputs, a structure of tensors [n, ...], of what `pack` has made of them."""
         shapes = [torch.Size((len(z), *shape[1:])) for shape in self.shapes]
-        return self.unpack(z, (shapes, []))
+        return self.unpack(z, (shapes, self._others))
 
     def _sorted(self, leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
         pairs = list(zip(leaves, self._is_variable, strict=True))

@@ -78,8 +78,8 @@ def parts_of(
     if isinstance(network, Stages):
         if after is not None or per_layer or n_blocks is not None:
             raise ValueError("split: a list of modules is cut between these; give no after, per_layer or n_blocks")
-        stages = network.named_children()
-        return [Part((name,), stage, hands_on_arguments=name != str(len(network) - 1)) for name, stage in stages]
+        last, stages = len(network) - 1, enumerate(network)  # named_children leaves out a module that occurs again
+        return [Part((str(k),), stage, hands_on_arguments=k != last) for k, stage in stages]
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=True, n_blocks=T")
     if after is not None and not all(isinstance(name, str) for name in after):

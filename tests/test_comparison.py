@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from admm import comparison
 from admm.blocks import split
@@ -196,6 +197,17 @@ class Normalised(nn.Linear):
         return super().forward(x)
 
 
+class Checkpointed(nn.Linear):
+    """Its backward pass evaluates `inner` once more, when the replica's parameters have gone."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return outputs
+
+
 class OfTraining(nn.Module):
     """A function in training, and the identity in evaluation."""
 
@@ -294,6 +306,22 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "complex parameters": (
         lambda: nn.Sequential(nn.Linear(4, 2).to(torch.complex64)),
         r"parameter '0.weight' is of torch.complex64, and numbers of floating point are trained",
+    ),
+    "activations that are computed once more": (
+        lambda: nn.Sequential(Checkpointed(4, 2)),
+        r"the gradient of block 1 .* has other parameters than the outputs, as where torch.utils.checkpoint",
+    ),
+    "no gradient": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x.exp().add_(1.0).mul_(2.0)), nn.Sigmoid(), nn.ReLU(True)),
+        r"network: block 1 has no gradient: RuntimeError: one of the variables .* modified by an inplace operation",
+    ),
+    "a number of samples among the outputs": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: {"z": x, "n": len(x)})),
+        "its outputs have a int that depends on the samples",
+    ),
+    "classes among the outputs": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: (x, x.argmax(1)))),
+        r"its outputs have a tensor of torch.int64 that depends on the samples",
     ),
     "outputs of training alone": (
         lambda: nn.Sequential(nn.Linear(4, 2), OfTraining(lambda z: (z, z))),

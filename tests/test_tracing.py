@@ -519,10 +519,35 @@ def test_arguments_that_a_block_does_not_take_are_named():
     torch.testing.assert_close(found, Masked()(**x))
 
 
+def test_a_stage_may_come_twice():
+    layer, last = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+    task = Problem(gaussian(6, 4), LABELS, split([layer, layer, last]), CrossEntropy(), as_given)
+    state = (optimizer := Backprop(1, SGD(), 0.1, batch_size=6)).init(task, [0])
+    optimizer.step(task, state)
+    functional.cross_entropy(last(layer(layer(task.x))), LABELS).backward()
+    torch.optim.SGD([*layer.parameters(), *last.parameters()], 0.1).step()
+    torch.testing.assert_close(task.blocks.export(state.theta)(task.x), last(layer(layer(task.x))))
+
+
 class TwoOutputs(Base):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         h = self.a(x).tanh()
         return {"classes": self.last(h), "rest": self.b(h)}
+
+
+class WithConstants(TwoOutputs):
+    def forward(self, x: Tensor) -> dict[str, Tensor | float | None]:  # type: ignore[override]
+        return super().forward(x) | {"loss": None, "temperature": 2.0}
+
+
+def test_constants_among_the_outputs_go_to_a_plain_function_too():
+    def loss(outputs, y):
+        assert outputs["loss"] is None
+        return loss_of_two(outputs, y) / outputs["temperature"]
+
+    task = Problem(gaussian(6, 4), LABELS, split(WithConstants(), ["a"]), loss, as_given)
+    found = task.loss.value(task.blocks.forward(task.initial([0]), task.x[None]), LABELS[None])
+    torch.testing.assert_close(found[0], loss(WithConstants()(task.x), LABELS))
 
 
 def loss_of_two(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
