@@ -288,7 +288,7 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         is_variable = _has_gradient if by_gradient else _is_floating
         crossing.learn(returned[0], returned[-1], samples, number, is_variable)
         if number == len(blocks):
-            _check_constants(*returned[:: len(returned) - 1 or 1])
+            _check_constants(returned[0], returned[-1])
         if number == len(blocks) and not crossing.has_samples:
             shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
             raise ValueError(

@@ -362,6 +362,7 @@ def test_the_first_block_that_differs_is_named(monkeypatch):
     """Of a layer that the blocks would evaluate wrongly, whatever it is."""
     monkeypatch.setattr("admm.layers.ReLULayer.forward", lambda self, theta, x, inplace, training: x)
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.constant_(network[1].bias, -10.0)
     with pytest.raises(ValueError, match=r"network: in evaluation mode block 2, \['1', '2'\], has other outputs"):
         problem(network, per_layer=True)
 

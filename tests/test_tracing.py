@@ -109,6 +109,34 @@ class OfAll(Base):
         return self.last(self.d(self.c(h).tanh()) * mean)
 
 
+class Pair(Base):
+    """Two inputs per sample, joined on the samples' axis or not; the crossing activations are the same."""
+
+    def __init__(self, is_joined: bool) -> None:
+        super().__init__()
+        self.is_joined = is_joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x[:, :4], x[:, 4:]
+        h = self.a(torch.cat([one, other]) if self.is_joined else torch.stack([one, other], 1))
+        return self.last(torch.stack(torch.tensor_split(h.tanh(), 2)).prod(0) if self.is_joined else h.tanh().prod(1))
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+def test_stored_variables_are_those_of_their_samples_wherever_these_are(sweep):
+    """Rows of one sample that are far apart would be another's in the next mini-batch."""
+    results = []
+    for is_joined in (False, True):
+        blocks = split(Pair(is_joined), ["a"])
+        task = Problem(gaussian(6, 8), LABELS, blocks, CrossEntropy(), as_given)
+        optimizer = BlockADMM(3, 0.1, batch_size=2, sweep=sweep, forward_mixing=0.1, theta_update=SGD())
+        state = optimizer.init(task, [0])
+        for _ in range(3):
+            optimizer.step(task, state)
+        results.append(state.theta.flat)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
 class Tuples(nn.Module):
     def __init__(self) -> None:
         super().__init__()
