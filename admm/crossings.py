@@ -48,6 +48,9 @@ class Crossing:
         self._places: tuple[_Place, ...] = (_Place(0),)
         self.shapes: list[torch.Size] = []  # of the variables, those of the samples that were learned from
         self._others: list[Any] = []  # the other leaves of these samples
+        self._samples = 1  # their number
+        # The variables' shapes by that of the coupling variable, as the blocks may see samples of several shapes.
+        self._shapes_of: dict[torch.Size, list[torch.Size]] = {}
 
     def learn(self, value: Any, fewer: Any, samples: int, number: int, is_variable: Callable[[Any], bool]) -> None:
         """Find out which leaves are variables, and which of their axes is that of the samples.
@@ -80,7 +83,8 @@ class Crossing:
         self.shapes = [leaf.shape for leaf, _ in pairs]
         self._others = [leaf for leaf in leaves if not is_variable(leaf)]
         is_one = len(leaves) == 1 and self._places == (_Place(0),) and leaves[0].shape[0] == samples
-        self.is_known, self.is_plain = True, is_one
+        self.is_known, self.is_plain, self._samples = True, is_one, samples
+        self._shapes_of[self.pack(value, samples)[0].shape[1:]] = self.shapes
 
     def fits(self, value: Any, is_variable: Callable[[Any], bool]) -> bool:
         """Whether what a block returns has the structure and the variables that `learn` has seen."""
@@ -124,9 +128,14 @@ class Crossing:
         return pytree.tree_unflatten(leaves, self._spec)
 
     def outputs(self, z: Tensor) -> Any:
-        """Return the network's outputs, a structure of tensors [n, ...], of what `pack` has made of them."""
-        shapes = [torch.Size((len(z), *shape[1:])) for shape in self.shapes]
-        return self.unpack(z, (shapes, self._others))
+        """Return the network's outputs for n samples, a structure of tensors, of what `pack` has made of them."""
+        shapes = zip(self._shapes_of[z.shape[1:]], self._places, strict=True)
+        return self.unpack(z, ([self._resized(shape, place.axis, len(z)) for shape, place in shapes], self._others))
+
+    def _resized(self, shape: torch.Size, axis: int | None, samples: int) -> torch.Size:
+        """Return the shape, for so many samples, of an output with an axis of samples."""
+        assert axis is not None
+        return torch.Size((*shape[:axis], shape[axis] // self._samples * samples, *shape[axis + 1 :]))
 
     def _sorted(self, leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
         pairs = list(zip(leaves, self._is_variable, strict=True))

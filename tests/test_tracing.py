@@ -563,6 +563,33 @@ class TwoOutputs(Base):
         return {"classes": self.last(h), "rest": self.b(h)}
 
 
+class Tagger(nn.Module):
+    """Scores of each token, with the samples second, and one of each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.layer = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.layer(self.embedding(x.T).tanh())
+        return z, z.mean(0)
+
+
+def test_several_outputs_have_the_shapes_of_the_samples_they_are_of():
+    """The blocks see shorter texts, and then longer ones."""
+
+    def loss(outputs, y):
+        return outputs[0].square().sum((0, 2)) + functional.cross_entropy(outputs[1], y, reduction="none")
+
+    blocks, tokens = split(Tagger(), ["embedding"]), torch.arange(48).view(6, 8) % 9
+    tasks = [Problem(tokens[:, :length], LABELS, blocks, loss, as_given) for length in (5, 8)]
+    for task in tasks:
+        found = task.loss.value(task.blocks.forward(task.initial([0]), task.x[None]), LABELS[None])
+        torch.testing.assert_close(found[0], loss(Tagger()(task.x), LABELS))
+
+
 class WithConstants(TwoOutputs):
     def forward(self, x: Tensor) -> dict[str, Tensor | float | None]:  # type: ignore[override]
         return super().forward(x) | {"loss": None, "temperature": 2.0}
