@@ -27,8 +27,9 @@ lint: env ## ruff, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-figures: env ## redraw every figure and the README's tables from results/ alone
+figures: env ## redraw every figure and the tables of README and docs/ from results/ alone
 	$(BIN)/python -m scripts.figures
+	$(BIN)/python -m scripts.benchmarks.performance_page
 
 results-page: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
 	$(BIN)/python -m scripts.results_page
@@ -44,9 +45,10 @@ reproduce: env ## run every experiment that has not been run, then figures and t
 reproduce-gpu: ## the same on a GPU, Figure 7 at full size
 	$(MAKE) reproduce ARGS="--full device=cuda $(ARGS)"
 
-bench: env ## measure speed and memory into results/bench.csv (on an idle machine)
+bench: env ## measure speed and memory into results/bench.csv, on an idle machine (ARGS="--against OLD", docs/performance.md)
 	$(BIN)/python -m scripts.benchmarks.bench
 	$(BIN)/python -m scripts.benchmarks.bench_rivals
+	$(BIN)/python -m scripts.benchmarks.bench_speed $(ARGS)
 
 clean: ## remove .venv and caches, keep data/, results/ and outputs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

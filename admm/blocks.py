@@ -1,13 +1,13 @@
 """A network cut into blocks, and S stacked replicas of each block evaluated at once.
 
-Shapes: S replicas, n samples, d features. A block maps `z_Snd` [S, n, d] to [S, n, d']; its parameters are
-views into one flat tensor [S, P], so that an optimizer updates a whole network in one call.
+Shapes: S replicas, n samples, d features. A block maps `z_Snd` [S, n, d] to [S, n, d']; of each of its parameters there
+is one per replica, [S, *shape].
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, overload
@@ -71,7 +71,7 @@ class Block:
             theta: the block's parameters by layer, those of the evaluation.
             record: what `linearize` has returned with the output.
             grad_output: the vector, often the derivative of a loss with respect to the output.
-            grad_params: where the product with respect to the parameters, summed over the samples, is written to. If
+            grad_params: where the product with respect to the parameters, summed over the samples, is put, by layer. If
                 given, running statistics in `theta` take the values that the evaluation in training gave them.
             needs_input_grad: whether the product with respect to the input is needed.
             retain_graph: whether the record is needed again; else its activations are freed on the way.
@@ -113,41 +113,48 @@ class Block:
 
 @dataclass(frozen=True)
 class Parameters:
-    """A network's parameters for S replicas, by block and layer, as views of one flat tensor.
+    """A network's parameters for S replicas.
+
+    Each is one contiguous tensor, so that products and updates of all replicas need no copy.
 
     Args:
-        flat: all trained parameters [S, P].
+        stacks: each trained parameter [S, *shape], by its name in the network, in the order of the blocks.
         buffers: all buffers that may be statistics, such as those of batch normalisation, [S, B].
-        blocks: views of both, by block, layer and name. A parameter that several blocks share is in each of them.
+        blocks: the same tensors, and views of the buffers, by block, layer and name in the layer. A parameter that
+            several blocks share is in each of them.
     """
 
-    flat: Tensor
+    stacks: dict[str, Tensor]
     buffers: Tensor
     blocks: list[list[ParamDict]]
 
+    @property
+    def replicas(self) -> int:
+        """The number S of replicas."""
+        return len(self.buffers)
 
-@dataclass(frozen=True)
-class Gradient:
-    """The gradient by all parameters of S replicas, which `Block.vjp` writes by block.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the trained parameters."""
+        return next(iter(self.stacks.values()), self.buffers).dtype
 
-    Args:
-        flat: [S, P + E]; the last E columns are for parameters that a block shares with one before it.
-        blocks: views, by block, layer and name.
-        shared: pairs of the columns of a shared parameter in the first block and in a further one.
-    """
+    def flat(self) -> Tensor:
+        """Return all trained parameters in one new tensor [S, P]."""
+        return flattened(self.stacks.values()) if self.stacks else self.buffers.new_empty(self.replicas, 0)
 
-    flat: Tensor
-    blocks: list[list[ParamDict]]
-    shared: Sequence[tuple[slice, slice]]
+    def fill(self, flat: Tensor) -> None:
+        """Overwrite all trained parameters by those of a tensor [S, P], or [P] for all replicas.
 
-    def total(self) -> Tensor:
-        """Return the gradient [S, P], with the sum over the blocks for shared parameters.
-
-        Before the next call each block must be written again.
+        Raises RuntimeError for another P.
         """
-        for first, further in self.shared:
-            self.flat[:, first] += self.flat[:, further]
-        return self.flat[:, : self.shared[0][1].start] if self.shared else self.flat
+        sizes = [stack[0].numel() for stack in self.stacks.values()]
+        for stack, values in zip(self.stacks.values(), flat.split(sizes, -1), strict=True):
+            stack.copy_(values.reshape(-1, *stack.shape[1:]))
+
+
+def flattened(stacks: Iterable[Tensor]) -> Tensor:
+    """Return tensors [S, *shape] of the same S joined to one, [S, P]."""
+    return torch.cat([stack.flatten(1) for stack in stacks], 1)
 
 
 class Blocks(Sequence[Block]):
@@ -194,9 +201,8 @@ class Blocks(Sequence[Block]):
         self._layout = layout(network, [part.layers or (part.module,) for part in parts])
         self.dtype = self._layout.dtype
         self._blocks = tuple(self._block(t, part) for t, part in enumerate(parts, start=1))
-        for option, value in (("precision", "bf16"), ("compile", True)):
-            if getattr(self.execution, option) == value and not any(block.is_autograd for block in self._blocks):
-                raise ValueError(f"{option}: {value} is for other layers than linear, ReLU and flatten; there are none")
+        if self.execution.precision == "bf16" and self.are_known_layers:
+            raise ValueError("precision: bf16 is for other layers than linear, ReLU and flatten; there are none")
 
     def _block(self, t: int, part: Part) -> Block:
         if part.layers:
@@ -218,6 +224,11 @@ class Blocks(Sequence[Block]):
     def __getitem__(self, t: int | slice) -> Block | tuple[Block, ...]:
         return self._blocks[t]
 
+    @property
+    def are_known_layers(self) -> bool:
+        """Whether all layers are linear, ReLU or flatten, so that none is evaluated by autograd."""
+        return not any(block.is_autograd for block in self)
+
     def with_dtype(self, dtype: torch.dtype) -> Blocks:
         """Return the blocks of a copy of the network with all its tensors of floating point in this type."""
         if dtype not in self._in_other_types:
@@ -230,21 +241,41 @@ class Blocks(Sequence[Block]):
         return Blocks(self.network, self._cut, execution, self.crossings)
 
     def parameters(self, flat: Tensor, buffers: Tensor | None = None) -> Parameters:
-        """Return views, by block and layer, of flat tensors [S, P] and [S, B], or of the parameters alone.
+        """Return copies of parameters [S, P], with the buffers [S, B], which are not copied, or without any.
 
         Raises RuntimeError where P or B is less than the network has.
         """
-        flats = {"parameters": flat} | ({} if buffers is None else {"buffers": buffers})
-        return Parameters(flat, flat[:, :0] if buffers is None else buffers, self._layout.views(flats))
+        views = self._layout.views("parameters", flat)
+        stacks = {path: view.clone(memory_format=torch.contiguous_format) for path, view in views.items()}
+        tensors: dict[Kind, dict[str, Tensor]] = {"parameters": stacks}
+        if buffers is not None:
+            tensors["buffers"] = self._layout.views("buffers", buffers)
+        return Parameters(stacks, flat[:, :0] if buffers is None else buffers, self._layout.by_layer(tensors))
 
-    def gradient(self, theta: Parameters) -> Gradient:
-        """Return a gradient of which no entry is set yet."""
-        flat = theta.flat.new_empty(len(theta.flat), self._layout.gradient_size)
-        return Gradient(flat, self._layout.views({"gradient": flat}), self._layout.shared)
+    def gradient(self) -> list[list[ParamDict]]:
+        """Return a place for the gradient by the parameters of each block and layer, which `Block.vjp` fills."""
+        return [[{} for _ in block.layers] for block in self]
+
+    def total(self, gradient: Sequence[Sequence[ParamDict]], blocks: Sequence[int] | None = None) -> list[Tensor]:
+        """Return a gradient by parameter, in the order of `Parameters.stacks`.
+
+        It is the sum over the blocks for a shared parameter. `blocks` are the places of some blocks, for the parameters
+        of these alone.
+        """
+        return list(self._layout.by_path(gradient, range(len(self)) if blocks is None else blocks).values())
+
+    @property
+    def shared_parameters(self) -> frozenset[str]:
+        """The names, in the network, of parameters that several blocks or layers have."""
+        return self._layout.shared
 
     def parameter_slices(self) -> dict[str, slice]:
         """Return the columns of [S, P] that each trained parameter has, by its name in the network."""
-        return dict(self._layout.columns["parameters"])
+        return self._layout.columns("parameters")
+
+    def numbers_of_parameters(self) -> dict[str, int]:
+        """Return the number, counted from 1, of the first block that each trained parameter is in, by its name."""
+        return self._layout.numbers()
 
     @property
     def shared_buffers(self) -> frozenset[str]:
@@ -280,7 +311,7 @@ class Blocks(Sequence[Block]):
 
     def flatten(self, network: nn.Module, kind: Kind = "parameters") -> Tensor:
         """Return the parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""
-        tensors = [self._layout.tensor(network, kind, path).flatten() for path in self._layout.columns[kind]]
+        tensors = [self._layout.tensor(network, kind, path).flatten() for path in self._layout.shapes[kind]]
         dtype = common([tensor.dtype for tensor in tensors]) or self.dtype
         dtype = dtype if kind == "parameters" else wide(dtype)
         return torch.cat([torch.empty(0, dtype=dtype), *(tensor.to(dtype) for tensor in tensors)])
@@ -296,20 +327,22 @@ class Blocks(Sequence[Block]):
 
         x may be a tuple or a dictionary of such tensors. Several outputs are joined, see `admm.crossings`.
         """
-        for output in self.outputs(theta, x, evaluation(len(theta.flat))):
+        for output in self.outputs(theta, x, evaluation(theta.replicas)):
             x = output
         return x  # type: ignore[no-any-return]
 
     def export(self, theta: Parameters, replica: int = 0) -> nn.Module:
         """Return a copy of the network with the parameters and buffers of one replica, in evaluation mode."""
         network = copy.deepcopy(self.network).eval()
-        if theta.flat.dtype != self.dtype:
-            network.to(theta.flat.dtype)
-        flats: dict[Kind, Tensor] = {"parameters": theta.flat, "buffers": theta.buffers}
-        for kind, flat in flats.items():
-            for path, columns in self._layout.columns[kind].items():
-                tensor = self._layout.tensor(network, kind, path)
-                tensor.copy_(flat[replica, columns].view(tensor.shape))
+        if theta.dtype != self.dtype:
+            network.to(theta.dtype)
+        tensors: dict[Kind, dict[str, Tensor]] = {
+            "parameters": theta.stacks,
+            "buffers": self._layout.views("buffers", theta.buffers),
+        }
+        for kind, stacks in tensors.items():
+            for path, stack in stacks.items():
+                self._layout.tensor(network, kind, path).copy_(stack[replica])
         return network
 
 
@@ -362,7 +395,7 @@ def split(
     >>> from admm.models import initialiser
     >>> x = torch.zeros(5, 784)
     >>> theta = blocks.initial([0, 1], initialiser("pytorch"), like=x)
-    >>> theta.flat.shape, blocks.forward(theta, x.expand(2, 5, 784)).shape
+    >>> theta.flat().shape, blocks.forward(theta, x.expand(2, 5, 784)).shape
     (torch.Size([2, 118282]), torch.Size([2, 5, 10]))
 
     A network that is no chain, with a skip connection over the cut:

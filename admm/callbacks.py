@@ -116,7 +116,7 @@ class EarlyStopping:
         return (rows[best] if rows else None), False
 
     def _keep(self, theta: Parameters, replica: int) -> None:
-        tensors = [theta.flat, theta.buffers]
+        tensors = [theta.flat(), theta.buffers]
         if not self._kept:
             self._kept = [tensor.clone() for tensor in tensors]
         for kept, tensor in zip(self._kept, tensors, strict=True):

@@ -37,12 +37,14 @@ class History:
         rows: one per evaluation and replica, with `iteration`, `replica`, `seed`, `seconds` (of training alone, for the
             whole stack), what `measure` returns (see `admm.training.train`), and the optimizer's diagnostics.
         seconds: the time of all steps.
+        compile_seconds: the time beside it that compiling has taken, see `admm.layers.Execution`.
         diverged: the iteration, by replica, after which its numbers are not all finite. Such a replica has no rows from
             there on, except for that before the first iteration.
     """
 
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     diverged: dict[int, int] = field(default_factory=dict)
 
 
@@ -51,8 +53,8 @@ class History:
 def save(state: Any) -> dict[str, Any]:
     """Return a state, a dataclass, as plain nested dictionaries of tensors and numbers, for `torch.save`.
 
-    The tensors are those of the state, not copies: `Optimizer.step` changes them in place, and with them what was
-    saved. `copy.deepcopy(save(state))` is a copy that stays.
+    Parameters become one new tensor [S, P]. All other tensors are those of the state: `Optimizer.step` changes them in
+    place, and with them what was saved. `copy.deepcopy(save(state))` is a copy that stays.
 
     Raises:
         TypeError: for a value that `restore` could not bring back.
@@ -104,7 +106,7 @@ def _storable(value: Any, name: str) -> Any:
     """Return the value of a field as tensors, numbers, text, lists and dictionaries."""
     match value:
         case Parameters():
-            return [value.flat, value.buffers] if value.buffers.numel() else value.flat
+            return [value.flat(), value.buffers] if value.buffers.numel() else value.flat()
         case Tensor():
             return value.detach()
         case np.generic():
@@ -128,8 +130,12 @@ def _storable(value: Any, name: str) -> Any:
 def _restored(value: Any, saved: Any, name: str) -> Any:
     """Return `value` with what was saved of it: tensors are overwritten in place; an empty value is replaced."""
     if isinstance(value, Parameters):
-        _restored(_storable(value, name), saved, name)
+        flat, buffers = value.flat(), value.buffers
+        _restored([flat, buffers] if buffers.numel() else flat, saved, name)
+        value.fill(flat)
         return value
+    if isinstance(value, list) and value and isinstance(saved, Tensor) and all(isinstance(v, Tensor) for v in value):
+        saved = _unflattened(saved, value)  # a former version kept moments as [S, P]
     if isinstance(value, Tensor):
         shape = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         if shape != list(value.shape):
@@ -158,6 +164,14 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
     return saved
 
 
+def _unflattened(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of a tensor [S, P] in the shapes of others [S, *shape], or itself where it has another P."""
+    sizes, columns = [v[0].numel() for v in like], flat.reshape(len(flat), -1)
+    if columns.shape[1] != sum(sizes):
+        return [flat]
+    return [part.view(-1, *v.shape[1:]) for part, v in zip(columns.split(sizes, 1), like, strict=True)]
+
+
 def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **others: Any) -> dict[str, str]:
     """Return what determines the numbers of a run besides its seeds, as text by name.
 
@@ -171,7 +185,7 @@ def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **oth
     values |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
     values |= {"loss": problem.loss, "augmentation": problem.augmentation, "samples": problem.n_samples}
     values |= dict(zip(("x", "y"), problem.data.examples, strict=True)) | others
-    flat = state.theta.flat.double()
+    flat = state.theta.flat().double()
     start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
     few = tree_map(lambda leaf: leaf[None, :2].expand(len(flat), *leaf[:2].shape), problem.data.examples[0])
     outputs = problem.blocks.forward(state.theta, few)[0].abs().double().mean().item()

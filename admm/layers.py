@@ -58,7 +58,7 @@ class Layer(ABC):
             theta: the parameters and buffers of the evaluation.
             saved: what `linearize` has returned with the output.
             grad_output: [S, n, ...].
-            grad_params: where the product with respect to the parameters, summed over the samples, is written to; None
+            grad_params: where the product with respect to each parameter, summed over the samples, is put by name; None
                 if it is not needed. If given, running statistics that `linearize` has updated in training are written
                 to `theta`.
             needs_input_grad: whether the product with respect to x is needed.
@@ -92,13 +92,9 @@ class LinearLayer(Layer):
     ) -> Tensor | None:
         rows = grad_output.flatten(1, -2)
         if grad_params is not None:
-            weight, inputs = grad_params["weight"], saved.flatten(1, -2)
-            if weight.is_contiguous() or weight.device.type != "cpu":
-                torch.bmm(rows.mT, inputs, out=weight)
-            else:  # bmm would compute one product per replica, which is slower than this copy
-                weight.copy_(torch.bmm(rows.mT, inputs))
-            if "bias" in grad_params:
-                torch.sum(rows, 1, out=grad_params["bias"])
+            grad_params["weight"] = torch.bmm(rows.mT, saved.flatten(1, -2))
+            if "bias" in theta:
+                grad_params["bias"] = rows.sum(1)
         return torch.bmm(rows, theta["weight"]).view(saved.shape) if needs_input_grad else None
 
 
@@ -149,12 +145,14 @@ class FlattenLayer(Layer):
 
 @dataclass(frozen=True)
 class Execution:
-    """Options for the evaluation of blocks that have other layers than linear, ReLU and flatten.
+    """Options for the evaluation of blocks; all but `compile` are for other layers than linear, ReLU and flatten.
 
     Args:
         precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling
             variables and gradients keep their type.
-        compile: whether blocks are evaluated by `torch.compile`.
+        compile: whether `torch.compile` is used: for each visit of a mini-batch as a whole where all layers are linear,
+            ReLU and flatten, for the evaluations of blocks where others are among them. "auto" compiles visits, in runs
+            of so many steps that the compiler's time, ten seconds or so, is won back.
         channels_last: whether images are in that memory format, except on a CPU in blocks with a strided 1×1
             convolution.
         recompute: whether Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters'
@@ -165,12 +163,14 @@ class Execution:
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     channels_last: bool = True
     recompute: bool = True
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("fp32", "bf16"))
+        if self.compile not in (False, True, "auto"):
+            raise ValueError(f"compile: {self.compile!r} is not one of False, True, auto")
 
 
 class ModuleLayer(Layer):
@@ -208,8 +208,8 @@ class ModuleLayer(Layer):
         self.hands_on_arguments, self.casts = hands_on_arguments, casts or {}
         self.overwrites_inputs, self.is_random = True, True  # until `admm.comparison` has seen what it does
         # fullgraph: what cannot be compiled is an error.
-        self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile else self._evaluate
-        self._settings = _compiler_settings if execution.compile else nullcontext
+        self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile is True else self._evaluate
+        self._settings = _compiler_settings if execution.compile is True else nullcontext
         self._parameter_names = {name for kind, name, _ in tensors_of(module) if kind == "parameters"}
         self._shared: dict[torch.device, ParamDict] = {}
         self.pinned = pinned_modules(module)
@@ -237,17 +237,20 @@ class ModuleLayer(Layer):
         needs_input_grad: bool,
         retain_graph: bool,
     ) -> Tensor | None:
-        grad_x = []
+        grad_x, replicas = list[Tensor](), list[list[Tensor]]()
+        names = [name for name in theta if name in self._parameter_names] if grad_params is not None else []
         for s, (views, x, output) in enumerate(saved):
-            inputs = [views[name] for name in grad_params or ()] + ([x] if needs_input_grad else [])
+            inputs = [views[name] for name in names] + ([x] if needs_input_grad else [])
             gradients = self._gradients(output, inputs, grad_output[s], retain_graph)
             if needs_input_grad:
                 grad_x.append(gradients.pop())
+            replicas.append([g.to_dense() if g.is_sparse else g for g in gradients])
             if grad_params is not None:
-                for name, gradient in zip(grad_params, gradients, strict=True):
-                    grad_params[name][s].copy_(gradient.to_dense() if gradient.is_sparse else gradient)
                 for name in theta.keys() - self._parameter_names:
                     theta[name][s].copy_(views[name])
+        if grad_params is not None:
+            for name, gradients in zip(names, map(list, zip(*replicas, strict=True)), strict=True):
+                grad_params[name] = _stack(gradients).to(theta[name].dtype)
         return _stack(grad_x) if needs_input_grad else None
 
     def _gradients(
@@ -350,9 +353,14 @@ def _compiler_settings() -> Iterator[None]:
     except Exception as error:
         if not any(sign in str(error) for sign in _NO_COMPILER):
             raise
-        raise ValueError(
-            "compile: torch.compile finds no working compiler; install one, such as g++, or take compile=False"
-        ) from None
+        raise ValueError(f"compile: {compiler_error(error)}") from None
+
+
+def compiler_error(error: Exception) -> str:
+    """Return what an error of `torch.compile` says, in words where PyTorch has found no compiler."""
+    if any(sign in str(error) for sign in _NO_COMPILER):
+        return "torch.compile finds no working compiler; install one, such as g++, or take compile=False"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def _is_strided_pointwise(module: nn.Module) -> bool:

@@ -1,11 +1,13 @@
-"""The places of a network's tensors in flat tensors, one row per replica."""
+"""Where a network's tensors are in its blocks, and in flat tensors with one row per replica."""
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate, pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,52 +17,70 @@ from admm.layers import ParamDict, tensors_of
 Kind = Literal["parameters", "buffers"]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of a layer: its name in the layer, and its columns in each flat tensor."""
+class _Entry(NamedTuple):
+    """A tensor of a layer: its kind, its name in the layer, its path in the network, and its type there."""
 
-    name: str
     kind: Kind
-    shape: torch.Size
+    name: str
+    path: str
     dtype: torch.dtype
-    columns: dict[str, slice]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of the tensors of all blocks.
+    """The tensors of all blocks.
 
     Attributes:
-        columns: by kind, the columns of each tensor by its path in the network.
-        shared: pairs of the columns, in a gradient, of a shared parameter in the first block and in a further one.
+        shapes: by kind, the shape of each tensor by its path in the network, in the order of the blocks.
+        shared: the paths of parameters that several layers have.
         shared_buffers: the paths of buffers that several layers have.
-        gradient_size: the columns of a gradient, P and those of shared parameters in further blocks.
         dtype: the common type of the parameters.
         statistics_dtype: that of the buffers.
     """
 
-    columns: dict[Kind, dict[str, slice]]
-    shared: list[tuple[slice, slice]]
+    shapes: dict[Kind, dict[str, torch.Size]]
+    shared: frozenset[str]
     shared_buffers: frozenset[str]
-    gradient_size: int
     dtype: torch.dtype
     statistics_dtype: torch.dtype
     _entries: list[list[list[_Entry]]]
 
-    def views(self, flats: Mapping[str, Tensor]) -> list[list[ParamDict]]:
-        """Return views [S, *shape] of flat tensors, by block, layer and name.
+    def columns(self, kind: Kind) -> dict[str, slice]:
+        """Return the columns of each tensor in a flat tensor, by its path."""
+        ends = accumulate((shape.numel() for shape in self.shapes[kind].values()), initial=0)
+        return {path: slice(*pair) for path, pair in zip(self.shapes[kind], pairwise(ends), strict=True)}
+
+    def views(self, kind: Kind, flat: Tensor) -> dict[str, Tensor]:
+        """Return views [S, *shape] of a tensor [S, P] or [S, B], by path. Raises RuntimeError where it is short."""
+        columns = self.columns(kind)
+        return {path: flat[:, columns[path]].view(-1, *shape) for path, shape in self.shapes[kind].items()}
+
+    def by_layer(self, tensors: Mapping[Kind, Mapping[str, Tensor]]) -> list[list[ParamDict]]:
+        """Return tensors, given by kind and path, by block, layer and name in the layer."""
+        return [
+            [{e.name: tensors[e.kind][e.path] for e in layer if e.kind in tensors} for layer in block]
+            for block in self._entries
+        ]
+
+    def by_path(self, gradient: Sequence[Sequence[ParamDict]], of: Sequence[int]) -> dict[str, Tensor]:
+        """Return the sum over some blocks of a gradient that is given by block, layer and name, by path.
 
         Args:
-            flats: flat tensors by name: "parameters" [S, P], "buffers" [S, B], "gradient" [S, `gradient_size`].
+            gradient: of each parameter in these blocks [S, *shape].
+            of: the places of the blocks.
         """
+        total: dict[str, Tensor] = {}
+        for t in of:
+            for entries, views in zip(self._entries[t], gradient[t], strict=True):
+                for e in entries:
+                    if e.kind == "parameters":
+                        total[e.path] = total[e.path] + views[e.name] if e.path in total else views[e.name]
+        return total
 
-        def of_layer(entries: list[_Entry]) -> ParamDict:
-            places = (
-                (e, flats[flat], columns) for e in entries for flat, columns in e.columns.items() if flat in flats
-            )
-            return {e.name: flat[:, columns].view(len(flat), *e.shape) for e, flat, columns in places}
-
-        return [[of_layer(entries) for entries in block] for block in self._entries]
+    def numbers(self) -> dict[str, int]:
+        """Return the number, counted from 1, of the first block of each parameter, by path."""
+        numbered = [(e, t) for t, block in enumerate(self._entries, start=1) for layer in block for e in layer]
+        return {e.path: t for e, t in reversed(numbered) if e.kind == "parameters"}
 
     def casts(self, t: int) -> dict[str, torch.dtype]:
         """Return the types of the tensors of block t, one layer, that are stored in another type, by name."""
@@ -81,34 +101,19 @@ def layout(network: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Layout:
     # A block has further tensors where a forward uses attributes that are neither parameters nor buffers: constants.
     owned = [[[(k, n, v) for k, n, v in tensors_of(layer) if id(v) in paths] for layer in layers] for layers in blocks]
     tensors = [(kind, paths[id(v)], v) for layers in owned for layer in layers for kind, _, v in layer]
-    columns: dict[Kind, dict[str, slice]] = {"parameters": {}, "buffers": {}}
-    ends: dict[Kind, int] = {"parameters": 0, "buffers": 0}
-    again: dict[Kind, list[str]] = {"parameters": [], "buffers": []}
+    shapes: dict[Kind, dict[str, torch.Size]] = {"parameters": {}, "buffers": {}}
     for kind, path, tensor in tensors:
-        if path not in columns[kind]:
-            columns[kind][path] = slice(ends[kind], ends[kind] + tensor.numel())
-            ends[kind] += tensor.numel()
-        else:
-            again[kind].append(path)
-    shared, end = [], ends["parameters"]
-    for path in again["parameters"]:
-        first = columns["parameters"][path]
-        shared.append((first, slice(end, end + first.stop - first.start)))
-        end = shared[-1][1].stop
-    further, seen = iter(shared), set[str]()
-
-    def entry(kind: Kind, name: str, tensor: Tensor) -> _Entry:
-        path = paths[id(tensor)]
-        places: dict[str, slice] = {kind: columns[kind][path]}
-        if kind == "parameters":
-            places["gradient"] = next(further)[1] if path in seen else columns[kind][path]
-            seen.add(path)
-        return _Entry(name, kind, tensor.shape, tensor.dtype, places)
-
-    entries = [[[entry(*tensor) for tensor in layer] for layer in layers] for layers in owned]
+        shapes[kind][path] = tensor.shape
+    found = Counter((kind, path) for kind, path, _ in tensors)
+    shared, shared_buffers = (
+        frozenset(path for (of, path), count in found.items() if of == kind and count > 1) for kind in shapes
+    )
+    entries = [
+        [[_Entry(kind, name, paths[id(v)], v.dtype) for kind, name, v in layer] for layer in layers] for layers in owned
+    ]
     dtype = common(v.dtype for kind, _, v in tensors if kind == "parameters") or torch.get_default_dtype()
     statistics = wide(common(v.dtype for kind, _, v in tensors if kind == "buffers") or dtype)
-    return Layout(columns, shared, frozenset(again["buffers"]), end, dtype, statistics, entries)
+    return Layout(shapes, shared, shared_buffers, dtype, statistics, entries)
 
 
 def common(types: Iterable[torch.dtype]) -> torch.dtype | None:

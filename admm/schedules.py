@@ -46,6 +46,15 @@ class Schedule:
         weight = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
         return self.end + (self.start - self.end) * weight
 
+    def table(self, progress: Sequence[float], replicas: int) -> float | Tensor:
+        """Return the values for each progress and replica, [K, S] in float64, or the float that all are."""
+        values = [self(p) for p in progress]
+        if isinstance(values[0], float) and type(self) is Schedule and self.start == self.end:
+            return values[0]
+        if isinstance(values[0], float):
+            return torch.tensor(values, dtype=torch.float64).unsqueeze(1).expand(-1, replicas)
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(replicas) for value in values])
+
 
 @dataclass(frozen=True)
 class OwnSchedule(Schedule):

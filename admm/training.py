@@ -86,8 +86,8 @@ def _scores(problem: Problem, theta: Parameters, samples: Samples) -> dict[str, 
     totals: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     spread = _Spread(problem, samples)
-    for x, y in _chunks(samples, len(theta.flat)):
-        z = problem.blocks.forward(theta, expand(x, len(theta.flat)))
+    for x, y in _chunks(samples, theta.replicas):
+        z = problem.blocks.forward(theta, expand(x, theta.replicas))
         for name, (values, counted) in _sample_scores(problem, z, y).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
             counts[name] = counts.get(name, 0.0) + counted.sum(dtype=torch.float64)
@@ -176,9 +176,9 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Any, labels: Tensor) -> Tenso
     It is NaN for no samples.
     """
     samples = Tensors(x, labels)
-    right = torch.zeros(len(theta.flat), device=samples.device)
-    for part, label in _chunks(samples, len(theta.flat)):
-        right += (blocks.forward(theta, expand(part, len(theta.flat))).argmax(2) == label).sum(1)
+    right = torch.zeros(theta.replicas, device=samples.device)
+    for part, label in _chunks(samples, theta.replicas):
+        right += (blocks.forward(theta, expand(part, theta.replicas)).argmax(2) == label).sum(1)
     return 100.0 * right / samples.n
 
 
@@ -301,7 +301,9 @@ def train(
         while (
             not (stopped or interrupt.has_come) and state.iteration < iterations and not _all_diverged(history, state)
         ):
+            compiling = problem.compiled.seconds
             history.seconds += timed_step(problem, optimizer, state)
+            history.compile_seconds += problem.compiled.seconds - compiling
             if state.iteration == iterations or state.iteration % evaluate_every == 0:
                 stopped = stops(evaluation())
             if path is not None and time.monotonic() - last_write >= checkpoint_seconds:
@@ -368,15 +370,15 @@ def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> N
 
 
 def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) -> float:
-    """Do one iteration and return its seconds; `state` then is what the step has returned.
+    """Do one iteration and return its seconds without those of compiling; `state` then is what the step has returned.
 
     Raises TypeError where that is no state, and ValueError where the iteration is not counted.
     """
     _synchronize(problem.device)
-    start, iteration = time.perf_counter(), state.iteration
+    start, iteration, compiling = time.perf_counter(), state.iteration, problem.compiled.seconds
     returned = optimizer.step(problem, state)
     _synchronize(problem.device)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - (problem.compiled.seconds - compiling)
     if type(returned) is not type(state):
         raise TypeError(
             f"optimizer: the step of {type(optimizer).__name__} returns a {type(returned).__name__}, expected the "
@@ -398,7 +400,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _record(state: State, values: dict[str, Tensor], history: History) -> list[Row]:
     """Append the rows of an evaluation to the history, but for diverged replicas, and return them."""
-    finite = torch.isfinite(state.theta.flat).all(1) & torch.isfinite(values["train_loss"])
+    finite = torch.isfinite(state.theta.flat()).all(1) & torch.isfinite(values["train_loss"])
     table = {name: value.tolist() for name, value in values.items()}
     rows = []
     for replica, seed in enumerate(state.seeds):

@@ -48,7 +48,8 @@ KINDS: dict[str, Kind] = {  # of values that no other check names by these keys
     "evaluate_every": whole_number(1),
     "threads": or_null(whole_number(1, 1024)),  # far more end the process without a word
     "checkpoint_seconds": FROM_0,
-    **dict.fromkeys(("compile", "channels_last", "recompute", "progress", "force"), YES_OR_NO),
+    "compile": ("true, false or auto", lambda value: type(value) is bool or value == "auto"),
+    **dict.fromkeys(("channels_last", "recompute", "progress", "force"), YES_OR_NO),
     **dict.fromkeys(("results", "outputs", "dataset.root"), FOLDER),
     "other_code": among(OTHER_CODE),
     "precision": among(PRECISIONS),
@@ -103,9 +104,11 @@ def check_place() -> None:
 
 def check_row(config: DictConfig, launch: Launch) -> None:
     """Raises ValueError for a name that would be read as another one, for a row of another optimizer or experiment, and
-    for another task than the experiment's."""
+    for another task or baseline than the experiment's."""
     if any(key_of(override) == "task" for override in launch.overrides):
         raise ValueError("task: is the experiment's own; take an experiment with another task, such as memory")
+    if any(key_of(override) == "report.baseline" for override in launch.overrides):
+        raise ValueError(f"report.baseline: is read from conf/experiment/{launch.experiment}.yaml; change it there")
     for key, name in (("experiment", launch.experiment), ("optimizer", launch.method)):
         if "/" in name:
             raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
@@ -117,6 +120,7 @@ def check_row(config: DictConfig, launch: Launch) -> None:
     table = TableRows.of(launch.experiment, config.get("rows"), launch.conf)
     if launch.row and launch.row not in (*table.listed, *table.others):
         raise ValueError(f"row: {launch.row.name} is no row of experiment={launch.experiment}; {table.in_words()}")
+    table.check_baseline(config.get("report"))
     if config.setting not in (None, launch.setting):
         raise ValueError(
             f"setting: {config.setting} chooses no row with hydra.mode=RUN, nor beside row=…, of {launch.setting}; "

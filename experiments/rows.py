@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
+from typing import Any
 
 CONF = Path(__file__).parents[1] / "conf"
 DEFAULT = "default"  # the setting of a run without a row: the optimizer's own default values
@@ -76,6 +77,17 @@ class TableRows:
         raise ValueError(
             f"setting: {setting!r} is no row{of_method} in experiment={self.experiment}; {self.in_words()}"
         )
+
+    def check_baseline(self, report: Mapping[str, Any] | None) -> None:
+        """Raises ValueError for a key `baseline` of the experiment's report that is neither a method of these rows nor
+        a row, as <method>-<setting>."""
+        rows = [*self.listed, *self.others]
+        right = dict.fromkeys([*(row.method for row in rows), *(f"{row.method}-{row.setting}" for row in rows)])
+        if report and (baseline := report.get("baseline")) and baseline not in right:
+            raise ValueError(
+                f"report.baseline: {baseline!r} is no method and no row of experiment={self.experiment}; there are "
+                f"{', '.join(right)}"
+            )
 
     def in_words(self) -> str:
         """Return in words which rows there are, for messages."""

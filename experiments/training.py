@@ -128,7 +128,8 @@ def write_start_record(slot: Slot, info: dict[str, Any]) -> None:
 
 def end_record(history: History) -> dict[str, Any]:
     """Return what `run.json` says of the end of a run."""
-    return {"seconds": round(history.seconds, 3), "diverged": history.diverged}
+    seconds = {"seconds": history.seconds, "compile_seconds": history.compile_seconds}
+    return {k: round(v, 3) for k, v in seconds.items() if k == "seconds" or v} | {"diverged": history.diverged}
 
 
 def logger_of(config: DictConfig) -> Guarded:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.launching.failures import failures_end_the_program
 from experiments.reports.base import report_on
 from experiments.reports.searches import plot_ranking
 from experiments.reports.text import print_table
@@ -19,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def main() -> None:
     root = store_of_the_command(__doc__)
-    with failed_writes_in_words():
+    with failures_end_the_program(), failed_writes_in_words():
         redraw(root)
 
 

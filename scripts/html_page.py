@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from admm.files import atomic_write
+from experiments.launching.failures import failures_end_the_program
 from experiments.paths import in_full
 from experiments.reports.html_page import html_page, read_store
 from experiments.store import failed_writes_in_words
@@ -21,10 +22,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.store.is_dir():
         sys.exit(f"error: there is no folder {options.store}; it should be a results store, such as results or outputs")
-    contents = read_store(options.store)
-    text = html_page(contents)
-    with failed_writes_in_words(), atomic_write(options.out, "the page") as part:
-        part.write_text(text, encoding="utf-8")
+    with failures_end_the_program(), failed_writes_in_words():
+        contents = read_store(options.store)
+        text = html_page(contents)
+        with atomic_write(options.out, "the page") as part:
+            part.write_text(text, encoding="utf-8")
     for path, problem in contents.damaged.items():
         print(f"warning: {path} is damaged and left out: {problem}", file=sys.stderr)
     runs, size = f"{len(contents.runs)} runs of {len(contents.by_experiment)} experiments", options.out.stat().st_size

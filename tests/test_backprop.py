@@ -41,13 +41,13 @@ def test_a_rule_is_torch_optim_s(rule, oracle, sizes):
     rng = torch.Generator().manual_seed(0)
     theta = torch.randn(3, 8, dtype=torch.float64, generator=rng)
     expected = [row.clone().requires_grad_() for row in theta]
-    optimizers, moments = [oracle([row]) for row in expected], rule.init(theta)
+    optimizers, moments = [oracle([row]) for row in expected], rule.init([theta])
     for k in range(6):
         gradient = torch.randn(3, 8, dtype=torch.float64, generator=rng)
         before = gradient.clone()
         decay = 0.9**k  # step sizes change along the way
         step = sizes * decay if isinstance(sizes, float) else torch.tensor(sizes, dtype=torch.float64) * decay
-        rule.apply(theta, gradient, moments, step)
+        rule.apply([theta], [gradient], moments, step)
         assert torch.equal(gradient, before)
         for s, (row, optimizer) in enumerate(zip(expected, optimizers, strict=True)):
             set_step(optimizer, (sizes if isinstance(sizes, float) else sizes[s]) * decay)
@@ -92,7 +92,7 @@ def test_training_is_a_plain_pytorch_loop_however_the_network_is_cut(mlp_problem
     for epoch in range(3):
         optimizer.step(problem, state)
         for s in range(len(SEEDS)):
-            torch.testing.assert_close(state.theta.flat[s], expected[s][epoch], rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(state.theta.flat()[s], expected[s][epoch], rtol=1e-8, atol=1e-9)
 
 
 def test_training_of_a_convolutional_network_is_a_plain_pytorch_loop(conv_problem):
@@ -103,7 +103,7 @@ def test_training_of_a_convolutional_network_is_a_plain_pytorch_loop(conv_proble
         optimizer.step(problem, state)
     for s, seed in enumerate(SEEDS):
         expected = plain_training(optimizer, problem, seed, oracle, nn.CrossEntropyLoss(), 2)[-1]
-        torch.testing.assert_close(state.theta.flat[s], expected, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(state.theta.flat()[s], expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_training_of_a_resnet_is_a_plain_pytorch_loop_running_statistics_include
         optimizer.step(problem, state)
     for s, seed in enumerate(SEEDS):
         expected = plain_training(optimizer, problem, seed, oracle, nn.CrossEntropyLoss(), 2)[-1]
-        trained = torch.cat([state.theta.flat[s], state.theta.buffers[s]])
+        trained = torch.cat([state.theta.flat()[s], state.theta.buffers[s]])
         torch.testing.assert_close(trained, expected, rtol=1e-7, atol=1e-8)
 
 

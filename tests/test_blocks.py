@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from admm.blocks import Blocks, Parameters, split
+from admm.blocks import Blocks, Parameters, flattened, split
 from admm.comparison import outputs_of
 from admm.models import initialiser, mlp
 from admm.splitting import layer_names
@@ -104,15 +104,14 @@ def test_pull_back_is_autograd_s(make, shape):
     theta = stack(blocks)
     output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     grad_output = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
-    grad_params = blocks.parameters(torch.full_like(theta.flat, torch.nan))
-    by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, grad_params.blocks[0])
+    grad_params = blocks.gradient()
+    by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, grad_params[0])
     for s in range(len(SEEDS)):
         network, leaf = blocks.export(theta, s).train(), x[s].clone().requires_grad_()
         (network(leaf.clone()) * grad_output[s]).sum().backward()
         torch.testing.assert_close(by_x[s], leaf.grad, rtol=1e-12, atol=1e-12)
-        gradients = [p.grad.flatten() for p in network.parameters()]
-        if gradients:
-            torch.testing.assert_close(grad_params.flat[s], torch.cat(gradients), rtol=1e-12, atol=1e-12)
+        expected = [p.grad for p in network.parameters()]
+        torch.testing.assert_close([g[s] for g in blocks.total(grad_params)], expected, rtol=1e-12, atol=1e-12)
 
 
 @each_network
@@ -121,10 +120,10 @@ def test_pull_back_gives_each_part_alone_and_may_be_repeated(make, shape):
     theta = stack(blocks)
     output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     grad_output = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
-    both, alone = (blocks.parameters(torch.full_like(theta.flat, torch.nan)) for _ in range(2))
-    by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, both.blocks[0])
-    assert blocks[0].vjp(theta.blocks[0], record, grad_output, alone.blocks[0], needs_input_grad=False) is None
-    assert torch.equal(both.flat, alone.flat)
+    both, alone = blocks.gradient(), blocks.gradient()
+    by_x = blocks[0].vjp(theta.blocks[0], record, grad_output, both[0])
+    assert blocks[0].vjp(theta.blocks[0], record, grad_output, alone[0], needs_input_grad=False) is None
+    assert all(map(torch.equal, blocks.total(both), blocks.total(alone)))
     assert torch.equal(blocks[0].vjp(theta.blocks[0], record, grad_output), by_x)
 
 
@@ -132,13 +131,13 @@ def test_pull_back_gives_each_part_alone_and_may_be_repeated(make, shape):
 def test_forward_record_and_pull_back_leave_their_arguments_alone(make, shape):
     blocks, x = whole(make()), inputs(*shape)
     theta, x_before = stack(blocks), x.clone()
-    theta_before = theta.flat.clone()
+    theta_before = theta.flat().clone()
     blocks[0].forward(theta.blocks[0], x, Visit(range(len(x))))
     output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
     grad_output, output_before = torch.ones_like(output), output.clone()
-    blocks[0].vjp(theta.blocks[0], record, grad_output, blocks.parameters(theta.flat.clone()).blocks[0])
+    blocks[0].vjp(theta.blocks[0], record, grad_output, blocks.gradient()[0])
     assert torch.equal(x, x_before)
-    assert torch.equal(theta.flat, theta_before)
+    assert torch.equal(theta.flat(), theta_before)
     assert torch.equal(output, output_before)
     assert torch.equal(grad_output, torch.ones_like(output))
 
@@ -146,15 +145,15 @@ def test_forward_record_and_pull_back_leave_their_arguments_alone(make, shape):
 def test_running_statistics_move_with_the_parameters_gradient_alone():
     blocks, x = whole(NETWORKS["batch normalisation"][0]()), inputs(1, 4, 4)
     theta = stack(blocks)
-    before, gradient = theta.buffers.clone(), blocks.parameters(torch.empty_like(theta.flat))
-    assert theta.buffers.shape == (3, 5) and gradient.buffers.shape == (3, 0)
+    before, gradient = theta.buffers.clone(), blocks.gradient()
+    assert theta.buffers.shape == (3, 5)
     blocks[0].forward(theta.blocks[0], x, Visit(range(len(x))))
     for training in (False, True):
         output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x)), training=training))
         blocks[0].vjp(theta.blocks[0], record, output)
         assert torch.equal(theta.buffers, before)
         for _ in range(2):  # twice from the same record is once
-            blocks[0].vjp(theta.blocks[0], record, output, gradient.blocks[0])
+            blocks[0].vjp(theta.blocks[0], record, output, gradient[0])
     for s in range(len(SEEDS)):
         network = blocks.export(theta, s)
         network[1].reset_running_stats()
@@ -168,7 +167,7 @@ def test_an_average_over_all_steps_is_pytorch_s():
     theta, twin = stack(blocks), blocks.export(stack(blocks), 1).train()
     for x in (inputs(1, 4, 4), inputs(1, 4, 4) + 1.0, inputs(1, 4, 4) * 2.0):
         output, record = blocks[0].linearize(theta.blocks[0], x, Visit(SEEDS))
-        blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient(theta).blocks[0], needs_input_grad=False)
+        blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient()[0], needs_input_grad=False)
         twin(x[1])
     assert theta.buffers[1, -1] == 3.0
     torch.testing.assert_close(theta.buffers[1], blocks.flatten(twin, "buffers"), rtol=1e-12, atol=1e-12)
@@ -178,9 +177,7 @@ def test_running_statistics_without_parameters_move_in_a_block_of_their_own():
     blocks = split(nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten(), nn.Linear(16, 3)), after="0")
     theta, x = stack(blocks), inputs(1, 4, 4)
     output, record = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
-    blocks[0].vjp(
-        theta.blocks[0], record, output, blocks.parameters(theta.flat.clone()).blocks[0], needs_input_grad=False
-    )
+    blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient()[0], needs_input_grad=False)
     torch.testing.assert_close(theta.buffers[:, 0], 0.1 * x.flatten(1).mean(1))
 
 
@@ -259,7 +256,7 @@ def test_a_module_that_is_pinned_to_evaluation_stays_there():
     output, record = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
     torch.testing.assert_close(output[0], blocks.export(theta)(x[0]), rtol=1e-12, atol=1e-12)
     before = theta.buffers.clone()
-    blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient(theta).blocks[0])
+    blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient()[0])
     assert torch.equal(theta.buffers, before) and network.training
 
 
@@ -283,19 +280,19 @@ def test_layers_that_share_a_parameter_have_the_sum_of_their_gradients():
         network[2].weight = network[0].weight
         blocks, x = split(network, after=after), inputs(4)
         theta = stack(blocks)
-        assert theta.flat.shape == (3, 24) and list(blocks.parameter_slices()) == ["0.weight", "0.bias", "2.bias"]
+        assert theta.flat().shape == (3, 24) and list(blocks.parameter_slices()) == ["0.weight", "0.bias", "2.bias"]
         visit, z, records = Visit(SEEDS), x, []
         for block, views in zip(blocks, theta.blocks, strict=True):
             z, record = block.linearize(views, z, visit)
             records.append(record)
-        gradient, grad = blocks.gradient(theta), torch.ones_like(z)
+        gradient, grad = blocks.gradient(), torch.ones_like(z)
         for t in reversed(range(len(blocks))):
-            grad = blocks[t].vjp(theta.blocks[t], records[t], grad, gradient.blocks[t])
+            grad = blocks[t].vjp(theta.blocks[t], records[t], grad, gradient[t])
         exported = blocks.export(theta, 1)
         assert exported[2].weight is exported[0].weight
         exported(x[1]).sum().backward()
         expected = torch.cat([p.grad.flatten() for p in exported.parameters()])
-        torch.testing.assert_close(gradient.total()[1], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(flattened(blocks.total(gradient))[1], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_parameters_of_several_types_keep_them():
@@ -307,11 +304,11 @@ def test_parameters_of_several_types_keep_them():
     assert exported.a.weight.dtype == torch.float32 and exported.b.weight.dtype == torch.float64
     torch.testing.assert_close(blocks.forward(theta, x)[1], exported(x[1]))
     output, record = blocks[0].linearize(theta.blocks[0], x, Visit(SEEDS))
-    gradient = blocks.gradient(theta)
-    blocks[0].vjp(theta.blocks[0], record, torch.ones_like(output), gradient.blocks[0])
+    gradient = blocks.gradient()
+    blocks[0].vjp(theta.blocks[0], record, torch.ones_like(output), gradient[0])
     exported.train()(x[1]).sum().backward()
     expected = torch.cat([p.grad.double().flatten() for p in exported.parameters()])
-    torch.testing.assert_close(gradient.total()[1], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flattened(blocks.total(gradient))[1], expected, rtol=1e-5, atol=1e-6)
 
 
 class Wide(nn.Linear):
@@ -330,7 +327,7 @@ def test_the_steps_of_batch_normalisation_in_bfloat16_are_counted():
     blocks = whole(network)
     theta = blocks.initial([0], lambda module: None, like=torch.zeros(0, dtype=torch.bfloat16))
     output, record = blocks[0].linearize(theta.blocks[0], torch.randn(1, 5, 3).bfloat16(), Visit([0]))
-    blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient(theta).blocks[0])
+    blocks[0].vjp(theta.blocks[0], record, output, blocks.gradient()[0])
     exported = blocks.export(theta)
     assert exported[1].num_batches_tracked == 1001 and exported[0].weight.dtype == torch.bfloat16
 
@@ -356,8 +353,8 @@ def test_a_cut_does_not_change_the_network(cut):
     network, x = mlp(6, [5, 4], 3), inputs(6)
     one, many = whole(network), split(network, **cut)
     theta = stack(one)
-    assert torch.equal(stack(many).flat, theta.flat)
-    assert torch.equal(many.forward(many.parameters(theta.flat), x), one.forward(theta, x))
+    assert torch.equal(stack(many).flat(), theta.flat())
+    assert torch.equal(many.forward(many.parameters(theta.flat()), x), one.forward(theta, x))
 
 
 def test_a_module_that_occurs_twice_is_evaluated_twice():
@@ -456,10 +453,10 @@ def test_a_module_that_is_no_sequential_is_cut_by_name_alone():
 
 def test_a_replica_s_initial_parameters_depend_on_its_seed_alone():
     blocks = split(mlp(6, [5, 4], 3), per_layer=True)
-    stacked = stack(blocks, (4, 0, 9)).flat
+    stacked = stack(blocks, (4, 0, 9)).flat()
     torch.manual_seed(77)
-    assert torch.equal(stacked[1], stack(blocks, (0,)).flat[0])
-    assert torch.equal(stacked[[2, 0]], stack(blocks, (9, 4)).flat)
+    assert torch.equal(stacked[1], stack(blocks, (0,)).flat()[0])
+    assert torch.equal(stacked[[2, 0]], stack(blocks, (9, 4)).flat())
     assert not torch.equal(stacked[0], stacked[1])
 
 
@@ -469,7 +466,7 @@ def test_initial_is_what_the_seed_gives_to_the_module_itself():
     torch.manual_seed(9)
     initialise(network)
     expected = torch.cat([p.detach().flatten() for p in network.parameters()]).double()
-    assert torch.equal(blocks.initial([4, 9], initialise, like=F64).flat[1], expected)
+    assert torch.equal(blocks.initial([4, 9], initialise, like=F64).flat()[1], expected)
 
 
 def test_initial_leaves_the_global_random_state_and_the_network_alone():
@@ -487,23 +484,25 @@ def test_export_and_flatten_are_inverse(make, shape):
     blocks = whole(make())
     theta = stack(blocks)
     for s in range(len(SEEDS)):
-        assert torch.equal(blocks.flatten(blocks.export(theta, s)), theta.flat[s])
+        assert torch.equal(blocks.flatten(blocks.export(theta, s)), theta.flat()[s])
 
 
 def test_an_exported_network_is_a_copy():
     blocks = split(mlp(6, [5, 4], 3), per_layer=True)
     theta = stack(blocks)
-    before = theta.flat.clone()
+    before = theta.flat().clone()
     nn.init.zeros_(blocks.export(theta, 1).fc1.linear.weight)
-    assert torch.equal(theta.flat, before)
+    assert torch.equal(theta.flat(), before)
 
 
-def test_the_views_share_the_flat_tensor():
+def test_blocks_share_the_stacks_which_are_contiguous():
     blocks = split(mlp(6, [5, 4], 3), per_layer=True)
     theta = stack(blocks)
-    theta.flat.copy_(torch.arange(theta.flat.numel()).view_as(theta.flat))
-    parts = [v.flatten(1) for block in theta.blocks for views in block for v in views.values()]
-    assert torch.equal(torch.cat(parts, 1), theta.flat)
+    values = torch.arange(theta.flat().numel(), dtype=torch.float64).view_as(theta.flat())
+    theta.fill(values)
+    of_blocks = [v for block in theta.blocks for views in block for v in views.values()]
+    assert all(a is b and a.is_contiguous() for a, b in zip(theta.stacks.values(), of_blocks, strict=True))
+    assert torch.equal(flattened(of_blocks), values) and torch.equal(theta.flat(), values)
     assert theta.blocks[0][1]["weight"].shape == (3, 5, 6)
 
 

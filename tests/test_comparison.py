@@ -376,10 +376,10 @@ def test_a_layer_that_occurs_twice_is_no_difference():
 def test_later_changes_of_the_network_are_none_of_the_blocks():
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     task = problem(network)
-    before = task.initial([0]).flat.clone()
+    before = task.initial([0]).flat().clone()
     hooked("register_forward_hook", network[1])
     nn.init.zeros_(network[0].weight)
-    assert torch.equal(task.initial([0]).flat, before)
+    assert torch.equal(task.initial([0]).flat(), before)
     assert not task.blocks.export(task.initial([0]))[1]._forward_hooks
 
 
@@ -483,7 +483,7 @@ def test_a_gradient_that_training_alone_has_is_not_lost():
 
 def test_parameters_of_less_precision_take_that_of_the_inputs():
     task = problem(nn.Sequential(nn.Linear(4, 2)), samples(4))
-    assert task.initial([0]).flat.dtype == torch.float64
+    assert task.initial([0]).flat().dtype == torch.float64
 
 
 def test_outputs_of_several_axes_are_compared_too():

@@ -73,7 +73,7 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
             lagrangian.set_z(t, lagrangian.z[t - 1] + by * direction)
 
         torch.testing.assert_close(slope(lagrangian, shift_z), expected, rtol=1e-6, atol=1e-6)
-    theta = lagrangian.theta.flat
+    theta = lagrangian.theta.flat()
     gradient, direction = problem.blocks.parameters(torch.zeros_like(theta)), gaussian(*theta.shape, seed=31)
     lagrangian.theta_gradient(gradient, [1, 3] if kind is FactorisedLagrangian else None)
     expected = (gradient.flat * direction).sum(1) * len(problem.x)
@@ -133,6 +133,6 @@ def test_a_resumed_z_update_goes_on_as_it_was(name: str, mlp_problem: Callable[.
         restore(other, copy.deepcopy(save(state)))
         for one in (state, other):
             options.step(problem, one)
-        assert torch.equal(state.theta.flat, other.theta.flat)
+        assert torch.equal(state.theta.flat(), other.theta.flat())
         for a, b in zip(state.z_state.inverse_curvature, other.z_state.inverse_curvature, strict=True):
             assert torch.equal(a, b)

@@ -449,7 +449,7 @@ def test_resuming_from_a_checkpoint_is_bit_identical():
 def test_the_authors_start():
     problem = make_problem(3, samples=200)
     state = DLADMM(deviation=0.1).init(problem, tuple(range(40)))
-    assert state.theta.flat.std().item() == pytest.approx(0.1, rel=0.05) and abs(state.theta.flat.mean()) < 0.01
+    assert state.theta.flat().std().item() == pytest.approx(0.1, rel=0.05) and abs(state.theta.flat().mean()) < 0.01
     x = problem.x.expand(40, -1, -1)
     layers = linear_layers(problem, state.theta, "dladmm")
     torch.testing.assert_close(state.z[0], x @ layers[0]["weight"].mT + layers[0]["bias"][:, None])
@@ -478,7 +478,7 @@ def test_any_loss_with_value_and_gradient_trains():
     for _ in range(5):
         options.step(problem, state)
         STRONG.step(make_problem(3), known)
-    torch.testing.assert_close(state.theta.flat, known.theta.flat, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(state.theta.flat(), known.theta.flat(), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match=r"fista_curvature: None is for CrossEntropy and SquaredError; give a number"):
         DLADMM().init(problem, SEEDS)
 

@@ -182,11 +182,93 @@ def test_a_wrong_table_is_named(change, problem, root):
     assert message(root, attributes="b.csv").startswith(f"{root / 'b.csv'}: {problem}")
 
 
-@pytest.mark.parametrize(("file", "raw"), [("b.csv", None), ("b.csv", b""), ("b.csv.gz", b"\x1f\x8bno")])
-def test_an_absent_or_damaged_table_is_named(file, raw, root):
-    if raw is not None:
-        (root / file).write_bytes(raw)
-    assert message(root, attributes=file).startswith(f"{root / file}: could not be read as a CSV file (")
+@pytest.mark.parametrize(("file", "raw"), [("b.csv", b""), ("b.csv.gz", b"\x1f\x8bno"), ("b.txt", b"# \xff")])
+def test_a_damaged_table_is_named(file, raw, root):
+    (root / file).write_bytes(raw)
+    assert message(root, attributes=file).startswith(f"{root / file}: could not be read as a table of attributes (")
+
+
+def test_an_absent_table_is_named_with_one_that_anybody_has(root):
+    absent = message(root, attributes="b.csv")
+    assert absent == f"{root / 'b.csv'}: there is no such table; for LFW, download {faces.SCORES} and give its path"
+
+
+# Kumar et al.'s scores of 73 attributes
+
+NAMED = (
+    "Male,Asian,White,Black,Baby,Child,Youth,Middle Aged,Senior,Black Hair,Blond Hair,Brown Hair,Bald,No Eyewear,"
+    "Eyeglasses,Sunglasses,Mustache,Smiling,Frowning,Chubby,Blurry,Harsh Lighting,Flash,Soft Lighting,Outdoor,"
+    "Curly Hair,Wavy Hair,Straight Hair,Receding Hairline,Bangs,Sideburns,Fully Visible Forehead,"
+    "Partially Visible Forehead,Obstructed Forehead,Bushy Eyebrows,Arched Eyebrows,Narrow Eyes,Eyes Open,Big Nose,"
+    "Pointy Nose,Big Lips,Mouth Closed,Mouth Slightly Open,Mouth Wide Open,Teeth Not Visible,No Beard,Goatee,"
+    "Round Jaw,Double Chin,Wearing Hat,Oval Face,Square Face,Round Face,Color Photo,Posed Photo,Attractive Man,"
+    "Attractive Woman,Indian,Gray Hair,Bags Under Eyes,Heavy Makeup,Rosy Cheeks,Shiny Skin,Pale Skin,"
+    "5 o' Clock Shadow,Strong Nose-Mouth Lines,Wearing Lipstick,Flushed Face,High Cheekbones,Brown Eyes,"
+    "Wearing Earrings,Wearing Necktie,Wearing Necklace"
+)
+SCORED = NAMED.split(",")
+LINES = [("Abdel Aziz Al-Hakim", 1), ("Abdel Aziz Al-Hakim", 12), ("Mr T", 2)]
+FILES = ["Abdel_Aziz_Al-Hakim/Abdel_Aziz_Al-Hakim_0001.jpg", "Abdel_Aziz_Al-Hakim/Abdel_Aziz_Al-Hakim_0012.jpg"]
+FILES += ["Mr_T/Mr_T_0001.jpg", "Mr_T/Mr_T_0002.jpg"]  # the third is in no line
+FIRST = "# lfw_attributes.txt - made up\n"
+
+
+def scored(root, first=FIRST, header=("person", "imagenum", *SCORED), lines=LINES, change=lambda row: row):
+    """Faces, and a table of random scores [lines, 73] in the form of lfw_attributes.txt. Returns the scores."""
+    write(root / "faces", FILES)
+    scores = np.random.RandomState(0).randn(len(lines), len(SCORED)).round(12)
+    scores[0, :2] = 0.0, -0.0
+    rows = [change([name, str(number), *map(str, row)]) for (name, number), row in zip(lines, scores, strict=True)]
+    text = "".join("\t".join(row) + "\n" for row in (["#", *header], *rows))
+    (root / "lfw_attributes.txt").write_text(first + text, encoding="utf-8")
+    return scores
+
+
+def test_faces_with_scores(tmp_path):
+    scores = scored(tmp_path)
+    found = load_faces(tmp_path, attributes=str(tmp_path / "lfw_attributes.txt"), size=4)
+    assert found.names == tuple(FILES) and found.labels == "proxy labels"
+    by_name = {
+        name.replace(" ", "_").replace("o'_C", "o_C"): column for name, column in zip(SCORED, scores.T, strict=True)
+    }
+    for name, answers in zip(ATTRIBUTES, found.attributes.T.tolist(), strict=True):
+        if name in ("Attractive", "Young"):
+            assert answers == [-1] * 4
+        else:
+            yes = [int(score > 0) for score in by_name[name]]
+            assert answers == [*yes[:2], -1, yes[2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"first": "# person\timagenum\n", "header": ["made up"]}, "the last line of comment is '#\\tmade up\\n', exp"),
+        (
+            {"first": FIRST * 2, "header": ["person", "Male"]},
+            "the last line of comment is '#\\tperson\\tMale\\n', expected",
+        ),
+        ({"header": ("person", "imagenum", *SCORED[1:])}, "rows have 75 values, expected 74 as the header has"),
+        ({"header": ("person", "imagenum", "Man", *SCORED[1:])}, "has no attribute Male"),
+        (
+            {"change": lambda row: [*row[:2], "yes", *row[3:]]},
+            "Male of Abdel Aziz Al-Hakim is 'yes', expected a number",
+        ),
+        (
+            {"change": lambda row: [row[0], "one", *row[2:]]},
+            "imagenum of Abdel Aziz Al-Hakim is 'one', expected a number",
+        ),
+        (
+            {"change": lambda row: row[: 75 if row[1] == "1" else 9]},
+            "Middle Aged of Abdel Aziz Al-Hakim is '', expected a ",
+        ),
+        ({"lines": [*LINES, ("Eve", 3)]}, "no face is called Eve/Eve_0003.jpg (of 1 such), one is Abdel_Aziz_"),
+        ({"lines": [*LINES, LINES[0]]}, f"image {FILES[0]} is listed twice, expected one row each"),
+    ],
+)
+def test_wrong_scores_are_named(change, problem, tmp_path):
+    scored(tmp_path, **change)
+    path = tmp_path / "lfw_attributes.txt"
+    assert message(tmp_path, attributes=path).startswith(f"{path}: {problem}")
 
 
 # The split by identity
@@ -270,18 +352,31 @@ def write_v5(path, **variables):
 
 
 def write_v73(path, **variables):
-    """As MATLAB does: its header first, axes reversed, strings as references to columns of uint16."""
+    """As MATLAB's save(…, '-v7.3'), which LFWA's authors have used: a header of 128 bytes in a block of 512, the class
+    as an attribute, axes reversed, and cells of strings as references to columns of uint16 in the group #refs#."""
     h5py = pytest.importorskip("h5py")
+
+    def put(file, key, data, kind, **more):
+        made = file.create_dataset(key, data=data, **more)
+        made.attrs["MATLAB_class"] = np.bytes_(kind)
+        return made
+
+    def string(file, text):
+        units = np.frombuffer(text.encode("utf-16-le"), np.uint16)[:, None]
+        made = put(file, f"#refs#/a{len(file['#refs#'])}", units, "char")
+        made.attrs["MATLAB_int_decode"] = np.int32(2)
+        return made.ref
+
     with h5py.File(path, "w", userblock_size=512) as file:
+        put(file, "#refs#/a", np.zeros(2, np.uint64), "canonical empty").attrs["MATLAB_empty"] = np.uint8(1)
         for key, x in variables.items():
             if isinstance(x[0], str):
-                strings = [np.frombuffer(s.encode("utf-16-le"), np.uint16)[:, None] for s in x]
-                parts = [file.create_dataset(f"#refs#/{key}{i}", data=s) for i, s in enumerate(strings)]
-                file.create_dataset(key, data=np.array([[part.ref for part in parts]], dtype=h5py.ref_dtype))
+                put(file, key, np.array([[string(file, text) for text in x]], h5py.ref_dtype), "cell")
             else:
-                file.create_dataset(key, data=np.asarray(x).T)
+                put(file, key, np.asarray(x).T, "double", chunks=True, compression="gzip")
     with path.open("r+b") as file:
-        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64")
+        header = b"MATLAB 7.3 MAT-file, Platform: PCWIN64, Created on: Tue Dec 01 2015 HDF5 schema 1.00 ."
+        file.write(header.ljust(124) + b"\x00\x02IM")
 
 
 def lfwa(root, write_mat=write_v5, folder="lfw", **changes):
@@ -292,7 +387,8 @@ def lfwa(root, write_mat=write_v5, folder="lfw", **changes):
         "label": answers(len(LISTED))[:, order].astype(float),
         "name": [name.replace("/", "\\") for name in LISTED],
     }
-    split = {"indices_img_train": TRAIN, "indices_img_test": TEST, "indices_identity_train": [[1.0]]}
+    split = {"indices_img_train": TRAIN, "indices_img_test": TEST}
+    split |= {"indices_identity_train": [[1.0]], "indices_identity_test": [[2.0]]}
     for file, variables in (("lfw_att_40.mat", labels), ("indices_train_test.mat", split)):
         variables |= {key: changes[key] for key in variables.keys() & changes}
         write_mat(root / file, **{key: x for key, x in variables.items() if x is not None})
@@ -347,14 +443,33 @@ def test_lfwa_with_other_images_or_another_table(tmp_path):
     ("change", "problem"),
     [
         ({"AttrName": None}, "lfw_att_40.mat: has no AttrName, only "),
-        ({"AttrName": ["Male"] * 40}, "lfw_att_40.mat: has no attribute 5_o_Clock_Shadow, Arched_Eyebrows, "),
-        ({"label": np.ones((4, 40))}, "lfw_att_40.mat: label is [4, 40], expected [5, 40]"),
-        ({"label": np.full((5, 40), 3.0)}, "lfw_att_40.mat: attributes are numbers from 3.0 to 3.0, expected 0/1"),
+        ({"AttrName": ["Male"] * 40}, "lfw_att_40.mat: AttrName and label: has no attribute 5_o_Clock_Shadow, "),
+        ({"AttrName": np.ones((40, 1))}, "lfw_att_40.mat: AttrName holds "),
+        (
+            {"label": np.ones((4, 40))},
+            "lfw_att_40.mat: label is [4, 40], expected [5, 40] as there are so many in name ",
+        ),
+        (
+            {"label": np.full((5, 40), 3.0)},
+            "lfw_att_40.mat: AttrName and label: attributes are numbers from 3.0 to 3.0, ",
+        ),
+        ({"name": np.ones((5, 1))}, "lfw_att_40.mat: name holds np.float64(1.0), expected a cell of strings"),
+        ({"name": [*LISTED[:4], LISTED[0]]}, f"lfw_att_40.mat: name lists {LISTED[0]} twice, expected each image once"),
         ({"name": [*LISTED[:4], "Eve\\Eve_0001.png"]}, "lfw: has no Eve/Eve_0001.png; "),
         ({"indices_img_test": None}, "indices_train_test.mat: has no indices_img_test, only "),
-        ({"indices_img_train": [[0.0]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers"),
-        ({"indices_img_test": [[6.0]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers fr"),
-        ({"indices_img_test": [[1.5]]}, "indices_train_test.mat: indices_img_train and _test must be whole numbers fr"),
+        (
+            {"indices_img_train": [[0.0]]},
+            "indices_train_test.mat: indices_img_train holds 0.0, expected whole numbers ",
+        ),
+        (
+            {"indices_img_test": [[6.0]]},
+            "indices_train_test.mat: indices_img_test holds 6.0, expected whole numbers from",
+        ),
+        (
+            {"indices_img_test": [[1.5]]},
+            "indices_train_test.mat: indices_img_test holds 1.5, expected whole numbers from",
+        ),
+        ({"indices_img_train": [[1.0], [1.0]]}, "indices_train_test.mat: indices_img_train holds 1.0 twice, expect"),
         ({"indices_img_test": [[4.0], [1.0]]}, "indices_train_test.mat: 2 images are in both"),
     ],
 )
@@ -377,7 +492,7 @@ def test_hdf5_without_h5py(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)  # importing it raises ImportError
     lfwa(tmp_path)
     (tmp_path / "lfw_att_40.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(512) + b"\x89HDF\r\n\x1a\n")
-    assert message(tmp_path).endswith("is a MATLAB 7.3 (HDF5) file, which needs h5py: pip install h5py")
+    assert message(tmp_path).endswith("is of MATLAB 7.3 (HDF5), which needs h5py: pip install -e '.[faces]'")
 
 
 # Images

@@ -85,16 +85,16 @@ class Reference:
 
 def compare(problem: Problem, options: Gotmare, epochs: int) -> None:
     state, references = options.init(problem, SEEDS), [Reference(problem, options, seed) for seed in SEEDS]
-    start = state.theta.flat.clone()
+    start = state.theta.flat().clone()
     for _ in range(epochs):
         options.step(problem, state)
         for s, reference in enumerate(references):
             reference.step()
             expected = problem.blocks.flatten(reference.network)
-            torch.testing.assert_close(state.theta.flat[s], expected, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(state.theta.flat()[s], expected, rtol=1e-8, atol=1e-9)
             statistics = problem.blocks.flatten(reference.network, "buffers")
             torch.testing.assert_close(state.theta.buffers[s], statistics, rtol=1e-8, atol=1e-9, check_dtype=False)
-    assert (state.theta.flat != start).double().mean() > 0.5
+    assert (state.theta.flat() != start).double().mean() > 0.5
 
 
 @pytest.mark.parametrize("after", ["conv3_x", ["conv1", "conv3_x", "conv4_x"]], ids=str)
@@ -134,18 +134,18 @@ def test_a_tiny_step_of_z_makes_the_step_of_theta_the_gradient(mlp_problem):
     options = replace(BASE, batch_size=24, z_step=zeta, rho=1.0, theta_step=1.0)
     state = options.init(problem, (3,))
     network = problem.blocks.export(state.theta)
-    before = state.theta.flat.clone()
+    before = state.theta.flat().clone()
     options.step(problem, state)
     (loss_sum(problem.loss, network(problem.x), problem.y) / 24).backward()
     gradients = [p.grad.flatten() for p in network.parameters()]
-    moved = (before - state.theta.flat)[0].split([g.numel() for g in gradients])
+    moved = (before - state.theta.flat())[0].split([g.numel() for g in gradients])
     for number, (step, gradient) in enumerate(zip(moved, gradients, strict=True)):
         scale = zeta ** (2 - number // 2)  # the residual of block t < T carries ρ ζ for each gluing variable above it
         torch.testing.assert_close(step / scale, gradient, rtol=1e-2, atol=1e-3)
 
 
 def assert_replica(state: Any, s: int, other: Any) -> None:
-    for a, b in zip([state.theta.flat, *state.moments], [other.theta.flat, *other.moments], strict=True):
+    for a, b in zip([state.theta.flat(), *state.moments], [other.theta.flat(), *other.moments], strict=True):
         torch.testing.assert_close(a[s], b[0], rtol=1e-10, atol=1e-10)
 
 
@@ -160,9 +160,9 @@ def test_it_learns(mlp_problem):
 
 def test_it_goes_on_from_given_parameters(mlp_problem):
     problem = mlp_problem()
-    given = trained(VARIANTS["adam"], problem, SEEDS, 2).theta.flat.clone()
+    given = trained(VARIANTS["adam"], problem, SEEDS, 2).theta.flat().clone()
     state = VARIANTS["adam"].init(problem, (1, 1, 1), {"theta": [given]})
-    assert torch.equal(state.theta.flat, given) and state.iteration == 0
+    assert torch.equal(state.theta.flat(), given) and state.iteration == 0
     with pytest.raises(ValueError, match=r"start: no variable \['z'\]"):
         VARIANTS["adam"].init(problem, SEEDS, {"z": []})
 

@@ -414,7 +414,7 @@ def trained(problem: Problem, optimizer: Any) -> Tensor:
     for _ in range(2):
         optimizer.step(problem, state)
     optimizer.diagnostics(problem, state)
-    theta: Tensor = state.theta.flat
+    theta: Tensor = state.theta.flat()
     return theta
 
 

@@ -140,7 +140,7 @@ def test_attention_is_drawn_whole_for_each_seed(name):
     blocks = split(nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)), after=[])
     theta = blocks.initial([0, 1, 0], initialiser(name), like=torch.zeros(0))
     (views,) = theta.blocks[0]
-    assert torch.equal(theta.flat[0], theta.flat[2])
+    assert torch.equal(theta.flat()[0], theta.flat()[2])
     for parameter in (views[key] for key in views if "in_proj_weight" in key or ("linear" in key and "weight" in key)):
         assert not (parameter[0] == parameter[1]).any()
 

@@ -47,7 +47,7 @@ def test_numpy_s_numbers_and_tensors_are_python_s(mlp_problem):
     assert GIVEN == PYTHONS and repr(GIVEN) == repr(PYTHONS)
     problem = mlp_problem(SquaredError(np.float32(0.5)))
     states = [options.step(problem, options.init(problem, SEEDS)) for options in (GIVEN, PYTHONS)]
-    assert torch.equal(states[0].theta.flat, states[1].theta.flat)
+    assert torch.equal(states[0].theta.flat(), states[1].theta.flat())
     assert repr(SquaredError(np.float32(0.5))) == repr(SquaredError(0.5))
     assert plain([np.bool_(True), np.arange(2), "x", None]) == [True, [0, 1], "x", None]
 

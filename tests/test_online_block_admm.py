@@ -125,7 +125,7 @@ def run(problem: Problem, options: OnlineBlockADMM, epochs: int) -> None:
         for s, reference in enumerate(references):
             reference.step()
             expected = problem.blocks.flatten(reference.network)
-            torch.testing.assert_close(state.theta.flat[s], expected, **CLOSE)
+            torch.testing.assert_close(state.theta.flat()[s], expected, **CLOSE)
             statistics = problem.blocks.flatten(reference.network, "buffers")
             torch.testing.assert_close(state.theta.buffers[s], statistics, **CLOSE, check_dtype=False)
             torch.testing.assert_close(state.u[:, s], torch.tensor(reference.u, dtype=torch.float64), **CLOSE)
@@ -165,11 +165,11 @@ def test_the_first_step_where_every_norm_is_zero_is_finite(mlp_problem, dual):
     problem = mlp_problem()
     options = replace(BASE, dual=dual, batch_size=24, z_update=ZUpdate("gradient", 1, "step"))
     state = options.init(problem, SEEDS)
-    before = state.theta.flat.clone()
+    before = state.theta.flat().clone()
     for _ in range(3):
         options.step(problem, state)
-    assert state.theta.flat.isfinite().all() and state.u.isfinite().all()
-    assert not torch.equal(state.theta.flat, before)
+    assert state.theta.flat().isfinite().all() and state.u.isfinite().all()
+    assert not torch.equal(state.theta.flat(), before)
 
 
 def test_a_printed_dual_only_grows(mlp_problem):

@@ -140,6 +140,7 @@ def test_the_committed_results_have_the_numbers_of_their_own_page() -> None:
     lines = (ROOT / "results/README.md").read_text().splitlines()
     stated = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| Fig")]
     assert stated == [texts[: len(stated[0])] for _, texts in rows(html, "numbers")][: len(stated)]
+    assert "| minus SGD [95 %] |" in lines[lines.index("## mnist_shallow") + 6] and ">minus SGD [95 %]</th>" in html
     for name in ("mnist_shallow", "mnist_deep20", "convergence", "memory", "mnist_walltime"):
         table = pd.read_csv(ROOT / f"results/tables/{name}.csv")
         assert [texts[0] for _, texts in rows(html, name)] == list(table.iloc[:, 0])

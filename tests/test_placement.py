@@ -38,7 +38,7 @@ def test_every_place_gives_the_same_numbers(resnet_problem, place, sweep):
     for _ in range(2):
         for one, state in zip(options, states, strict=True):
             one.step(problem, state)
-    assert torch.equal(states[0].theta.flat, states[1].theta.flat)
+    assert torch.equal(states[0].theta.flat(), states[1].theta.flat())
     kept = [[*state.z, *state.u, *state.z_state.tensors()] for state in states]
     assert len(kept[0]) == 8 and all(map(torch.equal, *kept))
     diagnostics = [one.diagnostics(problem, state) for one, state in zip(options, states, strict=True)]
@@ -56,7 +56,7 @@ def test_visits_that_are_copies_give_the_same_numbers(resnet_problem, monkeypatc
     monkeypatch.setattr(Tensor, "to", lambda *to, **how: move(*to, **how).clone())
     for _ in range(2):
         options.step(problem, copied)
-    assert torch.equal(plain.theta.flat, copied.theta.flat)
+    assert torch.equal(plain.theta.flat(), copied.theta.flat())
     kept = [[*state.z, *state.u, *state.z_state.tensors()] for state in (plain, copied)]
     assert all(map(torch.equal, *kept))
 
@@ -75,7 +75,7 @@ def test_visits_are_on_the_gpu_wherever_the_variables_are(mlp_problem, gpu, plac
     options = replace(BASE, sweep=sweep, sample_storage=place, forward_mixing=0.5, penalty=AdaptivePenalty())
     state = options.step(problem, options.init(problem, SEEDS))
     assert {v.device for v in (*state.z, *state.u)} == {gpu if place == "device" else torch.device("cpu")}
-    assert {v.device for v in (state.theta.flat, state.beta)} == {gpu}
+    assert {v.device for v in (state.theta.flat(), state.beta)} == {gpu}
     values = options.diagnostics(problem, state)
     assert values["kkt"].device == values["residual_1"].device == gpu
 

@@ -275,7 +275,7 @@ def test_a_grid_of_hyperparameters_is_separate_runs(case, problem):
             else:
                 alone[name] = values[s]
         assert_replicas_equal(together, s, trained(replace(case.optimizer, **alone), problem, seeds[:1], 3), case.close)
-    assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
+    assert not torch.allclose(together.theta.flat()[0], together.theta.flat()[1])
 
 
 @pytest.mark.parametrize("case", STEPPED, indirect=True)
@@ -299,22 +299,21 @@ def test_resuming_from_a_checkpoint_is_bit_identical(case, problem):
     assert resumed.iteration == through.iteration == 4 and resumed.seeds == SEEDS
     for s in range(len(SEEDS)):
         assert_replicas_equal(resumed, s, through, None)
-    of_flat = problem.blocks.parameters(resumed.theta.flat, resumed.theta.buffers).blocks
-    for block, layers in zip(resumed.theta.blocks, of_flat, strict=True):
-        places = [{name: view.data_ptr() for name, view in layer.items()} for layer in block]
-        assert places == [{name: view.data_ptr() for name, view in layer.items()} for layer in layers]  # still shared
+    of_blocks = {id(v) for block in resumed.theta.blocks for views in block for v in views.values()}
+    assert all(id(stack) in of_blocks for stack in resumed.theta.stacks.values())  # still shared
 
 
 @pytest.mark.parametrize("diverged, value", [(0, torch.nan), (1, torch.inf), (2, torch.nan)])
 def test_a_diverged_replica_leaves_the_others_bit_identical(case, problem, diverged, value):
     healthy, other = (trained(case.optimizer, problem, SEEDS, 1) for _ in range(2))
-    other.theta.flat[diverged] = value
+    for stack in other.theta.stacks.values():
+        stack[diverged] = value
     for z in getattr(other, "z", getattr(other, "u", [])):  # some algorithms begin by replacing Θ
         z[diverged] = value
     for _ in range(3):
         case.optimizer.step(problem, healthy)
         case.optimizer.step(problem, other)
-    assert not other.theta.flat[diverged].isfinite().any()
+    assert not other.theta.flat()[diverged].isfinite().any()
     for s in set(range(3)) - {diverged}:
         assert_replicas_equal(other, s, healthy, None)
     values, expected = (case.optimizer.diagnostics(problem, state) for state in (other, healthy))
@@ -340,15 +339,15 @@ def test_the_parts_of_an_epoch_end_where_the_epoch_does(case, problem):
     whole = replace(case.optimizer, **constant)
     epochs = trained(whole, problem, SEEDS, 2)
     parts = trained(replace(whole, epoch_parts=3), problem, SEEDS, 6)
-    assert torch.equal(epochs.theta.flat, parts.theta.flat)
+    assert torch.equal(epochs.theta.flat(), parts.theta.flat())
 
 
 @pytest.mark.parametrize("case", STEPPED, indirect=True)
 @pytest.mark.parametrize("zero", [0.0, (0.0, 0.0, 0.0)], ids=str)
 def test_a_step_size_of_zero_leaves_theta_as_it_is(case, problem, zero):
     optimizer = replace(case.optimizer, **{step_key(case.optimizer): zero})
-    before = optimizer.init(problem, SEEDS).theta.flat
-    assert torch.equal(trained(optimizer, problem, SEEDS, 2).theta.flat, before)
+    before = optimizer.init(problem, SEEDS).theta.flat()
+    assert torch.equal(trained(optimizer, problem, SEEDS, 2).theta.flat(), before)
 
 
 @pytest.mark.parametrize("case", STEPPED, indirect=True)
@@ -356,9 +355,9 @@ def test_a_schedule_that_has_ended_at_zero_leaves_theta_as_it_is(case, problem):
     key = step_key(case.optimizer)
     optimizer = replace(case.optimizer, iterations=2, **{key: {"start": 0.02, "end": 0.0}})
     state = trained(optimizer, problem, SEEDS, 2)
-    before = state.theta.flat.clone()
-    assert not torch.equal(before, optimizer.init(problem, SEEDS).theta.flat)
-    assert torch.equal(optimizer.step(problem, state).theta.flat, before)
+    before = state.theta.flat().clone()
+    assert not torch.equal(before, optimizer.init(problem, SEEDS).theta.flat())
+    assert torch.equal(optimizer.step(problem, state).theta.flat(), before)
 
 
 def test_the_loss_decreases(case, problem):
@@ -401,7 +400,7 @@ def test_spectral_norms_are_right_whatever_the_size_of_one_replica(mlp_problem, 
     problem = mlp_problem()
     problem = replace(problem, x=problem.x.to(dtype))
     theta = problem.initial(SEEDS)
-    theta.flat[1] *= value
+    theta.fill(theta.flat() * torch.tensor([[1.0], [value], [1.0]], dtype=dtype))
     norms = spectral_norms(problem, theta)
     for t, block in enumerate(theta.blocks, start=1):
         weight = next(layer["weight"] for layer in block if layer)
@@ -467,7 +466,7 @@ def test_what_numpy_holds_is_taken(mlp_problem: Callable[..., Problem]) -> None:
     ]
     for state in states:
         optimizer.step(problem, state)
-        assert torch.equal(state.theta.flat, states[0].theta.flat)
+        assert torch.equal(state.theta.flat(), states[0].theta.flat())
         assert state.seeds == (0, 2) and all(type(seed) is int for seed in state.seeds)
 
 
@@ -549,7 +548,7 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
         together = trained(options, problem, (5, 5, 5), 2)
         for s, beta in enumerate(options.beta):
             assert_replicas_equal(together, s, trained(replace(options, beta=beta), problem, (5,), 2), 1e-10)
-        assert not torch.allclose(together.theta.flat[0], together.theta.flat[2])
+        assert not torch.allclose(together.theta.flat()[0], together.theta.flat()[2])
 
 
 @pytest.mark.parametrize(
@@ -580,14 +579,15 @@ def test_a_subclass_that_lacks_a_method_cannot_be_made(contract: type, method: s
 
 def test_a_rule_of_one_s_own_needs_no_more_than_its_two_methods(mlp_problem: Callable[..., Problem]) -> None:
     class Signs(UpdateRule):
-        def init(self, theta: Tensor) -> list[Tensor]:
+        def init(self, theta: list[Tensor]) -> list[list[Tensor]]:
             return []
 
-        def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: Any) -> None:
-            theta.sub_(gradient.sign(), alpha=step)
+        def apply(self, theta: list[Tensor], gradient: list[Tensor], moments: list[list[Tensor]], step: Any) -> None:
+            for p, g in zip(theta, gradient, strict=True):
+                p.sub_(g.sign(), alpha=step)
 
     optimizer = Backprop(1, Signs(), 0.25, batch_size=24)
     state = optimizer.init(mlp_problem(), [0])
-    start = state.theta.flat.clone()
+    start = state.theta.flat().clone()
     optimizer.step(mlp_problem(), state)
-    assert set((state.theta.flat - start).abs().unique().tolist()) <= {0.0, 0.25}
+    assert set((state.theta.flat() - start).abs().unique().tolist()) <= {0.0, 0.25}

@@ -141,9 +141,9 @@ def test_each_sample_is_read_once_an_epoch_for_each_seed(mlp_problem: Any) -> No
     streaming = replace(problem, x=pairs, y=None)
     for seeds in ([3, 3, 3], [3, 4], [3, 4, 3, 4, 4]):
         pairs.read.clear()
-        visits = [visit for _, visit in streaming.minibatches(7, seeds, 2, None)]
+        visits = [visit for visit in streaming.minibatches(7, seeds, 2, None)[1]]
         assert set(pairs.read.values()) == {len(set(seeds))} and len(pairs.read) == 24
-        for visit, (_, expected) in zip(visits, problem.minibatches(7, seeds, 2, None), strict=True):
+        for visit, expected in zip(visits, problem.minibatches(7, seeds, 2, None)[1], strict=True):
             assert torch.equal(visit.x, expected.x) and torch.equal(visit.y, expected.y)
     pairs.read.clear()
     batch = torch.tensor([[3, 8], [3, 8], [8, 3]])
@@ -179,9 +179,9 @@ def test_what_is_not_needed_is_not_read(tmp_path: Path) -> None:
     )
     optimizer = Backprop(1, SGD(), 0.1, batch_size=16, epoch_parts=2**16)
     state = optimizer.init(problem, [0])
-    bias = state.theta.flat[0, -1].item()
+    bias = state.theta.flat()[0, -1].item()
     optimizer.step(problem, state)
-    assert state.theta.flat[0, -1].item() == pytest.approx(0.9 * bias)  # the gradient of ½ b²
+    assert state.theta.flat()[0, -1].item() == pytest.approx(0.9 * bias)  # the gradient of ½ b²
     with pytest.raises(ValueError, match=r"x: .* needs all samples as tensors on cpu, 16.0 GiB \(17184063488 bytes\)"):
         problem.whole("An optimizer")
 
@@ -230,15 +230,15 @@ def test_random_items_follow_from_seed_epoch_and_index(name: str, noisy: Problem
     assert states() == before
     for s, seed in enumerate((4, 1)):
         alone = trained(optimizer, noisy, (seed,), 2)
-        torch.testing.assert_close(alone.theta.flat[0], together.theta.flat[s], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(alone.theta.flat()[0], together.theta.flat()[s], rtol=1e-10, atol=1e-10)
 
 
 def test_random_items_differ_between_epochs_and_seeds_and_not_with_workers(noisy: Problem) -> None:
     def epoch(problem: Problem, seed: int, number: int) -> Tensor:
-        return torch.cat([visit.x[0] for _, visit in problem.minibatches(5, [seed], number, None)])
+        return torch.cat([visit.x[0] for visit in problem.minibatches(5, [seed], number, None)[1]])
 
     def added(seed: int, number: int) -> Tensor:
-        order = torch.cat([visit.x[0] for _, visit in replace(noisy, x=plain).minibatches(5, [seed], number, None)])
+        order = torch.cat([visit.x[0] for visit in replace(noisy, x=plain).minibatches(5, [seed], number, None)[1]])
         return epoch(noisy, seed, number) - order
 
     plain = Pairs(noisy.x.x, noisy.x.y)
@@ -247,7 +247,7 @@ def test_random_items_differ_between_epochs_and_seeds_and_not_with_workers(noisy
     before = states()
     workers = replace(noisy, x=DataLoader(noisy.x, num_workers=2))
     assert torch.equal(epoch(workers, 0, 1), epoch(noisy, 0, 1)) and states() == before
-    batches = [torch.cat([visit.x[0] for _, visit in noisy.minibatches(5, [0], part, 5)]) for part in range(5, 10)]
+    batches = [torch.cat([visit.x[0] for visit in noisy.minibatches(5, [0], part, 5)[1]]) for part in range(5, 10)]
     assert torch.equal(torch.cat(batches), epoch(noisy, 0, 1))  # by parts of an epoch
 
 
@@ -267,7 +267,7 @@ def test_a_resumed_run_is_bit_identical(name: str, noisy: Problem, tmp_path: Pat
         state = optimizer.init(noisy, SEEDS)
         path = tmp_path / "c.pt"
         history = train(noisy, optimizer, state, iterations, noisy.x, checkpoint=path, keep_last=True)
-    assert torch.equal(state.theta.flat, whole.theta.flat)
+    assert torch.equal(state.theta.flat(), whole.theta.flat())
     resumed, uninterrupted = ([{**row, "seconds": 0.0} for row in h.rows] for h in (history, expected))
     assert resumed == uninterrupted
 
@@ -425,14 +425,14 @@ def test_a_network_of_several_inputs_learns_from_each_form(form: str, tmp_path: 
             nn.functional.cross_entropy(outputs, y[batch]).backward()
             rule.step()
     expected = problem.blocks.flatten(network)
-    torch.testing.assert_close(state.theta.flat[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.theta.flat()[0], expected, rtol=1e-4, atol=1e-5)
     right = (network(*x.values()).argmax(1) == y).float().mean().item()
     found = evaluate(problem, state.theta, given)
     assert found["train_accuracy"] == found["test_accuracy"] == pytest.approx(100.0 * right)
     for name in ("online, decay", "gotmare", "block-admm, mini-batches, adam"):
         own = CASES[name].optimizer
         together, plain = (trained(own, p, SEEDS, 2) for p in (problem, replace(problem, x=tuple(x.values()), y=y)))
-        assert torch.equal(together.theta.flat, plain.theta.flat)
+        assert torch.equal(together.theta.flat(), plain.theta.flat())
 
 
 def test_a_plain_function_s_targets_may_be_nested(mlp_problem: Any) -> None:
@@ -448,7 +448,7 @@ def test_a_plain_function_s_targets_may_be_nested(mlp_problem: Any) -> None:
     )
     for name in ("adam", "online, decay", "block-admm, gradient"):
         found, expected = (trained(CASES[name].optimizer, task, SEEDS, 2) for task in (nested, scaled))
-        torch.testing.assert_close(found.theta.flat, expected.theta.flat, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.theta.flat(), expected.theta.flat(), rtol=1e-10, atol=1e-10)
         found, expected = (evaluate(task, found.theta, (task.x, task.y)) for task in (nested, scaled))
         assert set(found) == {"train_loss", "test_loss"}
         torch.testing.assert_close(found, expected)

@@ -162,7 +162,7 @@ def test_every_scheduled_value_may_be_a_function(make, mlp_problem):
         optimizer = make(value)
         state = optimizer.init(problem, (0, 1))
         train(problem, optimizer, state)
-        thetas.append(state.theta.flat)
+        thetas.append(state.theta.flat())
     torch.testing.assert_close(thetas[1], thetas[0], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(thetas[2], thetas[0], rtol=1e-9, atol=1e-12)
 
@@ -179,7 +179,7 @@ def test_functions_by_block_and_by_replica_are_those_of_runs_alone(mlp_problem):
         alone = Backprop(4, SGD(0.9), lambda p, replica=replica: steps(p)[replica], batch_size=8)
         one = alone.init(problem, (replica,))
         train(problem, alone, one)
-        torch.testing.assert_close(one.theta.flat[0], state.theta.flat[replica], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(one.theta.flat()[0], state.theta.flat()[replica], rtol=1e-10, atol=1e-12)
     first, second = block_schedules("z_step", {"blocks": [cosine, 0.3]}, 2, 1)
     assert (first(0.5), second(0.5)) == (cosine(0.5), 0.3)
 

@@ -211,7 +211,7 @@ def test_the_uniform_start_is_uniform_and_the_forward_start_feasible():
     state = StandardADMM(start_from="forward").init(problem, SEEDS)
     values = StandardADMM().diagnostics(problem, state)
     assert all(value.abs().max() < 1e-12 for name, value in values.items() if "residual" in name or "dual" in name)
-    assert torch.equal(state.theta.flat, problem.initial(SEEDS).flat)
+    assert torch.equal(state.theta.flat(), problem.initial(SEEDS).flat())
 
 
 GRID = {"beta": (2.0, 1.0, 5.0), "gamma": (3.0, 3.0, 0.5), "weight_decay": (0.0, 0.1, 5.0), "spread": (1.0, 0.1, 0.01)}
@@ -226,7 +226,7 @@ def test_a_stack_is_its_replicas_alone(grid, start_from):
         alone = trained(replace(admm, **{name: values[s] for name, values in grid.items()}), problem, (seed,))
         theirs = {name: [t[0] for t in tensors] for name, tensors in variables_of(problem, alone).items()}
         assert_close(variables_of(problem, together), s, theirs, 1e-10)
-    assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
+    assert not torch.allclose(together.theta.flat()[0], together.theta.flat()[1])
 
 
 def test_a_constant_input_does_not_spoil_the_float32_regression():
@@ -237,7 +237,7 @@ def test_a_constant_input_does_not_spoil_the_float32_regression():
     state = admm.init(problem, (0,), converted(gaussian([5], 1, NAMES), torch.float32))
     admm.step(problem, state)
     weight = variables_of(problem, state)["weight"][0][0]
-    assert state.theta.flat.isfinite().all() and (weight[:, 0] == 0).all() and (weight[:, 1:] != 0).all()
+    assert state.theta.flat().isfinite().all() and (weight[:, 0] == 0).all() and (weight[:, 1:] != 0).all()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 5e-5])

@@ -84,7 +84,8 @@ def test_a_launch_draws_its_figure_and_prints_its_table(
     (picture,) = (folder / "outputs/logs").rglob("digits_shallow.png")
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.with_suffix(".pdf").exists()
     table = pd.read_csv(picture.with_suffix(".csv"))
-    assert list(table.columns) == ["method", "setting", "paper", "mean", "std", "seeds", "iterations", "machine"]
+    columns = ["method", "setting", "paper", "mean", "std", "minus SGD [95 %]", "seeds", "iterations", "machine"]
+    assert list(table.columns) == columns
     for run in stored(folder):  # a cell from the raw history, without the report's code
         lines = [line.split(",") for line in (run.folder / "history.csv").read_text().splitlines()]
         column = lines[0].index("test_accuracy")

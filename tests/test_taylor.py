@@ -272,7 +272,7 @@ def test_a_stack_is_its_replicas_alone(grid, start_from, loss):
         alone = trained(replace(taylor, **{name: values[s] for name, values in grid.items()}), problem, (seed,))
         theirs = {name: [t[0] for t in tensors] for name, tensors in variables_of(alone).items()}
         assert_close(variables_of(together), s, theirs, 1e-9)
-    assert not torch.allclose(together.theta.flat[0], together.theta.flat[1])
+    assert not torch.allclose(together.theta.flat()[0], together.theta.flat()[1])
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_stored_variables_are_those_of_their_samples_wherever_these_are(sweep):
         state = optimizer.init(task, [0])
         for _ in range(3):
             optimizer.step(task, state)
-        results.append(state.theta.flat)
+        results.append(state.theta.flat())
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
@@ -221,7 +221,7 @@ def test_for_small_steps_each_block_moves_along_back_propagation(make, after, wi
         optimizer = kind(1, 1e9, beta=1.0, z_update=ZUpdate("gradient"), theta_update=SGD(), **options)
     state, start = optimizer.init(task, [0]), task.initial([0])
     optimizer.step(task, state)
-    moved = start.flat - state.theta.flat
+    moved = start.flat() - state.theta.flat()
     twin = make()
     functional.cross_entropy(twin(task.x), LABELS).backward()
     gradients, columns = dict(twin.named_parameters()), task.blocks.parameter_slices()

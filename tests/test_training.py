@@ -97,7 +97,7 @@ def test_a_resumed_run_is_bit_identical(problem: Problem, name: str, stop: int, 
     observed: list[Row] = []
     callbacks = [lambda problem, state, history, rows: observed.extend(rows)]
     state, resumed = run(problem, optimizer, SEEDS, 6, test_of(problem), every, checkpoint, 0.0, callbacks)
-    assert torch.equal(state.theta.flat, whole_state.theta.flat)
+    assert torch.equal(state.theta.flat(), whole_state.theta.flat())
     without_time = [{k: v for k, v in row.items() if k != "seconds"} for row in resumed.rows]
     assert without_time == [{k: v for k, v in row.items() if k != "seconds"} for row in whole.rows]
     assert observed == resumed.rows
@@ -321,7 +321,7 @@ def test_a_plain_function_is_trained_as_the_loss_that_it_is(problem: Problem, op
         optimizer = replace(optimizer, z_update=replace(optimizer.z_update, output_update="step"))
     plain = replace(problem, loss=lambda z, y: (z - y).square() / 2)
     states = [run(p, optimizer, (0, 1), 2, measure=loss_alone)[0] for p in (problem, plain)]
-    torch.testing.assert_close(states[1].theta.flat, states[0].theta.flat, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(states[1].theta.flat(), states[0].theta.flat(), rtol=1e-4, atol=1e-6)
 
 
 def loss_alone(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
@@ -429,7 +429,7 @@ def test_a_whole_number_is_the_same_hyperparameter_as_its_decimal(problem: Probl
 def test_every_bit_of_a_checkpoint_s_numbers_counts(problem: Problem, tmp_path: Path) -> None:
     checkpoint = tmp_path / "c.pt"
     state, _ = run(problem, OPTIMIZERS["sgd"], (0,), 2, None, 1, checkpoint, 0.0, keep_last=True)
-    content, theta = checkpoint.read_bytes(), state.theta.flat[0]
+    content, theta = checkpoint.read_bytes(), state.theta.flat()[0]
     start = content.index(theta.numpy().tobytes())
     for found in range(start, start + theta.nbytes, 28):  # of every seventh number the first byte
         for bit in (0, 7):
@@ -468,7 +468,7 @@ def test_a_step_may_return_another_state_which_is_saved_and_resumed(problem: Pro
     saved = read_checkpoint(checkpoint)["state"]
     assert (saved["best"], saved["notes"], saved["names"]) == (0.5, ["after 2"], {"a": [1, "b"]})
     state, _ = run(problem, optimizer, (0,), 4, None, 1, checkpoint, 0.0)
-    assert torch.equal(state.theta.flat, expected.theta.flat)
+    assert torch.equal(state.theta.flat(), expected.theta.flat())
     assert (state.best, state.notes, state.names, state.iteration) == (0.25, ["after 4"], {"a": (1, "b")}, 4)
 
 
@@ -505,9 +505,9 @@ def test_the_best_is_kept_by_a_copy(problem: Problem) -> None:
     view, best = save(state), copy.deepcopy(save(state))
     start = problem.blocks.export(state.theta, 1)
     optimizer.step(problem, state)
-    assert torch.equal(view["theta"], state.theta.flat) and not torch.equal(best["theta"], state.theta.flat)
+    assert torch.equal(view["theta"], state.theta.flat()) and not torch.equal(best["theta"], state.theta.flat())
     restore(state, best)
-    assert torch.equal(problem.blocks.flatten(start), state.theta.flat[1]) and state.iteration == 0
+    assert torch.equal(problem.blocks.flatten(start), state.theta.flat()[1]) and state.iteration == 0
 
 
 @pytest.mark.parametrize("field", ["seeds", "iteration", "theta"])

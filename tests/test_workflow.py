@@ -133,10 +133,10 @@ class Interrupted(Backprop):
 
     def step(self, problem: Problem, state: Any) -> Any:
         for _ in range(self.times if state.iteration == self.at else 0):
-            whole = state.theta.flat.clone()
-            state.theta.flat.zero_()  # as if half done
+            whole = state.theta.flat()
+            state.theta.fill(torch.zeros_like(whole))  # as if half done
             signal.raise_signal(signal.SIGINT)
-            state.theta.flat.copy_(whole)
+            state.theta.fill(whole)
         return super().step(problem, state)
 
 
@@ -228,7 +228,7 @@ class Counting(Backprop):
 
     def step(self, problem: Problem, state: Any) -> Any:
         state.iteration += 1
-        state.theta.flat.add_(torch.tensor([[1.0], [10.0], [100.0]])[: len(state.seeds)])
+        state.theta.fill(state.theta.flat() + torch.tensor([[1.0], [10.0], [100.0]])[: len(state.seeds)])
         state.theta.buffers[:, 0] = state.iteration
         return state
 
@@ -292,7 +292,7 @@ def test_each_replica_of_a_stack_is_judged_alone() -> None:
         alone.append(one.rows[0]["iteration"])
     assert state.iteration == 7 and alone == [4, 0, 1]
     assert [stopping.rows[replica]["iteration"] for replica in range(3)] == alone
-    assert stopping.best(task).flat[:, 0].tolist() == [4.0, 0.0, 100.0]
+    assert stopping.best(task).flat()[:, 0].tolist() == [4.0, 0.0, 100.0]
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])
@@ -321,7 +321,7 @@ def test_with_more_patience_a_stopped_run_goes_on(tmp_path: Path) -> None:
         stopping = EarlyStopping("told", patience)
         task, state, _ = told([UP_AND_DOWN], callbacks=[stopping], checkpoint=tmp_path / "c.pt")
         assert state.iteration == ends
-        assert stopping.best(task).flat[0, 0].item() == stopping.rows[0]["iteration"]
+        assert stopping.best(task).flat()[0, 0].item() == stopping.rows[0]["iteration"]
 
 
 def test_a_callback_that_is_new_at_a_resume_begins_there(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_callback_that_is_new_at_a_resume_begins_there(tmp_path: Path) -> None
     stopping = EarlyStopping("told", 2, "max")
     task, state, _ = told([UP_AND_DOWN], callbacks=[stopping], checkpoint=tmp_path / "c.pt")
     assert state.iteration == 7 and stopping.rows[0]["iteration"] == 5
-    assert stopping.best(task).flat.unique().tolist() == [5.0]
+    assert stopping.best(task).flat().unique().tolist() == [5.0]
 
 
 def test_what_is_best_by_another_quantity_is_not_taken(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_the_best_is_kept_and_resumed_where_the_samples_are(problem: Problem, tm
             stopping = EarlyStopping("valid_loss")
             options: dict[str, Any] = {"test": {"valid": (x, y)}, "checkpoint": path, "keep_last": True}
             run(task, optimizer, iterations=iterations, callbacks=[stopping], **options)
-        return stopping.best(task).flat
+        return stopping.best(task).flat()
 
     expected = best(problem, tmp_path / "cpu.pt")
     with simulated_gpu() as gpu:
@@ -610,4 +610,4 @@ def test_an_exported_network_is_a_copy(problem: Problem) -> None:
     for parameter in network.parameters():
         parameter.data.zero_()
     found = evaluate(replace(problem, loss=SquaredError()), state.theta, None)["train_loss"]
-    assert (found > 0).all() and state.theta.flat.abs().max() > 0
+    assert (found > 0).all() and state.theta.flat().abs().max() > 0

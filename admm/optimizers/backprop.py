@@ -11,9 +11,12 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
+from admm.optimizers.coupling import Hyperparameters, Schedules
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
-from admm.optimizers.rules import UpdateRule
+from admm.optimizers.rules import Moments, UpdateRule
+from admm.optimizers.running import Runner
 from admm.schedules import Value, schedule
+from admm.visits import Visit
 
 
 @dataclass
@@ -22,13 +25,13 @@ class BackpropState:
 
     Attributes:
         seeds, iteration, theta: see `admm.optimizers.protocol.State`.
-        moments: the update rule's, each [S, P] (Adam's count of steps is [S]).
+        moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
     """
 
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[Tensor]
+    moments: Moments
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Backprop(Options, Optimizer[BackpropState]):
     >>> problem = Problem(x, 3 * x, blocks, SquaredError(), initialiser("uniform", a=0.0, b=0.0))
     >>> optimizer = Backprop(iterations=1, theta_update=SGD(), step_size=[0.1, 0.2], batch_size=2)
     >>> state = optimizer.step(problem, optimizer.init(problem, seeds=[0, 0]))
-    >>> state.theta.flat  # the weight and the bias of two replicas
+    >>> state.theta.flat()  # the weight and the bias of two replicas
     tensor([[0.7500, 0.4500],
             [1.5000, 0.9000]])
     """
@@ -71,29 +74,34 @@ class Backprop(Options, Optimizer[BackpropState]):
         check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
-        return BackpropState(seeds, 0, theta, self.theta_update.init(theta.flat))
+        return BackpropState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]))
 
     def step(self, problem: Problem, state: BackpropState) -> BackpropState:
-        blocks, theta = problem.blocks, state.theta
-        step_size = schedule("step_size", self.step_size, len(state.seeds))
-        gradient = blocks.gradient(theta)
-        for fraction, visit in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
-            evaluations: list[tuple[Tensor, Any]] = []
-            z = visit.x
-            for block, views in zip(blocks, theta.blocks, strict=True):
-                evaluations.append(block.linearize(views, z, visit))
-                z = evaluations[-1][0]
-            grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
-            for t in reversed(range(len(blocks))):
-                _, record = evaluations.pop()
-                grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient.blocks[t], t > 0, False)
-                del record  # and the activations with it
-                if grad_input is not None:
-                    grad_output = grad_input
-            progress = (state.iteration + fraction) / self.iterations
-            self.theta_update.apply(theta.flat, gradient.total(), state.moments, step_size(progress))
+        fractions, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        schedules = Schedules([schedule("step_size", self.step_size, len(state.seeds))], [])
+        run = Runner(problem, self, (state,), schedules, fractions)
+        for visit, row in zip(visits, run.rows([state.moments]), strict=True):
+            run(visit, row)
         state.iteration += 1
         return state
+
+    def visit(self, problem: Problem, state: BackpropState, visit: Visit, rounds: list[Hyperparameters]) -> None:
+        """Move Θ once, in place, on the mean loss of a mini-batch."""
+        blocks, theta, gradient = problem.blocks, state.theta, problem.blocks.gradient()
+        evaluations: list[tuple[Tensor, Any]] = []
+        z = visit.x
+        for block, views in zip(blocks, theta.blocks, strict=True):
+            evaluations.append(block.linearize(views, z, visit))
+            z = evaluations[-1][0]
+        grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
+        for t in reversed(range(len(blocks))):
+            _, record = evaluations.pop()
+            grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient[t], t > 0, False)
+            del record  # and the activations with it
+            if grad_input is not None:
+                grad_output = grad_input
+        (step,) = rounds[0].theta_steps
+        self.theta_update.update([*theta.stacks.values()], blocks.total(gradient), state.moments, step)
 
     def diagnostics(self, problem: Problem, state: BackpropState) -> dict[str, Tensor]:
         """Return the spectral norms `sigma_t` of blocks of one linear layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -20,7 +20,6 @@ from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Hyperparameters,
     Schedules,
-    ThetaUpdate,
     ZState,
     ZUpdate,
     gather,
@@ -28,9 +27,11 @@ from admm.optimizers.coupling import (
     mixing_schedule,
     penalties,
     scatter,
+    update_theta,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
-from admm.optimizers.rules import Adam, UpdateRule
+from admm.optimizers.rules import Adam, Moments, UpdateRule
+from admm.optimizers.running import Runner
 from admm.placement import PLACES, Place, allocate
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
@@ -45,7 +46,7 @@ class BlockADMMState:
 
     Attributes:
         seeds, iteration, theta: see `admm.optimizers.protocol.State`.
-        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+        moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
         z, u: coupling variables Z_t and scaled duals U_t, T tensors [S, N, d_t] each.
         z_state: see `ZState`; its moments are [S, N, d_t].
         beta: penalties [T, S].
@@ -54,7 +55,7 @@ class BlockADMMState:
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[Tensor]
+    moments: Moments
     z: list[Tensor]
     u: list[Tensor]
     z_state: ZState
@@ -105,16 +106,18 @@ def update_minibatch(
     lagrangian: AugmentedLagrangian,
     z_update: ZUpdate,
     z_state: ZState,
-    updater: ThetaUpdate,
-    h: Hyperparameters,
-    rounds: int,
+    update: Callable[[AugmentedLagrangian, Hyperparameters], None],
+    rounds: Sequence[Hyperparameters],
 ) -> None:
-    """Do lines 5 to 12 of Algorithm 1 on the samples of a mini-batch alone, with `rounds` primal updates."""
-    lagrangian.mix_with_forward(h.mixing)
-    for _ in range(rounds):
+    """Do lines 5 to 12 of Algorithm 1 on the samples of a mini-batch alone.
+
+    Each round is a primal update, with Θ by `update`.
+    """
+    lagrangian.mix_with_forward(rounds[0].mixing)
+    for h in rounds:
         z_update.step(lagrangian, z_state, h.z_steps)  # lines 5 to 8: Z_T … Z_1
-        updater.step(lagrangian, h.theta_steps)  # line 10: Θ
-    lagrangian.update_duals(h.dual_step)  # line 12: U
+        update(lagrangian, h)  # line 10: Θ
+    lagrangian.update_duals(rounds[0].dual_step)  # line 12: U
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=self.theta_update.init(theta.flat),
+            moments=self.theta_update.init([*theta.stacks.values()]),
             z=z,
             u=u,
             z_state=self.z_update.init(problem.blocks, theta, zip(*moments, strict=True)),
@@ -221,9 +224,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
         """Do one iteration of Algorithm 1, and update β by Eq. 6."""
         same_samples(problem, state.z[0])
-        updater = ThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments)
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
-        residual = sweep(problem, state, updater, self._schedules(*state.beta.shape), self.rounds(state.iteration))
+        residual = sweep(problem, state, self._schedules(*state.beta.shape), self.rounds(state.iteration))
         state.iteration += 1
         if self.penalty is not None:
             # U is divided by the factor of β, so that λ = β U stays the same (Eq. 5b, 6).
@@ -233,9 +235,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                 u.div_(broadcast(f, u))
         return state
 
-    def _batch_sweep(
-        self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate, schedules: Schedules, rounds: int
-    ) -> Tensor:
+    def _batch_sweep(self, problem: Problem, state: BlockADMMState, schedules: Schedules, rounds: int) -> Tensor:
         """Update all of Z, then Θ by mini-batches, and at the end all of U (Algorithm 1); return ‖h‖ [S]."""
         parts = list(slices(problem.n_samples, self.slice_size))
         for r in range(rounds):
@@ -246,32 +246,47 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             state.z_state.count += self.z_update.steps
             batches = self._theta_batches(problem, state, r)
             for batch, visit in self._visits(problem, state, batches, _THETA, r):
-                updater.step(self._lagrangian(problem, state, batch, visit), h.theta_steps)  # line 10: Θ
+                lagrangian = self._lagrangian(problem, state, batch, visit)
+                update_theta(lagrangian, self.theta_update, state.moments, h.theta_steps)  # line 10: Θ
         visits = self._visits(problem, state, parts, _DUALS, 0)
         squares = [self._update_duals(problem, state, part, visit, h) for part, visit in visits]  # line 12: U
         return self._norm(squares, problem.n_samples)
 
-    def _minibatch_sweep(
-        self, problem: Problem, state: BlockADMMState, updater: ThetaUpdate, schedules: Schedules, rounds: int
-    ) -> Tensor:
+    def _minibatch_sweep(self, problem: Problem, state: BlockADMMState, schedules: Schedules, rounds: int) -> Tensor:
         """Update Z, Θ and U of each mini-batch before those of the next one (Gauss-Seidel order); return ‖h‖ [S]."""
         k, device = state.iteration, problem.device
         batches = minibatches(problem.n_samples, self.batch_size, state.seeds, k, device, self.epoch_parts)
         visits = problem.visits(state.seeds, batches, [(k, number) for number in range(len(batches))])
-        squares = []
-        for number, (batch, visit) in enumerate(zip(batches, visits, strict=True)):
-            h = schedules.at((k + number / len(batches)) / self.iterations)
+        square = torch.zeros_like(state.beta[0])
+        fractions = [number / len(batches) for number in range(len(batches))]
+        run = Runner(problem, self, (state, square), schedules, fractions, rounds)
+        for number, (batch, visit, row) in enumerate(zip(batches, visits, run.rows([state.moments]), strict=True)):
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            lagrangian, z_state = self._gather(problem, state, batch, state.z_state, visit)
-            update_minibatch(lagrangian, self.z_update, z_state, updater, h, rounds)
-            squares.append(self._squared_residual(lagrangian))
-            variables = [*state.z, *state.u, *state.z_state.tensors()]
-            scatter(batch, variables, [*lagrangian.z, *lagrangian.u, *z_state.tensors()])
-            del lagrangian, z_state  # and the activations with them
+            run(visit, row, batch=batch)
         if (k + 1) % (self.epoch_parts or 1) == 0:
             state.z_state.count += rounds * self.z_update.steps
-        return self._norm(squares, sum(batch.shape[1] for batch in batches))
+        return self._norm([square], sum(batch.shape[1] for batch in batches))
+
+    def visit(
+        self,
+        problem: Problem,
+        state: BlockADMMState,
+        square: Tensor,
+        visit: Visit,
+        rounds: list[Hyperparameters],
+        batch: Tensor,
+    ) -> None:
+        """Update Z, Θ and U of a mini-batch in place, and add its `_squared_residual` to `square`."""
+        lagrangian, z_state = self._gather(problem, state, batch, state.z_state, visit)
+
+        def update(lagrangian: AugmentedLagrangian, h: Hyperparameters) -> None:
+            update_theta(lagrangian, self.theta_update, state.moments, h.theta_steps)
+
+        update_minibatch(lagrangian, self.z_update, z_state, update, rounds)
+        square += self._squared_residual(lagrangian)
+        variables = [*state.z, *state.u, *state.z_state.tensors()]
+        scatter(batch, variables, [*lagrangian.z, *lagrangian.u, *z_state.tensors()])
 
     @staticmethod
     def _visits(
@@ -367,8 +382,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`; running statistics stay."""
         theta, samples = state.theta, problem.n_samples
         statistics = theta.buffers.clone()
-        gradient = problem.blocks.gradient(theta)
-        theta_gradient, z_square = torch.zeros_like(theta.flat), torch.zeros_like(state.beta[0])
+        gradient, z_square = problem.blocks.gradient(), torch.zeros_like(state.beta[0])
+        theta_gradient = [torch.zeros_like(stack) for stack in theta.stacks.values()]
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
         for part, visit in self._visits(problem, state, list(slices(samples, self.slice_size)), _DUALS, 0):
             lagrangian = self._lagrangian(problem, state, part, visit)
@@ -380,10 +395,11 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                     total[t - 1] += _squared_norm(v)
                 lagrangian.vjp(t, multiplier[t - 1], grad_params=gradient)
                 z_square += _squared_norm(_gradient_by_z(lagrangian, multiplier, t))
-            theta_gradient += gradient.total()
+            for total, part_of_it in zip(theta_gradient, problem.blocks.total(gradient), strict=True):
+                total += part_of_it
         theta.buffers.copy_(statistics)
         values = {
-            "kkt": (z_square / samples + (theta_gradient / samples).square().sum(1)).sqrt(),
+            "kkt": (z_square / samples + sum(_squared_norm(g / samples) for g in theta_gradient)).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
         }
         for t, dual in enumerate(state.u, start=1):
@@ -397,6 +413,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
         visit = problem.visit(state.seeds, batch, (state.iteration, 0))
         lagrangian, z_state = self._gather(problem, state, batch, state.z_state, visit)
+        z_state = z_state.with_own_curvature()
         self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
         lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)

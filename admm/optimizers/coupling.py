@@ -11,22 +11,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from admm.blocks import Blocks, Gradient, Parameters
+from admm.blocks import Blocks, Parameters
 from admm.checks import at_least_one, in_range, one_of
+from admm.layers import ParamDict
 from admm.losses import ProximalLoss
 from admm.minibatches import flat_indices, gather_per_replica, scatter_per_replica
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import cholesky_with_ridge
 from admm.optimizers.protocol import Problem
-from admm.optimizers.rules import UpdateRule
+from admm.optimizers.rules import Moments, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
 from admm.visits import Visit
 
@@ -37,13 +38,13 @@ class Hyperparameters(NamedTuple):
     """The values of what may have a schedule, at one moment of the run.
 
     Attributes:
-        theta_steps: η, as many as the `ThetaUpdate` takes: one for all of Θ, or for DeepFacto η_1..η_T.
+        theta_steps: η for all of Θ, or for DeepFacto η_1..η_T; or in place of each what `UpdateRule.coefficients` are.
         z_steps: ζ_t of the coupling variables that the algorithm moves.
         dual_step: α.
         mixing: the part of the way to the forward pass that each visit first moves Z.
     """
 
-    theta_steps: list[StepSize]
+    theta_steps: list[StepSize | list[Tensor]]
     z_steps: list[StepSize]
     dual_step: StepSize
     mixing: StepSize
@@ -60,7 +61,23 @@ class Schedules(NamedTuple):
     def at(self, progress: float) -> Hyperparameters:
         """Return the values where the part `progress` of the run, from 0 to 1, is done."""
         theta_steps, z_steps = ([at(progress) for at in schedules] for schedules in (self.theta_steps, self.z_steps))
-        return Hyperparameters(theta_steps, z_steps, self.dual_step(progress), self.mixing(progress))
+        return Hyperparameters([*theta_steps], z_steps, self.dual_step(progress), self.mixing(progress))
+
+    def table(
+        self, progress: Sequence[float], replicas: int, rule: UpdateRule, moments: Sequence[Moments], rounds: int
+    ) -> list[Hyperparameters]:
+        """Return the values at K moments for each of some rounds of updates, [K, S] in float64 or a float that stays.
+
+        In place of η is what `UpdateRule.coefficients` returns for these updates, where `moments` are those before.
+        """
+        z_steps = [at.table(progress, replicas) for at in self.z_steps]
+        dual_step, mixing = (at.table(progress, replicas) for at in (self.dual_step, self.mixing))
+        theta_steps: list[list[Tensor]] = []  # by block, all rounds of a moment before those of the next one
+        for at, before in zip(self.theta_steps, moments, strict=True):
+            steps = torch.as_tensor(at.table(progress, replicas), dtype=torch.float64).expand(len(progress), replicas)
+            theta_steps.append(rule.coefficients(steps.repeat_interleave(rounds, 0), before))
+        by_round = ([[c[r::rounds] for c in of_block] for of_block in theta_steps] for r in range(rounds))
+        return [Hyperparameters([*steps], z_steps, dual_step, mixing) for steps in by_round]
 
 
 def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor) -> Tensor:
@@ -81,7 +98,7 @@ def label_leak(
     if last == 1:
         return {}
     evenly = torch.arange(batch_size, device=problem.device) * problem.n_samples // batch_size
-    moved = moved_lagrangian(evenly.expand(len(theta.flat), -1))
+    moved = moved_lagrangian(evenly.expand(theta.replicas, -1))
     forward = BlockOutputs(problem.blocks, theta, moved.visit).z[-1]
     outputs = {"loss_forward": forward, "loss_moved": moved.output(last)}
     return {name: problem.loss.value(z, moved.visit.y).flatten(1).mean(1) for name, z in outputs.items()}
@@ -179,7 +196,7 @@ class BlockOutputs:
         return evaluation[0]
 
     def vjp(
-        self, t: int, grad_output: Tensor, grad_params: Gradient | None = None, retain_graph: bool = True
+        self, t: int, grad_output: Tensor, grad_params: list[list[ParamDict]] | None = None, retain_graph: bool = True
     ) -> Tensor | None:
         """Multiply the transposed Jacobian of block t by `grad_output` [S, n, d_t].
 
@@ -197,7 +214,7 @@ class BlockOutputs:
         if grad_params is None:
             return block.vjp(views, record, grad_output, retain_graph=retain_graph)
         retain_graph = retain_graph and not self._recomputes(t)
-        block.vjp(views, record, grad_output, grad_params.blocks[t - 1], False, retain_graph)
+        block.vjp(views, record, grad_output, grad_params[t - 1], False, retain_graph)
         if self._recomputes(t):
             self._evaluations[t - 1] = output, None
         return None
@@ -299,7 +316,7 @@ class AugmentedLagrangian(BlockOutputs):
         anchor = self.output(last) - self.u[-1] if self.u else self.output(last)
         return self.loss.prox(anchor, self.visit.y, broadcast(self.beta[-1], anchor))
 
-    def theta_gradient(self, gradient: Gradient, trained: Iterable[int] | None = None) -> None:
+    def theta_gradient(self, gradient: list[list[ParamDict]], trained: Iterable[int] | None = None) -> None:
         """Write the gradient by Θ_t of the mean coupling term of a sample to `gradient`; update running statistics.
 
         `trained` are the numbers t of the blocks, by default all.
@@ -336,19 +353,17 @@ class AugmentedLagrangian(BlockOutputs):
         return self.output(1) if t == 1 else self.blocks[t - 1].forward(self.theta.blocks[t - 1], before, self.visit)
 
 
-class ThetaUpdate:
-    """An update of Θ on the mean coupling terms of some samples (Algorithm 1, line 10; Algorithm 2, line 11)."""
+def update_theta(
+    lagrangian: AugmentedLagrangian, rule: UpdateRule, moments: Moments, steps: Sequence[StepSize | list[Tensor]]
+) -> None:
+    """Move Θ once, on the mean coupling terms of some samples, by the one step size η in `steps`.
 
-    def __init__(self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[Tensor]) -> None:
-        self.rule, self.theta, self.moments = rule, theta, moments
-        self.gradient = blocks.gradient(theta)
-
-    def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
-        """Move Θ once, by the one step size η in `steps`."""
-        (step,) = steps
-        lagrangian.theta_gradient(self.gradient)
-        self.rule.apply(self.theta.flat, self.gradient.total(), self.moments, step)
-        lagrangian.forget_all()
+    This is line 10 of Algorithm 1, and line 11 of Algorithm 2.
+    """
+    blocks, gradient, (step,) = lagrangian.blocks, lagrangian.blocks.gradient(), steps
+    lagrangian.theta_gradient(gradient)
+    rule.update([*lagrangian.theta.stacks.values()], blocks.total(gradient), moments, step)
+    lagrangian.forget_all()
 
 
 @dataclass
@@ -359,7 +374,8 @@ class ZState:
         moments: Adam's two moments per block, in the shape of Z_t.
         count: the number of Adam's steps so far.
         power_vectors: the vectors of the power iterations, [S, d_t, 1] for t = 1..T−1.
-        inverse_curvature: the factor of the gradient by Z_t for t = 1..T−1: [S, 1, 1], or [S, d_t, d_t] from the right.
+        inverse_curvature: the factor of the gradient by Z_t for t = 1..T−1: [S, 1, 1], or [S, d_t, d_t] from the right;
+            0 before it is known.
     """
 
     moments: list[list[Tensor]] = field(default_factory=list)
@@ -370,6 +386,11 @@ class ZState:
     def tensors(self) -> list[Tensor]:
         """Return all moments, block by block."""
         return list(chain.from_iterable(self.moments))
+
+    def with_own_curvature(self) -> ZState:
+        """Return this state with copies of the power vectors and the inverse curvature."""
+        vectors, inverses = ([v.clone() for v in of_kind] for of_kind in (self.power_vectors, self.inverse_curvature))
+        return replace(self, power_vectors=vectors, inverse_curvature=inverses)
 
 
 @dataclass(frozen=True)
@@ -441,11 +462,18 @@ class ZUpdate(Options):
 
     def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
         """Return the state before the first step; `moments` are zeros, by block."""
-        vectors = []
-        if self.name == "lipschitz":
+        state = ZState([list(pair) for pair in moments])
+        if self.name in ("lipschitz", "majorised"):
             weights = [block.linear_weight(views) for block, views in zip(blocks, theta.blocks, strict=True)]
-            vectors = [w.new_ones(len(w), w.shape[2], 1) for w in weights[1:] if w is not None]
-        return ZState([list(pair) for pair in moments], power_vectors=vectors)
+            sizes = [w.shape[2] for w in weights[1:] if w is not None]
+            ones = next(iter(theta.stacks.values())).new_ones(theta.replicas, 1, 1)
+            if self.name == "lipschitz":
+                state.power_vectors = [ones.repeat(1, size, 1) for size in sizes]
+            state.inverse_curvature = [
+                torch.zeros_like(ones) if self.name == "lipschitz" else ones.new_zeros(len(ones), size, size)
+                for size in sizes
+            ]
+        return state
 
     @property
     def moments_of_each(self) -> int:
@@ -457,13 +485,12 @@ class ZUpdate(Options):
         return [[torch.zeros_like(v) for _ in range(self.moments_of_each)] for v in z]
 
     def update_curvature(self, blocks: Blocks, theta: Parameters, beta: Tensor, state: ZState) -> None:
-        """Replace the inverse curvature and the power vectors in `state`, if the update needs them.
+        """Overwrite the inverse curvature and the power vectors in `state`, if the update needs them.
 
-        `beta` are penalties [T, S]. No tensor is overwritten.
+        `beta` are penalties [T, S].
         """
         if self.name in ("gradient", "adam"):
             return
-        inverses, vectors = [], []
         for t in range(1, len(blocks)):
             weight = blocks[t].linear_weight(theta.blocks[t])
             assert weight is not None
@@ -471,14 +498,14 @@ class ZUpdate(Options):
             if self.name == "majorised":
                 w = weight.double()  # float32 does not see β_t beside a large W
                 factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), below.squeeze(2))
-                inverses.append(torch.cholesky_inverse(factor).to(weight))
+                state.inverse_curvature[t - 1].copy_(torch.cholesky_inverse(factor))
             else:
                 # ‖WᵀW v‖ tends to σ² from below; the first one is at most d_t^½ σ².
                 image = weight.mT @ (weight @ state.power_vectors[t - 1])
                 square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-                vectors.append(torch.where(square > 0, image / square, state.power_vectors[t - 1]))
-                inverses.append(1.0 / (below + 1.1 * above * square))
-        state.inverse_curvature, state.power_vectors = inverses, vectors
+                vector = state.power_vectors[t - 1]
+                vector.copy_(torch.where(square > 0, image / square, vector))
+                state.inverse_curvature[t - 1].copy_(1.0 / (below + 1.1 * above * square))
 
     def step(self, lagrangian: AugmentedLagrangian, state: ZState, steps: Sequence[StepSize]) -> None:
         """Move Z_T, …, Z_1 in each round, by steps ζ_1..ζ_T (Algorithm 1, lines 5 to 8; Algorithm 2, lines 6 to 9)."""

@@ -19,9 +19,9 @@ from admm.optimizers.block_admm import update_minibatch
 from admm.optimizers.checks import check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
+    Hyperparameters,
     Schedules,
     StepSize,
-    ThetaUpdate,
     ZState,
     ZUpdate,
     gather,
@@ -30,7 +30,8 @@ from admm.optimizers.coupling import (
     scatter,
 )
 from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
-from admm.optimizers.rules import Adam, UpdateRule
+from admm.optimizers.rules import Adam, Moments, UpdateRule
+from admm.optimizers.running import Runner
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
 
@@ -52,7 +53,7 @@ class DeepFactoState:
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[list[Tensor]]
+    moments: list[Moments]
     z: list[Tensor]
     u: list[Tensor]
 
@@ -152,24 +153,20 @@ class FactorisedZUpdate(ZUpdate):
         return super().updated_z(lagrangian, state, t, step)
 
 
-class BlockwiseThetaUpdate(ThetaUpdate):
-    """An update of the blocks whose numbers t are in `trained`, with one η_t and one list of moments per block."""
-
-    def __init__(
-        self, rule: UpdateRule, blocks: Blocks, theta: Parameters, moments: list[list[Tensor]], trained: list[int]
-    ) -> None:
-        super().__init__(rule, blocks, theta, moments=[])
-        self.trained = trained
-        self.by_block = list(
-            zip(by_block(blocks, theta.flat), by_block(blocks, self.gradient.total()), moments, strict=True)
-        )
-
-    def step(self, lagrangian: AugmentedLagrangian, steps: Sequence[StepSize]) -> None:
-        """Move Θ_t of each block in `trained` once, by η_t from the step sizes η_1..η_T."""
-        lagrangian.theta_gradient(self.gradient, self.trained)
-        for t in self.trained:
-            self.rule.apply(*self.by_block[t - 1], steps[t - 1])
-        lagrangian.forget_all()
+def update_blocks(
+    lagrangian: AugmentedLagrangian,
+    rule: UpdateRule,
+    moments: Sequence[Moments],
+    trained: Sequence[int],
+    steps: Sequence[StepSize | list[Tensor]],
+) -> None:
+    """Move Θ_t once, for each number t in `trained`, by its own η_t in `steps` and its own moments."""
+    blocks, stacks = lagrangian.blocks, by_block(lagrangian.blocks, lagrangian.theta)
+    gradient = blocks.gradient()
+    lagrangian.theta_gradient(gradient, trained)
+    for t in trained:
+        rule.update(stacks[t - 1], blocks.total(gradient, [t - 1]), moments[t - 1], steps[t - 1])
+    lagrangian.forget_all()
 
 
 @dataclass(frozen=True)
@@ -249,7 +246,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=[self.theta_update.init(flat) for flat in by_block(problem.blocks, theta.flat)],
+            moments=[self.theta_update.init(stacks) for stacks in by_block(problem.blocks, theta)],
             z=z,
             u=[torch.zeros_like(v) for v in residuals] if schedules.dual_step.largest > 0.0 else [],
         )
@@ -262,21 +259,38 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         is_frozen = bool(factors) and state.iteration < self.frozen
         first = min(factors) if is_frozen else 1
         trained = [t for t in range(first, len(state.z) + 1) if t not in factors]
-        updater = BlockwiseThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments, trained)
-        z_update = FactorisedZUpdate("gradient", score_sweeps=self.score_sweeps)
         batches = self._minibatches(problem, state)
         visits = problem.visits(state.seeds, batches, [(state.iteration, number) for number in range(len(batches))])
-        for number, (batch, visit) in enumerate(zip(batches, visits, strict=True)):
-            h = schedules.at((state.iteration + number / len(batches)) / self.iterations)
-            lagrangian = _lagrangian(problem, state, factors, beta, batch, visit)
-            update_minibatch(lagrangian, z_update, ZState(), updater, h, self.primal_rounds)
-            scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
-            del lagrangian  # and the activations with it
+        fractions = [number / len(batches) for number in range(len(batches))]
+        run = Runner(problem, self, (state, factors, beta), schedules, fractions, self.primal_rounds)
+        for batch, visit, row in zip(batches, visits, run.rows(state.moments), strict=True):
+            run(visit, row, batch=batch, trained=tuple(trained))
         if not is_frozen:
             for t, basis in factors.items():
                 self._update_basis(problem, state, t, basis)
         state.iteration += 1
         return state
+
+    def visit(
+        self,
+        problem: Problem,
+        state: DeepFactoState,
+        factors: Factors,
+        beta: Tensor,
+        visit: Visit,
+        rounds: list[Hyperparameters],
+        batch: Tensor,
+        trained: Sequence[int],
+    ) -> None:
+        """Update Z and S, Θ of the blocks in `trained`, and the duals of a mini-batch, in place."""
+        lagrangian = _lagrangian(problem, state, factors, beta, batch, visit)
+        z_update = FactorisedZUpdate("gradient", score_sweeps=self.score_sweeps)
+
+        def update(lagrangian: AugmentedLagrangian, h: Hyperparameters) -> None:
+            update_blocks(lagrangian, self.theta_update, state.moments, trained, h.theta_steps)
+
+        update_minibatch(lagrangian, z_update, ZState(), update, rounds)
+        scatter(batch, [*state.z, *state.u], [*lagrangian.z, *lagrangian.u])
 
     def _minibatches(self, problem: Problem, state: DeepFactoState) -> list[Tensor]:
         """Return the indices [R, B] of an epoch's mini-batches."""
@@ -393,12 +407,12 @@ def factorisations(blocks: Blocks, theta: Parameters) -> Factors:
     return factors
 
 
-def by_block(blocks: Blocks, flat: Tensor) -> list[Tensor]:
-    """Return the parameters of each block, views of flat [R, P]. Raises ValueError where they share some."""
-    sizes = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in blocks.modules]
-    if sum(sizes) != flat.shape[1]:
+def by_block(blocks: Blocks, theta: Parameters) -> list[list[Tensor]]:
+    """Return the trained parameters of each block, [R, *shape] each. Raises ValueError where they share some."""
+    if blocks.shared_parameters:
         raise ValueError("network: blocks share parameters, which DeepFacto does not support")
-    return list(flat.split(sizes, 1))
+    numbers = blocks.numbers_of_parameters()
+    return [[p for name, p in theta.stacks.items() if numbers[name] == t] for t in range(1, len(blocks) + 1)]
 
 
 def _lagrangian(

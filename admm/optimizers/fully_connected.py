@@ -40,7 +40,7 @@ def linear_layers(problem: Problem, theta: Parameters, algorithm: str, biases: b
         )
     if frozen := [name for name, p in network.named_parameters() if not p.requires_grad]:
         raise ValueError(f"network: {algorithm} trains all parameters, but {frozen[0]!r} has requires_grad=False")
-    if problem.blocks.gradient(theta).shared:
+    if problem.blocks.shared_parameters:
         raise ValueError(f"network: {algorithm} does not support layers that share parameters")
     modules = modules_by_name(network)
     kinds = [type(modules[name]) for name in layer_names(network)]

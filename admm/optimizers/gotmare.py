@@ -16,8 +16,10 @@ from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import AugmentedLagrangian, Hyperparameters, Schedules, label_leak, warn_of_lost_signal
 from admm.optimizers.fully_connected import Start, check_initial_names, set_initial_values
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
-from admm.optimizers.rules import SGD, Adam, UpdateRule
+from admm.optimizers.rules import SGD, Adam, Moments, UpdateRule
+from admm.optimizers.running import Runner
 from admm.schedules import BlockValue, Number, Value, block_schedules, positive, schedule
+from admm.visits import Visit
 
 
 @dataclass
@@ -26,13 +28,13 @@ class GotmareState:
 
     Attributes:
         seeds, iteration, theta: see `admm.optimizers.protocol.State`.
-        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+        moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
     """
 
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[Tensor]
+    moments: Moments
 
 
 class GluingTerms(AugmentedLagrangian):
@@ -108,24 +110,34 @@ class Gotmare(Options, Optimizer[GotmareState]):
         check_initial_names(start, ("theta",))
         self._check(problem, len(seeds))
         theta = problem.initial(seeds)
-        set_initial_values("theta", [theta.flat], start)
-        return GotmareState(seeds, 0, theta, self.theta_update.init(theta.flat))
+        flat = theta.flat()
+        set_initial_values("theta", [flat], start)
+        theta.fill(flat)
+        return GotmareState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]))
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
         """Do one iteration, an epoch or a part of one."""
-        schedules, rho = self._schedules(problem, len(state.seeds)), self._penalties(problem, len(state.seeds))
-        gradient = problem.blocks.gradient(state.theta)
-        for fraction, visit in problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts):
-            h = schedules.at((state.iteration + fraction) / self.iterations)
-            terms = GluingTerms(problem, state.theta, rho, visit)  # z by a forward pass
-            self._update_z(terms, h)
-            for t in range(1, len(problem.blocks) + 1):
-                terms.vjp(t, terms.coupling_gradient(t).div_(-terms.n_samples), grad_params=gradient)
-            (eta,) = h.theta_steps
-            self.theta_update.apply(state.theta.flat, gradient.total(), state.moments, eta)
-            del terms  # and the activations with them
+        replicas = len(state.seeds)
+        schedules, rho = self._schedules(problem, replicas), self._penalties(problem, replicas)
+        fractions, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        run = Runner(problem, self, (state, rho), schedules, fractions)
+        for visit, row in zip(visits, run.rows([state.moments]), strict=True):
+            run(visit, row)
         state.iteration += 1
         return state
+
+    def visit(
+        self, problem: Problem, state: GotmareState, rho: Tensor, visit: Visit, rounds: list[Hyperparameters]
+    ) -> None:
+        """Update z and Θ on a mini-batch, Θ in place."""
+        (h,), gradient = rounds, problem.blocks.gradient()
+        terms = GluingTerms(problem, state.theta, rho, visit)  # z by a forward pass
+        self._update_z(terms, h)
+        for t in range(1, len(problem.blocks) + 1):
+            terms.vjp(t, terms.coupling_gradient(t).div_(-terms.n_samples), grad_params=gradient)
+        (step,) = h.theta_steps
+        stacks = [*state.theta.stacks.values()]
+        self.theta_update.update(stacks, problem.blocks.total(gradient), state.moments, step)
 
     def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
         """Return the spectral norms `sigma_t`, and for more than one block `loss_forward` and `loss_moved` (see
@@ -143,12 +155,12 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     def _update_z(self, terms: GluingTerms, h: Hyperparameters) -> None:
         """Do the rounds from z_{T−1} to z_1, each step with the newest neighbours."""
-        moments = [self.z_update.init(z.flatten(1)) for z in terms.z[:-1]]
+        moments = [self.z_update.init([z]) for z in terms.z[:-1]]
         for _ in range(self.z_rounds):
             for t in range(len(terms.blocks) - 1, 0, -1):
                 gradient = terms.z_gradient(t)
                 z = terms.z[t - 1].clone(memory_format=torch.contiguous_format)
-                self.z_update.apply(z.flatten(1), gradient.flatten(1), moments[t - 1], h.z_steps[t - 1])
+                self.z_update.update([z], [gradient], moments[t - 1], h.z_steps[t - 1])
                 terms.set_z(t, z)
 
     def _schedules(self, problem: Problem, n_replicas: int) -> Schedules:

@@ -16,16 +16,18 @@ from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
+    Hyperparameters,
     Schedules,
     StepSize,
-    ThetaUpdate,
     ZState,
     ZUpdate,
     label_leak,
     penalties,
+    update_theta,
 )
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
-from admm.optimizers.rules import Adam, UpdateRule
+from admm.optimizers.rules import Adam, Moments, UpdateRule
+from admm.optimizers.running import Runner
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
 
@@ -36,7 +38,7 @@ class OnlineBlockADMMState:
 
     Attributes:
         seeds, iteration, theta: see `admm.optimizers.protocol.State`.
-        moments: those of `theta_update`, [S, P] each (Adam's count of steps is [S]).
+        moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
         u: one scalar dual per block, [T, S].
         z_state: see `ZState`; it has no moments, which last for one mini-batch only.
     """
@@ -44,7 +46,7 @@ class OnlineBlockADMMState:
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
-    moments: list[Tensor]
+    moments: Moments
     u: Tensor
     z_state: ZState
 
@@ -146,32 +148,43 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=self.theta_update.init(theta.flat),
+            moments=self.theta_update.init([*theta.stacks.values()]),
             u=torch.zeros_like(beta),
             z_state=self.z_update.init(problem.blocks, theta),
         )
 
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         """Do one iteration of Algorithm 2, an epoch or a part of one."""
-        updater = ThetaUpdate(self.theta_update, problem.blocks, state.theta, state.moments)
-        schedules = self._schedules(*state.u.shape)
-        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.like)
+        schedules, replicas = self._schedules(*state.u.shape), len(state.seeds)
+        beta = penalties(self.beta, len(problem.blocks), replicas, problem.like)
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
-        batches = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
-        for number, (fraction, visit) in enumerate(batches):  # line 4
-            h = schedules.at((state.iteration + fraction) / self.iterations)
-            if number % self.curvature_every == 0:
-                self.z_update.update_curvature(problem.blocks, state.theta, beta, state.z_state)
-            lagrangian, z_state = self._start(problem, state, beta, visit)  # line 5: z by a forward pass
-            self.z_update.step(lagrangian, z_state, h.z_steps)  # lines 6 to 9: z_T … z_1
-            updater.step(lagrangian, h.theta_steps)  # line 11: Θ
-            if self.dual == "decay":
-                state.u *= self.dual_decay
-            lagrangian.update_duals(step=1.0)  # line 12: u
-            del lagrangian, z_state  # and the activations with them
+        fractions, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        run = Runner(problem, self, (state, beta), schedules, fractions)
+        for number, (visit, row) in enumerate(zip(visits, run.rows([state.moments]), strict=True)):  # line 4
+            run(visit, row, is_curved=number % self.curvature_every == 0)
         state.iteration += 1
         return state
+
+    def visit(
+        self,
+        problem: Problem,
+        state: OnlineBlockADMMState,
+        beta: Tensor,
+        visit: Visit,
+        rounds: list[Hyperparameters],
+        is_curved: bool,
+    ) -> None:
+        """Do lines 5 to 12 of Algorithm 2 on a mini-batch, in place; `is_curved` evaluates the curvature anew."""
+        (h,) = rounds
+        if is_curved:
+            self.z_update.update_curvature(problem.blocks, state.theta, beta, state.z_state)
+        lagrangian, z_state = self._start(problem, state, beta, visit)  # line 5: z by a forward pass
+        self.z_update.step(lagrangian, z_state, h.z_steps)  # lines 6 to 9: z_T … z_1
+        update_theta(lagrangian, self.theta_update, state.moments, h.theta_steps)  # line 11: Θ
+        if self.dual == "decay":
+            state.u *= self.dual_decay
+        lagrangian.update_duals(step=1.0)  # line 12: u
 
     def _start(
         self, problem: Problem, state: OnlineBlockADMMState, beta: Tensor, visit: Visit
@@ -195,6 +208,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         h = self._schedules(*state.u.shape).at(max(state.iteration - 1, 0) / self.iterations)
         beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.like)
         lagrangian, z_state = self._start(problem, state, beta, problem.visit(state.seeds, batch))
+        z_state = z_state.with_own_curvature()
         self.z_update.update_curvature(problem.blocks, state.theta, beta, z_state)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         return lagrangian

@@ -23,6 +23,16 @@ from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, t
 from admm.visits import Visit
 
 
+class Compiled(dict[Any, Any]):
+    """Compiled visits of mini-batches, see `admm.optimizers.running.Runner`.
+
+    Attributes:
+        seconds: the time that compiling has taken.
+    """
+
+    seconds = 0.0
+
+
 @dataclass(frozen=True)
 class Problem:
     """Training data, a network cut into blocks, and a loss.
@@ -63,6 +73,7 @@ class Problem:
     Attributes:
         x, y: of samples on the device, tensors as the network and the loss take them; else as they were given.
         data: all samples, as they are read.
+        compiled: what has been compiled for optimizers on this problem.
 
     Raises:
         ValueError: for inputs or targets that the network or the loss cannot take, a loss that has no value per sample
@@ -81,7 +92,8 @@ class Problem:
 
     >>> dataset = torch.utils.data.TensorDataset(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 0]))
     >>> problem = Problem(dataset, None, blocks, SquaredError(), initialiser("pytorch"))
-    >>> [visit.y.shape for _, visit in problem.minibatches(batch_size=1, seeds=[0, 1], iteration=0, parts=None)]
+    >>> _, visits = problem.minibatches(batch_size=1, seeds=[0, 1], iteration=0, parts=None)
+    >>> [visit.y.shape for visit in visits]
     [torch.Size([2, 1, 2]), torch.Size([2, 1, 2])]
     """
 
@@ -94,6 +106,7 @@ class Problem:
     stream_to: str | torch.device | None = None
     weights: Any = None
     data: Samples = field(init=False, repr=False)
+    compiled: Compiled = field(init=False, repr=False, compare=False, default_factory=Compiled)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", _weighted(as_loss(self.loss), self.weights))
@@ -278,15 +291,27 @@ class Problem:
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
-    ) -> Iterator[tuple[float, Visit]]:
-        """Yield the mini-batches of an iteration, which is an epoch or one of its `parts`.
+    ) -> tuple[list[float], Iterator[Visit]]:
+        """Return the mini-batches of an iteration, which is an epoch or one of its `parts`.
 
-        Each is the fraction of the iteration before it, and a visit of the inputs [S, B, ...], augmented, and the
-        targets [S, B, ...]. Raises ValueError as `admm.minibatches.minibatches` does.
+        They are the fraction of the iteration before each of them, and a visit of each, with inputs [S, B, ...],
+        augmented, and targets [S, B, ...]. Raises ValueError as `admm.minibatches.minibatches` does.
         """
         distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, read once
-        place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.device)
         batches = minibatches(self.n_samples, batch_size, distinct, iteration, self.device, parts)
+        fractions = [number / len(batches) for number in range(len(batches))]
+        return fractions, self._visits_of(batches, seeds, distinct, iteration, parts)
+
+    def _visits_of(
+        self,
+        batches: Sequence[Tensor],
+        seeds: Sequence[int],
+        distinct: Sequence[int],
+        iteration: int,
+        parts: int | None,
+    ) -> Iterator[Visit]:
+        """Yield a visit of each mini-batch [D, B] of the distinct seeds, for the replicas of all seeds."""
+        place = torch.tensor([distinct.index(seed) for seed in seeds], device=self.device)
         epoch, augmentation = iteration // (parts or 1), self.augmentation
         if augmentation is not None:
             draws = self._draws(augmentation, distinct, epoch)
@@ -295,7 +320,7 @@ class Problem:
                 at = batch.unsqueeze(2)
                 pair = augmentation.change(*pair, tree_map(lambda drawn, at=at: drawn.take_along_dim(at, 1), draws))
             x, y = take_rows(pair, place) if len(distinct) < len(seeds) else pair
-            yield number / len(batches), Visit(seeds, (iteration, number), True, x, y)
+            yield Visit(seeds, (iteration, number), True, x, y)
 
     def _draws(self, augmentation: Augmentation, seeds: Sequence[int], epoch: int) -> Any:
         """Return what an augmentation draws for all samples in an epoch, [S, N, k]."""

@@ -4,38 +4,71 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
-from admm.blocks import Blocks
+from admm.blocks import Blocks, flattened
 from admm.checks import check_positive, has_type, in_range
 from admm.numbers import Options
 from admm.schedules import Number, broadcast, per_replica
+
+Stacks = list[Tensor]  # parameters of S replicas, or moments or a gradient of them, each [S, *shape]
+Moments = list[list[Tensor]]  # lists of tensors, each with the replicas in front
 
 
 class UpdateRule(ABC):
     """A first-order method: how parameters follow their gradient. It is immutable; its moments are the caller's."""
 
     @abstractmethod
-    def init(self, theta: Tensor) -> list[Tensor]:
-        """Return the moments before the first update of parameters [S, P]; their first axis is S."""
+    def init(self, theta: Stacks) -> Moments:
+        """Return the moments before the first update of parameters [S, *shape]; the first axis of each is S."""
 
     @abstractmethod
-    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        """Update the parameters [S, P] and the moments once, in place.
+    def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        """Update the parameters and the moments once, in place.
 
         Args:
-            theta: the parameters.
-            gradient: [S, P]; it is left as it is.
+            theta: the parameters, each [S, *shape].
+            gradient: in their shapes; it is left as it is.
             moments: what `init` has returned.
             step: the step size, a float or one value per replica, [S].
         """
+
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        """Return what the next K updates depend on besides tensors that they change, for `apply_coefficients`.
+
+        Args:
+            steps: their step sizes [K, S], in float64.
+            moments: those before the first of them.
+
+        Returns:
+            Numbers per update and replica, each [K, S] in float64; by default the step sizes.
+        """
+        return [steps]
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        """Update as `apply` does, with operations of tensors alone, so that it can be compiled.
+
+        `coefficients` are those of this update, each [S]; by default `apply` is called with the one that there is.
+        """
+        (step,) = coefficients
+        self.apply(theta, gradient, moments, step)
+
+    def update(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor | Sequence[Tensor]
+    ) -> None:
+        """Call `apply` with a step size, or `apply_coefficients` with a list of coefficients."""
+        if isinstance(step, float | Tensor):
+            self.apply(theta, gradient, moments, step)
+        else:
+            self.apply_coefficients(theta, gradient, moments, step)
 
 
 @dataclass(frozen=True)
@@ -54,11 +87,11 @@ class Adam(Options, UpdateRule):
     References:
         Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015, https://arxiv.org/abs/1412.6980
 
-    >>> rule, theta = Adam(), torch.zeros(1, 2)
+    >>> rule, theta = Adam(), [torch.zeros(1, 2)]
     >>> moments = rule.init(theta)
-    >>> rule.apply(theta, torch.tensor([[5.0, -0.1]]), moments, step=0.1)
+    >>> rule.apply(theta, [torch.tensor([[5.0, -0.1]])], moments, step=0.1)
     >>> theta
-    tensor([[-0.1000,  0.1000]])
+    [tensor([[-0.1000,  0.1000]])]
     """
 
     beta1: float = 0.9
@@ -71,35 +104,59 @@ class Adam(Options, UpdateRule):
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf), ("weight_decay", math.inf)):
             in_range(name, getattr(self, name), below)
 
-    def init(self, theta: Tensor) -> list[Tensor]:
-        return [torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(len(theta), device=theta.device)]
+    def init(self, theta: Stacks) -> Moments:
+        return [zeros(theta), zeros(theta), [torch.zeros(len(p), device=p.device) for p in theta[:1]]]
 
-    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        stacks = [tensor.unbind() for tensor in (theta, gradient, *moments)]
-        sizes = [step] * len(theta) if isinstance(step, float) else step.tolist()
-        for size in dict.fromkeys(sizes):  # the fused kernel has one step size per call
-            self._fused([[row for row, eta in zip(stack, sizes, strict=True) if eta == size] for stack in stacks], size)
+    def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        *directions, counts = moments
+        for count in counts:
+            count.add_(1)
+        tensors = [theta, gradient, *directions]
+        steps = [step] * len(theta[0]) if isinstance(step, float) else step.tolist()
+        if len(set(steps)) == 1:
+            self._fused(tensors, counts[0], steps[0])
+            return
+        rows = [[tensor.unbind() for tensor in of_kind] for of_kind in tensors]
+        for size in dict.fromkeys(steps):  # the fused kernel has one step size per call
+            same = [s for s, eta in enumerate(steps) if eta == size]
+            self._fused([[row[s] for row in of_kind for s in same] for of_kind in rows], counts[0], size)
 
-    def _fused(self, stacks: list[list[Tensor]], step: float) -> None:
-        """Update some replicas of theta, the gradient, both moments and the count of steps."""
-        theta, gradient, mean, square, count = stacks
-        adam(
+    def _fused(self, tensors: Sequence[Stacks], count: Tensor, step: float) -> None:
+        """Update some parameters by their gradient and both moments; `count` is that of the updates with this one."""
+        theta, gradient, mean, square = tensors
+        torch._fused_adamw_(
             theta,
             gradient,
             mean,
             square,
             [],
-            count,
-            fused=True,
-            decoupled_weight_decay=True,
-            amsgrad=False,
+            [count[0]] * len(theta),
+            lr=step,
             beta1=self.beta1,
             beta2=self.beta2,
-            lr=step,
             weight_decay=self.weight_decay,
             eps=self.epsilon,
+            amsgrad=False,
             maximize=False,
         )
+
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        """Return 1 − step λ, and with the bias corrections step/(1 − β₁ᵏ) and 1/√(1 − β₂ᵏ), for update k."""
+        counts = moments[-1][0].double().cpu() + torch.arange(1, len(steps) + 1, dtype=torch.float64).unsqueeze(1)
+        of_mean, of_square = (1.0 - beta**counts for beta in (self.beta1, self.beta2))
+        return [1.0 - self.weight_decay * steps, steps / of_mean, of_square.rsqrt()]
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        means, squares, counts = moments
+        for p, g, mean, square in zip(theta, gradient, means, squares, strict=True):
+            kept, step, scale = (broadcast(value, p) for value in coefficients)
+            mean.lerp_(g, 1.0 - self.beta1)
+            square.mul_(self.beta2).addcmul_(g, g, value=1.0 - self.beta2)
+            p.mul_(kept).sub_(step * mean / (square.sqrt() * scale + self.epsilon))
+        for count in counts:
+            count.add_(1)
 
 
 @dataclass(frozen=True)
@@ -113,11 +170,11 @@ class SGD(Options, UpdateRule):
     Raises:
         ValueError: for a number out of range.
 
-    >>> rule, theta = SGD(weight_decay=0.5), torch.tensor([[1.0], [1.0]])
-    >>> rule.apply(theta, torch.tensor([[2.0], [2.0]]), rule.init(theta), step=torch.tensor([0.1, 0.2]))
+    >>> rule, theta = SGD(weight_decay=0.5), [torch.tensor([[1.0], [1.0]])]
+    >>> rule.apply(theta, [torch.tensor([[2.0], [2.0]])], rule.init(theta), step=torch.tensor([0.1, 0.2]))
     >>> theta
-    tensor([[0.7500],
-            [0.5000]])
+    [tensor([[0.7500],
+            [0.5000]])]
     """
 
     momentum: float = 0.0
@@ -128,19 +185,21 @@ class SGD(Options, UpdateRule):
         in_range("momentum", self.momentum, 1.0)
         in_range("weight_decay", self.weight_decay)
 
-    def init(self, theta: Tensor) -> list[Tensor]:
-        return [torch.zeros_like(theta)] if self.momentum else []
+    def init(self, theta: Stacks) -> Moments:
+        return [zeros(theta)] if self.momentum else []
 
-    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        step = broadcast(step, theta)
-        if moments:
-            gradient = moments[0].mul_(self.momentum).add_(gradient).add_(theta, alpha=self.weight_decay)
-        elif self.weight_decay:
-            theta.mul_(1.0 - step * self.weight_decay)
-        if isinstance(step, float):
-            theta.sub_(gradient, alpha=step)
-        else:
-            theta.addcmul_(gradient, -step)
+    def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        for place, (p, g) in enumerate(zip(theta, gradient, strict=True)):
+            eta = broadcast(step, p)
+            if moments:
+                (velocity,) = moments
+                g = velocity[place].mul_(self.momentum).add_(g).add_(p, alpha=self.weight_decay)
+            elif self.weight_decay:
+                p.mul_(1.0 - eta * self.weight_decay)
+            if isinstance(eta, float):
+                p.sub_(g, alpha=eta)
+            else:
+                p.addcmul_(g, -eta)
 
 
 @dataclass(frozen=True)
@@ -160,10 +219,10 @@ class Clipped(Options, UpdateRule):
         Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, Algorithm 1,
         https://arxiv.org/abs/1211.5063
 
-    >>> rule, theta = Clipped(SGD(), max_norm=1.0), torch.zeros(1, 2)
-    >>> rule.apply(theta, torch.tensor([[30.0, -40.0]]), rule.init(theta), step=1.0)
+    >>> rule, theta = Clipped(SGD(), max_norm=1.0), [torch.zeros(1, 2)]
+    >>> rule.apply(theta, [torch.tensor([[30.0, -40.0]])], rule.init(theta), step=1.0)
     >>> theta
-    tensor([[-0.6000,  0.8000]])
+    [tensor([[-0.6000,  0.8000]])]
     """
 
     rule: UpdateRule
@@ -174,13 +233,25 @@ class Clipped(Options, UpdateRule):
         has_type("rule", self.rule, UpdateRule, "admm.optimizers.Adam()")
         check_positive("max_norm", self.max_norm)
 
-    def init(self, theta: Tensor) -> list[Tensor]:
+    def init(self, theta: Stacks) -> Moments:
         return self.rule.init(theta)
 
-    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        self.rule.apply(theta, self._clipped(gradient), moments, step)
+
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        return self.rule.coefficients(steps, moments)
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        self.rule.apply_coefficients(theta, self._clipped(gradient), moments, coefficients)
+
+    def _clipped(self, gradient: Stacks) -> Stacks:
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradient])
+        norm = torch.linalg.vector_norm(norms, dim=0)
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in PyTorch
-        self.rule.apply(theta, gradient * factor, moments, step)
+        return [g * broadcast(factor, g) for g in gradient]
 
 
 @dataclass(frozen=True)
@@ -232,61 +303,72 @@ class Grouped(Options, UpdateRule):
     ['fc1.linear.weight', 'fc1.linear.bias', 'fc2.linear.weight', 'fc2.linear.bias']
     >>> decayed = Adam(weight_decay=0.1)
     >>> rule = Grouped(blocks, [Group("*.bias", Adam()), Group(1, decayed, factor=0.1)], rest=decayed)
-    >>> theta = torch.ones(1, 17)
-    >>> rule.apply(theta, torch.zeros(1, 17), rule.init(theta), step=1.0)
-    >>> {name: round(theta[0, columns][0].item(), 2) for name, columns in blocks.parameter_slices().items()}
-    {'fc1.linear.weight': 0.99, 'fc1.linear.bias': 1.0, 'fc2.linear.weight': 0.9, 'fc2.linear.bias': 1.0}
+    >>> theta = [torch.ones(1, 3, 2), torch.ones(1, 3), torch.ones(1, 2, 3), torch.ones(1, 2)]
+    >>> rule.apply(theta, [torch.zeros_like(p) for p in theta], rule.init(theta), step=1.0)
+    >>> [round(p.flatten()[0].item(), 2) for p in theta]
+    [0.99, 1.0, 0.9, 1.0]
     """
 
     blocks: Blocks = field(repr=False)
     groups: Sequence[Group]
     rest: UpdateRule
-    columns: tuple[tuple[slice, ...], ...] = field(init=False, repr=False)  # of each group, and of the rest
+    places: tuple[tuple[int, ...], ...] = field(init=False, repr=False)  # of the parameters of each group, and the rest
 
     def __post_init__(self) -> None:
         super().__post_init__()
         has_type("rest", self.rest, UpdateRule, "admm.optimizers.Adam()")
-        free, columns = self.blocks.parameter_slices(), list[tuple[slice, ...]]()
-        block_of = _blocks_of(self.blocks, free)
+        free = {name: place for place, name in enumerate(self.blocks.parameter_slices())}
+        places, block_of = list[tuple[int, ...]](), self.blocks.numbers_of_parameters()
         for group in self.groups:
             has_type("groups", group, Group, 'admm.optimizers.Group("*.bias", Adam())')
-            columns.append(_joined([free.pop(name) for name in _chosen(group, free, block_of)]))
-        object.__setattr__(self, "columns", (*columns, _joined(free.values())))
+            places.append(tuple(free.pop(name) for name in _chosen(group, free, block_of)))
+        object.__setattr__(self, "places", (*places, tuple(free.values())))
 
-    def init(self, theta: Tensor) -> list[Tensor]:
-        size = sum(part.stop - part.start for parts in self.columns for part in parts)
-        if theta.shape[1] != size:
+    def init(self, theta: Stacks) -> Moments:
+        needed = sum(map(len, self.places))
+        if len(theta) != needed:
             raise ValueError(
-                f"theta_update: Grouped is for all {size} parameters of its blocks, not for {theta.shape[1]}"
+                f"theta_update: Grouped is for all {needed} parameters of its blocks, not for {len(theta)}"
             )
-        rules = [rule for rule, _ in self._rules(len(theta))]
-        return [m for rule, parts in zip(rules, self.columns, strict=True) for m in rule.init(_gathered(theta, parts))]
+        rules = self._rules(len(theta[0]))
+        return [moment for rule, _, places in rules for moment in rule.init([theta[p] for p in places])]
 
-    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
+    def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        for rule, factor, places, own in self._with_moments(moments, len(theta[0])):
+            rule.apply([theta[p] for p in places], [gradient[p] for p in places], own, step * factor)
+
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        rules = self._with_moments(moments, steps.shape[1])
+        return [c for rule, factor, _, own in rules for c in rule.coefficients(steps * factor, own)]
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        left, one_step = iter(coefficients), coefficients[0].new_ones(1, len(theta[0]))
+        for rule, _, places, own in self._with_moments(moments, len(theta[0])):
+            needed = len(rule.coefficients(one_step, own))
+            rule.apply_coefficients(
+                [theta[p] for p in places], [gradient[p] for p in places], own, list(islice(left, needed))
+            )
+
+    def _with_moments(
+        self, moments: Moments, replicas: int
+    ) -> Iterator[tuple[UpdateRule, float | Tensor, tuple[int, ...], Moments]]:
+        """Yield the rule, the factor of its step size, the places of its parameters and its moments, by group."""
         left = iter(moments)
-        for (rule, factor), parts in zip(self._rules(len(theta)), self.columns, strict=True):
-            own = list(islice(left, len(rule.init(theta[:, :0]))))
-            some = _gathered(theta, parts)
-            rule.apply(some, _gathered(gradient, parts), own, step * factor)
-            if len(parts) > 1:
-                for part, values in zip(parts, some.split([part.stop - part.start for part in parts], 1), strict=True):
-                    theta[:, part] = values
+        for rule, factor, places in self._rules(replicas):
+            yield rule, factor, places, list(islice(left, len(rule.init([]))))
 
-    def _rules(self, replicas: int) -> Iterator[tuple[UpdateRule, float | Tensor]]:
-        """Yield the rule of each group and the factor of its step size, a float or a tensor [S]; at last the rest's."""
-        yield from ((group.rule, per_replica("factor", group.factor, replicas)) for group in self.groups)
-        yield self.rest, 1.0
+    def _rules(self, replicas: int) -> Iterator[tuple[UpdateRule, float | Tensor, tuple[int, ...]]]:
+        """Yield the rule, the factor of its step size, a float or a tensor [S], and the places of its parameters, of
+        each group that has some and of the rest."""
+        for group, places in zip(self.groups, self.places, strict=False):
+            yield group.rule, per_replica("factor", group.factor, replicas), places
+        if self.places[-1]:
+            yield self.rest, 1.0, self.places[-1]
 
 
-def _blocks_of(blocks: Blocks, slices: Mapping[str, slice]) -> dict[str, int]:
-    """Return the number of the block, counted from 1, of each parameter, by name."""
-    columns = torch.arange(max(part.stop for part in slices.values())).unsqueeze(0)
-    numbered = enumerate(blocks.parameters(columns).blocks, start=1)
-    first = {int(view.flatten()[0]): t for t, layers in numbered for views in layers for view in views.values()}
-    return {name: first[part.start] for name, part in slices.items()}
-
-
-def _chosen(group: Group, free: Mapping[str, slice], block_of: Mapping[str, int]) -> list[str]:
+def _chosen(group: Group, free: Mapping[str, int], block_of: Mapping[str, int]) -> list[str]:
     """Return the names of the free parameters that a group chooses."""
     found = list[str]()
     for choice in [group.which] if isinstance(group.which, str | int) else group.which:
@@ -298,21 +380,6 @@ def _chosen(group: Group, free: Mapping[str, slice], block_of: Mapping[str, int]
             )
         found += names
     return list(dict.fromkeys(found))
-
-
-def _joined(parts: Iterable[slice]) -> tuple[slice, ...]:
-    """Return slices in order, neighbours as one."""
-    joined = list[slice]()
-    for part in sorted(parts, key=lambda part: part.start):
-        if joined and joined[-1].stop == part.start:
-            part = slice(joined.pop().start, part.stop)
-        joined.append(part)
-    return tuple(joined)
-
-
-def _gathered(flat: Tensor, parts: Sequence[slice]) -> Tensor:
-    """Return some columns of a tensor [S, P], as a view where they are one slice."""
-    return flat[:, parts[0]] if len(parts) == 1 else torch.cat([flat[:, :0], *(flat[:, part] for part in parts)], 1)
 
 
 @dataclass(frozen=True)
@@ -333,12 +400,12 @@ class Averaged(Options, UpdateRule):
         Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", SIAM Journal on Control and
         Optimization 30(4), 1992, https://doi.org/10.1137/0330046, where all have the same weight
 
-    >>> rule, theta = Averaged(SGD(), decay=0.9), torch.zeros(1, 1)
+    >>> rule, theta = Averaged(SGD(), decay=0.9), [torch.zeros(1, 1)]
     >>> moments = rule.init(theta)
     >>> for _ in range(2):
-    ...     rule.apply(theta, torch.ones(1, 1), moments, step=1.0)
+    ...     rule.apply(theta, [torch.ones(1, 1)], moments, step=1.0)
     >>> theta, rule.average(moments)
-    (tensor([[-2.]]), tensor([[-1.1000]]))
+    ([tensor([[-2.]])], tensor([[-1.1000]]))
 
     Of a state of an optimizer with this `theta_update`, `problem.blocks.parameters(rule.average(state.moments),
     state.theta.buffers)` are the averaged networks, to be measured by `admm.training.evaluate` or exported. Running
@@ -353,18 +420,34 @@ class Averaged(Options, UpdateRule):
         has_type("rule", self.rule, UpdateRule, "admm.optimizers.Adam()")
         in_range("decay", self.decay, 1.0)
 
-    def init(self, theta: Tensor) -> list[Tensor]:
-        return [*self.rule.init(theta), theta.clone(), theta.new_ones(len(theta))]
+    def init(self, theta: Stacks) -> Moments:
+        return [*self.rule.init(theta), [p.clone() for p in theta], [p.new_ones(len(p)) for p in theta[:1]]]
 
-    def apply(self, theta: Tensor, gradient: Tensor, moments: list[Tensor], step: float | Tensor) -> None:
-        *own, average, weight = moments
-        self.rule.apply(theta, gradient, own, step)
-        average.lerp_(theta, weight.unsqueeze(1))
-        weight.fill_(1.0 - self.decay)
+    def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        self.rule.apply(theta, gradient, moments[:-2], step)
+        self._average(theta, moments)
 
-    def average(self, moments: list[Tensor]) -> Tensor:
-        """Return the averaged parameters [S, P] among the moments of this rule, or of a `Clipped` one around it.
+    def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
+        return self.rule.coefficients(steps, moments[:-2])
 
-        The tensor is the moments' own, which the next update overwrites.
-        """
-        return moments[-2]
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        self.rule.apply_coefficients(theta, gradient, moments[:-2], coefficients)
+        self._average(theta, moments)
+
+    def _average(self, theta: Stacks, moments: Moments) -> None:
+        averages, weights = moments[-2:]
+        for weight in weights:
+            for average, p in zip(averages, theta, strict=True):
+                average.lerp_(p, broadcast(weight, p))
+            weight.fill_(1.0 - self.decay)
+
+    def average(self, moments: Moments) -> Tensor:
+        """Return the averaged parameters [S, P] among the moments of this rule, or of a `Clipped` one around it."""
+        return flattened(moments[-2])
+
+
+def zeros(stacks: Stacks) -> list[Tensor]:
+    """Return zeros in the shapes of some tensors."""
+    return [torch.zeros_like(stack) for stack in stacks]

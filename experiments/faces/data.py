@@ -2,8 +2,11 @@
 
 LFW: Huang, Ramesh, Berg & Learned-Miller, "Labeled Faces in the Wild", 2007. LFWA, its 40 attributes and their
 split: Liu, Luo, Wang & Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015; it is given out by its authors.
+Scores of 73 attributes of LFW's faces, which anybody can download: Kumar, Berg, Belhumeur & Nayar, "Attribute and
+Simile Classifiers for Face Verification", ICCV 2009.
 """
 
+import csv
 import hashlib
 import struct
 import tempfile
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +41,8 @@ ATTRIBUTES = tuple(  # in CelebA's order
 FOLDERS = ("faces", "lfw", "lfw-deepfunneled", "lfw_funneled")  # the last is where a download goes
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LFWA, LFWA_SPLIT = "lfw_att_40.mat", "indices_train_test.mat"
+SCORES = "http://www.cs.columbia.edu/CAVE/databases/pubfig/download/lfw_attributes.txt"
+NOT_SCORED = ("Attractive", "Young")  # there are Attractive Man, Attractive Woman and Youth
 DECODED = 2  # to be raised when another image is made of a file: the cache is then written again
 
 Integers = NDArray[np.int64]
@@ -91,6 +97,7 @@ def load_faces(
     attributes: table under root (.csv, .csv.gz), with the file (its person's folder before it or not) in column
         `image` and a column of 0/1, -1/1 or probabilities, which are yes from 0.5 on, for each of the 40 attributes.
         An empty value, or an image that is not listed, is unknown. A name is the same in Unicode's forms NFC and NFD.
+        Or Kumar et al.'s lfw_attributes.txt, whose scores above 0 are yes; Attractive and Young are unknown there.
         None: LFWA, if root has its authors' lfw_att_40.mat and indices_train_test.mat (of MATLAB 5, or of 7.3 with
         h5py), whose images, labels and split are taken as they are; else all is unknown.
     labels: what the labels of the table are.
@@ -244,19 +251,31 @@ def composed(name: str) -> str:
 def _lfwa(mat: Path, folder: Path, listed: list[str]) -> tuple[list[str], Answers]:
     """Names and attributes [N, 40] as LFWA's authors give them."""
     columns, label, files = _read_mat(mat, "AttrName", "label", "name")
-    names = [composed(str(file).strip().replace("\\", "/")) for file in files.ravel()]
+    for key, strings in (("AttrName", columns), ("name", files)):
+        if other := [x for x in strings.ravel() if not isinstance(x, str)]:
+            raise DatasetError(f"{mat}: {key} holds {other[0]!r}, expected a cell of strings")
+    names = [composed(file.strip().replace("\\", "/")) for file in files.ravel()]
     if label.shape != (len(names), columns.size):
-        raise DatasetError(f"{mat}: label is {list(label.shape)}, expected [{len(names)}, {columns.size}]")
+        expected = f"[{len(names)}, {columns.size}] as there are so many in name and in AttrName"
+        raise DatasetError(f"{mat}: label is {list(label.shape)}, expected {expected}")
+    if twice := _twice(names):
+        raise DatasetError(f"{mat}: name lists {twice[0]} twice, expected each image once")
     if missing := sorted(set(names) - set(listed)):
-        raise DatasetError(f"{folder}: has no {missing[0]}; {mat} lists {len(missing)} images that are absent")
-    return names, _binary(pd.DataFrame(label, columns=columns.ravel()), mat)
+        number = f"{len(missing)} images that are absent, expected <person>\\<image>.jpg of this folder"
+        raise DatasetError(f"{folder}: has no {missing[0]}; {mat}: name lists {number}")
+    return names, _binary(pd.DataFrame(label, columns=columns.ravel()), f"{mat}: AttrName and label")
 
 
 def _lfwa_split(mat: Path, images: int) -> tuple[Integers, Integers]:
     """Ascending indices of train and test as LFWA's authors give them, from 1."""
-    train, test = (np.sort(indices, axis=None) for indices in _read_mat(mat, "indices_img_train", "indices_img_test"))
-    if not np.isin(np.concatenate([train, test]), np.arange(1, images + 1)).all():
-        raise DatasetError(f"{mat}: indices_img_train and _test must be whole numbers from 1 to {images}, the images")
+    keys = ("indices_img_train", "indices_img_test")
+    train, test = (np.sort(indices, axis=None) for indices in _read_mat(mat, *keys))
+    for key, indices in zip(keys, (train, test), strict=True):
+        if len(other := indices[~np.isin(indices, np.arange(1, images + 1))]):
+            right = f"whole numbers from 1 to {images}, the number of names in {LFWA}"
+            raise DatasetError(f"{mat}: {key} holds {other[0]}, expected {right}")
+        if twice := _twice(indices):
+            raise DatasetError(f"{mat}: {key} holds {twice[0]} twice, expected each image once")
     if shared := len(np.intersect1d(train, test)):
         raise DatasetError(f"{mat}: {shared} images are in both indices_img_train and indices_img_test")
     return train.astype(np.int64) - 1, test.astype(np.int64) - 1
@@ -267,9 +286,9 @@ def _read_mat(path: Path, *keys: str) -> list[NDArray[Any]]:
     try:
         with path.open("rb") as file:
             hdf5 = b"\x89HDF\r\n\x1a\n" in file.read(1024)  # MATLAB 7.3's own header comes before it
-        content = _read_hdf5(path) if hdf5 else scipy.io.loadmat(path, squeeze_me=True)
+        content = _read_hdf5(path, keys) if hdf5 else scipy.io.loadmat(path, squeeze_me=True)
     except ImportError as error:
-        raise DatasetError(f"{path}: is a MATLAB 7.3 (HDF5) file, which needs h5py: pip install h5py") from error
+        raise DatasetError(f"{path}: is of MATLAB 7.3 (HDF5), which needs h5py: pip install -e '.[faces]'") from error
     except Exception as error:  # damaged files raise anything
         raise DatasetError(f"{path}: could not be read as a MATLAB file ({error})") from error
     if missing := [key for key in keys if key not in content]:
@@ -278,23 +297,33 @@ def _read_mat(path: Path, *keys: str) -> list[NDArray[Any]]:
     return [np.asarray(content[key]) for key in keys]
 
 
-def _read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
+def _read_hdf5(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any] | None]:
+    """The variables of a MATLAB 7.3 file, None for those that are not asked for. A cell is a matrix of references to
+    its elements, a string is a column of UTF-16 code units, and axes are reversed."""
     import h5py
 
-    def text(reference: Any) -> str:
-        return "".join(map(chr, file[reference][()].ravel()))
+    def element(reference: Any) -> Any:
+        units = file[reference][()]
+        return units.astype("<u2").tobytes().decode("utf-16-le") if units.dtype.kind == "u" else units
+
+    def variable(stored: NDArray[Any]) -> NDArray[Any]:
+        return (np.vectorize(element, otypes=[object])(stored) if stored.dtype == object else stored).T
 
     with h5py.File(path) as file:
-        arrays = {key: item[()].T for key, item in file.items() if isinstance(item, h5py.Dataset)}  # axes are reversed
-        return {key: np.vectorize(text)(array) if array.dtype == object else array for key, array in arrays.items()}
+        datasets = {key: item for key, item in file.items() if isinstance(item, h5py.Dataset)}
+        return {key: variable(item[()]) if key in keys else None for key, item in datasets.items()}
 
 
 def _table(path: Path, names: list[str]) -> Answers:
-    """Attributes [N, 40] of the named images from a CSV file, -1 where it has none."""
+    """Attributes [N, 40] of the named images from a file as `load_faces` takes it, -1 where it has none."""
     try:
-        table = pd.read_csv(path)
+        with path.open("rb") as file:
+            begins_with_comment = file.read(1) == b"#"
+        table = _scores(path) if begins_with_comment else pd.read_csv(path)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: there is no such table; for LFW, download {SCORES} and give its path") from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DatasetError(f"{path}: could not be read as a CSV file ({error})") from error
+        raise DatasetError(f"{path}: could not be read as a table of attributes ({error})") from error
     if "image" not in table:
         raise DatasetError(f"{path}: has no column image, only {', '.join(map(str, table.columns))}")
     rows = {name: row for row, name in enumerate(names)}
@@ -304,19 +333,49 @@ def _table(path: Path, names: list[str]) -> Answers:
     if len(strange := image[~image.isin(rows)]):
         raise DatasetError(f"{path}: no face is called {strange.iloc[0]} (of {len(strange)} such), one is {names[0]}")
     row = image.map(rows).astype(np.int64)
-    if row.duplicated().any():
-        raise DatasetError(f"{path}: image {image[row.duplicated()].iloc[0]} is listed twice, expected one row each")
+    if twice := _twice(row):
+        raise DatasetError(f"{path}: image {names[twice[0]]} is listed twice, expected one row each")
     answers = _unknown(names)
     answers[row] = _binary(table, path)
     return answers
+
+
+def _scores(path: Path) -> pd.DataFrame:
+    """Kumar et al.'s lfw_attributes.txt as a table of images with 0 and 1: comments, of which the last is the header
+    "# person imagenum Male ...", and rows such as "Aaron Eckhart 1 1.568 ...", all separated by tabs."""
+    with path.open(encoding="utf-8") as file:
+        *_, header = takewhile(lambda line: line.startswith("#"), file)
+    columns = header.strip("#\t\n\r ").split("\t")
+    if columns[:2] != ["person", "imagenum"]:
+        right = "# person imagenum Male ..., separated by tabs"
+        raise DatasetError(f"{path}: the last line of comment is {header[:50]!r}, expected the header {right}")
+    table = pd.read_csv(path, sep="\t", comment="#", header=None, keep_default_na=False, quoting=csv.QUOTE_NONE)
+    if table.shape[1] != len(columns):
+        raise DatasetError(f"{path}: rows have {table.shape[1]} values, expected {len(columns)} as the header has")
+    table.columns = pd.Index(columns)
+    numbers = table.drop(columns="person").apply(pd.to_numeric, errors="coerce")
+    for row, column in np.argwhere(numbers.isna())[:1]:
+        name, value = table["person"][row], table[numbers.columns[column]][row]
+        raise DatasetError(f"{path}: {numbers.columns[column]} of {name} is {value!r}, expected a number")
+    person = table["person"].astype(str).str.replace(" ", "_")
+    image = person + "/" + person + numbers["imagenum"].map("_{:04.0f}.jpg".format)
+    answers: pd.DataFrame = (numbers > 0).astype(float)
+    return answers.assign(image=image, **dict.fromkeys(NOT_SCORED, np.nan))
+
+
+def _twice(values: Any) -> list[Any]:
+    """The values that are there before."""
+    series = pd.Series(values)
+    return series[series.duplicated()].tolist()
 
 
 def _unknown(names: list[str]) -> Answers:
     return np.full((len(names), len(ATTRIBUTES)), -1, dtype=np.int8)
 
 
-def _binary(table: pd.DataFrame, path: Path) -> Answers:
-    """The 40 attributes of a table, whatever its order, as 1, 0 or -1; "5 o'Clock Shadow" is 5_o_Clock_Shadow."""
+def _binary(table: pd.DataFrame, path: Path | str) -> Answers:
+    """The 40 attributes of a table, whatever its order, as 1, 0 or -1; "5 o'Clock Shadow" is 5_o_Clock_Shadow. path:
+    of the table, for messages."""
     columns = {_letters(column): column for column in table}
     if missing := [name for name in ATTRIBUTES if _letters(name) not in columns]:
         raise DatasetError(f"{path}: has no attribute {', '.join(missing)}")

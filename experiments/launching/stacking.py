@@ -290,7 +290,9 @@ class Share:
         """Return the cell's part of the stack's history."""
         diverged = {replica - self.start: at for replica, at in history.diverged.items()}
         of_cell = {replica: at for replica, at in diverged.items() if 0 <= replica < self.cell.replicas}
-        return History(self.rows(history.rows), history.seconds / self.cells, of_cell)
+        return History(
+            self.rows(history.rows), history.seconds / self.cells, history.compile_seconds / self.cells, of_cell
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
-from experiments.reports.curves import Curve, curves, ordered_settings, place, table_of
+from experiments.reports.curves import Curve, curves, ordered_settings, place
 from experiments.reports.methods import method_of
 from experiments.reports.metrics import ACCURACY, in_percent, metric_of
+from experiments.reports.paired import Scored, insert_differences
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
@@ -53,7 +55,14 @@ class Accuracy(ExperimentReport):
         return [_comparison(curve) for curve in curves(runs)]
 
     def table(self, runs: list[Run]) -> pd.DataFrame:
-        return table_of(curves(runs))
+        by_row = curves(runs)
+        table = pd.DataFrame([self.row(curve) for curve in by_row], index=[curve.run for curve in by_row])
+        insert_differences(table, [Scored(curve.record, curve.scores) for curve in by_row], self.baseline)
+        return table
+
+    def row(self, curve: Curve) -> dict[str, Any]:
+        """Return a curve's row of the table, with the deviation in a column `std`."""
+        return curve.row()
 
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
         return {self.experiment: self.figure(curves(runs))}
@@ -102,9 +111,9 @@ def score_label(curves: Sequence[Curve]) -> str:
     return curves[0].metric.label("held-out" if held_out else "test")
 
 
-def shared_overrides(curves: Sequence[Curve]) -> list[str]:
-    """Return the overrides that all curves have, if there are several curves."""
-    first, *others = [curve.record.overrides for curve in curves]
+def shared_overrides(rows: Sequence[Curve | Run]) -> list[str]:
+    """Return the overrides that all rows have, if there are several rows."""
+    first, *others = [row.record.overrides for row in rows]
     return [override for override in first if all(override in other for other in others)] if others else []
 
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pandas as pd
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from experiments.errors import user_errors
 from experiments.records import RunRecord
 from experiments.reports.paper import PaperEntry, entry_of
-from experiments.rows import CONF
+from experiments.rows import CONF, TableRows
 from experiments.store import Run
 
 TEST_ACCURACY = "test accuracy in percent"
@@ -46,6 +47,8 @@ class ExperimentReport(ABC):
     caption: what the figures show. quantity: what the table holds. panels: titles of the settings, in their order.
     reduced: the full-size experiment that this one scales down, or None. needs: a file in the data sets'
     folder without which the experiment cannot be reproduced. order: when `make reproduce` launches it; None: never.
+    baseline: what the table's rows are compared with: a method in each row's own setting, such as sgd, or a row, such
+    as sgd-tuned.
     """
 
     experiment: str
@@ -55,6 +58,7 @@ class ExperimentReport(ABC):
     reduced: str | None = None
     needs: str | None = None
     order: int | None = None
+    baseline: str = "sgd"
 
     unit: ClassVar[str] = "%"  # of the paper's numbers and ours
     measure: ClassVar[str] = "test accuracy, %"  # what they are
@@ -137,14 +141,19 @@ def report_on(run: Run) -> ExperimentReport:
 
 
 def declared_reports() -> Mapping[str, ExperimentReport]:
-    """Return the reports of the committed experiments by name, in the order of `make reproduce`."""
+    """Return the reports of the committed experiments by name, in the order of `make reproduce`.
+
+    Raises BadInput for a baseline that an experiment does not have."""
     return _read(CONF / "experiment")
 
 
 @cache
 def _read(folder: Path) -> Mapping[str, ExperimentReport]:
-    nodes = {path.stem: OmegaConf.select(OmegaConf.load(path), "report") for path in sorted(folder.glob("*.yaml"))}
-    reports = [_make(experiment, node) for experiment, node in nodes.items() if node]
+    contents = {path.stem: cast(DictConfig, OmegaConf.load(path)) for path in sorted(folder.glob("*.yaml"))}
+    with user_errors():
+        for experiment, content in contents.items():
+            TableRows.of(experiment, content.get("rows"), [folder.parent]).check_baseline(content.get("report"))
+    reports = [_make(name, content.report) for name, content in contents.items() if "report" in content]
     return {report.experiment: report for report in sorted(reports, key=lambda report: report.order or inf)}
 
 

@@ -6,12 +6,11 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.reports.accuracy import Accuracy, caption, plot_curve
-from experiments.reports.curves import Curve, curves, table_of
+from experiments.reports.curves import Curve, curves
 from experiments.reports.methods import PALETTE
 from experiments.reports.text import in_figure
 from experiments.store import Run
@@ -23,8 +22,13 @@ WIDTH = 7.4  # inches, of a caption's 120 characters
 class Convergence(Accuracy):
     """The table has the residuals at the end; the figures show residuals and primal rounds against iteration."""
 
-    def table(self, runs: list[Run]) -> pd.DataFrame:
-        return table_of(curves(runs), row)
+    def row(self, curve: Curve) -> dict[str, Any]:
+        """Return a setting's row of the table: means over the seeds at the last iteration."""
+        last = curve.history[curve.history["iteration"] == curve.record.iterations].mean(numeric_only=True)
+        residuals = {name: f"{last[name]:.2e}" for name in ("kkt", *residual_names(curve))}
+        of_accuracy = super().row(curve)
+        ends = {name: of_accuracy[name] for name in ("mean", "std", "seeds", "iterations", "machine")}
+        return {"setting": of_accuracy["setting"]} | residuals | ends
 
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
         # before training Z is the forward pass, and has no residual
@@ -72,15 +76,6 @@ class Convergence(Accuracy):
         below.legend(fontsize=7.5)
         figure.supxlabel(caption(self, curves), fontsize=8)
         return figure
-
-
-def row(curve: Curve) -> dict[str, Any]:
-    """Return a setting's row of the table: means over the seeds at the last iteration."""
-    last = curve.history[curve.history["iteration"] == curve.record.iterations].mean(numeric_only=True)
-    residuals = {name: f"{last[name]:.2e}" for name in ("kkt", *residual_names(curve))}
-    of_accuracy = curve.row()
-    ends = {name: of_accuracy[name] for name in ("mean", "std", "seeds", "iterations", "machine")}
-    return {"setting": of_accuracy["setting"]} | residuals | ends
 
 
 def residual_names(curve: Curve) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +107,12 @@ class Curve:
         """Return the curve without the evaluation before the first iteration."""
         return replace(self, history=self.history[self.history["iteration"] > 0])
 
+    @property
+    def scores(self) -> dict[int, float]:
+        """The last scores by seed, percent; a diverged seed has none."""
+        ended = self.history[self.history["iteration"] == self.record.iterations].set_index("seed")
+        return ended[self.metric.column].dropna().to_dict()  # type: ignore[return-value]
+
     def _final(self) -> pd.Series[float]:
         return self._last(self.metric.column)
 
@@ -185,8 +191,3 @@ def ordered_settings(report: ExperimentReport) -> list[str]:
 def place(name: str, order: list[str]) -> tuple[int, str]:
     """Return a key that sorts names by an order; names that it does not have come last, in alphabetical order."""
     return (order.index(name), "") if name in order else (len(order), name)
-
-
-def table_of(curves: Sequence[Curve], row: Callable[[Curve], dict[str, Any]] = Curve.row) -> pd.DataFrame:
-    """Return a table with a row for each curve, as `row` returns it; its index has the curves' newest runs."""
-    return pd.DataFrame([row(curve) for curve in curves], index=[curve.run for curve in curves])

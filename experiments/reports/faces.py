@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from experiments.reports.accuracy import shared_overrides
 from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
 from experiments.reports.methods import method_of
+from experiments.reports.paired import Scored, insert_differences
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
@@ -70,10 +72,12 @@ class Faces(ExperimentReport):
         probes = {run: run.table("probes") for run in in_order(runs)}
         names = [set(frame["attribute"]) for frame in probes.values() if len(frame)]  # none where all seeds diverged
         common = set[str]().union(*names).intersection(*names)
-        rows = [self._row(run, frame[frame["attribute"].isin(common)]) for run, frame in probes.items()]
-        result = pd.DataFrame(rows, index=[run.name for run in probes])
-        result.insert(5, "above NMF", [_above_nmf(run, runs, result) for run in probes])
-        return result
+        shared = {run: frame[frame["attribute"].isin(common)] for run, frame in probes.items()}
+        table = pd.DataFrame([self._row(*of_run) for of_run in shared.items()], index=[run.name for run in shared])
+        by_seed = {run: frame.groupby("seed")["balanced_accuracy"].mean().to_dict() for run, frame in shared.items()}
+        scored = [Scored(run.record, scores) for run, scores in by_seed.items()]  # type: ignore[arg-type]
+        insert_differences(table, scored, self.baseline)
+        return table
 
     def _row(self, run: Run, probes: pd.DataFrame) -> dict[str, Any]:
         """Mean over the attributes, mean and standard deviation over the seeds, percent."""
@@ -133,9 +137,11 @@ class Faces(ExperimentReport):
         runs, table = in_order(runs), self._of_runs(runs)
         figure = Figure(figsize=(7.5, 1.4 + 0.32 * len(runs)), layout="constrained")
         axes = figure.subplots()
+        shared = shared_overrides(runs)  # the caption has them
+        own = [[override for override in run.record.overrides if override not in shared] for run in runs]
         labels = [
-            ", ".join([method, run.record.setting, *run.record.overrides])
-            for method, run in zip(table["method"], runs, strict=True)
+            ", ".join([method, run.record.setting, *overrides])
+            for method, run, overrides in zip(table["method"], runs, own, strict=True)
         ]
         colours = [method_of(run.record.method).colour or "C0" for run in runs]
         values, places = table["balanced accuracy"], range(len(runs))  # two runs may have the same label
@@ -183,7 +189,8 @@ class Faces(ExperimentReport):
     def _caption(self, runs: list[Run], remark: str) -> str:
         labels = " and ".join(sorted({run.record.labels for run in runs}))
         machines = ", ".join(sorted({run.record.machine for run in runs}))
-        return textwrap.fill(f"{self.caption}; {labels}. {remark}. {machines}.", 120)
+        shows = in_figure(", ".join([self.caption, *shared_overrides(runs)]))
+        return textwrap.fill(f"{shows}; {labels}. {remark}. {machines}.", 120)
 
 
 def in_order(runs: list[Run]) -> list[Run]:
@@ -209,19 +216,6 @@ def verification(run: Run, history: pd.DataFrame) -> dict[str, float]:
     by_iteration = history.groupby("iteration")["verification"].mean()
     before = by_iteration.loc[: run.record.frozen]
     return {"verification before": float(before.iloc[-1]), "after": float(by_iteration.iloc[-1])}
-
-
-def _above_nmf(run: Run, runs: Sequence[Run], table: pd.DataFrame) -> float:
-    """By how much DeepFacto's balanced accuracy is above that of NMF of the same rank and labels, fitted afterwards."""
-
-    def task(run: Run) -> tuple[Any, ...]:
-        return run.record.setting, run.record.labels, run.record.dataset
-
-    of_nmf = [other for other in runs if other.record.method == "nmf" and task(other) == task(run)]
-    if run.record.method != "deepfacto" or len(of_nmf) != 1:
-        return float("nan")
-    accuracy = table["balanced accuracy"]
-    return float(accuracy[run.name] - accuracy[of_nmf[0].name])
 
 
 def chosen_factors(arrays: dict[str, NDArray[Any]], number: int = HEAT_MAPS) -> list[int]:

@@ -27,7 +27,7 @@ from plotly.offline import get_plotlyjs
 
 from experiments.records import RunRecord
 from experiments.reports.accuracy import colours, lengths_differ, score_label, score_range
-from experiments.reports.base import Comparison, ExperimentReport, report_on
+from experiments.reports.base import Comparison, ExperimentReport, declared_reports, report_on
 from experiments.reports.curves import Curve, curves
 from experiments.reports.interrupted import interrupted_row
 from experiments.reports.methods import method_of, methods
@@ -74,7 +74,8 @@ class Contents:
 
 
 def read_store(root: Path) -> Contents:
-    """Read a store, setting aside what cannot be reported."""
+    """Read a store, setting aside what cannot be reported. Raises BadInput for an experiment's wrong report."""
+    declared_reports()  # before a wrong one is taken for a damaged run
     store = Store(root)
     under_way = sorted(store.interrupted(), key=lambda slot: slot.last_written(), reverse=True)
     contents = Contents(root, {}, {}, {}, [interrupted_row(slot) for slot in under_way])

@@ -50,6 +50,11 @@ def sections(root: Path) -> Iterator[str]:
         "*reduced* is less than the paper's experiment, *default* has no row in `conf/row`, and `1 of 3 seeds` counts "
         "those run so far. A commit with + had uncommitted changes."
     )
+    yield (
+        "*minus SGD [95 %]* is by how much a row is above SGD in the same setting, seed by seed: the mean difference "
+        "and its 95 % confidence interval (Student's *t* of the paired differences). Some tables have another "
+        "baseline, which they name."
+    )
     yield "## The paper's numbers"
     yield markdown(numbers)
     for title, table in (("Below the paper", below_paper(numbers)), ("Not run", missing_rows(runs))):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.reports.accuracy import Accuracy, caption, legend_lines, plot_curve
-from experiments.reports.curves import Curve, curves, table_of
+from experiments.reports.curves import Curve, curves
 from experiments.reports.methods import method_of
 from experiments.store import Run
 
@@ -21,8 +21,15 @@ TARGETS = (90, 93, 95, 97)  # test accuracy, percent
 class Walltime(Accuracy):
     """The table has seconds to reach each target; the figure shows accuracy against seconds."""
 
-    def table(self, runs: list[Run]) -> pd.DataFrame:
-        return table_of(curves(runs), times)
+    def row(self, curve: Curve) -> dict[str, Any]:
+        """Return a method's row of the table: mean training seconds per seed until an iteration ends at each target or
+        above."""
+        row = super().row(curve)
+        to_targets = {f"{target} %": seconds_to(curve.history, target) for target in TARGETS}
+        ends = curve.history.groupby("replica")["seconds"].max()
+        named = {name: row[name] for name in ("method", "setting")}
+        of_accuracy = {name: row[name] for name in ("mean", "std", "seeds", "iterations", "machine")}
+        return named | to_targets | {"total s": ends.mean()} | of_accuracy
 
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
         by_method = curves(runs)
@@ -40,17 +47,6 @@ class Walltime(Accuracy):
         remark = ". Set-up, data and evaluation excluded; the optimizers take turns in one process"
         figure.supxlabel(caption(self, by_method, remark), fontsize=8)
         return {self.experiment: figure}
-
-
-def times(curve: Curve) -> dict[str, Any]:
-    """Return a method's row of the table: mean training seconds per seed until an iteration ends at each target or
-    above."""
-    row = curve.row()
-    to_targets = {f"{target} %": seconds_to(curve.history, target) for target in TARGETS}
-    ends = curve.history.groupby("replica")["seconds"].max()
-    named = {name: row[name] for name in ("method", "setting")}
-    of_accuracy = {name: row[name] for name in ("mean", "std", "seeds", "iterations", "machine")}
-    return named | to_targets | {"total s": ends.mean()} | of_accuracy
 
 
 def seconds_to(history: pd.DataFrame, target: float) -> float:

@@ -327,7 +327,7 @@ def measure_faces(
     size = min(BATCH, problem.n_samples)
     batch = minibatches(problem.n_samples, size, [0], 0, problem.device, groups=problem.y, group_size=4)[0][0]
     found, losses = [], []
-    for replica in range(len(theta.flat)):
+    for replica in range(theta.replicas):
         network = problem.blocks.export(theta, replica)
         found.append(task.accuracy(features.applied(network, x)))
         outputs = features.applied(network, problem.x[batch])

@@ -51,7 +51,7 @@ class Contestant:
         """Add a row of the history, unless the replica has diverged."""
         theta, data = self.state.theta, self.job.dataset
         row = {"iteration": self.state.iteration, "seed": self.state.seeds[0], "seconds": self.seconds}
-        if torch.isfinite(theta.flat).all():
+        if torch.isfinite(theta.flat()).all():
             right = accuracy(self.problem.blocks, theta, data.x_test, data.y_test)
             self.rows.append(row | {"test_accuracy": right.item()})
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from sklearn.decomposition import NMF
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import flop_registry
@@ -45,11 +45,12 @@ from experiments.store import failed_writes_in_words
 from experiments.tasks.memory import in_fresh_process, variables
 from experiments.training import build_problem
 from scripts.benchmarks import bench_networks
+from scripts.benchmarks.contestants import plain_torch
+from scripts.benchmarks.contestants.product import LARGE
 
 SAMPLES, FEATURES, CLASSES, BATCH, TURNS = 60_000, 784, 10, 64, 5
 SEEDS = (0, 1, 2, 3, 4)
 IMAGES = 128  # in a mini-batch
-LARGE = 2048  # rows and columns of the matrices whose product measures the peak
 METHODS = {"online": "online_block_admm", "sgd": "sgd"}  # on CIFAR-10
 NMF_RANK, NMF_ROUNDS = 32, 40
 COLUMNS = ["name", "value", "unit", "machine"]
@@ -82,7 +83,7 @@ def stacks() -> list[Row]:
     """Five stacked seeds over one seed alone, batch size 64."""
     rows = []
     for name, optimizer in (("online", "online_block_admm"), ("sgd", "sgd")):
-        config = _config(optimizer, f"optimizer.batch_size={BATCH}")
+        config = config_of(optimizer, f"optimizer.batch_size={BATCH}")
         five, one = (_step(config, seeds) for seeds in (SEEDS, SEEDS[:1]))
         times = turns(five, one, sgd_products)
         rows.append((f"stack5_over_1_{name}", ratio(times, 0, 1), "ratio"))
@@ -97,7 +98,7 @@ def grid() -> list[Row]:
     over the stacks that hydra/launcher=stacked makes of them; and 45 cells of one seed with mini-batches of 512, one
     after the other over its stacks. An epoch and an evaluation of each. What a stack can win is bounded by the FLOP/s
     that one run reaches alone, as a share of a large product's."""
-    config, large = (_config("online_block_admm", *batch) for batch in ((), ("optimizer.batch_size=512",)))
+    config, large = (config_of("online_block_admm", *batch) for batch in ((), ("optimizer.batch_size=512",)))
     paying = worthwhile_on_cpu(config.optimizer.batch_size)
     per_stack = min(45, paying // len(SEEDS) * len(SEEDS))
     one, five, stacked = (_epoch(config, [*SEEDS * 9][:n]) for n in (1, len(SEEDS), per_stack))
@@ -145,7 +146,7 @@ def workers() -> list[Row]:
 
 def sgd_products() -> None:
     """The matrix products of an epoch of five stacked seeds of SGD, and nothing else: a stack cannot take less."""
-    widths = [FEATURES, *_config("sgd").model.hidden, CLASSES]
+    widths = [FEATURES, *config_of("sgd").model.hidden, CLASSES]
     x = [torch.rand(len(SEEDS), BATCH, width) for width in widths]
     weights = [torch.rand(len(SEEDS), after, before) for before, after in pairwise(widths)]
     for _ in range(SAMPLES // BATCH):
@@ -158,8 +159,8 @@ def sgd_products() -> None:
 
 def rivals() -> list[Row]:
     """Plain PyTorch loops over ours, one seed of SGD, batch size 64."""
-    problem = _problem(_config("sgd"))
-    ours = _step(_config("sgd", f"optimizer.batch_size={BATCH}"), SEEDS[:1])
+    problem = _problem(config_of("sgd"))
+    ours = _step(config_of("sgd", f"optimizer.batch_size={BATCH}"), SEEDS[:1])
     loader = DataLoader(TensorDataset(problem.x, problem.y), batch_size=BATCH, shuffle=True)
 
     def tensors() -> Iterator[tuple[Tensor, Tensor]]:
@@ -176,13 +177,13 @@ def rivals() -> list[Row]:
 
 def _five_torch_over_stack(batches: Callable[[], Any]) -> tuple[float, str]:
     """Five seeds one after the other with torch.optim, over the same five as one stack of ours."""
-    times = turns(_torch_epoch(batches), _step(_config("sgd", f"optimizer.batch_size={BATCH}"), SEEDS))
+    times = turns(_torch_epoch(batches), _step(config_of("sgd", f"optimizer.batch_size={BATCH}"), SEEDS))
     return 5.0 * ratio(times, 0, 1), "ratio"
 
 
 def share_of_peak() -> list[Row]:
     """FLOP/s of one Block-ADMM iteration, five seeds, as a share of a product of its own largest shape."""
-    config = _config("block_admm")
+    config = config_of("block_admm")
     optimizer: BlockADMM = instantiate(config.optimizer, _convert_="all")
     problem = _problem(config)
     needed = len(SEEDS) * block_admm_flops(optimizer, problem)
@@ -206,7 +207,7 @@ def share_of_peak() -> list[Row]:
 
 def memory() -> list[Row]:
     """Training variables per seed, batch over online."""
-    configs = [_config(name) for name in ("block_admm", "online_block_admm")]
+    configs = [config_of(name) for name in ("block_admm", "online_block_admm")]
     batch, online = (sum(variables(config, _problem(config), SEEDS[0]).values()) for config in configs)
     return [
         ("memory_batch", batch / MIB, "MiB/seed"),
@@ -250,7 +251,7 @@ def cifar() -> list[Row]:
     which may exceed 1, as PyTorch's convolutions and products on a CPU come from different libraries, and what
     `cifar_flops` counts."""
     narrow = [
-        _step(_config(method, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))
+        _step(config_of(method, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))
         for method in METHODS.values()
     ]
     needed = [_flops(task) for task in narrow]
@@ -279,10 +280,10 @@ def cifar_flops() -> list[Row]:
     """Of an epoch of CIFAR-10 by ResNet-18 at full width, one seed, and of the evaluation on all 60,000 images."""
     rows: list[Row] = []
     for name, method in METHODS.items():
-        step = _flops(_step(_config(method, experiment="cifar10_resnet18"), SEEDS[:1], _images(1)))
+        step = _flops(_step(config_of(method, experiment="cifar10_resnet18"), SEEDS[:1], _images(1)))
         rows.append((f"cifar_{name}_flops", step / IMAGES * 50_000 / 1e12, "TFLOP/epoch"))
     images = _images(1)
-    problem = build_problem(_config("sgd", experiment="cifar10_resnet18"), images)
+    problem = build_problem(config_of("sgd", experiment="cifar10_resnet18"), images)
     theta = problem.initial(SEEDS[:1])
     forward = _flops(lambda: evaluate(problem, theta, (images.x_train, images.y_train)))
     return [*rows, ("cifar_evaluation_flops", forward / (2 * IMAGES) * 60_000 / 1e12, "TFLOP/epoch")]
@@ -363,7 +364,7 @@ def share(flops: float, seconds: list[float], of_large_product: list[float]) -> 
     return median(flops / s / (2.0 * LARGE**3 / p) for s, p in zip(seconds, of_large_product, strict=True))
 
 
-def _config(optimizer: str, *overrides: str, experiment: str = "mnist_shallow") -> DictConfig:
+def config_of(optimizer: str, *overrides: str, experiment: str = "mnist_shallow") -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", [f"experiment={experiment}", f"row={experiment}/{optimizer}-tuned", *overrides])
 
@@ -387,17 +388,10 @@ def _step(config: DictConfig, seeds: Sequence[int], dataset: Dataset | None = No
 
 
 def _torch_epoch(batches: Callable[[], Any]) -> Task:
-    """An epoch as most would write it: `nn.Module`, `MSELoss` on one-hot targets, `torch.optim.SGD`."""
-    network = instantiate(_config("sgd").model, input_shape=FEATURES, classes=CLASSES, _convert_="all")
-    optimizer, loss = torch.optim.SGD(network.parameters(), lr=0.1), nn.MSELoss()
-
-    def epoch() -> None:
-        for x, y in batches():
-            optimizer.zero_grad()
-            loss(network(x), y).backward()
-            optimizer.step()
-
-    return epoch
+    """An epoch as most would write it."""
+    network = instantiate(config_of("sgd").model, input_shape=FEATURES, classes=CLASSES, _convert_="all")
+    rule = torch.optim.SGD(network.parameters(), lr=0.1)
+    return lambda: plain_torch.train(network, rule, batches())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, replace_all_batch_norm_modules_, vjp, vmap
 
-from admm.blocks import split
+from admm.blocks import flattened, split
 from admm.models import initialiser, mlp, resnet18
 from admm.visits import Visit
 from scripts.benchmarks.bench import ratio, turns
@@ -31,13 +31,13 @@ Gradients = tuple[Tensor, Tensor]  # of all parameters [S, P] and of the input [
 def ours(network: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], Gradients]:
     blocks = split(network, n_blocks=1)
     theta = blocks.initial(range(len(x)), initialiser("pytorch"), like=x)
-    gradient = blocks.parameters(torch.empty_like(theta.flat))
+    gradient = blocks.gradient()
 
     def step() -> Gradients:
         _, saved = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
-        grad_input = blocks[0].vjp(theta.blocks[0], saved, grad_output, gradient.blocks[0])
+        grad_input = blocks[0].vjp(theta.blocks[0], saved, grad_output, gradient[0])
         assert grad_input is not None
-        return gradient.flat, grad_input
+        return flattened(blocks.total(gradient)), grad_input
 
     return step
 

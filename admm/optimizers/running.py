@@ -1,0 +1,164 @@
+"""Visits of mini-batches, each run eagerly or as one compiled function of tensors."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from admm.layers import compiler_error
+from admm.optimizers.coupling import Schedules
+from admm.optimizers.protocol import Problem
+from admm.optimizers.rules import Moments, UpdateRule
+from admm.visits import Visit
+
+AUTO_STEPS = 20_000  # of a run, from which on compile="auto" compiles
+
+
+class MinibatchOptimizer(Protocol):
+    """What a `Runner` needs of an optimizer."""
+
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def theta_update(self) -> UpdateRule: ...
+
+    @property
+    def visit(self) -> Callable[..., None]: ...
+
+
+class Runner:
+    """Runs an optimizer's visits of the mini-batches of an iteration.
+
+    A visit is a method that changes the variables of a state in place. With `Execution.compile`, and blocks of linear,
+    ReLU and flatten layers alone, it is traced once for each size of mini-batch and each combination of options, and
+    compiled by `torch.compile` to a graph of operations of tensors. What changes from visit to visit and is no tensor
+    of the samples or the state, such as step sizes, is a row of a table, which is made for the whole iteration. A visit
+    that cannot be compiled, such as one with a branch on its data, is run eagerly, with a warning.
+
+    Args:
+        problem: the blocks, and what has been compiled for them.
+        optimizer: has a method `visit`, which is called with the problem, the `variables`, a `Visit`, the row of the
+            visit and, by name, its options; it returns nothing. A row has the `Hyperparameters` of each round.
+        variables: the state, and whatever else a visit reads. Their tensors must stay the same in this iteration.
+        schedules: those of the optimizer.
+        fractions: the part of the iteration before each visit.
+        rounds: updates of Θ per visit.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: MinibatchOptimizer,
+        variables: tuple[Any, ...],
+        schedules: Schedules,
+        fractions: Sequence[float],
+        rounds: int = 1,
+    ) -> None:
+        self.problem, self.optimizer, self.variables, self.schedules = problem, optimizer, variables, schedules
+        self.progress = [(variables[0].iteration + fraction) / optimizer.iterations for fraction in fractions]
+        self.rounds, choice = rounds, problem.blocks.execution.compile
+        is_asked_for = optimizer.iterations * len(fractions) >= AUTO_STEPS if choice == "auto" else choice
+        self.is_compiled = is_asked_for and problem.blocks.are_known_layers
+        self._tensors = list({id(v): v for v in _tensors(variables)}.values()) if self.is_compiled else []
+        self._numbers: tuple[list[Any], Any] = [], None  # the constants of a row, None for a tensor; and its structure
+
+    def rows(self, moments: Sequence[Moments]) -> list[Any]:
+        """Return the row of each visit; `moments` are those of the rule of Θ, one for each η, before the first one."""
+        if not self.is_compiled:
+            return [[self.schedules.at(p)] * self.rounds for p in self.progress]
+        replicas, rule = len(self.variables[0].seeds), self.optimizer.theta_update
+        numbers, form = pytree.tree_flatten(self.schedules.table(self.progress, replicas, rule, moments, self.rounds))
+        self._numbers = [None if isinstance(number, Tensor) else number for number in numbers], form
+        columns = [number for number in numbers if isinstance(number, Tensor)]
+        return list(torch.stack(columns, 1).to(self.problem.like).unbind())
+
+    def __call__(self, visit: Visit, row: Any, **options: Any) -> None:
+        """Run a visit with its row and its options, which are tensors or plain values."""
+        if not self.is_compiled:
+            self.optimizer.visit(self.problem, *self.variables, visit, row, **options)
+            return
+        inputs = [v for v in pytree.tree_leaves((visit.x, visit.y, row, options)) if isinstance(v, Tensor)]
+        plain = tuple(value for value in options.values() if not isinstance(value, Tensor))
+        shapes = tuple((v.shape, v.dtype) for v in (*self._tensors[:1], *inputs))
+        compiled, key = self.problem.compiled, (id(self.optimizer), self.rounds, plain, shapes)
+        if key not in compiled:
+            compiled[key] = self._compiled(visit, row, options), self.optimizer  # whose identity no other one takes
+        function, _ = compiled[key]
+        if function is None:
+            self.optimizer.visit(self.problem, *self.variables, visit, self._as_given(row), **options)
+        else:
+            function(*self._tensors, *inputs)
+
+    def _compiled(self, visit: Visit, row: Tensor, options: dict[str, Any]) -> Callable[..., Any] | None:
+        """Return the visit as a compiled function of its tensors, or None if it cannot be compiled."""
+        leaves, form = pytree.tree_flatten((visit.x, visit.y, row, options))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def of_tensors(*tensors: Tensor) -> None:
+            own = dict(zip(map(id, self._tensors), tensors, strict=False))
+            new = [*leaves]
+            for place, tensor in zip(places, tensors[len(own) :], strict=True):
+                new[place] = tensor
+            x, y, numbers, others = pytree.tree_unflatten(new, form)
+            samples = replace(visit, x=x, y=y, carried={})
+            variables = _replaced(self.variables, own)
+            self.optimizer.visit(self.problem, *variables, samples, self._as_given(numbers), **others)
+
+        tensors = [*self._tensors, *(leaves[place] for place in places)]
+        start = time.perf_counter()
+        try:
+            graph = make_fx(of_tensors, tracing_mode="fake")(*tensors)
+            function = torch.compile(graph, fullgraph=True, dynamic=False, options=_options(row.device))
+            function(*[tensor.clone() for tensor in tensors])  # compiles it
+        except Exception as error:  # whatever the compiler raises
+            warnings.warn(f"compile: mini-batches are visited eagerly; {compiler_error(error)}", stacklevel=4)
+            function = None
+        self.problem.compiled.seconds += time.perf_counter() - start
+        return function
+
+    def _as_given(self, row: Tensor) -> Any:
+        """Return the numbers of a row in the structure of the table."""
+        constants, form = self._numbers
+        left = iter(row.unbind())
+        return pytree.tree_unflatten([next(left) if value is None else value for value in constants], form)
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Return the compiler's options. Nothing is guarded, as there is one function for each combination of shapes."""
+    guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return guards | {"cpp_wrapper": True} if device.type == "cpu" else guards
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested lists, tuples, dictionaries and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, f.name) for f in fields(value)])
+
+
+def _replaced(value: Any, new: Mapping[int, Tensor]) -> Any:
+    """Return a nested structure with other tensors, given by the identity of those that they replace."""
+    if isinstance(value, Tensor):
+        return new[id(value)]
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, new) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_replaced(item, new) for item in value])
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _replaced(getattr(value, f.name), new) for f in fields(value)})
+    return value
