@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -140,6 +143,7 @@ class _Evaluation:
         copied = copy.deepcopy(network).to(self.device)
         set_mode(copied, training, pinned_modules(copied))
         places = {name: p.data_ptr() for name, p in copied.named_parameters()}
+        others = _other_random_states()
         with _watched(copied) as calls:
             self.outputs = _called(copied, x, calls)
             self.layers, calls.returned = calls.returned, []
@@ -159,6 +163,11 @@ class _Evaluation:
                     "with the same random numbers of PyTorch's global generators; it counts its calls, or draws random "
                     "numbers from another generator, such as one of its own or NumPy's, which a visit cannot repeat"
                 )
+        if others != _other_random_states():
+            raise ValueError(
+                f"network: in {self.mode} mode its forward draws random numbers of NumPy's or Python's global "
+                "generator, which a visit cannot repeat; draw them from PyTorch's"
+            )
         if not _same(self.outputs, again):
             raise ValueError(f"network: in {self.mode} mode its outputs change from one call to the next")
 
@@ -342,10 +351,10 @@ def _check_gradient(returned: Any, parameters: Iterable[Tensor], number: int) ->
     """Raise ValueError unless what a block has returned has a gradient by the parameters that it was evaluated with,
     where those of its module are NaN."""
     outputs = [v for v in pytree.tree_leaves(returned) if _has_gradient(v)]
-    if not outputs:
+    trained = [p for p in parameters if p.requires_grad]
+    if not outputs or not trained:
         return
     try:
-        trained = [p for p in parameters if p.requires_grad]
         found = torch.autograd.grad(outputs, trained, list(map(torch.ones_like, outputs)), allow_unused=True)
     except Exception as error:  # of whatever type it is
         raise ValueError(f"network: block {number} has no gradient: {type(error).__name__}: {error}") from error
@@ -426,6 +435,10 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
 
 def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _other_random_states() -> tuple[Any, ...]:
+    return pickle.dumps(np.random.get_state()), random.getstate()
 
 
 def _same(expected: Any, outputs: Any) -> bool:

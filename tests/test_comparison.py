@@ -275,6 +275,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x * random.random())),
         r"network: in evaluation mode layer '1' \(Of\) returns something else at a second call",
     ),
+    "NumPy's random numbers without an effect on a few samples": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x + (np.random.random() > 2.0))),
+        r"network: in evaluation mode its forward draws random numbers of NumPy's or Python's global generator",
+    ),
     "a generator of its own": (
         lambda: nn.Sequential(nn.Linear(4, 2), OwnGenerator()),
         r"network: in training mode layer '1' \(OwnGenerator\) returns something else at a second call",

@@ -43,6 +43,12 @@ class Chain(Base):
         return self.last(self.c(self.b(self.a(x).tanh()).tanh()).tanh())
 
 
+class Frozen(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.requires_grad_(False)
+
+
 class Skips(Base):
     """One skip connection over one cut and one over all."""
 
@@ -155,6 +161,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], list[str], list[int]]] = {
     "chain": (Chain, ["a", "b"], [4, 4]),
     "skips": (Skips, ["a", "c"], [4, 12]),
     "shapes": (Shapes, ["a", "b"], [4, 4]),
+    "frozen between cuts": (Frozen, ["a", "b"], [4, 4]),
     "no gradient": (Detached, ["b"], [4]),
     "inputs alone": (Masked, ["a", "b"], [4, 4]),
     "samples elsewhere": (Moved, ["a", "c"], [8, 8]),
@@ -197,7 +204,7 @@ def test_the_step_of_back_propagation_is_pytorch_s(make, after, widths):
     task, twin = problem(make, after), make()
     optimizer = Backprop(1, SGD(momentum=0.9), 0.3, batch_size=6)
     state = optimizer.init(task, [0])
-    rule = torch.optim.SGD(twin.parameters(), 0.3, momentum=0.9)
+    rule = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], 0.3, momentum=0.9)
     for _ in range(3):
         optimizer.step(task, state)
         rule.zero_grad()
@@ -226,7 +233,7 @@ def test_for_small_steps_each_block_moves_along_back_propagation(make, after, wi
     functional.cross_entropy(twin(task.x), LABELS).backward()
     gradients, columns = dict(twin.named_parameters()), task.blocks.parameter_slices()
     for block, views in zip(task.blocks.modules, task.blocks.parameters(moved).blocks, strict=True):
-        names = [name for name, _ in block.named_parameters()]
+        names = [name for name, p in block.named_parameters() if p.requires_grad]
         if not names:
             continue
         ours = torch.cat([moved[0, columns[name]] for name in names])
