@@ -347,7 +347,7 @@ def test_each_seed_has_the_weights_of_a_new_network(npz: Any) -> None:
     for replica, seed in enumerate([3, 4]):
         torch.manual_seed(seed)
         expected = nn.utils.parameters_to_vector(Drawn((4,), 3).parameters())
-        assert torch.equal(start.flat[replica].sort().values, expected.detach().sort().values)
+        assert torch.equal(start.flat()[replica].sort().values, expected.detach().sort().values)
 
 
 def test_torchvision_s_networks_have_as_many_outputs_as_there_are_classes(npz: Any) -> None:

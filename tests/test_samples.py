@@ -597,7 +597,7 @@ def test_weights_are_gathered_with_their_samples(mlp_problem: Any, tmp_path: Pat
         for task in (weighted, replace(weighted, augmentation=None)):  # made again of its own fields
             for name in ("adam", "online, decay"):
                 found, expected = (trained(CASES[name].optimizer, p, SEEDS, 2).theta for p in (task, scaled))
-                torch.testing.assert_close(found.flat, expected.flat, rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(found.flat(), expected.flat(), rtol=1e-10, atol=1e-10)
             test = evaluate(task, found, (x, y))  # each counts once
             torch.testing.assert_close(test["test_loss"], evaluate(problem, found, None)["train_loss"])
 
