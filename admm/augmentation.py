@@ -94,7 +94,15 @@ class CropAndFlip(Options, Augmentation):
         return torch.cat([corners, mirrored], 1)
 
     def apply(self, x: Tensor, changes: Tensor) -> Tensor:
-        """Return images x [n, C, H, W] or [n, H, W], cropped and mirrored as `changes` [n, 3] says, in a new tensor."""
+        """Return images x [n, C, H, W] or [n, H, W], cropped and mirrored as `changes` [n, 3] says, in a new tensor.
+
+        Raises ValueError for other samples.
+        """
+        if not 3 <= x.ndim <= 4 or self.padding >= min(x.shape[-2:]):
+            raise ValueError(
+                f"augmentation: CropAndFlip takes images [C, H, W] or [H, W], larger than the padding {self.padding}, "
+                f"not samples {list(x.shape[1:])}"
+            )
         images, height, width = x.view(len(x), -1, *x.shape[-2:]), *x.shape[-2:]
         top, left, mirrored = changes.unsqueeze(2).unbind(1)  # [n, 1] each
         rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
@@ -119,7 +127,7 @@ class Mixup(Options, Augmentation):
 
     Raises:
         ValueError: unless α is positive and C a whole number from 1 up or None; in a mini-batch, for inputs that are
-            not floating point, and for class indices without C.
+            not floating point, for class indices without C or beyond, and for other targets.
 
     References:
         Zhang, Cisse, Dauphin & Lopez-Paz (2018), "mixup: Beyond Empirical Risk Minimization",
@@ -148,11 +156,19 @@ class Mixup(Options, Augmentation):
     def change(self, x: Any, y: Any, changes: Any) -> tuple[Any, Any]:
         """Return both mixed within each mini-batch; targets become distributions [S, B, C]."""
         if not isinstance(y, Tensor):
-            raise ValueError(f"augmentation: Mixup takes class indices or numbers as targets, not a {type(y).__name__}")
+            raise ValueError(
+                f"augmentation: Mixup takes class indices or numbers as targets, not a {type(y).__name__}, nor samples "
+                "with weights"
+            )
         if not y.is_floating_point():
             if self.classes is None:
                 raise ValueError(
                     "augmentation: Mixup needs the number of classes for class indices, such as classes=10"
+                )
+            if not 0 <= int(y.min()) <= int(y.max()) < self.classes:
+                raise ValueError(
+                    f"augmentation: Mixup has classes={self.classes}, and class indices go from {int(y.min())} to "
+                    f"{int(y.max())}; labels that are ignored cannot be mixed"
                 )
             y = one_hot(y, self.classes, like=tree_leaves(x)[0])
         return tree_map(lambda leaf: self._mixed(leaf, changes), x), self._mixed(y, changes)
@@ -174,6 +190,8 @@ class OfInput(Augmentation):
         key: the entry's place in a tuple or list, or its name in a dictionary.
         augmentation: has the changes.
 
+    Raises ValueError, in a mini-batch, for inputs without such an entry.
+
     >>> image = {"image": torch.ones(1, 2, 2), "mask": torch.ones(1, 2)}
     >>> changed = OfInput("image", CropAndFlip(padding=1)).apply(image, torch.tensor([[0, 1, 0]]))
     >>> changed["image"]
@@ -188,11 +206,17 @@ class OfInput(Augmentation):
         return self.augmentation.draw(samples, generator)
 
     def apply(self, x: Any, changes: Any) -> Any:
-        return self._replaced(x, self.augmentation.apply(x[self.key], changes))
+        return self._replaced(x, self.augmentation.apply(self._entry(x), changes))
 
     def change(self, x: Any, y: Any, changes: Any) -> tuple[Any, Any]:
-        changed, y = self.augmentation.change(x[self.key], y, changes)
+        changed, y = self.augmentation.change(self._entry(x), y, changes)
         return self._replaced(x, changed), y
+
+    def _entry(self, x: Any) -> Any:
+        keys = list(x) if isinstance(x, dict) else list(range(len(x))) if isinstance(x, tuple | list) else []
+        if self.key not in keys:
+            raise ValueError(f"key: {self.key!r} is no entry of the inputs, which are {keys or 'one tensor'}")
+        return x[self.key]
 
     def _replaced(self, x: Any, entry: Any) -> Any:
         if isinstance(x, dict):
@@ -202,9 +226,17 @@ class OfInput(Augmentation):
 
 @dataclass(frozen=True)
 class Chain(Augmentation):
-    """Several augmentations, one after the other, such as `Chain([CropAndFlip(), Mixup(0.2, classes=10)])`."""
+    """Several augmentations, one after the other, such as `Chain([CropAndFlip(), Mixup(0.2, classes=10)])`.
+
+    Raises ValueError for anything else than a list of augmentations.
+    """
 
     augmentations: Sequence[Augmentation]
+
+    def __post_init__(self) -> None:
+        given = self.augmentations
+        if not isinstance(given, Sequence) or not all(isinstance(one, Augmentation) for one in given):
+            raise ValueError(f"augmentations: {given!r} is no list of admm.augmentation.Augmentation")
 
     def draw(self, samples: int, generator: torch.Generator) -> Any:
         return tuple(augmentation.draw(samples, generator) for augmentation in self.augmentations)

@@ -4,12 +4,17 @@ What a block hands to the next one may be several tensors, or a structure of the
 masks, the sizes of a tensor. Those that trained parameters have an influence on, by a derivative, are the coupling
 variable: one tensor alone in its own shape, several of them flattened per sample and joined. All else, such as what
 depends on the network's inputs alone, has no gradient: it is carried as it is.
+
+The axis of the samples is the one that grows with their number. Where it holds several rows of each, those of a sample
+are side by side, as in a batch of windows, or far apart, as in two batches joined. A tensor without such an axis, such
+as a product of parameters or a mean over the samples, has a copy per sample in the coupling variable, and the next
+block gets the mean of these copies; its gradient by Θ is along back-propagation's for small steps of Z, as any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +22,13 @@ from torch.utils import _pytree as pytree
 
 _LEAVES = (Tensor, int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 Rest = tuple[list[torch.Size], list[Any]]  # the variables' shapes, and the other leaves
+
+
+class _Place(NamedTuple):
+    """Where the samples are: their axis, None for none; and whether several rows of a sample are side by side in it."""
+
+    axis: int | None
+    is_outer: bool = True
 
 
 class Crossing:
@@ -33,8 +45,12 @@ class Crossing:
         self.is_known, self.is_plain = False, True
         self._spec: Any = None
         self._is_variable: tuple[bool, ...] = (True,)
-        self._axes: tuple[int | None, ...] = (0,)
+        self._places: tuple[_Place, ...] = (_Place(0),)
         self.shapes: list[torch.Size] = []  # of the variables, those of the samples that were learned from
+        self._others: list[Any] = []  # the other leaves of these samples
+        self._samples = 1  # their number
+        # The variables' shapes by that of the coupling variable, as the blocks may see samples of several shapes.
+        self._shapes_of: dict[torch.Size, list[torch.Size]] = {}
 
     def learn(self, value: Any, fewer: Any, samples: int, number: int, is_variable: Callable[[Any], bool]) -> None:
         """Find out which leaves are variables, and which of their axes is that of the samples.
@@ -57,16 +73,28 @@ class Crossing:
                 "dictionary, or a dataclass that torch.utils._pytree.register_dataclass knows"
             )
         self._is_variable = tuple(map(is_variable, leaves))
+        if of_complex := [leaf for leaf in leaves if is_variable(leaf) and leaf.is_complex()]:
+            raise ValueError(
+                f"network: block {number} hands on a tensor of {of_complex[0].dtype}, where coupling variables are of "
+                "floating point; hand on torch.view_as_real of it, or cut elsewhere"
+            )
         pairs = [pair for pair in zip(leaves, others, strict=True) if is_variable(pair[0])]
-        self._axes = tuple(_samples_axis(leaf, other, samples, number) for leaf, other in pairs)
+        self._places = tuple(_place_of_samples(leaf, other, samples, number) for leaf, other in pairs)
         self.shapes = [leaf.shape for leaf, _ in pairs]
-        is_one = len(leaves) == 1 and self._axes == (0,) and leaves[0].shape[0] == samples
-        self.is_known, self.is_plain = True, is_one
+        self._others = [leaf for leaf in leaves if not is_variable(leaf)]
+        is_one = len(leaves) == 1 and self._places == (_Place(0),) and leaves[0].shape[0] == samples
+        self.is_known, self.is_plain, self._samples = True, is_one, samples
+        self._shapes_of[self.pack(value, samples)[0].shape[1:]] = self.shapes
+
+    def fits(self, value: Any, is_variable: Callable[[Any], bool]) -> bool:
+        """Whether what a block returns has the structure and the variables that `learn` has seen."""
+        leaves, spec = pytree.tree_flatten(value)
+        return spec == self._spec and tuple(map(is_variable, leaves)) == self._is_variable
 
     @property
     def has_samples(self) -> bool:
         """Whether there are variables, and each has an axis of the samples."""
-        return len(self._axes) > 0 and None not in self._axes
+        return len(self._places) > 0 and all(place.axis is not None for place in self._places)
 
     def pack(self, value: Any, samples: int) -> tuple[Tensor, Rest]:
         """Return the coupling variable [n, ...] of what a block has returned for n samples, and the rest.
@@ -81,7 +109,7 @@ class Crossing:
         if self.is_plain:
             return leaves[0], ([], [])
         variables, others = self._sorted(leaves)
-        rows = [_samples_first(v, axis, samples) for v, axis in zip(variables, self._axes, strict=True)]
+        rows = [_samples_first(v, place, samples) for v, place in zip(variables, self._places, strict=True)]
         rest = [v.shape for v in variables], [v.detach() if isinstance(v, Tensor) else v for v in others]
         if len(rows) == 1:
             return rows[0], rest
@@ -100,23 +128,28 @@ class Crossing:
         return pytree.tree_unflatten(leaves, self._spec)
 
     def outputs(self, z: Tensor) -> Any:
-        """Return the network's outputs, a structure of tensors [n, ...], of what `pack` has made of them."""
-        shapes = [torch.Size((len(z), *shape[1:])) for shape in self.shapes]
-        return self.unpack(z, (shapes, []))
+        """Return the network's outputs for n samples, a structure of tensors, of what `pack` has made of them."""
+        shapes = zip(self._shapes_of[z.shape[1:]], self._places, strict=True)
+        return self.unpack(z, ([self._resized(shape, place.axis, len(z)) for shape, place in shapes], self._others))
+
+    def _resized(self, shape: torch.Size, axis: int | None, samples: int) -> torch.Size:
+        """Return the shape, for so many samples, of an output with an axis of samples."""
+        assert axis is not None
+        return torch.Size((*shape[:axis], shape[axis] // self._samples * samples, *shape[axis + 1 :]))
 
     def _sorted(self, leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
         pairs = list(zip(leaves, self._is_variable, strict=True))
         return [leaf for leaf, is_variable in pairs if is_variable], [leaf for leaf, is_one in pairs if not is_one]
 
     def _unjoined(self, z: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
-        widths = [_width(shape, axis, len(z)) for shape, axis in zip(shapes, self._axes, strict=True)]
+        widths = [_width(shape, place, len(z)) for shape, place in zip(shapes, self._places, strict=True)]
         parts = [z] if len(shapes) == 1 else z.split(widths, 1)
-        for part, shape, axis in zip(parts, shapes, self._axes, strict=True):
-            yield _samples_back(part, shape, axis)
+        for part, shape, place in zip(parts, shapes, self._places, strict=True):
+            yield _samples_back(part, shape, place)
 
 
-def _samples_axis(leaf: Tensor, other: Tensor, samples: int, number: int) -> int | None:
-    """Return the axis that grows with the number of samples, or None if there is none."""
+def _place_of_samples(leaf: Tensor, other: Tensor, samples: int, number: int) -> _Place:
+    """Return where the samples are, for a leaf and the same for one sample less."""
     axes = [axis for axis, (size, fewer) in enumerate(zip(leaf.shape, other.shape, strict=True)) if size != fewer]
     if samples == 1:
         axes = [0] if leaf.shape[:1] == (1,) else []
@@ -125,28 +158,34 @@ def _samples_axis(leaf: Tensor, other: Tensor, samples: int, number: int) -> int
             f"network: block {number} hands on a tensor {list(leaf.shape)} for {samples} samples and "
             f"{list(other.shape)} for one less, in which no axis is that of the samples; cut elsewhere"
         )
-    return axes[0] if axes else None
+    if not axes or leaf.shape[axes[0]] == samples:
+        return _Place(axes[0] if axes else None)
+
+    def error(place: _Place) -> float:
+        """Return how far the first samples are from the same ones without the last."""
+        rows = (_samples_first(v.detach(), place, n) for v, n in ((leaf, samples), (other, samples - 1)))
+        return float((next(rows)[:-1] - next(rows)).abs().amax())
+
+    return min((_Place(axes[0], is_outer) for is_outer in (True, False)), key=error)
 
 
-def _samples_first(leaf: Tensor, axis: int | None, samples: int) -> Tensor:
+def _samples_first(leaf: Tensor, place: _Place, samples: int) -> Tensor:
     """Return a leaf with the samples' axis in front; one that all samples share gets a copy per sample."""
+    axis, is_outer = place
     if axis is None:
         return leaf.expand(samples, *leaf.shape)
-    parted = leaf if leaf.shape[axis] == samples else leaf.unflatten(axis, (samples, -1))
-    return parted.movedim(axis, 0)
+    parted: Tensor = leaf.unflatten(axis, (samples, -1) if is_outer else (-1, samples))
+    return parted.movedim(axis if is_outer else axis + 1, 0)
 
 
-def _samples_back(row: Tensor, shape: torch.Size, axis: int | None) -> Tensor:
+def _samples_back(row: Tensor, shape: torch.Size, place: _Place) -> Tensor:
     """Undo `_samples_first`, and the joining, for a leaf of this shape; of copies per sample the mean is taken."""
-    samples = len(row)
+    samples, (axis, is_outer) = len(row), place
     if axis is None:
         return row.reshape(samples, *shape).mean(0)
-    parted = shape
-    if shape[axis] != samples:
-        parted = torch.Size((*shape[:axis], samples, shape[axis] // samples, *shape[axis + 1 :]))
-    first = (samples, *parted[:axis], *parted[axis + 1 :])
-    return row.reshape(first).movedim(0, axis).reshape(shape)
+    parted = (samples, *shape[:axis], shape[axis] // samples, *shape[axis + 1 :])
+    return row.reshape(parted).movedim(0, axis if is_outer else axis + 1).reshape(shape)
 
 
-def _width(shape: torch.Size, axis: int | None, samples: int) -> int:
-    return shape.numel() if axis is None else shape.numel() // samples
+def _width(shape: torch.Size, place: _Place, samples: int) -> int:
+    return shape.numel() if place.axis is None else shape.numel() // samples

@@ -398,6 +398,8 @@ class CrossEntropy(_NewtonLoss):
         weight = None if self.weight is None else z.new_tensor(self.weight)
         evenly = self.label_smoothing / z.shape[-1]
         if y.is_floating_point():
+            if y.shape[-1] != z.shape[-1]:
+                raise ValueError(f"y: distributions over {y.shape[-1]} classes, the network has {z.shape[-1]} outputs")
             t = y * (1.0 - self.label_smoothing) + evenly if self.label_smoothing else y
             t = t if weight is None else t * weight
             return _Distribution(t.sum(-1, keepdim=True), t)

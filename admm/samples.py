@@ -136,7 +136,10 @@ class Stream(Samples):
     def read(
         self, batches: Sequence[Tensor | slice], seeds: Sequence[int] | None = None, epoch: int = 0
     ) -> Iterator[Pair]:
-        """Yield what the source has; without seeds, equal rows of indices are read once."""
+        """Yield what the source has; without seeds, equal rows of indices are read once.
+
+        Raises ValueError for inputs that are not finite.
+        """
         requests, places = [], list[Tensor | None]()
         for batch in batches:
             place = None
@@ -149,6 +152,7 @@ class Stream(Samples):
             requests.append(Request(rows, [0] * len(rows) if seeds is None else seeds, epoch))
             places.append(place)
         for batch, place, pair in zip(batches, places, self._loaded(requests), strict=True):
+            _check_finite(pair[0])
             pair = _map(pair, lambda leaf: leaf.to(self.to, non_blocking=True))
             if isinstance(batch, slice):
                 yield _map(pair, lambda leaf: leaf[0])
@@ -227,7 +231,7 @@ class Arrays:
         at = request.indices
 
         def read(leaf: Any) -> Tensor:
-            return take(leaf, at) if isinstance(leaf, Tensor) else torch.from_numpy(np.asarray(leaf[at.numpy()]))
+            return take(leaf, at) if isinstance(leaf, Tensor) else torch.from_numpy(_plain_array(leaf[at.numpy()]))
 
         return _map((self.x, self.y), read)
 
@@ -320,7 +324,7 @@ def as_samples(x: Any, y: Any, weights: Any = None, device: str | torch.device |
         _check_finite(x)
         return Tensors(x, y)
     samples = Stream(Arrays(x, y), place)
-    _check_finite(samples.examples[0])
+    _ = samples.examples  # which are read, and so checked
     return samples
 
 
@@ -329,6 +333,8 @@ def as_tree(name: str, value: Any, device: torch.device) -> Any:
 
     def tensor(path: Any, leaf: Any) -> Any:
         entry = name + keystr(path)
+        if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.is_nested):
+            raise ValueError(f"{entry}: is a sparse or nested tensor, where samples are those of a dense one [N, ...]")
         return leaf if isinstance(leaf, np.memmap) else as_tensor(entry, leaf, device).detach()
 
     return tree_map_with_path(tensor, value, is_leaf=lambda part: not _is_nested(part))
@@ -341,6 +347,8 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
     """
     if isinstance(value, Tensor):
         return value
+    if isinstance(value, np.ndarray):
+        value = _plain_array(value)
     try:
         tensor: Tensor = torch.as_tensor(value, device=device)
     except Exception as error:  # of whatever type it is
@@ -348,6 +356,13 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
             f"{name}: a {type(value).__name__} is no tensor, nor an array or a list of numbers ({error})"
         ) from None
     return tensor
+
+
+def _plain_array(array: Any) -> Any:
+    """Return an array that PyTorch takes: of the machine's order of bytes, and without negative strides."""
+    array = np.asarray(array)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array.copy() if any(stride < 0 for stride in array.strides) else array
 
 
 def as_weights(weights: Any, n: int) -> Tensor:
@@ -400,7 +415,7 @@ def _of_items(x: Any, weights: Any, device: str | torch.device | None) -> Stream
     if weights is not None:
         weights = as_weights(weights, len(dataset)).cpu()
     samples = Stream(Items(dataset, join, weights), torch.empty(0, device=device).device, loading=loading)
-    _check_finite(samples.examples[0])
+    _ = samples.examples  # which are read, and so checked
     return samples
 
 

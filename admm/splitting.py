@@ -78,10 +78,12 @@ def parts_of(
     if isinstance(network, Stages):
         if after is not None or per_layer or n_blocks is not None:
             raise ValueError("split: a list of modules is cut between these; give no after, per_layer or n_blocks")
-        stages = network.named_children()
-        return [Part((name,), stage, hands_on_arguments=name != str(len(network) - 1)) for name, stage in stages]
+        last, stages = len(network) - 1, enumerate(network)  # named_children leaves out a module that occurs again
+        return [Part((str(k),), stage, hands_on_arguments=k != last) for k, stage in stages]
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=True, n_blocks=T")
+    if after is not None and not all(isinstance(name, str) for name in after):
+        raise ValueError(f"after: {list(after)} are not all names of modules, which are text")
     one_of("activation", "end" if activation is None else activation, ("end", "start"))
     if after is not None and activation is not None:
         raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")
@@ -116,9 +118,10 @@ def _parts_of_chain(network: nn.Module, names: Sequence[str], ends: Sequence[int
         layers = tuple(modules[name] for name in names[i:j])
         module = nn.Sequential(*layers)
         module.training = network.training
+        gets_variable = is_trained or i == 0
         is_trained = is_trained or any(p.requires_grad for p in module.parameters())
-        # What nothing trained comes before crosses the cut as it is, which a `ModuleLayer` sees to.
-        is_known = all(map(known_layer, layers)) and (is_trained or j == len(names))
+        # What nothing trained comes before crosses the cut as it is, which a `ModuleLayer` on both sides sees to.
+        is_known = all(map(known_layer, layers)) and gets_variable and (is_trained or j == len(names))
         parts.append(Part(tuple(names[i:j]), module, layers if is_known else ()))
     return parts
 

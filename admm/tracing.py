@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import linecache
 import math
 import operator
+import pickle
+import random
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn import functional
@@ -21,6 +29,7 @@ from torch.nn.modules import transformer
 # Private functions of PyTorch's transformers whose control flow depends on tensors.
 _HELPERS = (
     (functional, "_canonical_mask"),
+    (functional, "_none_or_dtype"),
     (transformer, "_get_seq_len"),
     (transformer, "_detect_is_causal_mask"),
 )
@@ -28,22 +37,37 @@ _WAY_OUT = (
     "give the network's parts as a list of modules instead, split([first, second, …]), each of which gets what the one "
     "before returns"
 )
+_OF_ITS_OWN = f"put such lines into a module of their own, which is called as it is, or {_WAY_OUT}"
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+_LINE = "line"  # of a node's metadata: the file and the number of the line that it comes from
+_CONSTANT = "_tensor_constant"  # the beginning of the names that PyTorch's tracer gives to constants
 
 
 class _Tracer(fx.Tracer):
-    """Traces the forwards that contain a cut; all other modules are called as they are."""
+    """Traces the forwards that contain a cut; all other modules are called as they are.
+
+    Raises ValueError for what a graph would not repeat: a call without gradients, and random numbers drawn meanwhile.
+    """
 
     proxy_buffer_attributes = True  # or they would become constants
 
     def __init__(self, opened: set[str]) -> None:
         # A function that is called with a tensor of the network is a node of the graph: its control flow is not traced.
         super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
-        self._opened = opened
+        # Types among them, such as Tensor, would no longer be types.
+        self._autowrap_function_ids -= {id(v) for v in vars(functional).values() if isinstance(v, type)}
+        self._opened, self._random_states = opened, _random_states()
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call_") and not torch.is_grad_enabled():
             raise ValueError(f"{target} is called without gradients, as by torch.no_grad, which a trace does not show")
-        return super().create_node(kind, target, *args, **kwargs)
+        if _random_states() != self._random_states:
+            raise ValueError(
+                "random numbers have been drawn before this line, without a tensor of the network; a trace keeps them"
+            )
+        node = super().create_node(kind, target, *args, **kwargs)
+        node.meta[_LINE] = _user_line(sys._getframe())
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
@@ -100,23 +124,87 @@ def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -
     defaults = {name: arguments[name].default for name in arguments if name not in given}
     if missing := [name for name in defaults if is_required[name]]:
         raise ValueError(f"inputs: the network's forward needs {', '.join(missing)}, too")
+    other = _in_evaluation(network)
+    graph = _graph_of(network, opened, defaults)
+    _follow_mode(graph, network, _graph_of(other, opened, defaults), other)
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.name not in given and n.target not in given]:
+        _erase(graph, node)
+    for node in graph.nodes:
+        node.meta.pop("is_wrapped", None)  # which would make PyTorch register the function by a name it cannot find
+    return graph
+
+
+def _graph_of(network: nn.Module, opened: set[str], defaults: dict[str, Any]) -> fx.Graph:
+    """Return the graph of the network's forward in its mode. Raises ValueError."""
+    containers = _containers(network, opened)
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            for module, name in _HELPERS:
-                stack.enter_context(mock.patch.object(module, name, _as_node(getattr(module, name))))
+            for owner, name in [*_HELPERS, *_stored_functions(network, opened)]:
+                stack.enter_context(mock.patch.object(owner, name, _as_node(getattr(owner, name))))
+            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _attribute_setter(network)))
+            stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refuse_autocast))
+            # Without it, an encoder of PyTorch's asks for sizes and modes, to choose a path that has no gradients.
+            stack.enter_context(mock.patch.object(torch.backends.mha, "get_fastpath_enabled", lambda: False))
             graph = _Tracer(opened).trace(network, concrete_args=defaults)
     except Exception as error:  # of whatever type it is
         raise ValueError(
             f"network: its forward cannot be traced, {_place(error)}: {type(error).__name__}: {error}; cut where only "
-            f"simpler forwards contain the cut, or {_WAY_OUT}"
+            f"simpler forwards contain the cut, {_OF_ITS_OWN}"
         ) from error
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.name not in given and n.target not in given]:
-        _erase(graph, node)
-    for node in list(graph.nodes):
-        node.meta.pop("is_wrapped", None)  # which would make PyTorch register the function by a name it cannot find
-        _follow_mode(graph, node)
+    for name, before in containers.items():
+        if _identities(before) != _identities(operator.attrgetter(name)(network)):
+            raise ValueError(f"network: its forward changes {name}, which a trace does not repeat; {_OF_ITS_OWN}")
     return graph
+
+
+def _in_evaluation(network: nn.Module) -> nn.Module:
+    """Return the network in evaluation mode, with the same tensors."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def _containers(network: nn.Module, opened: set[str]) -> dict[str, Any]:
+    """Return copies of the lists, dictionaries and sets that the traced modules have as attributes."""
+    return {
+        f"{path}.{name}".lstrip("."): copy.copy(value)
+        for path in opened
+        for name, value in vars(network.get_submodule(path)).items()
+        if isinstance(value, list | dict | set) and name not in _OF_EVERY_MODULE
+    }
+
+
+def _identities(container: Any) -> list[int]:
+    values = container.values() if isinstance(container, dict) else container
+    return [*map(id, container), *map(id, values)]
+
+
+def _attribute_setter(network: nn.Module) -> Callable[[nn.Module, str, Any], None]:
+    """Return a `nn.Module.__setattr__` that raises ValueError for the modules of a network."""
+    modules, usual = set(network.modules()), nn.Module.__setattr__
+
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if module in modules and not name.startswith(_CONSTANT):
+            raise ValueError(f"it sets {name!r} of a {type(module).__name__}, which a trace does not repeat")
+        usual(module, name, value)
+
+    return set_attribute
+
+
+def _refuse_autocast(context: Any) -> None:
+    raise ValueError("it computes in other types, by torch.autocast, which a trace does not show")
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Return the states of the global generators of PyTorch, NumPy and Python, to be compared."""
+    return torch.get_rng_state().numpy().tobytes(), pickle.dumps(np.random.get_state()), random.getstate()
+
+
+def _user_line(frame: FrameType | None) -> tuple[str, int]:
+    """Return the file and the line, outside of PyTorch and this module, that a call comes from; no file if none is."""
+    while frame is not None and _is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
 def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,14 +220,30 @@ def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def _stored_functions(network: nn.Module, opened: set[str]) -> list[tuple[nn.Module, str]]:
+    """Return the traced modules' attributes that are functions of PyTorch's."""
+    modules = [network.get_submodule(path) for path in opened]
+    return [
+        (module, name)
+        for module in modules
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == functional.__name__
+    ]
+
+
+def _is_library(file: str) -> bool:
+    return file == __file__ or Path(torch.__file__).parent in Path(file).parents
+
+
 def _place(error: Exception) -> str:
     """Return the line of the user's code at which tracing failed."""
-    own = Path(torch.__file__).parent
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if own not in Path(f.filename).parents]
-    frame = frames[-1]
-    return (
-        f"at {frame.filename}:{frame.lineno}, {frame.line!r}" if frame.filename != __file__ else "in PyTorch's own code"
-    )
+    lines = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
+    own = [line for line in lines if not _is_library(line[0])]
+    return _described(own[-1]) if own else "in PyTorch's own code"
+
+
+def _described(line: tuple[str, int]) -> str:
+    return f"at {line[0]}:{line[1]}, {linecache.getline(*line).strip()!r}"
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
@@ -149,18 +253,53 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _follow_mode(graph: fx.Graph, node: fx.Node) -> None:
-    """Let a function's argument `training`, which the trace has found to be true, follow the mode of the block."""
-    if node.op != "call_function" or getattr(node.target, "__module__", "") != functional.__name__:
-        return
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return
-    if bound.arguments.get("training") is True:
-        with graph.inserting_before(node):
-            bound.arguments["training"] = graph.get_attr("training")
-        node.args, node.kwargs = bound.args, bound.kwargs
+def _follow_mode(graph: fx.Graph, network: nn.Module, other_graph: fx.Graph, other: nn.Module) -> None:
+    """Let arguments that the trace of a network in evaluation mode has otherwise follow the mode of the block.
+
+    Raises ValueError that names the first line of the forward which is evaluated in one mode alone.
+    """
+    twins: dict[Any, fx.Node] = {}
+    for node, twin in zip_longest(list(graph.nodes), other_graph.nodes):
+        if node is None or twin is None or not _are_twins(node, network, twin, other):
+            lines = [n.meta[_LINE] for n in (node, twin) if n is not None and n.op != "output"]
+            where = _described(min(lines)) if lines else "where it returns"
+            raise ValueError(
+                f"network: its forward does something else in evaluation mode, {where}, and a trace is of one mode; "
+                f"{_OF_ITS_OWN}"
+            )
+        twins[twin] = node
+        leaves = iter([twins.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in _leaves(twin)])
+
+        def of_mode(leaf: Any, node: fx.Node = node, leaves: Iterator[Any] = leaves) -> Any:
+            in_evaluation = next(leaves)
+            if leaf is in_evaluation or (type(leaf) is type(in_evaluation) and leaf == in_evaluation):
+                return leaf
+            with graph.inserting_before(node):
+                return graph.call_function(_of_mode, (graph.get_attr("training"), leaf, in_evaluation))
+
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), of_mode)
+
+
+def _of_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
+    return in_training if training else in_evaluation
+
+
+def _are_twins(node: fx.Node, network: nn.Module, twin: fx.Node, other: nn.Module) -> bool:
+    """Whether nodes of two networks' graphs do the same, whatever numbers and nodes they get."""
+    if (node.op, node.target, _structure(node)) != (twin.op, twin.target, _structure(twin)):
+        return False
+    is_constant = node.op == "get_attr" and str(node.target).startswith(_CONSTANT)
+    return not is_constant or torch.equal(getattr(network, str(node.target)), getattr(other, str(twin.target)))
+
+
+def _structure(node: fx.Node) -> Any:
+    return fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: None)
+
+
+def _leaves(node: fx.Node) -> list[Any]:
+    leaves: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves
 
 
 def _end(nodes: Sequence[fx.Node], name: str) -> int:

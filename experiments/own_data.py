@@ -297,6 +297,8 @@ def class_indices(file: Path, arrays: Mapping[str, Array]) -> tuple[dict[str, Ar
     """Return y_train, and y_test if there is one, as int64 indices into the sorted classes of y_train, and how many
     classes there are. Raises DatasetError."""
     y = {key: class_labels(f"{file}: {key}", array) for key, array in arrays.items()}
+    if len({array.dtype.kind in "US" for array in y.values()}) > 1:
+        raise DatasetError(f"{file}: of y_train and y_test, one has texts and one numbers; both must have the same")
     classes = np.unique(y["y_train"])
     if len(classes) == 1:
         raise DatasetError(f"{file}: y_train has one class alone, {classes[0]}; two or more are needed")

@@ -147,6 +147,26 @@ def test_what_mixup_cannot_mix_is_refused(x, y, message):
         Mixup().change(x, y, torch.ones(1, 2, 1))
 
 
+@pytest.mark.parametrize("label", [-100, 2])
+def test_mixup_refuses_indices_of_no_class(label):
+    with pytest.raises(ValueError, match=rf"Mixup has classes=2, and class indices go from {min(0, label)} to "):
+        Mixup(classes=2).change(torch.randn(1, 2, 3), torch.tensor([[0, label]]), torch.ones(1, 2, 1))
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 3, 3, 3), (8, 8, 3)], ids=["vector", "film", "colours last"])
+def test_only_images_are_cropped(shape):
+    with pytest.raises(ValueError, match=rf"CropAndFlip takes images .*padding 4, not samples \{list(shape)}"):
+        CropAndFlip().apply(torch.zeros(2, *shape), torch.zeros(2, 3).long())
+
+
+def test_augmentations_of_a_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match=r"augmentations: CropAndFlip\(.*\) is no list of admm"):
+        Chain(CropAndFlip())
+    for x, entries in (({"a": torch.zeros(1, 1, 2)}, r"\['a'\]"), (torch.zeros(1, 1, 2), "one tensor")):
+        with pytest.raises(ValueError, match=f"key: 'image' is no entry of the inputs, which are {entries}"):
+            OfInput("image", Mixup()).change(x, torch.zeros(1, 1), torch.ones(1, 1, 1))
+
+
 @pytest.mark.parametrize("option", [{"alpha": 0.0}, {"alpha": "much"}, {"classes": 0}, {"classes": 2.5}])
 def test_a_wrong_option_of_mixup_is_refused_by_name(option):
     with pytest.raises(ValueError, match=rf"^{next(iter(option))}: "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from admm import comparison
 from admm.blocks import split
@@ -152,6 +154,88 @@ class Counting(nn.Module):
         return x * float(self.calls)
 
 
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        return x
+
+
+class Keeping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(x)
+        return x
+
+
+class Averaging(nn.Module):
+    """Statistics of the samples that change in training, in a buffer or in a plain attribute."""
+
+    def __init__(self, dtype: torch.dtype, is_buffer: bool = True) -> None:
+        super().__init__()
+        self.statistics: Tensor
+        if is_buffer:
+            self.register_buffer("statistics", torch.zeros(2, dtype=dtype))
+        else:
+            self.statistics = torch.zeros(2, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.statistics += (x > 0).sum(0).to(self.statistics)
+        return x
+
+
+class Normalised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = nn.functional.normalize(self.weight.data)
+        return super().forward(x)
+
+
+class Checkpointed(nn.Linear):
+    """Its backward pass evaluates `inner` once more, when the replica's parameters have gone."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return outputs
+
+
+class OfTraining(nn.Module):
+    """A function in training, and the identity in evaluation."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x) if self.training else x
+
+
+class Two(nn.Module):
+    """Two activations, the second of which has a gradient in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 2).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        other = self.other(x)
+        return self.one(x), other if self.training else other.detach()
+
+
+class Sum(nn.Module):
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other
+
+
 class Asking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -191,23 +275,74 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x * random.random())),
         r"network: in evaluation mode layer '1' \(Of\) returns something else at a second call",
     ),
+    "NumPy's random numbers without an effect on a few samples": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x + (np.random.random() > 2.0))),
+        r"network: in evaluation mode its forward draws random numbers of NumPy's or Python's global generator",
+    ),
     "a generator of its own": (
         lambda: nn.Sequential(nn.Linear(4, 2), OwnGenerator()),
         r"network: in training mode layer '1' \(OwnGenerator\) returns something else at a second call",
     ),
     "a count of calls outside of its buffers": (
         lambda: nn.Sequential(nn.Linear(4, 2), Counting()),
-        r"layer '1' \(Counting\) returns something else at a second call .* it counts its calls",
+        r"in evaluation mode layer '1' \(Counting\) changes its attribute 'calls' at each call, .* a buffer",
+    ),
+    "a count of training steps without an effect": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Steps()),
+        r"in training mode layer '1' \(Steps\) changes its attribute 'steps' at each call",
+    ),
+    "a list that grows": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Keeping()),
+        r"layer '1' \(Keeping\) changes its attribute 'kept'",
+    ),
+    "an average outside of its buffers": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Averaging(torch.float64, is_buffer=False)),
+        r"layer '1' \(Averaging\) changes its attribute 'statistics'",
+    ),
+    "whole numbers as statistics": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Averaging(torch.int64)),
+        r"changes the buffer '1.statistics' \(torch.int64, \[2\]\), and .* numbers of floating point, and single whole",
+    ),
+    "a parameter that is replaced": (
+        lambda: nn.Sequential(Normalised(4, 2)),
+        r"its forward replaces the parameter '0.weight', .* by `.data.copy_`",
+    ),
+    "complex parameters": (
+        lambda: nn.Sequential(nn.Linear(4, 2).to(torch.complex64)),
+        r"parameter '0.weight' is of torch.complex64, and numbers of floating point are trained",
+    ),
+    "activations that are computed once more": (
+        lambda: nn.Sequential(Checkpointed(4, 2)),
+        r"the gradient of block 1 .* has other parameters than the outputs, as where torch.utils.checkpoint",
+    ),
+    "no gradient": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x.exp().add_(1.0).mul_(2.0)), nn.Sigmoid(), nn.ReLU(True)),
+        r"network: block 1 has no gradient: RuntimeError: one of the variables .* modified by an inplace operation",
+    ),
+    "a number of samples among the outputs": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: {"z": x, "n": len(x)})),
+        "its outputs have a int that depends on the samples",
+    ),
+    "classes among the outputs": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: (x, x.argmax(1)))),
+        r"its outputs have a tensor of torch.int64 that depends on the samples",
+    ),
+    "outputs of training alone": (
+        lambda: nn.Sequential(nn.Linear(4, 2), OfTraining(lambda z: (z, z))),
+        "it returns a tuple of 2 tensors in training mode, and a Tensor of 1 in evaluation mode",
     ),
     "a forward that asks for its mode": (
         lambda: Asking(),
-        r"network: in evaluation mode block 2, \['last'\], has other outputs than these layers .* asks for its mode",
+        r"something else in evaluation mode, at .*test_comparison.py:\d+, 'return self.last\(h\) if self.training",
     ),
     "a lazy layer": (
         lambda: nn.Sequential(nn.LazyLinear(2)),
         r"layer '0' \(LazyLinear\) is lazy; evaluate the network",
     ),
-    "statistics of two layers": (shared_statistics, r"several blocks share the statistics"),
+    "statistics of two layers": (
+        shared_statistics,
+        r"several blocks change the statistics '1.num_batches_tracked' of one module; give each block a module of its",
+    ),
 }
 
 
@@ -224,13 +359,14 @@ class OwnGenerator(nn.Module):
 def test_what_the_blocks_would_not_follow_is_refused_by_name(make, message):
     network = make()
     with pytest.raises((ValueError, TypeError), match=message):
-        problem(network, after=["first"] if isinstance(network, Asking) else ["1"] if "statistics" in message else [])
+        problem(network, after=["first"] if isinstance(network, Asking) else ["1"] if "several" in message else [])
 
 
 def test_the_first_block_that_differs_is_named(monkeypatch):
     """Of a layer that the blocks would evaluate wrongly, whatever it is."""
     monkeypatch.setattr("admm.layers.ReLULayer.forward", lambda self, theta, x, inplace, training: x)
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.constant_(network[1].bias, -10.0)
     with pytest.raises(ValueError, match=r"network: in evaluation mode block 2, \['1', '2'\], has other outputs"):
         problem(network, per_layer=True)
 
@@ -277,6 +413,17 @@ def test_the_network_its_mode_and_the_random_state_are_left_alone():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("first", [nn.Flatten(), nn.Linear(4, 4).requires_grad_(False)], ids=["flatten", "frozen"])
+def test_a_chain_can_be_cut_after_layers_that_are_not_trained(first):
+    network = nn.Sequential(first, nn.Linear(4, 2))
+    task, twin = problem(network, after=["0"]), copy.deepcopy(network).double()
+    optimizer = Backprop(1, SGD(), 0.3, batch_size=6)
+    state = optimizer.step(task, optimizer.init(task, [0]))
+    nn.functional.cross_entropy(twin(task.x), LABELS).backward()
+    torch.optim.SGD(twin[1].parameters(), 0.3).step()
+    torch.testing.assert_close(task.blocks.export(state.theta)(task.x), twin(task.x))
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4)], ids=str)
 def test_networks_that_normalise_over_the_samples_train(norm):
     task = problem(nn.Sequential(nn.Linear(4, 4), norm, nn.ReLU(), nn.Linear(4, 2)))
@@ -302,11 +449,40 @@ def test_the_comparison_is_made_once_for_samples_of_a_kind(monkeypatch):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("kept", [torch.float64, torch.complex64], ids=str)
-def test_parameters_that_inputs_are_not_precise_enough_for_are_refused(kept):
-    network = nn.Sequential(nn.Linear(4, 2)).to(kept)
-    with pytest.raises(ValueError, match=rf"parameter '0.weight' is of {kept}, x of torch.float32.*network.to\("):
+def test_parameters_that_inputs_are_not_precise_enough_for_are_refused():
+    network = nn.Sequential(nn.Linear(4, 2)).double()
+    with pytest.raises(ValueError, match=r"parameter '0.weight' is of torch.float64, x of torch.float32.*network.to\("):
         problem(network, samples(4, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"of torch.float64, x of torch.uint8: take x.to\(torch.float64\)$"):
+        problem(network, samples(4).byte())
+
+
+class Asked(nn.Module):
+    """A trace finds another answer; the outputs are zeros and -inf."""
+
+    def __init__(self, zero: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        if zero:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        z = self.last(2.0 * h if isinstance(h, Tensor) else h)
+        return z.masked_fill(torch.arange(2) == 1, -torch.inf)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_outputs_that_are_zero_or_not_finite_hide_no_difference(zero):
+    with pytest.raises(ValueError, match=r"block 2, \['last'\], has other outputs than these layers"):
+        problem(Asked(zero), after=["first"])
+
+
+def test_a_gradient_that_training_alone_has_is_not_lost():
+    """It would be, as what crosses a cut without a gradient is carried as it is."""
+    with pytest.raises(ValueError, match="block 1 hands on other values in training mode than in evaluation mode"):
+        Problem(samples(4), LABELS, split([Two(), Sum()]), CrossEntropy(), lambda module: None)
 
 
 def test_parameters_of_less_precision_take_that_of_the_inputs():

@@ -160,6 +160,13 @@ def test_indices_give_the_very_numbers_of_one_hot_targets(dtype: torch.dtype) ->
     assert torch.equal(loss.prox(z, y, 0.6), loss.prox(z, vectors, 0.6))
 
 
+def test_distributions_over_other_classes_are_refused() -> None:
+    """Such as of a single class, which would be broadcast."""
+    for classes in (1, 4):
+        with pytest.raises(ValueError, match=f"y: distributions over {classes} classes, the network has 3 outputs"):
+            CrossEntropy().gradient(torch.zeros(2, 3), torch.ones(2, classes) / classes)
+
+
 def test_what_is_ignored_stays_where_it_is() -> None:
     z, y = gaussian(2, 9, 4), targets_of("indices", {"ignore_index": IGNORED})
     ignored, loss = y == IGNORED, CrossEntropy(ignore_index=IGNORED, label_smoothing=0.1)

@@ -170,6 +170,7 @@ NAN = np.where(np.arange(48).reshape(12, 4) == 6, np.nan, X)
         ({"y_train": 0 * Y}, {}, r"my.npz: y_train has one class alone, 0; two or more"),
         ({"y_train": np.arange(12)}, {}, r"my.npz: y_train has 12 different values in 12 samples, too many .*regress"),
         ({"y_test": Y[:6] + 1}, {}, r"my.npz: y_test has the class 3, which y_train does not have"),
+        ({"y_train": Y.astype(str)}, {}, r"my.npz: of y_train and y_test, one has texts and one numbers"),
         ({}, {"task": "multilabel"}, r"my.npz: y_train has numbers from 0 to 2, expected 0 and 1 for dataset.task="),
         ({"y_train": X[:, :, None]}, {"task": "regression"}, r"my.npz: y_train is \[12, 4, 1\], expected \[N\] or"),
         ({"y_train": NAN}, {"task": "regression"}, r"my.npz: y_train has 1 values that are NaN"),
@@ -346,7 +347,7 @@ def test_each_seed_has_the_weights_of_a_new_network(npz: Any) -> None:
     for replica, seed in enumerate([3, 4]):
         torch.manual_seed(seed)
         expected = nn.utils.parameters_to_vector(Drawn((4,), 3).parameters())
-        assert torch.equal(start.flat[replica].sort().values, expected.detach().sort().values)
+        assert torch.equal(start.flat()[replica].sort().values, expected.detach().sort().values)
 
 
 def test_torchvision_s_networks_have_as_many_outputs_as_there_are_classes(npz: Any) -> None:

@@ -343,11 +343,35 @@ def tuples(items: list[Any]) -> Any:
         ({"a": torch.zeros(2)}, None, "y: None, but a dict x is no data set, and needs targets"),
         ((torch.zeros(2), torch.zeros(2)), None, "y: None, but a tuple x is no data set"),
         (3.0, None, "y: None, but a float x is no data set, and needs targets"),
+        (torch.eye(2).to_sparse(), torch.zeros(2), "x: is a sparse or nested tensor, where samples"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(x: Any, y: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_samples(x, y)
+
+
+@pytest.mark.parametrize("source", ["disk", "items"])
+def test_inputs_that_are_not_finite_are_refused_wherever_they_are(source: str, tmp_path: Path) -> None:
+    """The last one is none of the samples that are looked at before training."""
+    x, y = torch.ones(100, 2), torch.zeros(100)
+    x[-1, 1] = torch.nan
+    samples = as_samples(on_disk(x, tmp_path), y) if source == "disk" else as_samples(TensorDataset(x, y), None)
+    assert torch.equal(next(samples.read([slice(0, 99)]))[0], x[:99])
+    with pytest.raises(ValueError, match="x: inputs must be finite numbers, found NaN"):
+        list(samples.read([slice(90, 100)]))
+
+
+def test_arrays_of_any_order_are_read(tmp_path: Path) -> None:
+    """Of bytes, as of a file from elsewhere, and of samples."""
+    expected = torch.arange(6.0).view(3, 2)
+    swapped = expected.numpy().astype(">f4")
+    for x in (swapped, on_disk(expected.flip(0), tmp_path).copy()[::-1], np.asfortranarray(expected.numpy())):
+        assert torch.equal(as_samples(x, [0, 1, 2]).examples[0], expected)
+    file = np.memmap(tmp_path / "swapped", mode="w+", dtype=">f4", shape=(3, 2))
+    file[:] = swapped
+    assert torch.equal(as_samples(file, [0, 1, 2]).examples[0], expected)
+    assert torch.equal(as_samples(file[::-1], [0, 1, 2]).examples[0], expected.flip(0))
 
 
 def test_lists_of_numbers_are_one_input() -> None:
@@ -573,7 +597,7 @@ def test_weights_are_gathered_with_their_samples(mlp_problem: Any, tmp_path: Pat
         for task in (weighted, replace(weighted, augmentation=None)):  # made again of its own fields
             for name in ("adam", "online, decay"):
                 found, expected = (trained(CASES[name].optimizer, p, SEEDS, 2).theta for p in (task, scaled))
-                torch.testing.assert_close(found.flat, expected.flat, rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(found.flat(), expected.flat(), rtol=1e-10, atol=1e-10)
             test = evaluate(task, found, (x, y))  # each counts once
             torch.testing.assert_close(test["test_loss"], evaluate(problem, found, None)["train_loss"])
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +41,12 @@ class Base(nn.Module):
 class Chain(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.c(self.b(self.a(x).tanh()).tanh()).tanh())
+
+
+class Frozen(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.requires_grad_(False)
 
 
 class Skips(Base):
@@ -94,6 +106,43 @@ class Table(Base):
         return self.last(self.c(self.d(x)).tanh() @ table)
 
 
+class OfAll(Base):
+    """A mean over the samples crosses the cuts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        mean = self.b(h).mean(0)
+        return self.last(self.d(self.c(h).tanh()) * mean)
+
+
+class Pair(Base):
+    """Two inputs per sample, joined on the samples' axis or not; the crossing activations are the same."""
+
+    def __init__(self, is_joined: bool) -> None:
+        super().__init__()
+        self.is_joined = is_joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x[:, :4], x[:, 4:]
+        h = self.a(torch.cat([one, other]) if self.is_joined else torch.stack([one, other], 1))
+        return self.last(torch.stack(torch.tensor_split(h.tanh(), 2)).prod(0) if self.is_joined else h.tanh().prod(1))
+
+
+@pytest.mark.parametrize("sweep", ["batch", "minibatch"])
+def test_stored_variables_are_those_of_their_samples_wherever_these_are(sweep):
+    """Rows of one sample that are far apart would be another's in the next mini-batch."""
+    results = []
+    for is_joined in (False, True):
+        blocks = split(Pair(is_joined), ["a"])
+        task = Problem(gaussian(6, 8), LABELS, blocks, CrossEntropy(), as_given)
+        optimizer = BlockADMM(3, 0.1, batch_size=2, sweep=sweep, forward_mixing=0.1, theta_update=SGD())
+        state = optimizer.init(task, [0])
+        for _ in range(3):
+            optimizer.step(task, state)
+        results.append(state.theta.flat())
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
 class Tuples(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -112,10 +161,12 @@ NETWORKS: dict[str, tuple[type[nn.Module], list[str], list[int]]] = {
     "chain": (Chain, ["a", "b"], [4, 4]),
     "skips": (Skips, ["a", "c"], [4, 12]),
     "shapes": (Shapes, ["a", "b"], [4, 4]),
+    "frozen between cuts": (Frozen, ["a", "b"], [4, 4]),
     "no gradient": (Detached, ["b"], [4]),
     "inputs alone": (Masked, ["a", "b"], [4, 4]),
     "samples elsewhere": (Moved, ["a", "c"], [8, 8]),
     "parameters alone": (Table, ["d", "c"], [20, 20]),
+    "of all samples": (OfAll, ["c", "d"], [8, 8]),
     "tuples": (Tuples, ["lstm"], [8]),
 }
 each_network = pytest.mark.parametrize("make, after, widths", NETWORKS.values(), ids=NETWORKS)
@@ -137,7 +188,7 @@ def test_blocks_compute_what_the_network_does(make, after, widths):
         task.blocks.forward(theta, task.x.expand(2, *task.x.shape))[1], expected, rtol=1e-12, atol=0
     )
     few = task.blocks.forward(theta, task.x[None, :3].expand(2, 3, -1))[0]
-    torch.testing.assert_close(few, expected[:3], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(few, make()(task.x[:3]), rtol=1e-12, atol=1e-14)
     visit = task.visit((0, 1), slice(None))
     outputs = list(task.blocks.outputs(theta, visit.x, visit))
     assert [z.flatten(2).shape[2] for z in outputs[:-1]] == widths
@@ -153,7 +204,7 @@ def test_the_step_of_back_propagation_is_pytorch_s(make, after, widths):
     task, twin = problem(make, after), make()
     optimizer = Backprop(1, SGD(momentum=0.9), 0.3, batch_size=6)
     state = optimizer.init(task, [0])
-    rule = torch.optim.SGD(twin.parameters(), 0.3, momentum=0.9)
+    rule = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], 0.3, momentum=0.9)
     for _ in range(3):
         optimizer.step(task, state)
         rule.zero_grad()
@@ -177,13 +228,13 @@ def test_for_small_steps_each_block_moves_along_back_propagation(make, after, wi
         optimizer = kind(1, 1e9, beta=1.0, z_update=ZUpdate("gradient"), theta_update=SGD(), **options)
     state, start = optimizer.init(task, [0]), task.initial([0])
     optimizer.step(task, state)
-    moved = start.flat - state.theta.flat()
+    moved = start.flat() - state.theta.flat()
     twin = make()
     functional.cross_entropy(twin(task.x), LABELS).backward()
     gradients, columns = dict(twin.named_parameters()), task.blocks.parameter_slices()
     for block, views in zip(task.blocks.modules, task.blocks.parameters(moved).blocks, strict=True):
-        names = [name for name, _ in block.named_parameters()]
-        if not names or (make is Table and {"a.weight", "b.weight"} & set(names)):
+        names = [name for name, p in block.named_parameters() if p.requires_grad]
+        if not names:
             continue
         ours = torch.cat([moved[0, columns[name]] for name in names])
         true = torch.cat([gradients[name].grad.flatten() for name in names])
@@ -237,6 +288,85 @@ def test_what_cannot_be_traced_names_its_line_and_the_way_out():
     assert len(split(Branching(), [])) == 1  # which needs no trace
 
 
+def counts(self: Base) -> None:
+    if self.training:
+        self.calls += 1
+
+
+def keeps(self: Base) -> None:
+    self.kept.append(1)
+
+
+def averages(self: Base) -> None:
+    self.average = 0.9 * self.average
+
+
+def moves(self: Base) -> None:
+    if self.training:
+        self.average.mul_(0.9)
+
+
+def drops(self: Base) -> None:
+    torch.rand(1)
+
+
+def shuffles(self: Base) -> None:
+    np.random.permutation(2)
+
+
+def chooses(self: Base) -> None:
+    random.random()
+
+
+class Changing(Base):
+    """Calls a function before its second layer, whose effects a trace would not repeat."""
+
+    def __init__(self, function: Callable[[Base], None]) -> None:
+        super().__init__()
+        self.function, self.calls, self.kept = function, 0, []
+        self.register_buffer("average", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.function(self)
+        return self.last(self.b(h).tanh())
+
+
+class Inside(Base):
+    """Calls its second layer in a context that a trace would not show."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__()
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        with self.context():
+            h = self.b(h)
+        return self.last(h.tanh())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Changing(counts), "'self.calls \\+= 1': ValueError: it sets 'calls' of a Changing, which a trace"),
+        (lambda: Changing(keeps), "its forward changes kept, which a trace does not repeat"),
+        (lambda: Changing(averages), "'self.average = 0.9 .*it sets 'average' of a Changing, .* module of their own"),
+        (lambda: Changing(moves), "something else in evaluation mode, at .*'self.average.mul_.*module of their own"),
+        (lambda: Changing(drops), "'return self.last.*random numbers have been drawn before this line, without"),
+        (lambda: Changing(shuffles), "random numbers have been drawn before this line"),
+        (lambda: Changing(chooses), "random numbers have been drawn before this line"),
+        (lambda: Inside(torch.no_grad), "'h = self.b.*is called without gradients, as by torch.no_grad"),
+        (lambda: Inside(partial(torch.autocast, "cpu", enabled=False)), "'with self.context.*by torch.autocast"),
+    ],
+    ids=["count", "list", "buffer", "in place", "torch", "numpy", "python", "no_grad", "autocast"],
+)
+def test_what_a_trace_would_not_repeat_is_refused_with_its_line(make, message):
+    with pytest.raises(ValueError, match=message):
+        split(make(), ["a"])
+    assert len(split(make(), [])) == 1  # which needs no trace
+
+
 def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -258,6 +388,7 @@ def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
         (["a", "a"], r"after: \['a', 'a'\] must name different modules"),
         (["d"], "after: the network's forward does not call 'd'"),
         (["last"], "after: 'last' is the last module, nothing would follow it"),
+        ([1], r"after: \[1\] are not all names of modules, which are text"),
     ],
 )
 def test_a_cut_that_is_not_possible_is_refused(after, message):
@@ -292,6 +423,65 @@ def test_functions_follow_the_mode_of_the_block():
     torch.testing.assert_close(task.blocks.forward(theta, task.x[None])[0], task.blocks.network.eval()(task.x))
     outputs = [list(task.blocks.outputs(theta, task.x[None], Visit([0], (k,))))[-1] for k in (1, 1, 2)]
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+class Differing(Base):
+    """Numbers and modes that its functions get depend on its own mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, rate = self.a(x), 0.5 if self.training else 0.0
+        h = functional.dropout(self.b(h), rate) * (3.0 if self.training else 2.0)
+        return self.last(functional.feature_alpha_dropout(h[:, :, None], 0.5, self.training)[:, :, 0])
+
+
+def test_arguments_follow_the_mode_of_the_block():
+    task = problem(Differing, ["a"])
+    theta = task.initial([0])
+    torch.testing.assert_close(task.blocks.forward(theta, task.x[None])[0], Differing().eval()(task.x))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        expected = Differing()(task.x)
+        torch.manual_seed(5)
+        found = list(task.blocks.outputs(theta, task.x[None], Visit([None])))[-1][0]
+    torch.testing.assert_close(found, expected)
+
+
+class Stored(Base):
+    """A function of PyTorch's as an attribute, and a question about the type of an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation = functional.relu
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.activation(self.a(x))
+        return self.last(h * mask if isinstance(mask, Tensor) else self.b(h))
+
+
+def test_functions_that_are_attributes_and_types_are_what_they_are():
+    task = problem(Stored, ["b"])
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], Stored()(task.x))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_is_cut_inside_its_layers(norm_first):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, norm_first=norm_first, dtype=torch.float64)
+    network = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten())
+    network.append(nn.Linear(8, 3, dtype=torch.float64))
+    task = Problem(
+        gaussian(6, 2, 4), LABELS, split(Wrapped(network), ["inner.0.layers.0.linear1"]), CrossEntropy(), as_given
+    )
+    expected = network.eval()(task.x)
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], expected)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 class TwoStreams(nn.Module):
@@ -334,10 +524,92 @@ def test_a_list_of_modules_is_cut_between_them():
         split(stages, after=["0"])
 
 
+class Fourier(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.b(torch.fft.fft(self.a(x)).abs()))
+
+
+class OfFourier(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.kept(torch.fft.fft(self.a(x))).abs())
+
+
+def test_complex_numbers_cross_no_cut():
+    task = problem(Fourier, ["a"])
+    torch.testing.assert_close(task.blocks.forward(task.initial([0]), task.x[None])[0], Fourier()(task.x))
+    with pytest.raises(ValueError, match=r"block 1 hands on a tensor of torch.complex128, .* torch.view_as_real"):
+        problem(OfFourier, ["kept"])
+
+
+def test_arguments_that_a_block_does_not_take_are_named():
+    x = {"x": gaussian(6, 4), "scale": gaussian(6, 1)}
+    with pytest.raises(ValueError, match=r"block 1 cannot be evaluated .*scale=Tensor\).*'scale'; `inputs` of split"):
+        Problem(x, LABELS, split(Masked(), ["b"]), CrossEntropy(), as_given)
+    task = Problem(x, LABELS, split(Masked(), ["b"], inputs=["x", "scale"]), CrossEntropy(), as_given)
+    found = task.blocks.forward(task.initial([0]), {name: v[None] for name, v in x.items()})[0]
+    torch.testing.assert_close(found, Masked()(**x))
+
+
+def test_a_stage_may_come_twice():
+    layer, last = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+    task = Problem(gaussian(6, 4), LABELS, split([layer, layer, last]), CrossEntropy(), as_given)
+    state = (optimizer := Backprop(1, SGD(), 0.1, batch_size=6)).init(task, [0])
+    optimizer.step(task, state)
+    functional.cross_entropy(last(layer(layer(task.x))), LABELS).backward()
+    torch.optim.SGD([*layer.parameters(), *last.parameters()], 0.1).step()
+    torch.testing.assert_close(task.blocks.export(state.theta)(task.x), last(layer(layer(task.x))))
+
+
 class TwoOutputs(Base):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         h = self.a(x).tanh()
         return {"classes": self.last(h), "rest": self.b(h)}
+
+
+class Tagger(nn.Module):
+    """Scores of each token, with the samples second, and one of each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.layer = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.layer(self.embedding(x.T).tanh())
+        return z, z.mean(0)
+
+
+def test_several_outputs_have_the_shapes_of_the_samples_they_are_of():
+    """The blocks see shorter texts, and then longer ones."""
+
+    def loss(outputs, y):
+        return outputs[0].square().sum((0, 2)) + functional.cross_entropy(outputs[1], y, reduction="none")
+
+    blocks, tokens = split(Tagger(), ["embedding"]), torch.arange(48).view(6, 8) % 9
+    tasks = [Problem(tokens[:, :length], LABELS, blocks, loss, as_given) for length in (5, 8)]
+    for task in tasks:
+        found = task.loss.value(task.blocks.forward(task.initial([0]), task.x[None]), LABELS[None])
+        torch.testing.assert_close(found[0], loss(Tagger()(task.x), LABELS))
+
+
+class WithConstants(TwoOutputs):
+    def forward(self, x: Tensor) -> dict[str, Tensor | float | None]:  # type: ignore[override]
+        return super().forward(x) | {"loss": None, "temperature": 2.0}
+
+
+def test_constants_among_the_outputs_go_to_a_plain_function_too():
+    def loss(outputs, y):
+        assert outputs["loss"] is None
+        return loss_of_two(outputs, y) / outputs["temperature"]
+
+    task = Problem(gaussian(6, 4), LABELS, split(WithConstants(), ["a"]), loss, as_given)
+    found = task.loss.value(task.blocks.forward(task.initial([0]), task.x[None]), LABELS[None])
+    torch.testing.assert_close(found[0], loss(WithConstants()(task.x), LABELS))
 
 
 def loss_of_two(outputs: dict[str, Tensor], y: Tensor) -> Tensor:

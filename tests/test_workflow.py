@@ -275,7 +275,7 @@ def test_training_ends_when_nothing_has_improved_for_some_evaluations(
     assert state.iteration == ends == history.rows[-1]["iteration"]
     assert stopping.rows == {0: history.rows[best]}
     kept = stopping.best(task)
-    assert kept.flat.unique().tolist() == [best] and kept.buffers.tolist() == [[best]]
+    assert kept.flat().unique().tolist() == [best] and kept.buffers.tolist() == [[best]]
     assert task.blocks.export(kept)[1].count.item() == best  # type: ignore[index]
 
 
@@ -313,7 +313,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(at: int, every: int, tmp_p
     assert read_checkpoint(tmp_path / "c.pt")["state"]["iteration"] >= at
     (resumed, best), (whole, expected) = stopped(**options), stopped()
     same(resumed, whole)
-    assert torch.equal(best.flat, expected.flat) and torch.equal(best.buffers, expected.buffers)
+    assert torch.equal(best.flat(), expected.flat()) and torch.equal(best.buffers, expected.buffers)
 
 
 def test_with_more_patience_a_stopped_run_goes_on(tmp_path: Path) -> None:
