@@ -46,7 +46,7 @@ def single(*overrides: str) -> None:
 
 def _launch(mode: str, overrides: Sequence[str]) -> None:
     """Warnings of callbacks are errors."""
-    handlers = logging.root.handlers[:]
+    handlers, level = logging.root.handlers[:], logging.root.level
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     hydra = Hydra.create_main_hydra2("run", create_config_search_path(str(CONF)))
@@ -59,6 +59,7 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
     finally:  # as at the end of a process
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers
+        logging.root.setLevel(level)
         while study.study_locks:
             study.study_locks.pop().release()
 
