@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -46,12 +47,10 @@ def single(*overrides: str) -> None:
 
 def _launch(mode: str, overrides: Sequence[str]) -> None:
     """Warnings of callbacks are errors."""
-    handlers = logging.root.handlers[:]
+    handlers, level = logging.root.handlers[:], logging.root.level
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     hydra = Hydra.create_main_hydra2("run", create_config_search_path(str(CONF)))
-    loader: Any = hydra.config_loader
-    loader.load_sweep_config = once_per_job(loader.load_sweep_config)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Callback")
@@ -59,20 +58,21 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
     finally:  # as at the end of a process
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers
+        logging.root.setLevel(level)
         while study.study_locks:
             study.study_locks.pop().release()
 
 
-def once_per_job(load: Callable[[DictConfig, list[str]], DictConfig]) -> Callable[[DictConfig, list[str]], DictConfig]:
+def _compose_once(self: Any, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
     """Hydra composes the configuration of each job to check it, and again to run it; here the second is a copy."""
-    composed: dict[tuple[str, ...], DictConfig] = {}
+    composed: dict[tuple[str, ...], DictConfig] = vars(self).setdefault("composed", {})
+    if (key := tuple(sweep_overrides)) not in composed:
+        composed[key] = _compose(self, master_config, sweep_overrides)
+    return copy.deepcopy(composed[key])
 
-    def load_once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        if (key := tuple(sweep_overrides)) not in composed:
-            composed[key] = load(master_config, sweep_overrides)
-        return copy.deepcopy(composed[key])
 
-    return load_once
+_compose = ConfigLoaderImpl.load_sweep_config
+ConfigLoaderImpl.load_sweep_config = _compose_once  # type: ignore[method-assign]
 
 
 def _main(command: Sequence[str], folder: Path, printed: str) -> None:

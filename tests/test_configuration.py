@@ -602,11 +602,11 @@ def test_of_a_run_before_sources_were_hashed_git_tells_what_has_changed(
     run = add_run(tmp_path, "sgd-tuned", [90.0], run_json("sgd", "tuned", "2001", seeds=[0], commit=first))
     origin = {"commit": "now", "sources": dict.fromkeys(names, "0")}
     monkeypatch.setattr(jobs, "sources_changed_since", lambda *asked: sources_changed_since(*asked, tmp_path))
+    caplog.set_level("INFO")
     for other_code in ("keep", "rerun", "refuse"):
         assert is_reusable(run, origin, other_code)
     assert caplog.text.count(f"made by other code, {first}, now now: b.py, a.py; kept") == 3
     unknown_run = add_run(tmp_path, "adam-tuned", [90.0], run_json("adam", "tuned", "2001", seeds=[0], commit="c+"))
-    caplog.set_level("INFO")
     assert (
         is_reusable(unknown_run, origin, "refuse") and "the sources of c+, which made it, were not kept" in caplog.text
     )

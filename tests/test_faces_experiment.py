@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import launches
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from launches import multirun
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from scipy.optimize import nnls
@@ -489,26 +489,18 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
             names.append((f"P{person:02}_{number}.png", person % 2))
     table = pd.DataFrame({"image": [n for n, _ in names]} | {a: [y for _, y in names] for a in ATTRIBUTES})
     table.to_csv(tmp_path / "data/lfwa/lfw_attributes_proxy.csv.gz", index=False)
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from experiments.faces.backbones import BACKBONES, Backbone\n"
-        "from test_faces_experiment import small_backbone\n"
-        "BACKBONES['dlib_resnet29'] = Backbone(small_backbone, size=8)\n"
-        f"import runpy\nrunpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')\n"
-    )
     faces = ["experiment=lfw_proxy", "backbone.frozen=stem", "backbone.cut=body"]
     faces += ["backbone.box=null", "fewest=3", "verification.number=10", "probe.costs=[1e-3]", "seeds=[0,1]"]
     faces += [f"{key}={tmp_path}/{key}" for key in ("results", "outputs")] + [f"dataset.root={tmp_path}/data"]
 
     def launch(*arguments: str) -> list[Run]:
-        done = launches.Launch(*faces, *arguments, script=driver, folder=tmp_path).wait()
-        assert done.returncode == 0, done.stderr
+        multirun(*faces, *arguments, "progress=false", "threads=1")
         return Store(tmp_path / "outputs").runs("lfw_proxy")
 
-    (raw,) = launch("optimizer=raw")
+    unreported = "~hydra.callbacks.report"  # as the others are
+    (raw,) = launch("optimizer=raw", unreported)
     assert len(raw.table("probes")) == 40
-    runs = launch("optimizer=pca,nmf", "setting=rank4")
+    runs = launch("optimizer=pca,nmf", "setting=rank4", unreported)
     small = ["optimizer.batch_size=12", "optimizer.warm_rounds=5", "optimizer.frozen=1", "iterations=2"]
     runs = launch(row("deepfacto"), *small)
     assert [run.info["method"] for run in runs] == ["raw", "pca", "nmf", "deepfacto"]
@@ -516,6 +508,7 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
     assert all(run.info["labels"] == "proxy labels" for run in runs)
     again = launch("setting=default")
     assert [run.info["finished"] for run in again] == [run.info["finished"] for run in runs]
+    assert list(tmp_path.glob("outputs/logs/*/*/lfw_proxy_rank4_*_heat_maps.png"))
 
 
 def test_the_page_lists_the_experiment(faces: Faces, tmp_path: Path) -> None:

@@ -291,8 +291,7 @@ def test_a_batch_too_small_for_batch_normalisation_names_the_key(tmp_path: Path,
 
 def test_the_configuration_of_a_job_is_shown_for_a_row_and_refused_for_a_setting() -> None:
     def shown(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "run.py"), "experiment=mnist_shallow", *arguments, "--cfg", "job"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return Launch("experiment=mnist_shallow", *arguments, "--cfg", "job").wait()
 
     assert "start: 0.6\n" in shown("row=mnist_shallow/sgd-tuned").stdout
     refused = shown("optimizer=sgd", "setting=tuned")
@@ -300,7 +299,7 @@ def test_the_configuration_of_a_job_is_shown_for_a_row_and_refused_for_a_setting
 
 
 def test_help_lists_groups_and_examples() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = Launch("--help").wait()
     assert re.search("experiment: .*digits_shallow, .*mnist_shallow", done.stdout) and "python run.py -m" in done.stdout
 
 

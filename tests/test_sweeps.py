@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -195,7 +196,7 @@ def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
 
 
 def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=6", "checkpoint_seconds=0"]
+    arguments = [*STACKABLE[:2], "hydra/launcher=stacked", "iterations=6", "checkpoint_seconds=0"]
     Launch(*sweep(tmp_path / "killed", *arguments)).kill_when_there(
         tmp_path / "killed", "outputs/runs/.partial/*/checkpoint.pt"
     )
@@ -402,10 +403,11 @@ def test_a_sweep_that_lacks_a_cell_fails(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_parallel_processes_divide_the_processor(tmp_path: Path, four: dict[str, Run]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    arguments = [*STACKABLE[:2], "optimizer.beta=0.5,1,-1", "optimizer.batch_size=64", "hydra/launcher=joblib"]
+    arguments = [*STACKABLE[:2], "optimizer.beta=0.5,-1", "optimizer.batch_size=64", "hydra/launcher=joblib"]
     arguments += ["hydra.launcher.n_jobs=2"]
     assert "\n2 jobs failed" in launch_processes(tmp_path, *arguments, "threads=null")
-    same(stored(tmp_path), four, rtol=1e-5, atol=1e-4)
+    half = {name: run for name, run in four.items() if "optimizer.beta=0.5" in run.info["overrides"]}
+    same(stored(tmp_path), half, rtol=1e-5, atol=1e-4)
     share = max(1, cpu_count() // 2)
     machines = {run.info["machine"] for run in stored(tmp_path).values()}
     assert [machine.rsplit(", ")[-1] for machine in machines] == [f"{share} thread{'s' if share > 1 else ''}"]
@@ -735,7 +737,7 @@ def test_a_search_goes_on_with_new_trials_after_some_have_failed(
 
 def test_another_command_begins_another_study(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    few = [*SEARCH, "hydra.sweeper.n_trials=1", "iterations=1", "seeds=[0]"]
+    few = [*SEARCH, "hydra.sweeper.n_trials=1", "iterations=1", "seeds=[0]", "~hydra.callbacks.report"]
     launch(tmp_path, *few)
     launch(tmp_path, *few, "force=true", "evaluate_every=1", "progress=false")  # no other numbers
     assert [study.study_name[:19] for study in studies(tmp_path)] == ["digits_shallow_sgd_"]
@@ -964,11 +966,44 @@ def test_an_error_of_writing_names_the_file(tmp_path: Path, name: str | None) ->
             raise raised
 
 
-def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table() -> None:
-    command = [sys.executable, "-m", "scripts.benchmarks.kill_a_sweep", "--kills", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.count("runs finished") == 2
-    assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr
+class Sweep(psutil.Process):
+    """Whose time is up in the middle of a run after the next one: seconds say little where other tests run."""
+
+    folder: Path
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        def finished() -> int:
+            return len(list(self.folder.glob("runs/digits_shallow/*/run.json")))
+
+        before = finished()
+        while timeout is not None and self.is_running():
+            if finished() > before and list(self.folder.glob("runs/.partial/*/checkpoint.pt")):
+                raise psutil.TimeoutExpired(timeout)
+            time.sleep(0.002)
+        return super().wait()
+
+
+def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of its cells, in processes that are forked where a user's are started."""
+    half = [option for option in kill_a_sweep.SWEEP if "batch_size" not in option]
+    begun = list[Launch]()
+
+    def sweep(folder: Path, launcher: str) -> Sweep:
+        begun.append(Launch("-m", *half, f"hydra/launcher={launcher}", f"outputs={folder}"))
+        process = Sweep(begun[-1].process.pid)
+        process.folder = folder
+        return process
+
+    monkeypatch.setattr(kill_a_sweep, "CELLS", 6)
+    monkeypatch.setattr(kill_a_sweep, "sweep", sweep)
+    monkeypatch.setattr(sys, "argv", ["kill_a_sweep", "--kills", "2"])
+    with pytest.raises(SystemExit) as end:
+        kill_a_sweep.main()
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\d) of 6 runs finished", printed) == ["1", "2"]
+    assert end.value.code == 0 and "the same, bit for bit" in printed, printed
 
 
 def test_a_sweep_that_ended_before_its_kill_is_none_of_the_kills(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import LABELS, NETWORKS, VECTORS, Inputs, Network, call, changed, without_draws
+from zoo import LABELS, NETWORKS, VECTORS, Inputs, Network, call, changed
 
 from admm.checkpoints import restore, save
 from admm.minibatches import minibatches
@@ -35,6 +36,14 @@ def each(cases: Iterable[Network]) -> pytest.MarkDecorator:
 
 def problem_of(case: Network, network: nn.Module, cuts: Sequence[str] | None = None, start: Any = as_given) -> Problem:
     return Problem(case.inputs, case.targets, case.split(network, cuts), case.loss, start)
+
+
+@cache
+def prepared(case: Network, cuts: tuple[str, ...] | None = None) -> tuple[nn.Module, Problem]:
+    """The network of a case, and its problem, which no test changes: to trace and to compare a network takes longer
+    than to train it."""
+    network = case.make()
+    return network, problem_of(case, network, cuts)
 
 
 def evaluated(network: nn.Module, inputs: Inputs) -> Tensor:
@@ -112,9 +121,8 @@ def plain_training(case: Network, network: nn.Module, rule: str, epochs: int) ->
 
 
 def assert_trains_as_plain_pytorch(case: Network, cuts: Any, rule: str, relative: float) -> None:
-    network = case.make()
-    problem = problem_of(case, network, cuts)
-    epochs = 4 if case.size == "small" else 2
+    network, problem = prepared(case, cuts)
+    epochs = 2 if case.size == "small" else 1
     optimizer = Backprop(epochs, RULES[rule][0], case.step_size, case.batch_size)
     state = optimizer.init(problem, [SEED])
     for expected in plain_training(case, network, rule, epochs):
@@ -134,7 +142,7 @@ def test_back_propagation_through_blocks_is_torch_optim_s(case: Network) -> None
     assert_trains_as_plain_pytorch(case, None, "sgd", 1e-12)
 
 
-@each(case for case in DOUBLE if case.size == "small")
+@each([case for case in DOUBLE if case.size == "small"])
 def test_back_propagation_with_adam_is_torch_optim_s(case: Network) -> None:
     """In float32, Adam would follow the rounding errors of gradients that are 0, such as those of a bias before a batch
     normalisation, or of the keys of an attention."""
@@ -156,10 +164,9 @@ def hardly_moving(name: str, case: Network) -> Any:
     return TOWARDS_BACKPROP[name](1e-4 if len(case.cuts) > 1 else 1e-5)
 
 
-def after_one_step(case: Network, network: nn.Module, optimizer: Any) -> nn.Module:
+def after_one_step(problem: Problem, optimizer: Any) -> nn.Module:
     """The network after a step of all samples."""
-    problem = problem_of(case, network)
-    optimizer = replace(optimizer, batch_size=len(case.targets))
+    optimizer = replace(optimizer, batch_size=len(problem.y))
     return problem.blocks.export(optimizer.step(problem, optimizer.init(problem, [SEED])).theta)
 
 
@@ -184,10 +191,10 @@ def assert_gradients_are_parallel(case: Network, before: nn.Module, after: nn.Mo
 def test_gradients_are_parallel_to_back_propagation_s_where_z_hardly_moves(case: Network, method: str) -> None:
     if case.size == "medium" and method != "online":
         pytest.skip("the other methods are tried on small networks")
-    network = case.make()
+    network, problem = prepared(case)
     oracle = copy.deepcopy(network).train()
     case.mean_loss(call(oracle, case.inputs), case.targets).backward()
-    after = after_one_step(case, network, hardly_moving(method, case))
+    after = after_one_step(problem, hardly_moving(method, case))
     assert_gradients_are_parallel(case, network, after, oracle)
     statistics = dict(oracle.named_buffers())
     assert_close(*({name: numbers(one)[name] for name in statistics} for one in (after, oracle)), 1e-3)
@@ -197,22 +204,24 @@ def test_gradients_are_parallel_to_back_propagation_s_where_z_hardly_moves(case:
 @each(DRAWING)
 def test_all_evaluations_of_a_visit_draw_the_same(case: Network, method: str) -> None:
     """Else the gradients would not be those of back-propagation with one draw."""
-    network = case.make()
-    oracle = after_one_step(case, network, Backprop(1, SGD(), 1.0))
+    network, problem = prepared(case)
+    oracle = after_one_step(problem, Backprop(1, SGD(), 1.0))
     for p, before in zip(oracle.parameters(), network.parameters(), strict=True):
         p.grad = (before - p).detach()
-    after = after_one_step(case, network, hardly_moving(method, case))
+    after = after_one_step(problem, hardly_moving(method, case))
     assert_gradients_are_parallel(case, network, after, oracle)
 
 
 # --- dropout
 
 
-def of_one_sample(case: Network) -> Network:
+@cache
+def of_one_sample(case: Network, draws: bool = True) -> Network:
     """The same with copies of the first sample, in one mini-batch, so that the order of the samples has no effect."""
     copies = min(4, len(case.targets))
     x, y = (changed(v, lambda u: u[:1].repeat(copies, *[1] * (u.ndim - 1))) for v in (case.inputs, case.targets))
-    return replace(case, inputs=x, targets=y, batch_size=copies)
+    case = replace(case, inputs=x, targets=y, batch_size=copies)
+    return case if draws else case.without_draws()
 
 
 DROPPING = {
@@ -226,9 +235,8 @@ DROPPING = {
 @pytest.mark.parametrize("optimizer", DROPPING.values(), ids=DROPPING)
 @each(DRAWING)
 def test_what_is_dropped_follows_from_the_seed(case: Network, optimizer: Any) -> None:
-    case = of_one_sample(case)
-    network, optimizer = case.make(), replace(optimizer, batch_size=case.batch_size)
-    problem, still = problem_of(case, network), problem_of(case, without_draws(copy.deepcopy(network)))
+    (_, problem), (_, still) = (prepared(of_one_sample(case, draws)) for draws in (True, False))
+    optimizer = replace(optimizer, batch_size=len(problem.y))
     one, other = trained(problem, optimizer, [1, 2])
     assert not same(one, other) and same(*trained(still, optimizer, [1, 2]))
     assert same(one, *trained(problem, optimizer, [1])) and same(other, *trained(problem, optimizer, [2]))
@@ -254,30 +262,34 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @each(DRAWING)
 def test_each_visit_draws_anew(case: Network) -> None:
-    case = of_one_sample(case)
-    network, optimizer = case.make(), Backprop(2, SGD(), 1e-9, case.batch_size)
-    for model in (network, without_draws(copy.deepcopy(network))):
-        problem = problem_of(case, model)
-        states = [torch.cat([p.flatten() for p in model.parameters()])]
+    for draws in (True, False):
+        network, problem = prepared(of_one_sample(case, draws))
+        optimizer = Backprop(2, SGD(), 1e-9, len(problem.y))
+        states = [torch.cat([p.flatten() for p in network.parameters()])]
         state = optimizer.init(problem, [SEED])
         for _ in range(2):
             exported = problem.blocks.export(optimizer.step(problem, state).theta)
             states.append(torch.cat([p.flatten() for p in exported.parameters()]))
         first, second = (after - before for before, after in pairwise(states))
         differ = torch.linalg.vector_norm(first - second) / torch.linalg.vector_norm(first)
-        assert differ > 1e-2 if model is network else differ < 1e-4
+        assert differ > 1e-2 if draws else differ < 1e-4
 
 
 @each(DRAWING)
 def test_the_mode_in_which_a_network_is_given_does_not_matter(case: Network) -> None:
-    network, optimizer = case.make(), OnlineBlockADMM(2, 1e-2, batch_size=case.batch_size)
-    of_training, of_evaluation = (
-        trained(problem_of(case, one), optimizer, [1]) for one in (network, copy.deepcopy(network).eval())
-    )
+    network, problem = prepared(case)
+    optimizer = OnlineBlockADMM(2, 1e-2, batch_size=case.batch_size)
+    other = problem_of(case, copy.deepcopy(network).eval())
+    of_training, of_evaluation = (trained(task, optimizer, [1]) for task in (problem, other))
     assert same(*of_training, *of_evaluation)
 
 
 # --- training
+
+
+@cache
+def as_built(case: Network) -> Problem:
+    return problem_of(case, case.build(), start=as_constructed(case.build))
 
 
 @pytest.mark.parametrize("method", [OnlineBlockADMM, BlockADMM, Gotmare])
@@ -285,7 +297,7 @@ def test_the_mode_in_which_a_network_is_given_does_not_matter(case: Network) -> 
 def test_a_network_trains_with_the_defaults(case: Network, method: Any) -> None:
     if case.size == "medium" and method is not OnlineBlockADMM:
         pytest.skip("the other methods are tried on small networks")
-    problem = problem_of(case, case.build(), start=as_constructed(case.build))
+    problem = as_built(case)
     iterations, seeds = 2 if case.size == "small" else 1, (1, 2)
     optimizer = method(iterations, 1e-3, batch_size=case.batch_size)
     together, *alone = (optimizer.init(problem, s) for s in (seeds, [1], [2])[: 3 if case.size == "small" else 2])

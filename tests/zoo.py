@@ -36,7 +36,7 @@ def pixel_cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, y, reduction="sum") / len(y)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
     """A network, a few samples, and where it is cut.
 
@@ -556,7 +556,14 @@ NETWORKS = (
         1e-4,
         size="medium",
     ),
-    Network("vgg11_bn", partial(models.vgg11_bn, **CLASSES), IMAGES, LABELS[:4], ("features",), size="large"),
+    Network(
+        "vgg11_bn",
+        partial(models.vgg11_bn, init_weights=False, **CLASSES),
+        IMAGES,
+        LABELS[:4],
+        ("features",),
+        size="large",
+    ),
     Network(
         "vit_b_16",
         partial(models.vit_b_16, image_size=48, **CLASSES),
