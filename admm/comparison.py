@@ -329,7 +329,7 @@ def _call(module: Callable[..., Any], value: Any, layer: ModuleLayer | None, num
         inputs = pytree.tree_map_only(Tensor, torch.clone, value)
         tensors = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
         versions = [v._version for v in tensors]
-        positional, keyword = as_arguments(inputs)
+        positional, keyword = as_arguments(inputs, number)
         try:
             returned = module(*positional, **keyword)
         except Exception as error:  # of whatever type it is; the network itself has been evaluated

@@ -86,6 +86,11 @@ class Crossing:
         self.is_known, self.is_plain, self._samples = True, is_one, samples
         self._shapes_of[self.pack(value, samples)[0].shape[1:]] = self.shapes
 
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is one tensor, in no structure."""
+        return self._spec in (None, pytree.tree_structure(0), pytree.tree_structure((0,)))
+
     def fits(self, value: Any, is_variable: Callable[[Any], bool]) -> bool:
         """Whether what a block returns has the structure and the variables that `learn` has seen."""
         leaves, spec = pytree.tree_flatten(value)

@@ -288,7 +288,7 @@ class ModuleLayer(Layer):
             z = self.before.unpack(z, no_rest if self.before.is_plain else visit.carried[self.number - 1][s])
         if self.overwrites_inputs:
             z = pytree.tree_map_only(Tensor, torch.clone, z)
-        return as_arguments(z)
+        return as_arguments(z, self.number)
 
     def _joined(self, evaluations: Sequence[tuple[Tensor, Rest]], visit: Visit) -> Tensor:
         """Return the outputs [S, n, ...] of all replicas, and note the rest for the next block."""
@@ -391,8 +391,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that a tuple, a dictionary or one tensor stands for."""
+def as_arguments(inputs: Any, number: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that a tuple, a dictionary or one tensor stands for.
+
+    After the first block, counted by `number`, a tuple alone stands for several.
+    """
+    if number > 1:
+        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}

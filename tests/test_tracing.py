@@ -634,3 +634,46 @@ def test_several_outputs_go_to_a_plain_function_as_they_are():
     torch.testing.assert_close(task.blocks.export(state.theta)(task.x), twin(task.x))
     with pytest.raises(ValueError, match="loss: CrossEntropy takes one output, the network returns 2;"):
         Problem(gaussian(6, 4), LABELS, split(TwoOutputs(), ["a"]), CrossEntropy(), as_given)
+
+
+class Named(nn.Linear):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"out": super().forward(x)}
+
+
+def test_an_output_in_a_dictionary_goes_to_a_plain_function_in_it():
+    def loss(outputs, y):
+        return functional.cross_entropy(outputs["out"], y, reduction="none")
+
+    for network in (Named(4, 3).double(), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Named(4, 3)).double()):
+        after = [] if isinstance(network, Named) else ["0"]
+        task = Problem(gaussian(6, 4), LABELS, split(network, after), loss, as_given)
+        outputs = task.blocks.forward(task.initial([0]), task.x[None])
+        found = task.loss.value(outputs, LABELS[None])
+        torch.testing.assert_close(found[0], loss(network(task.x), LABELS))
+        of_tensor = Problem(gaussian(6, 4), LABELS, split(network, after), CrossEntropy(), as_given)
+        torch.testing.assert_close(of_tensor.loss.value(outputs, LABELS[None]), found)
+
+
+class Listed(nn.Linear):
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return [super().forward(x), x]
+
+
+class OfList(nn.Linear):
+    def forward(self, values: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(values[0] + values[1])
+
+
+def test_a_list_that_a_stage_hands_on_is_one_argument():
+    stages = [Listed(4, 4).double(), OfList(4, 3).double()]
+    for network in (stages, nn.Sequential(*stages)):
+        blocks = split(network, None if network is stages else ["0"])
+        task = Problem(gaussian(6, 4), LABELS, blocks, CrossEntropy(), as_given)
+        found = task.blocks.forward(task.initial([0]), task.x[None])[0]
+        torch.testing.assert_close(found, stages[1](stages[0](task.x)))
+
+
+def test_what_is_no_augmentation_is_refused_by_name():
+    with pytest.raises(ValueError, match="augmentation: 'flip' is no Augmentation, such as"):
+        Problem(gaussian(6, 4), LABELS, split(nn.Linear(4, 3), []), CrossEntropy(), as_given, augmentation="flip")

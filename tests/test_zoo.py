@@ -122,7 +122,7 @@ def plain_training(case: Network, network: nn.Module, rule: str, epochs: int) ->
 
 def assert_trains_as_plain_pytorch(case: Network, cuts: Any, rule: str, relative: float) -> None:
     network, problem = prepared(case, cuts)
-    epochs = 2 if case.size == "small" else 1
+    epochs = 4 if case.size == "small" else 2
     optimizer = Backprop(epochs, RULES[rule][0], case.step_size, case.batch_size)
     state = optimizer.init(problem, [SEED])
     for expected in plain_training(case, network, rule, epochs):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
+from admm.checks import has_type
 from admm.comparison import outputs_of, suited
 from admm.crossings import Crossing
 from admm.losses import CrossEntropy, FunctionLoss, Loss, SampleWeighted, is_one_hot, unweighted
@@ -110,6 +111,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", _weighted(as_loss(self.loss), self.weights))
+        if self.augmentation is not None:
+            has_type("augmentation", self.augmentation, Augmentation, "admm.augmentation.CropAndFlip()")
         given = as_samples(self.x, self.y, self.weights, self.stream_to)
         object.__setattr__(self, "data", given)
         self._check_precision()
@@ -200,12 +203,13 @@ class Problem:
             raise ValueError(f"precision: bf16 is for inputs x of float32, not {', '.join(map(str, types))}")
 
     def _check_outputs(self) -> None:
-        """Let a plain function get the network's outputs, if they are several, as the network returns them.
+        """Let a plain function get the network's outputs as the network returns them, if that is no single tensor.
 
-        Raises ValueError for other losses.
+        Raises ValueError for other losses, if there are several outputs.
         """
         crossing, loss = self.blocks.crossings[-1], unweighted(self.loss, None)[0]
-        if len(crossing.shapes) == 1:
+        is_one = len(crossing.shapes) == 1
+        if crossing.is_tensor or (is_one and not isinstance(loss, FunctionLoss)):
             return
         if not isinstance(loss, FunctionLoss):
             raise ValueError(
