@@ -14,8 +14,8 @@ from test_deepfacto import problem as problem_of_deepfacto
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from admm.blocks import Blocks, split
-from admm.checkpoints import save
+from admm.blocks import Blocks, flattened, split
+from admm.checkpoints import restore, save
 from admm.losses import SquaredError
 from admm.models import initialiser, mlp
 from admm.optimizers import (
@@ -310,3 +310,17 @@ def test_groups_of_a_network_are_not_for_a_block_alone() -> None:
     rule = Grouped(task.blocks, [Group(1, SGD())], SGD())
     with pytest.raises(ValueError, match=r"theta_update: Grouped is for all \d+ parameters of its blocks, not for \d+"):
         replace(BASE, theta_update=rule).init(task, (0,))
+
+
+def test_moments_that_a_former_version_has_kept_as_one_tensor_are_read(mlp_problem: Callable[..., Problem]) -> None:
+    problem, optimizer = mlp_problem(), Backprop(4, Adam(), 0.1, batch_size=8)
+    state = optimizer.step(problem, optimizer.init(problem, (3, 4, 5)))
+    former = save(state)
+    former["moments"] = [flattened(m) if m[0].ndim > 1 else m[0] for m in former["moments"]]
+    assert [list(moment.shape) for moment in former["moments"]] == [[3, 74], [3, 74], [3]]
+    fresh = optimizer.init(problem, (3, 4, 5))
+    restore(fresh, former)
+    torch.testing.assert_close(save(fresh), save(state), rtol=0, atol=0)
+    former["moments"][0] = former["moments"][0][:, 1:]
+    with pytest.raises(ValueError, match="checkpoint: moments has 1 entries, expected 6"):
+        restore(fresh, former)

@@ -88,7 +88,7 @@ class Runner:
             return
         inputs = [v for v in pytree.tree_leaves((visit.x, visit.y, row, options)) if isinstance(v, Tensor)]
         plain = tuple(value for value in options.values() if not isinstance(value, Tensor))
-        shapes = tuple((v.shape, v.dtype) for v in (*self._tensors[:1], *inputs))
+        shapes = tuple((v.shape, v.stride(), v.dtype) for v in (*self._tensors[:1], *inputs))
         compiled, key = self.problem.compiled, (id(self.optimizer), self.rounds, plain, shapes)
         if key not in compiled:
             compiled[key] = self._compiled(visit, row, options), self.optimizer  # whose identity no other one takes
