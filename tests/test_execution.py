@@ -74,7 +74,7 @@ def test_channels_last_gives_the_same_answer_in_single_precision(optimizer):
     problems = [two_equal_blocks(2, torch.float32, channels_last=how) for how in (True, False)]
     start = problems[0].initial(SEEDS).flat()
     last, first = (stepped(problem, optimizer).theta for problem in problems)
-    difference = (last.flat - first.flat).norm() / (first.flat - start).norm()
+    difference = (last.flat() - first.flat()).norm() / (first.flat() - start).norm()
     assert difference < 1e-3, difference
     torch.testing.assert_close(last.buffers, first.buffers, rtol=1e-3, atol=1e-4)
 
@@ -163,9 +163,9 @@ def test_bf16_gives_the_same_steps_to_its_precision_and_keeps_float32(optimizer)
     problems = [two_equal_blocks(2, torch.float32, precision=precision) for precision in ("fp32", "bf16")]
     start = problems[0].initial(SEEDS).flat()
     plain, half = (stepped(problem, optimizer).theta for problem in problems)
-    assert plain.flat.dtype == half.flat.dtype == half.buffers.dtype == torch.float32
-    assert not torch.equal(plain.flat, half.flat)
-    difference = (half.flat - plain.flat).norm() / (plain.flat - start).norm()
+    assert plain.flat().dtype == half.flat().dtype == half.buffers.dtype == torch.float32
+    assert not torch.equal(plain.flat(), half.flat())
+    difference = (half.flat() - plain.flat()).norm() / (plain.flat() - start).norm()
     assert difference < 0.05, difference
     torch.testing.assert_close(half.buffers, plain.buffers, rtol=0.05, atol=0.05)
 

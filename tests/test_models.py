@@ -186,7 +186,7 @@ def test_spectral_norm_s_vectors_are_each_seed_s_own():
         torch.manual_seed(seed)
         blocks.append(split(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))), after=[]))
     first, second = (b.initial([5, 6], initialiser("pytorch"), like=torch.zeros(0)) for b in blocks)
-    assert torch.equal(first.buffers, second.buffers) and torch.equal(first.flat, second.flat)
+    assert torch.equal(first.buffers, second.buffers) and torch.equal(first.flat(), second.flat())
     assert not (first.buffers[0] == first.buffers[1]).any()
 
 

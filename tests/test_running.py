@@ -177,7 +177,7 @@ def test_a_rule_of_one_s_own_is_compiled_if_it_takes_tensors(
 
         def apply(self, theta: list[Tensor], gradient: list[Tensor], moments: list[list[Tensor]], step: Any) -> None:
             for p, g in zip(theta, gradient, strict=True):
-                p.sub_(torch.as_tensor(step).view(-1, *[1] * (p.ndim - 1)) * g)
+                p.sub_(torch.as_tensor(step, dtype=g.dtype).view(-1, *[1] * (p.ndim - 1)) * g)
 
     optimizer = Backprop(3, Descent(), FALLS, 9)
     close(trained(compiling(mlp_problem()), optimizer, (0, 1)), trained(mlp_problem(), optimizer, (0, 1)))

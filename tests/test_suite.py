@@ -224,7 +224,7 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("device=abacus", r"error: device: 'abacus' cannot be used here"),
         ("precision=tf32", r"error: precision: tf32 is for GPUs; this is cpu"),
         ("precision=bf16", r"error: precision: bf16 is for other layers than linear, ReLU and flatten"),
-        ("compile=true", r"error: compile: True is for other layers than linear, ReLU and flatten"),
+        ("compile=always", r"error: compile: 'always' is not true, false or auto"),
         ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
         ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not between"),
         (

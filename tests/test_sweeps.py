@@ -341,9 +341,10 @@ def test_a_cells_share_of_a_history() -> None:
         {"iteration": 1, "replica": r, "seed": r % 2, "seconds": 5.0, "train_loss": float(r)} for r in (0, 1, 2, 3, 5)
     ]
     second = Share(cells([2, 2])[1], 1, 4)
-    own = second.of(History(rows, 10.0, {3: 1, 4: 1}))
+    own = second.of(History(rows, 10.0, 8.0, {3: 1, 4: 1}))
     assert [(row["replica"], row["seed"], row["train_loss"]) for row in own.rows] == [(0, 0, 2.0), (1, 1, 3.0)]
-    assert own.rows[0]["seconds"] == 1.25 and own.seconds == 2.5 and own.diverged == {1: 1}
+    assert own.rows[0]["seconds"] == 1.25 and own.seconds == 2.5 and own.compile_seconds == 2.0
+    assert own.diverged == {1: 1}
 
 
 # --- Two launches, parallel processes

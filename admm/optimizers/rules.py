@@ -111,13 +111,12 @@ class Adam(Options, UpdateRule):
         *directions, counts = moments
         for count in counts:
             count.add_(1)
-        tensors = [theta, gradient, *directions]
-        steps = [step] * len(theta[0]) if isinstance(step, float) else step.tolist()
-        if len(set(steps)) == 1:
-            self._fused(tensors, counts[0], steps[0])
-            return
+        # The fused kernel does not look at strides, has one step size per call, and rounds the last entries of a tensor
+        # otherwise: by rows, a replica has the same numbers in any stack (PyTorch 2.14.1).
+        tensors = [theta, [g.contiguous() for g in gradient], *directions]
         rows = [[tensor.unbind() for tensor in of_kind] for of_kind in tensors]
-        for size in dict.fromkeys(steps):  # the fused kernel has one step size per call
+        steps = [step] * len(rows[0][0]) if isinstance(step, float) else step.tolist()
+        for size in dict.fromkeys(steps):
             same = [s for s, eta in enumerate(steps) if eta == size]
             self._fused([[row[s] for row in of_kind for s in same] for of_kind in rows], counts[0], size)
 

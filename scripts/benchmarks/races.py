@@ -119,7 +119,7 @@ def started(contestant: Contestant, options: Options, cache: str) -> Iterator[tu
     file = str(HERE / "contestants" / f"{contestant.kind}.py")
     command = [contestant.python, str(HERE / "worker.py"), file, json.dumps(contestant.spec(options))]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe) as process:
+    with subprocess.Popen(command, env=environment, text=True, encoding="utf-8", stdin=pipe, stdout=pipe) as process:
         assert process.stdin and process.stdout
         answers = process.stdout
 
