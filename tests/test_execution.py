@@ -106,15 +106,17 @@ def test_a_compiled_block_has_the_same_output_and_gradient():
     torch.testing.assert_close(pulled[1], pulled[0], rtol=1e-12, atol=1e-12)
 
 
-def test_a_compiler_that_is_not_there_is_told_in_words(monkeypatch):
+def test_a_compiler_that_is_not_there_is_told_in_words():
     from torch._inductor import config
 
     torch._dynamo.reset()
-    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/g++",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
     blocks = split(nn.Sequential(nn.Tanh()), after=[], execution=Execution(compile=True))
-    with pytest.raises(
-        ValueError, match=r"compile: torch.compile finds no working compiler; install one, such as g\+\+"
+    with (
+        torch.compiler.config.patch(force_disable_caches=True),
+        config.patch({"cpp.cxx": ("/nowhere/g++",)}),
+        pytest.raises(
+            ValueError, match=r"compile: torch.compile finds no working compiler; install one, such as g\+\+"
+        ),
     ):
         blocks[0].forward([{}], torch.randn(1, 3, 4), evaluation(1))
     torch._dynamo.reset()
