@@ -60,6 +60,7 @@ OPTIMIZERS = {
     "online, as printed": OnlineBlockADMM(3, FALLS, 0.05, 1.0, 9, z_update=ZUpdate("adam"), dual="paper"),
     "online, decaying dual": OnlineBlockADMM(3, FALLS, FALLS, 1.0, 9, dual="decay"),
     "block": KEPT,
+    "block, adam for Z": replace(KEPT, z_step=0.1, z_update=ZUpdate("adam", steps=2), curvature_every=1),
     "block, penalty": replace(KEPT, penalty=AdaptivePenalty(bound=1e-3), epoch_parts=None),
     "gotmare": Gotmare(3, FALLS, batch_size=9),
     "gotmare, momentum": Gotmare(3, FALLS, batch_size=9, z_rounds=2, z_update=SGD(momentum=0.5)),

@@ -260,10 +260,11 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         square = torch.zeros_like(state.beta[0])
         fractions = [number / len(batches) for number in range(len(batches))]
         run = Runner(problem, self, (state, square), schedules, fractions, rounds)
+        count = torch.tensor(state.z_state.count, dtype=torch.float64) if run.is_compiled else state.z_state.count
         for number, (batch, visit, row) in enumerate(zip(batches, visits, run.rows([state.moments]), strict=True)):
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            run(visit, row, batch=batch)
+            run(visit, row, batch=batch, count=count)
         if (k + 1) % (self.epoch_parts or 1) == 0:
             state.z_state.count += rounds * self.z_update.steps
         return self._norm([square], sum(batch.shape[1] for batch in batches))
@@ -276,9 +277,13 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         visit: Visit,
         rounds: list[Hyperparameters],
         batch: Tensor,
+        count: int | Tensor,
     ) -> None:
-        """Update Z, Θ and U of a mini-batch in place, and add its `_squared_residual` to `square`."""
-        lagrangian, z_state = self._gather(problem, state, batch, state.z_state, visit)
+        """Update Z, Θ and U of a mini-batch in place, and add its `_squared_residual` to `square`.
+
+        `batch` are the samples' indices [S, B], and `count` is that of `state.z_state`.
+        """
+        lagrangian, z_state = self._gather(problem, state, batch, replace(state.z_state, count=count), visit)
 
         def update(lagrangian: AugmentedLagrangian, h: Hyperparameters) -> None:
             update_theta(lagrangian, self.theta_update, state.moments, h.theta_steps)

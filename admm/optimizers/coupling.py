@@ -372,14 +372,14 @@ class ZState:
 
     Attributes:
         moments: Adam's two moments per block, in the shape of Z_t.
-        count: the number of Adam's steps so far.
+        count: the number of Adam's steps so far, in a compiled visit a tensor [] in float64.
         power_vectors: the vectors of the power iterations, [S, d_t, 1] for t = 1..T−1.
         inverse_curvature: the factor of the gradient by Z_t for t = 1..T−1: [S, 1, 1], or [S, d_t, d_t] from the right;
             0 before it is known.
     """
 
     moments: list[list[Tensor]] = field(default_factory=list)
-    count: int = 0
+    count: int | Tensor = 0
     power_vectors: list[Tensor] = field(default_factory=list)
     inverse_curvature: list[Tensor] = field(default_factory=list)
 
@@ -510,7 +510,7 @@ class ZUpdate(Options):
     def step(self, lagrangian: AugmentedLagrangian, state: ZState, steps: Sequence[StepSize]) -> None:
         """Move Z_T, …, Z_1 in each round, by steps ζ_1..ζ_T (Algorithm 1, lines 5 to 8; Algorithm 2, lines 6 to 9)."""
         for _ in range(self.steps):
-            state.count += 1
+            state.count = state.count + 1
             for t in range(len(lagrangian.blocks), 0, -1):
                 lagrangian.set_z(t, self.updated_z(lagrangian, state, t, steps[t - 1]))
 
