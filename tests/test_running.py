@@ -72,12 +72,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Run the traced graphs, made functional as for the compiler, without the time that it takes; and list them."""
     found: list[nn.Module] = []
 
-    def compiled(graph: nn.Module, **_: Any) -> Callable[..., Any]:
+    def compiled(graph: nn.Module, _: list[Tensor]) -> Callable[..., Any]:
         found.append(graph)
-        return original(graph, backend="aot_eager", fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
+        return torch.compile(graph, backend="aot_eager", fullgraph=True, dynamic=False)
 
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(running, "inductor", compiled)
     return found
 
 

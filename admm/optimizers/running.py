@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch._inductor
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -40,9 +41,9 @@ class Runner:
 
     A visit is a method that changes the variables of a state in place. With `Execution.compile`, and blocks of linear,
     ReLU and flatten layers alone, it is traced once for each size of mini-batch and each combination of options, and
-    compiled by `torch.compile` to a graph of operations of tensors. What changes from visit to visit and is no tensor
-    of the samples or the state, such as step sizes, is a row of a table, which is made for the whole iteration. A visit
-    that cannot be compiled, such as one with a branch on its data, is run eagerly, with a warning.
+    compiled by Inductor, the compiler of `torch.compile`, to operations of tensors. What changes from visit to visit,
+    and is no tensor of the samples or the state, such as step sizes, is a row of a table, which is made for the whole
+    iteration. A visit that cannot be compiled, such as one with a branch on its data, is run eagerly, with a warning.
 
     Args:
         problem: the blocks, and what has been compiled for them.
@@ -116,9 +117,7 @@ class Runner:
         tensors = [*self._tensors, *(leaves[place] for place in places)]
         start = time.perf_counter()
         try:
-            graph = make_fx(of_tensors, tracing_mode="fake")(*tensors)
-            function = torch.compile(graph, fullgraph=True, dynamic=False, options=_options(row.device))
-            function(*[tensor.clone() for tensor in tensors])  # compiles it
+            function = inductor(make_fx(of_tensors, tracing_mode="fake")(*tensors), tensors)
         except Exception as error:  # whatever the compiler raises
             warnings.warn(f"compile: mini-batches are visited eagerly; {compiler_error(error)}", stacklevel=4)
             function = None
@@ -132,10 +131,16 @@ class Runner:
         return pytree.tree_unflatten([next(left) if value is None else value for value in constants], form)
 
 
-def _options(device: torch.device) -> dict[str, Any]:
-    """Return the compiler's options. Nothing is guarded, as there is one function for each combination of shapes."""
-    guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    return guards | {"cpp_wrapper": True} if device.type == "cpu" else guards
+def inductor(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[..., Any]:
+    """Return a traced function compiled by Inductor for tensors of these shapes.
+
+    `torch.compile` would find the same graph once more, and look at each call for what has changed since, which takes
+    longer than a small network's mini-batch (PyTorch 2.14.1).
+    """
+    options = {"cpp_wrapper": True} if tensors[0].device.type == "cpu" else {}
+    with torch.no_grad():
+        function: Callable[..., Any] = torch._inductor.compile(graph, tensors, options=options)
+    return function
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
