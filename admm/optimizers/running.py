@@ -135,11 +135,12 @@ def inductor(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[...
     """Return a traced function compiled by Inductor for tensors of these shapes.
 
     `torch.compile` would find the same graph once more, and look at each call for what has changed since, which takes
-    longer than a small network's mini-batch (PyTorch 2.14.1).
+    0.1 to 0.2 ms (PyTorch 2.14.1).
     """
     options = {"cpp_wrapper": True} if tensors[0].device.type == "cpu" else {}
+    inputs: list[Any] = [*tensors]
     with torch.no_grad():
-        function: Callable[..., Any] = torch._inductor.compile(graph, tensors, options=options)
+        function: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=options)
     return function
 
 
