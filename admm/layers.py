@@ -150,9 +150,9 @@ class Execution:
     Args:
         precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling
             variables and gradients keep their type.
-        compile: whether `torch.compile` is used: for each visit of a mini-batch as a whole where all layers are linear,
-            ReLU and flatten, for the evaluations of blocks where others are among them. "auto" compiles visits, in runs
-            of so many steps that the compiler's time, ten seconds or so, is won back.
+        compile: whether PyTorch's compiler is used: for each visit of a mini-batch as a whole where all layers are
+            linear, ReLU and flatten, for the evaluations of blocks where others are among them. "auto" compiles visits
+            alone, in runs of 20,000 mini-batches or more. The compiler takes half a minute (docs/performance.md).
         channels_last: whether images are in that memory format, except on a CPU in blocks with a strided 1×1
             convolution.
         recompute: whether Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters'
@@ -169,7 +169,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("fp32", "bf16"))
-        if self.compile not in (False, True, "auto"):
+        if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"compile: {self.compile!r} is not one of False, True, auto")
 
 
@@ -360,7 +360,8 @@ def compiler_error(error: Exception) -> str:
     """Return what an error of `torch.compile` says, in words where PyTorch has found no compiler."""
     if any(sign in str(error) for sign in _NO_COMPILER):
         return "torch.compile finds no working compiler; install one, such as g++, or take compile=False"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    first, *_ = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {first}"
 
 
 def _is_strided_pointwise(module: nn.Module) -> bool:

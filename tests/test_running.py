@@ -197,7 +197,7 @@ def test_auto_compiles_long_runs_alone(
 def test_networks_with_other_layers_compile_their_blocks_instead(resnet_problem: Callable[..., Problem]) -> None:
     problem = resnet_problem()
     assert not problem.blocks.are_known_layers
-    assert not running.Runner(problem, OPTIMIZERS["sgd"], (None,), None, []).is_compiled  # type: ignore[arg-type]
+    assert not running.Runner(problem, OPTIMIZERS["sgd"], (None,), None, 0).is_compiled  # type: ignore[arg-type]
 
 
 def test_the_compiler_gives_the_same_numbers_and_its_time_is_told_apart(mlp_problem: Callable[..., Problem]) -> None:

@@ -77,9 +77,9 @@ class Backprop(Options, Optimizer[BackpropState]):
         return BackpropState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]))
 
     def step(self, problem: Problem, state: BackpropState) -> BackpropState:
-        fractions, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        count, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
         schedules = Schedules([schedule("step_size", self.step_size, len(state.seeds))], [])
-        run = Runner(problem, self, (state,), schedules, fractions)
+        run = Runner(problem, self, (state,), schedules, count)
         for visit, row in zip(visits, run.rows([state.moments]), strict=True):
             run(visit, row)
         state.iteration += 1

@@ -258,8 +258,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         batches = minibatches(problem.n_samples, self.batch_size, state.seeds, k, device, self.epoch_parts)
         visits = problem.visits(state.seeds, batches, [(k, number) for number in range(len(batches))])
         square = torch.zeros_like(state.beta[0])
-        fractions = [number / len(batches) for number in range(len(batches))]
-        run = Runner(problem, self, (state, square), schedules, fractions, rounds)
+        run = Runner(problem, self, (state, square), schedules, len(batches), rounds)
         count = torch.tensor(state.z_state.count, dtype=torch.float64) if run.is_compiled else state.z_state.count
         for number, (batch, visit, row) in enumerate(zip(batches, visits, run.rows([state.moments]), strict=True)):
             if number % self.curvature_every == 0:

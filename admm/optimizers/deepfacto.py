@@ -261,8 +261,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         trained = [t for t in range(first, len(state.z) + 1) if t not in factors]
         batches = self._minibatches(problem, state)
         visits = problem.visits(state.seeds, batches, [(state.iteration, number) for number in range(len(batches))])
-        fractions = [number / len(batches) for number in range(len(batches))]
-        run = Runner(problem, self, (state, factors, beta), schedules, fractions, self.primal_rounds)
+        run = Runner(problem, self, (state, factors, beta), schedules, len(batches), self.primal_rounds)
         for batch, visit, row in zip(batches, visits, run.rows(state.moments), strict=True):
             run(visit, row, batch=batch, trained=tuple(trained))
         if not is_frozen:

@@ -119,8 +119,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
         """Do one iteration, an epoch or a part of one."""
         replicas = len(state.seeds)
         schedules, rho = self._schedules(problem, replicas), self._penalties(problem, replicas)
-        fractions, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
-        run = Runner(problem, self, (state, rho), schedules, fractions)
+        count, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        run = Runner(problem, self, (state, rho), schedules, count)
         for visit, row in zip(visits, run.rows([state.moments]), strict=True):
             run(visit, row)
         state.iteration += 1

@@ -159,8 +159,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         beta = penalties(self.beta, len(problem.blocks), replicas, problem.like)
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
-        fractions, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
-        run = Runner(problem, self, (state, beta), schedules, fractions)
+        count, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
+        run = Runner(problem, self, (state, beta), schedules, count)
         for number, (visit, row) in enumerate(zip(visits, run.rows([state.moments]), strict=True)):  # line 4
             run(visit, row, is_curved=number % self.curvature_every == 0)
         state.iteration += 1

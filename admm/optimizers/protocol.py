@@ -295,16 +295,15 @@ class Problem:
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
-    ) -> tuple[list[float], Iterator[Visit]]:
+    ) -> tuple[int, Iterator[Visit]]:
         """Return the mini-batches of an iteration, which is an epoch or one of its `parts`.
 
-        They are the fraction of the iteration before each of them, and a visit of each, with inputs [S, B, ...],
-        augmented, and targets [S, B, ...]. Raises ValueError as `admm.minibatches.minibatches` does.
+        These are their number, and a visit of each, with inputs [S, B, ...], augmented, and targets [S, B, ...]. Raises
+        ValueError as `admm.minibatches.minibatches` does.
         """
         distinct = list(dict.fromkeys(seeds))  # replicas of one seed share their mini-batches, read once
         batches = minibatches(self.n_samples, batch_size, distinct, iteration, self.device, parts)
-        fractions = [number / len(batches) for number in range(len(batches))]
-        return fractions, self._visits_of(batches, seeds, distinct, iteration, parts)
+        return len(batches), self._visits_of(batches, seeds, distinct, iteration, parts)
 
     def _visits_of(
         self,

@@ -51,7 +51,7 @@ class Runner:
             visit and, by name, its options; it returns nothing. A row has the `Hyperparameters` of each round.
         variables: the state, and whatever else a visit reads. Their tensors must stay the same in this iteration.
         schedules: those of the optimizer.
-        fractions: the part of the iteration before each visit.
+        count: the number of visits in the iteration.
         rounds: updates of Θ per visit.
     """
 
@@ -61,13 +61,13 @@ class Runner:
         optimizer: MinibatchOptimizer,
         variables: tuple[Any, ...],
         schedules: Schedules,
-        fractions: Sequence[float],
+        count: int,
         rounds: int = 1,
     ) -> None:
         self.problem, self.optimizer, self.variables, self.schedules = problem, optimizer, variables, schedules
-        self.progress = [(variables[0].iteration + fraction) / optimizer.iterations for fraction in fractions]
+        self.progress = [(variables[0].iteration + n / count) / optimizer.iterations for n in range(count)]
         self.rounds, choice = rounds, problem.blocks.execution.compile
-        is_asked_for = optimizer.iterations * len(fractions) >= AUTO_STEPS if choice == "auto" else choice
+        is_asked_for = optimizer.iterations * count >= AUTO_STEPS if choice == "auto" else choice
         self.is_compiled = is_asked_for and problem.blocks.are_known_layers
         self._tensors = list({id(v): v for v in _tensors(variables)}.values()) if self.is_compiled else []
         self._numbers: tuple[list[Any], Any] = [], None  # the constants of a row, None for a tensor; and its structure
