@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map, tree_map_with_path
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_leaves,
+    tree_leaves_with_path,
+    tree_map,
+    tree_map_with_path,
+    tree_unflatten,
+)
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import default_collate as join_items
 
@@ -95,8 +103,9 @@ class Tensors(Samples):
         self, batches: Sequence[Tensor | slice], seeds: Sequence[int] | None = None, epoch: int = 0
     ) -> Iterator[Pair]:
         """Yield gathered copies, or views for slices."""
+        leaves, form = tree_flatten((self.x, self.y))
         for batch in batches:
-            yield take((self.x, self.y), batch)
+            yield tree_unflatten([of_samples(leaf, batch) for leaf in leaves], form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -379,9 +388,12 @@ def take(tree: Any, batch: Tensor | slice) -> Any:
     >>> take({"a": torch.arange(4)}, torch.tensor([[3, 0]]))
     {'a': tensor([[3, 0]])}
     """
-    if isinstance(batch, slice):
-        return tree_map(lambda leaf: leaf[batch], tree)
-    return tree_map(lambda leaf: gather_shared(leaf, batch.to(leaf.device)), tree)
+    return tree_map(lambda leaf: of_samples(leaf, batch), tree)
+
+
+def of_samples(leaf: Tensor, batch: Tensor | slice) -> Tensor:
+    """Return what `take` does, of one tensor."""
+    return leaf[batch] if isinstance(batch, slice) else gather_shared(leaf, batch.to(leaf.device))
 
 
 def take_rows(pair: Pair, rows: Tensor) -> Pair:

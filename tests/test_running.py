@@ -64,6 +64,7 @@ OPTIMIZERS = {
     "block, penalty": replace(KEPT, penalty=AdaptivePenalty(bound=1e-3), epoch_parts=None),
     "gotmare": Gotmare(3, FALLS, batch_size=9),
     "gotmare, momentum": Gotmare(3, FALLS, batch_size=9, z_rounds=2, z_update=SGD(momentum=0.5)),
+    "gotmare, Adam for Z": Gotmare(3, FALLS, FALLS, batch_size=9, z_rounds=2, z_update=Adam()),
 }
 
 

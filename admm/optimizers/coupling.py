@@ -268,7 +268,7 @@ class AugmentedLagrangian(BlockOutputs):
         u: Sequence[Tensor] = (),
     ) -> None:
         super().__init__(problem.blocks, theta, visit, z)
-        self.loss, self.beta, self.u = problem.loss, beta, u
+        self.loss, self.beta, self.u = problem.loss, beta.unbind(), u
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return Z_t − block_t(Z_{t−1}) [S, n, d_t] in a new tensor; `for_vjp` is as in `output`."""
@@ -491,17 +491,18 @@ class ZUpdate(Options):
         """
         if self.name in ("gradient", "adam"):
             return
+        of_block = beta.unsqueeze(2).unsqueeze(3).unbind()
         for t in range(1, len(blocks)):
             weight = blocks[t].linear_weight(theta.blocks[t])
             assert weight is not None
-            below, above = beta[t - 1].view(-1, 1, 1), beta[t].view(-1, 1, 1)  # β_t, β_{t+1}
+            below, above = of_block[t - 1], of_block[t]  # β_t, β_{t+1}
             if self.name == "majorised":
                 w = weight.double()  # float32 does not see β_t beside a large W
                 factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), below.squeeze(2))
                 state.inverse_curvature[t - 1].copy_(torch.cholesky_inverse(factor))
             else:
                 # ‖WᵀW v‖ tends to σ² from below; the first one is at most d_t^½ σ².
-                image = weight.mT @ (weight @ state.power_vectors[t - 1])
+                image = torch.bmm(weight.mT, torch.bmm(weight, state.power_vectors[t - 1]))
                 square = torch.linalg.vector_norm(image, dim=1, keepdim=True)
                 vector = state.power_vectors[t - 1]
                 vector.copy_(torch.where(square > 0, image / square, vector))

@@ -155,12 +155,14 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     def _update_z(self, terms: GluingTerms, h: Hyperparameters) -> None:
         """Do the rounds from z_{T−1} to z_1, each step with the newest neighbours."""
-        moments = [self.z_update.init([z]) for z in terms.z[:-1]]
-        for _ in range(self.z_rounds):
+        rule, zeros = self.z_update, terms.z[0].new_zeros(self.z_rounds, len(terms.z[0]), dtype=torch.float64)
+        moments = [rule.init([z]) for z in terms.z[:-1]]
+        coefficients = [rule.coefficients(zeros + zeta, m) for zeta, m in zip(h.z_steps, moments, strict=True)]
+        for n in range(self.z_rounds):
             for t in range(len(terms.blocks) - 1, 0, -1):
                 gradient = terms.z_gradient(t)
                 z = terms.z[t - 1].clone(memory_format=torch.contiguous_format)
-                self.z_update.update([z], [gradient], moments[t - 1], h.z_steps[t - 1])
+                rule.apply_coefficients([z], [gradient], moments[t - 1], [c[n] for c in coefficients[t - 1]])
                 terms.set_z(t, z)
 
     def _schedules(self, problem: Problem, n_replicas: int) -> Schedules:

@@ -33,7 +33,7 @@ class UpdateRule(ABC):
         """Update the parameters and the moments once, in place.
 
         Args:
-            theta: the parameters, each [S, *shape].
+            theta: the parameters, each [S, *shape] and contiguous.
             gradient: in their shapes; it is left as it is.
             moments: what `init` has returned.
             step: the step size, a float or one value per replica, [S].
@@ -111,37 +111,26 @@ class Adam(Options, UpdateRule):
         *directions, counts = moments
         for count in counts:
             count.add_(1)
-        # The fused kernel does not look at strides, has one step size per call, and rounds the last entries of a tensor
-        # otherwise: by rows, a replica has the same numbers in any stack (PyTorch 2.14.1).
-        tensors = [theta, [g.contiguous() for g in gradient], *directions]
-        rows = [[tensor.unbind() for tensor in of_kind] for of_kind in tensors]
-        steps = [step] * len(rows[0][0]) if isinstance(step, float) else step.tolist()
-        for size in dict.fromkeys(steps):
-            same = [s for s, eta in enumerate(steps) if eta == size]
-            self._fused([[row[s] for row in of_kind for s in same] for of_kind in rows], counts[0], size)
-
-    def _fused(self, tensors: Sequence[Stacks], count: Tensor, step: float) -> None:
-        """Update some parameters by their gradient and both moments; `count` is that of the updates with this one."""
-        theta, gradient, mean, square = tensors
-        torch._fused_adamw_(
-            theta,
-            gradient,
-            mean,
-            square,
-            [],
-            [count[0]] * len(theta),
-            lr=step,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=self.weight_decay,
-            eps=self.epsilon,
-            amsgrad=False,
-            maximize=False,
-        )
+        for (p, g, mean, square), eta in by_step([theta, gradient, *directions], step):
+            torch._fused_adamw_(
+                p,
+                g,
+                mean,
+                square,
+                [],
+                [counts[0][0]] * len(p),
+                lr=eta,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                weight_decay=self.weight_decay,
+                eps=self.epsilon,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def coefficients(self, steps: Tensor, moments: Moments) -> list[Tensor]:
         """Return 1 − step λ, and with the bias corrections step/(1 − β₁ᵏ) and 1/√(1 − β₂ᵏ), for update k."""
-        counts = moments[-1][0].double().cpu() + torch.arange(1, len(steps) + 1, dtype=torch.float64).unsqueeze(1)
+        counts = moments[-1][0].to(steps) + torch.arange(1, len(steps) + 1).to(steps).unsqueeze(1)
         of_mean, of_square = (1.0 - beta**counts for beta in (self.beta1, self.beta2))
         return [1.0 - self.weight_decay * steps, steps / of_mean, of_square.rsqrt()]
 
@@ -160,7 +149,7 @@ class Adam(Options, UpdateRule):
 
 @dataclass(frozen=True)
 class SGD(Options, UpdateRule):
-    """θ ← θ − step · (gradient + weight_decay θ), with heavy-ball momentum, as PyTorch's.
+    """θ ← θ − step · (gradient + weight_decay θ), with heavy-ball momentum, by PyTorch's fused kernel.
 
     Args:
         momentum: the part of the former update's direction that is added, in [0, 1).
@@ -188,17 +177,29 @@ class SGD(Options, UpdateRule):
         return [zeros(theta)] if self.momentum else []
 
     def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
+        for (p, g, *velocity), eta in by_step([theta, gradient, *moments], step):
+            torch._fused_sgd_(
+                p,
+                g,
+                *(velocity or [[]]),
+                lr=eta,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
+
+    def apply_coefficients(
+        self, theta: Stacks, gradient: Stacks, moments: Moments, coefficients: Sequence[Tensor]
+    ) -> None:
+        (step,) = coefficients
         for place, (p, g) in enumerate(zip(theta, gradient, strict=True)):
-            eta = broadcast(step, p)
-            if moments:
-                (velocity,) = moments
-                g = velocity[place].mul_(self.momentum).add_(g).add_(p, alpha=self.weight_decay)
-            elif self.weight_decay:
-                p.mul_(1.0 - eta * self.weight_decay)
-            if isinstance(eta, float):
-                p.sub_(g, alpha=eta)
-            else:
-                p.addcmul_(g, -eta)
+            direction = g.add(p, alpha=self.weight_decay)
+            for velocity in moments:
+                direction = velocity[place].mul_(self.momentum).add_(direction)
+            p.sub_(broadcast(step, p) * direction)
 
 
 @dataclass(frozen=True)
@@ -445,6 +446,22 @@ class Averaged(Options, UpdateRule):
     def average(self, moments: Moments) -> Tensor:
         """Return the averaged parameters [S, P] among the moments of this rule, or of a `Clipped` one around it."""
         return flattened(moments[-2])
+
+
+def by_step(kinds: Sequence[Stacks], step: float | Tensor) -> Iterator[tuple[list[Stacks], float]]:
+    """Yield rows of replicas with one step size, of parameters, their gradient and moments, and the step size.
+
+    PyTorch's fused kernels have one step size per call, do not look at strides, and round the last entries of a tensor
+    otherwise: by rows, a replica has the same numbers in any stack (PyTorch 2.14.1).
+    """
+    theta, gradient, *moments = kinds
+    replicas = max(map(len, theta), default=0)
+    kinds = [theta, [g.contiguous() for g in gradient], *moments]
+    rows = [[p.unbind() if replicas > 1 else (p,) for p in stacks] for stacks in kinds]
+    steps = [step] * replicas if isinstance(step, float) else step.tolist()
+    for size in dict.fromkeys(steps):
+        same = [s for s, eta in enumerate(steps) if eta == size]
+        yield [[row[s] for row in stacks for s in same] for stacks in rows], size
 
 
 def zeros(stacks: Stacks) -> list[Tensor]:
