@@ -324,3 +324,11 @@ def test_moments_that_a_former_version_has_kept_as_one_tensor_are_read(mlp_probl
     former["moments"][0] = former["moments"][0][:, 1:]
     with pytest.raises(ValueError, match="checkpoint: moments has 1 entries, expected 6"):
         restore(fresh, former)
+
+
+@pytest.mark.parametrize("rule", [SGD(), SGD(momentum=0.5), Adam()])
+@pytest.mark.parametrize("step", [0.1, torch.tensor([0.1, 0.2])])
+def test_no_parameters_are_left_as_they_are(rule: UpdateRule, step: float | Tensor) -> None:
+    theta: list[Tensor] = []
+    rule.apply(theta, [], rule.init(theta), step)
+    assert theta == []

@@ -455,7 +455,9 @@ def by_step(kinds: Sequence[Stacks], step: float | Tensor) -> Iterator[tuple[lis
     otherwise: by rows, a replica has the same numbers in any stack (PyTorch 2.14.1).
     """
     theta, gradient, *moments = kinds
-    replicas = max(map(len, theta), default=0)
+    if not theta:  # of a block without parameters
+        return
+    replicas = len(theta[0])
     kinds = [theta, [g.contiguous() for g in gradient], *moments]
     rows = [[p.unbind() if replicas > 1 else (p,) for p in stacks] for stacks in kinds]
     steps = [step] * replicas if isinstance(step, float) else step.tolist()
