@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from admm.checks import at_least_one, check_positive, in_range
+from admm.newton import newton
 from admm.numbers import Options, is_number, is_whole, plain
 
 
@@ -279,6 +280,9 @@ class _Distribution(NamedTuple):
         return difference
 
 
+_Proximal = tuple[Tensor, _Distribution, float | Tensor, Tensor]  # v, t, penalty, and the largest gradient at the end
+
+
 @dataclass(frozen=True)
 class CrossEntropy(_NewtonLoss):
     """J = scale · −Σ_c t_c log softmax(z)_c, which is PyTorch's `cross_entropy(..., reduction="none")` times the scale.
@@ -369,25 +373,32 @@ class CrossEntropy(_NewtonLoss):
         δ = max d − min d, each step d descends, as the objective is generalised self-concordant (Sun & Tran-Dinh 2019,
         "Generalized self-concordant functions", Thm. 2 for ν = 2).
         """
-        # Each row stops by itself, so that a sample's result does not depend on its neighbours.
         t = self._distribution(v, y)
-        z, scale = v.clone(), self.scale * t.mass
-        tolerance = self.tolerance * (scale + penalty * (1.0 + v.abs().amax(-1, keepdim=True)))
-        for _ in range(self.max_steps):
-            p = torch.softmax(z, -1)
-            gradient = self.scale * t.difference(p) + penalty * (z - v)
-            active = gradient.abs().amax(-1, keepdim=True) > tolerance  # never for NaN
-            if not active.any():
-                break
-            diagonal = scale * p + penalty
-            scaled_p, scaled_gradient = p / diagonal, gradient / diagonal
-            # Sherman-Morrison: (D − s p pᵀ)⁻¹ g, with 1 − s pᵀD⁻¹p = Σ penalty p / D > 0.
-            curvature = (penalty * scaled_p).sum(-1, keepdim=True)
-            inner = (p * scaled_gradient).sum(-1, keepdim=True)
-            direction = scaled_gradient + scaled_p * (scale * inner / curvature)
-            delta = (direction.amax(-1, keepdim=True) - direction.amin(-1, keepdim=True)).clamp_(min=1e-12)
-            z -= torch.where(active, direction * (torch.log1p(delta) / delta), 0.0)
-        return z
+        tolerance = self.tolerance * (self.scale * t.mass + penalty * (1.0 + v.abs().amax(-1, keepdim=True)))
+        return newton(self._evaluate, self._moved, v.clone(), (v, t, penalty, tolerance), self.max_steps)
+
+    def _evaluate(self, z: Tensor, given: _Proximal) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which rows are active, their objective's gradient, and softmax(z).
+
+        Each row stops by itself, so that a sample's result does not depend on its neighbours.
+        """
+        v, t, penalty, tolerance = given
+        p = torch.softmax(z, -1)
+        gradient = self.scale * t.difference(p) + penalty * (z - v)
+        return gradient.abs().amax(-1, keepdim=True) > tolerance, gradient, p  # NaN is not active
+
+    def _moved(self, z: Tensor, active: Tensor, gradient: Tensor, p: Tensor, given: _Proximal) -> Tensor:
+        """Return z after a step of the active rows."""
+        _, t, penalty, _ = given
+        scale = self.scale * t.mass
+        diagonal = scale * p + penalty
+        scaled_p, scaled_gradient = p / diagonal, gradient / diagonal
+        # Sherman-Morrison: (D − s p pᵀ)⁻¹ g, with 1 − s pᵀD⁻¹p = Σ penalty p / D > 0.
+        curvature = (penalty * scaled_p).sum(-1, keepdim=True)
+        inner = (p * scaled_gradient).sum(-1, keepdim=True)
+        direction = scaled_gradient + scaled_p * (scale * inner / curvature)
+        delta = (direction.amax(-1, keepdim=True) - direction.amin(-1, keepdim=True)).clamp_(min=1e-12)
+        return z - torch.where(active, direction * (torch.log1p(delta) / delta), 0.0)
 
     def distribution(self, z: Tensor, y: Tensor) -> Tensor:
         """Return t [..., C] for targets of outputs z [..., C], of which the shape and the dtype count."""
@@ -474,18 +485,22 @@ class BinaryCrossEntropy(_NewtonLoss):
     def prox(self, v: Tensor, y: Tensor, penalty: float | Tensor) -> Tensor:
         """Return the minimiser by Newton's method for each output, with the step size of `CrossEntropy.prox`."""
         mass, yes = self._weighted(y)
-        z, scale = v.clone(), self.scale * mass
-        tolerance = self.tolerance * (scale + penalty * (1.0 + v.abs()))
-        for _ in range(self.max_steps):
-            p = torch.sigmoid(z)
-            gradient = self.scale * (p * mass - yes) + penalty * (z - v)
-            active = gradient.abs() > tolerance  # never for NaN
-            if not active.any():
-                break
-            direction = gradient / (scale * p * (1.0 - p) + penalty)
-            delta = direction.abs().clamp_(min=1e-12)
-            z -= torch.where(active, direction * (torch.log1p(delta) / delta), 0.0)
-        return z
+        tolerance = self.tolerance * (self.scale * mass + penalty * (1.0 + v.abs()))
+        return newton(self._evaluate, self._moved, v.clone(), (v, mass, yes, penalty, tolerance), self.max_steps)
+
+    def _evaluate(self, z: Tensor, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which outputs are active, their objective's derivative, and σ(z)."""
+        v, mass, yes, penalty, tolerance = given
+        p = torch.sigmoid(z)
+        gradient = self.scale * (p * mass - yes) + penalty * (z - v)
+        return gradient.abs() > tolerance, gradient, p  # NaN is not active
+
+    def _moved(self, z: Tensor, active: Tensor, gradient: Tensor, p: Tensor, given: tuple[Any, ...]) -> Tensor:
+        """Return z after a step of the active outputs."""
+        _, mass, _, penalty, _ = given
+        direction = gradient / (self.scale * mass * p * (1.0 - p) + penalty)
+        delta = direction.abs().clamp_(min=1e-12)
+        return z - torch.where(active, direction * (torch.log1p(delta) / delta), 0.0)
 
     def _weighted(self, y: Tensor) -> tuple[float | Tensor, Tensor]:
         """Return m and t with J = scale Σ_c m_c log(1 + exp(z_c)) − t_c z_c."""

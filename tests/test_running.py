@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from admm.checkpoints import save
 from admm.layers import Execution
-from admm.losses import CrossEntropy
+from admm.losses import BinaryCrossEntropy, CrossEntropy, Loss, ProximalFunctionLoss
 from admm.optimizers import (
     SGD,
     Adam,
@@ -160,13 +160,27 @@ def test_diagnostics_leave_the_state(mlp_problem: Callable[..., Problem]) -> Non
 def test_a_visit_that_depends_on_its_data_is_run_eagerly_with_a_warning(
     mlp_problem: Callable[..., Problem], graphs: list[nn.Module]
 ) -> None:
-    """The proximal operator of the cross-entropy ends when all samples have converged."""
-    problem = mlp_problem(CrossEntropy(scale=0.3))
+    """The proximal operator of a plain function halves its steps until all samples have converged."""
+    problem = mlp_problem(ProximalFunctionLoss(lambda z, y: (z - y).cosh().sum(-1)))
     optimizer = replace(OPTIMIZERS["online, lipschitz"], curvature_every=1)  # type: ignore[type-var]
     with pytest.warns(UserWarning, match="compile: mini-batches are visited eagerly"):
         state = trained(compiling(problem), optimizer, (0, 1))
     close(state, trained(problem, optimizer, (0, 1)))
     assert not graphs
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [CrossEntropy(scale=0.3), CrossEntropy(weight=[1, 2, 3], label_smoothing=0.1), BinaryCrossEntropy()],
+    ids=str,
+)
+def test_steps_of_newton_s_method_are_compiled(
+    loss: Loss, mlp_problem: Callable[..., Problem], graphs: list[nn.Module]
+) -> None:
+    """As many as the samples of a mini-batch need, which is told by the data."""
+    optimizer = replace(OPTIMIZERS["online, lipschitz"], beta=[0.1, 1.0])  # type: ignore[type-var]
+    close(trained(compiling(mlp_problem(loss)), optimizer, (0, 1)), trained(mlp_problem(loss), optimizer, (0, 1)))
+    assert graphs
 
 
 def test_a_rule_of_one_s_own_is_compiled_if_it_takes_tensors(
@@ -202,7 +216,8 @@ def test_networks_with_other_layers_compile_their_blocks_instead(resnet_problem:
 
 
 def test_the_compiler_gives_the_same_numbers_and_its_time_is_told_apart(mlp_problem: Callable[..., Problem]) -> None:
-    problem, optimizer = mlp_problem(CrossEntropy()), OnlineBlockADMM(2, FALLS, batch_size=8)
+    problem = mlp_problem(CrossEntropy())
+    optimizer = OnlineBlockADMM(2, FALLS, batch_size=8, z_update=ZUpdate("gradient", output_update="prox"))
     state, expected = (optimizer.init(problem, (0, 1)) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
