@@ -48,7 +48,7 @@ SMALL += ("dataset.first=100", "model.hidden=[8]", "progress=false")
 
 @cache
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         return compose("config", [*SMALL, *overrides])
 
 
@@ -297,6 +297,9 @@ def test_the_commit_of_a_run_says_whether_code_was_changed_not_results(tmp_path:
     assert commit(tmp_path) == clean
     (tmp_path / "admm/a.py").write_text("changed")
     assert commit(tmp_path) == f"{clean}+"
+    (tmp_path / "packages/admm").mkdir(parents=True)  # of an environment in the clone
+    (tmp_path / "packages/admm/a.py").touch()
+    assert commit(tmp_path / "packages") is None
 
 
 def test_a_file_that_fails_for_another_reason_is_as_it_was(tmp_path: Path) -> None:

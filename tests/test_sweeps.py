@@ -429,7 +429,7 @@ def test_cells_are_jobs_of_a_cluster(tmp_path: Path, launcher: str) -> None:
 
 def test_slurm_s_jobs_are_queued_again() -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher") and launcher.max_num_timeout > 0
     assert 0 < launcher.signal_delay_s < 60 * launcher.timeout_min and launcher.gpus_per_node is None
@@ -906,7 +906,7 @@ def test_the_searches_of_the_readme_compose() -> None:
     spaces = {tuple(word for word in line if not word.startswith("hydra/")) for line in words}
     assert spaces
     for arguments in spaces:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
             hydra = chosen(compose("config", list(arguments), return_hydra_config=True)).hydra
             overrides = [*(f"{k}={v}" for k, v in hydra.sweeper.params.items()), *hydra.overrides.task]
             ((*cells,),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
@@ -917,7 +917,7 @@ def test_the_stacked_sweep_of_the_readme_has_as_many_cells_as_it_says() -> None:
     text = (ROOT / "README.md").read_text()
     ((line, said),) = re.findall(r"(python run\.py -m [^#]* hydra/launcher=stacked) +# (\w+) cells", text)
     arguments = shlex.split(line.replace("\\\n", " "))[3:]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         groups = [argument for argument in arguments if "," not in argument]
         space = compose("config", groups, return_hydra_config=True).hydra.sweeper.params
     overrides = {o.split("=")[0]: o for o in [*(f"{k}={v}" for k, v in space.items()), *arguments]}
