@@ -27,7 +27,9 @@ from experiments.run import run_job
 
 RUN = Path(__file__).parents[1] / "run.py"
 SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again
-SERVER.set_forkserver_preload(["experiments.run", "experiments.launching.stacking", "experiments.reports.searches"])
+SERVER.set_forkserver_preload(
+    ["experiments.run", "experiments.launching.stacking", "experiments.reports.searches", "sklearn.datasets"]
+)
 
 
 def places(folder: Path) -> list[str]:
