@@ -204,6 +204,7 @@ def each_write(
         yield place
 
 
+@pytest.mark.long
 def test_a_full_disk_at_any_write_of_a_run_leaves_a_store_from_which_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +337,7 @@ def test_a_launch_that_may_not_write_so_much_says_so_and_goes_on_later(tmp_path:
     pd.testing.assert_frame_equal(numbers(first), numbers(second), check_exact=True)
 
 
+@pytest.mark.long
 def test_on_a_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
     """In a mount of its own, which has room for one checkpoint."""
     alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
