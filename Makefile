@@ -1,9 +1,10 @@
 # Needs Python 3.11, 3.12 or 3.13 and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS := suite,dev,vision,wandb,notebooks,report,sweeps
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint figures results-page html reproduce reproduce-gpu bench clean
+.PHONY: help env demo test test-long test-lowest lint figures results-page html reproduce reproduce-gpu bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -13,14 +14,23 @@ env: .venv/installed ## build .venv
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11, 3.12 or 3.13 is needed (Hydra 1.3 does not start on 3.14): make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[suite,dev,vision,wandb,notebooks,report,sweeps]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: env ## the main job on the embedded digits: nine optimizers, five seeds, a table and a figure
 	$(BIN)/python run.py experiment=digits_shallow results=outputs/demo
 
-test: env ## all tests
+test: env ## all tests but those of test-long
 	$(BIN)/python -m pytest
+
+test-long: env ## the tests that are long by nature, before a release
+	$(BIN)/python -m pytest -m long
+
+test-lowest: ## make test with the lowest versions that pyproject.toml allows, in outputs/lowest, before a release
+	$(PYTHON) -m venv outputs/lowest
+	outputs/lowest/bin/python -m pip install --quiet uv
+	outputs/lowest/bin/uv pip install --quiet --python outputs/lowest --resolution lowest-direct --editable '.[$(EXTRAS)]'
+	outputs/lowest/bin/python -m pytest
 
 lint: env ## ruff, format and types
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ from experiments.errors import BadInput
 from experiments.identity import OWN_PACKAGES
 from experiments.launch import Launch
 from experiments.overrides import key_of
-from experiments.rows import CONF, TableRows
+from experiments.rows import TableRows
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 OWN = tuple(f"{package}." for package in OWN_PACKAGES)
@@ -91,15 +91,6 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"precision: bf16 needs dtype=float32, not {config.dtype}")
     if missing := {"name", "holdout"} - set(config.dataset):
         raise ValueError(f"dataset: its file in conf/dataset has no {' and no '.join(sorted(missing))}; see mnist.yaml")
-
-
-def check_place() -> None:
-    """Raises ValueError where this package is a copy without the configuration beside it."""
-    if not CONF.is_dir():
-        raise ValueError(
-            f"{CONF}: there is no such folder, as `experiments` was installed as a copy, whose code may also be older "
-            "than the clone's; do pip install -e . there"
-        )
 
 
 def check_row(config: DictConfig, launch: Launch) -> None:

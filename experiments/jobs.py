@@ -13,7 +13,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from admm.files import atomic_write
-from experiments.checks import DTYPES, check, check_place, check_row, check_search
+from experiments.checks import DTYPES, check, check_row, check_search
 from experiments.device import ready_device
 from experiments.errors import user_errors
 from experiments.identity import SCHEMA, choices_of, identity
@@ -148,7 +148,6 @@ def finished_in(slot: Slot) -> list[Run]:
 
 def check_job(config: DictConfig, launch: Launch) -> None:
     """Raises ValueError or BadInput for a configuration or a launch that no run can have."""
-    check_place()
     check(config)
     check_row(config, launch)
     check_search(launch.is_search, config.dataset.holdout)

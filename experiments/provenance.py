@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from hydra.utils import get_object
 
-ROOT = Path(__file__).parents[1]  # of the clone
+ROOT = Path(__file__).parents[1]  # of the clone, or the folder of the installed packages
 SHARED = "experiments.training"  # what other tasks import of the suite that determines numbers
 
 
@@ -54,8 +54,10 @@ def _cpu_name() -> str:
 
 
 def commit(folder: Path = ROOT) -> str | None:
-    """Return the git commit of a clone, with `+` if what determines numbers has changes; None if there is no git."""
+    """Return the git commit of a clone, with `+` if what determines numbers has changes; None if there is no git, or if
+    the code is not in it, as it is installed into an environment inside a clone of something else."""
     try:
+        git(folder, "ls-files", "--error-unmatch", "admm")
         changes = git(folder, "status", "--porcelain", "-uno", ".", ":!tests", ":!results", ":!*.md")
         return git(folder, "rev-parse", "--short=12", "HEAD").strip() + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
@@ -103,7 +105,7 @@ def named_modules(config: dict[str, Any]) -> Iterator[str]:
 def is_own(module: str) -> bool:
     """Return whether a module is this library's or a user's own. Other libraries are recorded by their version."""
     package = module.partition(".")[0]
-    if package == "admm":
+    if package in ("admm", "experiments"):
         return True  # installed or not
     try:
         spec = find_spec(package)

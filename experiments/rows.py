@@ -8,7 +8,7 @@ from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parent / "conf"
 DEFAULT = "default"  # the setting of a run without a row: the optimizer's own default values
 
 

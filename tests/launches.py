@@ -23,11 +23,13 @@ from omegaconf import DictConfig
 
 from experiments.launching import study
 from experiments.rows import CONF
-from run import main
+from experiments.run import run_job
 
-RUN = CONF.parent / "run.py"
+RUN = Path(__file__).parents[1] / "run.py"
 SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again
-SERVER.set_forkserver_preload(["run", "experiments.launching.stacking", "experiments.reports.searches"])
+SERVER.set_forkserver_preload(
+    ["experiments.run", "experiments.launching.stacking", "experiments.reports.searches", "sklearn.datasets"]
+)
 
 
 def places(folder: Path) -> list[str]:
@@ -54,7 +56,7 @@ def _launch(mode: str, overrides: Sequence[str]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Callback")
-            getattr(hydra, mode)("config", main, list(overrides))
+            getattr(hydra, mode)("config", run_job, list(overrides))
     finally:  # as at the end of a process
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers

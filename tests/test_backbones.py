@@ -320,6 +320,6 @@ def test_the_size_and_the_cut_of_each_backbone(name, channels, places, dlib_file
     x = torch.rand(1, 3, backbone.size, backbone.size)
     for child, stage in network.named_children():
         x = stage(x)
-        if child == OmegaConf.load(Path(__file__).parents[1] / f"conf/backbone/{name}.yaml").cut:
+        if child == OmegaConf.load(Path(__file__).parents[1] / f"experiments/conf/backbone/{name}.yaml").cut:
             break
     assert x.shape == (1, channels, places, places)

@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from stores import add_run, run_json
 
 from admm.optimizers import AdaptivePenalty
-from experiments import checks, jobs, overrides, provenance
-from experiments.checks import LARGEST_SEED, check, check_place, check_row
+from experiments import jobs, overrides, provenance
+from experiments.checks import LARGEST_SEED, check, check_row
 from experiments.errors import BadInput
 from experiments.jobs import is_reusable
 from experiments.launch import Launch
@@ -50,7 +50,7 @@ SMALL = ["experiment=digits_shallow", "optimizer=sgd", "dataset.first=100", "mod
 
 
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         return compose("config", ["experiment=digits_shallow", *overrides])
 
 
@@ -93,7 +93,7 @@ def test_a_tilde_is_expanded_where_a_value_begins_with_it(monkeypatch: pytest.Mo
     found = ["/home/me/x//home/me", "/home/me", ["/home/me/y"], "sqlite:////home/me/z.db", "/home/me/data", "x~/y"]
     assert list(OmegaConf.to_container(config, resolve=True).values()) == found  # type: ignore[union-attr]
     overrides = ["hydra/sweeper=study", "outputs=~/o", "logger=wandb", "dataset.root=~/d"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         config = compose("config", overrides, return_hydra_config=True)
     assert [config.dataset.root, config.logger.dir] == ["/home/me/d", "/home/me/o"]
     for derived in (config.hydra.run.dir, config.hydra.sweep.dir, config.hydra.sweeper.storage):
@@ -278,7 +278,7 @@ def test_a_launch_of_several_experiments_has_no_rows(tmp_path: Path) -> None:
 def test_names_that_would_be_taken_for_others_are_refused(
     changes: dict[str, Any], setting: str | None, message: str
 ) -> None:
-    row, conf = Row("digits_shallow/sgd-tuned"), (ROOT / "conf",)
+    row, conf = Row("digits_shallow/sgd-tuned"), (ROOT / "experiments/conf",)
     launched = Launch("digits_shallow", "sgd", row, (), Path(), conf, True, False, None)
     check_row(OmegaConf.create({"setting": "tuned"}), launched)
     check_row(OmegaConf.create({"setting": None}), launched)
@@ -306,14 +306,6 @@ def test_a_run_does_not_supersede_one_whose_name_and_setting_are_divided_otherwi
         run = add_run(tmp_path, "sgd-a-b", [90.0], run_json(method, setting, f"2001 {method}", seeds=[0]))
         Slot(tmp_path, "mnist_shallow", "sgd-a-b", run.folder.name.removeprefix("sgd-a-b-")).supersede(tmp_path / "s")
     assert {run.info["method"] for run in Store(tmp_path).runs("mnist_shallow")} == {"sgd", "sgd-a"}
-
-
-def test_a_copy_of_the_suite_without_its_configuration_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "CONF", tmp_path / "conf")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/conf: there is no such folder, .*; do pip install -e \. there"):
-        check_place()
 
 
 # --- Values
@@ -375,7 +367,12 @@ def test_a_value_that_is_none_is_named_with_its_key(
 def test_values_that_are_right_are_taken() -> None:
     penalty = "optimizer.penalty={_target_:admm.optimizers.AdaptivePenalty,c:0.9,bound:1.0,shrink:0.95,largest:inf}"
     check(composed(penalty, f"seeds=[{LARGEST_SEED}]", "checkpoint_seconds=inf", "~init", "+init={_target_:f,std:a}"))
-    printed = (ROOT / "conf/optimizer/block_admm.yaml").read_text(encoding="utf-8").split("# Eq. 6: ")[1].split("}")[0]
+    printed = (
+        (ROOT / "experiments/conf/optimizer/block_admm.yaml")
+        .read_text(encoding="utf-8")
+        .split("# Eq. 6: ")[1]
+        .split("}")[0]
+    )
     config = composed(f"optimizer.penalty={printed}}}")  # as its comment has it
     check(config)
     assert instantiate(config.optimizer.penalty) == AdaptivePenalty()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from admm import data
 from admm.data import DatasetError, load
 
-CONF = Path(__file__).parents[1] / "conf" / "dataset"
+CONF = Path(__file__).parents[1] / "experiments/conf/dataset"
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 
 

@@ -22,7 +22,7 @@ from admm.optimizers import Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM,
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.training import train
 
-CONF = Path(__file__).parents[1] / "conf/optimizer"
+CONF = Path(__file__).parents[1] / "experiments/conf/optimizer"
 
 
 def assert_defaults(configured: Any) -> None:

@@ -273,12 +273,12 @@ def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], 
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("conf/row/[!l]*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "path", sorted(ROOT.glob("experiments/conf/row/[!l]*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_a_row_has_its_values_and_starts(path: Path) -> None:
     """Those of faces are in test_faces_experiment."""
     row = [f"experiment={path.parent.name}", f"row={path.parent.name}/{path.stem}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         config = compose("config", overrides=[*row, "dataset=digits", "dataset.first=null"])
     own: Any = OmegaConf.load(path)
     del own["defaults"]
@@ -290,7 +290,7 @@ def test_a_row_has_its_values_and_starts(path: Path) -> None:
     assert state.theta.flat().isfinite().all()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("conf/optimizer/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/conf/optimizer/*.yaml")), ids=lambda path: path.stem)
 def test_an_optimizer_of_the_library_has_the_defaults_of_the_command_line(path: Path) -> None:
     config = OmegaConf.merge({"iterations": 20, "model": {"rank": 4}}, OmegaConf.load(path))
     optimizer = instantiate(config.optimizer, _convert_="all")
@@ -305,7 +305,7 @@ def test_an_optimizer_of_the_library_has_the_defaults_of_the_command_line(path: 
 def test_a_row_chooses_the_initialisation_and_the_command_line_another_one() -> None:
     def init(setting: str, *overrides: str) -> str:
         row = ["experiment=mnist_deep10", f"row=mnist_deep10/sgd-{setting}"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
             name: str = compose("config", overrides=[*row, *overrides]).init.name
         return name
 
@@ -473,7 +473,7 @@ def test_an_experiment_that_is_not_committed_has_a_report_of_its_runs_kind() -> 
     assert (report_of("mine").kind, report_of("mine").caption) == ("accuracy", "mine")
     assert report_of("mine", "memory").kind == "memory" and report_of("memory", "accuracy").kind == "memory"
     kinds = {name: report.kind for name, report in declared_reports().items()}
-    assert set(kinds) == {path.stem for path in ROOT.glob("conf/experiment/*.yaml")}
+    assert set(kinds) == {path.stem for path in ROOT.glob("experiments/conf/experiment/*.yaml")}
     for run in (Run(path.parent) for path in RESULTS.glob("runs/*/*/run.json")):
         assert report_on(run).kind == kinds[run.record.experiment]
     assert entry_of("mine").source is None
@@ -485,13 +485,13 @@ def test_a_new_run_says_its_kind(race: Path, measured: dict[str, Run]) -> None:
 
 
 def test_a_method_has_its_name_and_colour_beside_its_configuration(tmp_path: Path) -> None:
-    committed = {path.stem for path in ROOT.glob("conf/optimizer/*.yaml")}
+    committed = {path.stem for path in ROOT.glob("experiments/conf/optimizer/*.yaml")}
     assert methods().keys() == committed and list(methods())[:2] == ["block_admm", "online_block_admm"]
     assert (method_of("sgd").label, method_of("sgd").colour) == ("SGD", "#000000")
     assert (method_of("mine").label, method_of("mine").colour) == ("mine", None)
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer/mine.yaml").write_text("_target_: admm.optimizers.Taylor\nbeta: 2.0\n")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         mine = compose("config", [f"hydra.searchpath=[{tmp_path}]", "optimizer=mine"])
         sgd = compose("config", ["optimizer=sgd", "optimizer.step_size=0.5"])
     assert mine.optimizer == {"_target_": "admm.optimizers.Taylor", "beta": 2.0} and "method" not in mine

@@ -94,7 +94,7 @@ def backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(folder: Path, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         return compose(
             "config",
             [

@@ -1,13 +1,34 @@
-"""The library is light: with PyTorch and NumPy alone all of it can be imported, and the suite's packages are not."""
+"""The library is light: with PyTorch and NumPy alone all of it can be imported, and the suite's packages are not. Its
+public names are those that the examples use."""
 
+import ast
+import json
 import pkgutil
+import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 import admm
 
+ROOT = Path(__file__).parents[1]
 SUITE = ("hydra", "omegaconf", "matplotlib", "rich", "pandas", "experiments")
 OPTIONAL = ("sklearn", "scipy", "joblib", "psutil", "filelock", "yaml", "PIL", "h5py", "torchvision")
+WITHOUT_EXAMPLE = {  # public names that no example imports, and why they are public
+    "BinaryCrossEntropy": "the loss of several labels per sample",
+    "DeepFacto": "the paper's third algorithm",
+    "EarlyStopping": "the callback that the README names",
+    "Execution": "precision and compiling",
+    "Hinge": "Taylor's loss",
+    "Optimizer": "what all of them are, for annotations and for one's own",
+    "SGD": "the update rule beside Adam",
+    "restore": "brings back what `save` has kept",
+    "save": "keeps a state",
+}
 MODULES = [name for _, name, _ in pkgutil.walk_packages(admm.__path__, "admm.")]
 
 
@@ -46,3 +67,35 @@ except DatasetError as error:
 """
     rows, message = run(code).split("\n", 1)
     assert rows == "2" and "scikit-learn" in message and "block-admm[suite]" in message
+
+
+def examples() -> Iterator[str]:
+    """The code of README, docs and notebooks."""
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        yield from re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    for notebook in ROOT.glob("notebooks/*.ipynb"):
+        cells = json.loads(notebook.read_text())["cells"]
+        yield from ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def test_the_public_names_are_those_that_the_examples_import() -> None:
+    nodes = [node for code in examples() for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    found = [(node.module, name.name) for node in nodes for name in node.names if "admm" in str(node.module).split(".")]
+    assert {module for module, _ in found} == {"admm"}  # of its modules nothing
+    imported = {name for _, name in found}
+    assert not imported & WITHOUT_EXAMPLE.keys()
+    assert sorted(admm.__all__) == sorted(imported | WITHOUT_EXAMPLE.keys())
+    assert all(hasattr(admm, name) for name in admm.__all__)
+
+
+def test_another_distribution_of_the_name_is_told_where_it_shares_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "admm-3.1.dist-info").mkdir()
+    (tmp_path / "admm-3.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: admm\nVersion: 3.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings(action="error"):  # this package is elsewhere, and is the one that is imported
+        admm._warn_of_the_distribution_admm()
+    monkeypatch.setattr(admm, "__file__", str(tmp_path / "admm/__init__.py"))
+    with pytest.warns(UserWarning, match=f"^{tmp_path}/admm holds files of two distributions, block-admm and admm 3.1"):
+        admm._warn_of_the_distribution_admm()

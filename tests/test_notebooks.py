@@ -81,9 +81,9 @@ def test_a_notebook_runs(kernel: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "least", "apart"),
     [
-        ("resnet18", 20.0, 5.0),  # percent, here and where the score is above 1
-        ("unet", 0.7, 0.05),
-        ("gpt", 25.0, 2.0),
+        pytest.param("resnet18", 20.0, 5.0, marks=pytest.mark.long),  # percent, here and where the score is above 1
+        pytest.param("unet", 0.7, 0.05, marks=pytest.mark.long),
+        pytest.param("gpt", 25.0, 2.0, marks=pytest.mark.long),
         ("graph", 80.0, 2.0),
         ("tabular", 0.4, 0.05),
         ("finetuning", 95.0, 2.0),

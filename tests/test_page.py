@@ -135,6 +135,7 @@ def test_each_table_is_the_report_s_and_each_row_leads_to_its_run(root: Path) ->
     assert attributes[0][1:4] == ["3.00", "50.00", "81.25"] and "of all runs below" in html
 
 
+@pytest.mark.long
 def test_the_committed_results_have_the_numbers_of_their_own_page() -> None:
     html = written(ROOT / "results")
     lines = (ROOT / "results/README.md").read_text().splitlines()

@@ -48,7 +48,7 @@ SMALL += ("dataset.first=100", "model.hidden=[8]", "progress=false")
 
 @cache
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         return compose("config", [*SMALL, *overrides])
 
 
@@ -204,6 +204,7 @@ def each_write(
         yield place
 
 
+@pytest.mark.long
 def test_a_full_disk_at_any_write_of_a_run_leaves_a_store_from_which_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +298,9 @@ def test_the_commit_of_a_run_says_whether_code_was_changed_not_results(tmp_path:
     assert commit(tmp_path) == clean
     (tmp_path / "admm/a.py").write_text("changed")
     assert commit(tmp_path) == f"{clean}+"
+    (tmp_path / "packages/admm").mkdir(parents=True)  # of an environment in the clone
+    (tmp_path / "packages/admm/a.py").touch()
+    assert commit(tmp_path / "packages") is None
 
 
 def test_a_file_that_fails_for_another_reason_is_as_it_was(tmp_path: Path) -> None:
@@ -333,6 +337,7 @@ def test_a_launch_that_may_not_write_so_much_says_so_and_goes_on_later(tmp_path:
     pd.testing.assert_frame_equal(numbers(first), numbers(second), check_exact=True)
 
 
+@pytest.mark.long
 def test_on_a_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
     """In a mount of its own, which has room for one checkpoint."""
     alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -58,7 +58,7 @@ def test_an_experiment_runs_all_of_its_optimizers(launched: tuple[Path, subproce
     assert done.returncode == 0, done.stderr
     runs = stored(folder)
     of_faces = {"deepfacto", "nmf", "pca", "raw"}
-    every = {path.stem for path in (ROOT / "conf/optimizer").glob("*.yaml")}
+    every = {path.stem for path in (ROOT / "experiments/conf/optimizer").glob("*.yaml")}
     assert {run.info["method"] for run in runs} == every - of_faces
     for run in runs:
         assert list(run.history["iteration"].unique()) == [0, 1, 2, 3]
@@ -300,7 +300,7 @@ def test_the_configuration_of_a_job_is_shown_for_a_row_and_refused_for_a_setting
 
 def test_help_lists_groups_and_examples() -> None:
     done = Launch("--help").wait()
-    assert re.search("experiment: .*digits_shallow, .*mnist_shallow", done.stdout) and "python run.py -m" in done.stdout
+    assert re.search("experiment: .*digits_shallow, .*mnist_shallow", done.stdout) and "block-admm -m" in done.stdout
 
 
 def test_an_unknown_method_and_a_single_seed_have_a_row_and_a_curve(tmp_path: Path) -> None:

@@ -206,6 +206,7 @@ def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -
     same(stored(tmp_path / "killed"), stored(tmp_path / "whole"), check_exact=True)
 
 
+@pytest.mark.long
 def test_a_stack_that_was_killed_among_its_results_is_not_trained_again(tmp_path: Path) -> None:
     arguments = [*STACKABLE, "hydra/launcher=stacked", "iterations=6", "checkpoint_seconds=0"]
     Launch(*sweep(tmp_path, *arguments)).kill_when_there(tmp_path, "outputs/runs/digits_shallow/*/run.json")
@@ -227,6 +228,7 @@ while len(list(pathlib.Path(sys.argv[1]).rglob(sys.argv[2]))) < 4: time.sleep(0.
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("of", ["the stack and its cells", "the cells"])
 def test_a_stack_is_gone_on_with_after_the_death_of_a_process_at_it(tmp_path: Path, of: str) -> None:
     """A process holds locks, and ends when the launch has left it all of the cells."""
@@ -350,6 +352,7 @@ def test_a_cells_share_of_a_history() -> None:
 # --- Two launches, parallel processes
 
 
+@pytest.mark.long
 def test_two_launches_share_a_sweep(tmp_path: Path, four: dict[str, Run]) -> None:
     arguments = [*STACKABLE, "optimizer.batch_size=64"]
     both = [Launch(*sweep(tmp_path, *arguments)) for _ in range(2)]
@@ -402,6 +405,7 @@ def test_a_sweep_that_lacks_a_cell_fails(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(stored(tmp_path)) == 1 and list(tmp_path.glob("outputs/logs/*/*/digits_shallow.png"))
 
 
+@pytest.mark.long
 def test_parallel_processes_divide_the_processor(tmp_path: Path, four: dict[str, Run]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = [*STACKABLE[:2], "optimizer.beta=0.5,-1", "optimizer.batch_size=64", "hydra/launcher=joblib"]
@@ -429,7 +433,7 @@ def test_cells_are_jobs_of_a_cluster(tmp_path: Path, launcher: str) -> None:
 
 def test_slurm_s_jobs_are_queued_again() -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher") and launcher.max_num_timeout > 0
     assert 0 < launcher.signal_delay_s < 60 * launcher.timeout_min and launcher.gpus_per_node is None
@@ -906,7 +910,7 @@ def test_the_searches_of_the_readme_compose() -> None:
     spaces = {tuple(word for word in line if not word.startswith("hydra/")) for line in words}
     assert spaces
     for arguments in spaces:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
             hydra = chosen(compose("config", list(arguments), return_hydra_config=True)).hydra
             overrides = [*(f"{k}={v}" for k, v in hydra.sweeper.params.items()), *hydra.overrides.task]
             ((*cells,),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
@@ -917,7 +921,7 @@ def test_the_stacked_sweep_of_the_readme_has_as_many_cells_as_it_says() -> None:
     text = (ROOT / "README.md").read_text()
     ((line, said),) = re.findall(r"(python run\.py -m [^#]* hydra/launcher=stacked) +# (\w+) cells", text)
     arguments = shlex.split(line.replace("\\\n", " "))[3:]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
         groups = [argument for argument in arguments if "," not in argument]
         space = compose("config", groups, return_hydra_config=True).hydra.sweeper.params
     overrides = {o.split("=")[0]: o for o in [*(f"{k}={v}" for k, v in space.items()), *arguments]}
@@ -984,6 +988,7 @@ class Sweep(psutil.Process):
         return super().wait()
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

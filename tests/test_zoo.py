@@ -73,8 +73,9 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], relative:
 # --- evaluation
 
 
-CUT_AND_WHOLE = {f"{case}-cut": (case, None) for case in NETWORKS}
-CUT_AND_WHOLE |= {f"{case}-whole": (case, ()) for case in NETWORKS if case.size != "large"}
+LARGE = {case: [pytest.mark.long] for case in NETWORKS if case.size == "large"}
+CUT_AND_WHOLE = {f"{case}-cut": pytest.param(case, None, marks=LARGE.get(case, [])) for case in NETWORKS}
+CUT_AND_WHOLE |= {f"{case}-whole": pytest.param(case, ()) for case in NETWORKS if case not in LARGE}
 
 
 @pytest.mark.parametrize(("case", "cuts"), CUT_AND_WHOLE.values(), ids=CUT_AND_WHOLE)

@@ -137,7 +137,7 @@ def workers() -> list[Row]:
     def launch(jobs: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             places = [f"outputs={folder}", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
-            subprocess.run([*sweep, *places], check=True, cwd=CONF.parent, stdout=subprocess.DEVNULL)
+            subprocess.run([*sweep, *places], check=True, cwd=CONF.parents[1], stdout=subprocess.DEVNULL)
 
     return [
         ("joblib2_over_1", ratio(turns(lambda: launch(1), lambda: launch(2), counted=3, uncounted=0), 0, 1), "ratio")
