@@ -127,6 +127,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give a network's tensors of floating point a type, and complex ones its complex counterpart; return it.
+
+    (`network.to(dtype)` would drop the imaginary part of complex ones.)
+    """
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return network
+
+
 def restore_frozen_statistics(network: nn.Module, former: nn.Module) -> None:
     """Give the buffers of modules whose parameters are all frozen their former values."""
     for module, other in zip(network.modules(), former.modules(), strict=True):

@@ -37,7 +37,7 @@ _WAY_OUT = (
     "give the network's parts as a list of modules instead, split([first, second, …]), each of which gets what the one "
     "before returns"
 )
-_OF_ITS_OWN = f"put such lines into a module of their own, which is called as it is, or {_WAY_OUT}"
+OF_ITS_OWN = f"put such lines into a module of their own, which is called as it is, or {_WAY_OUT}"
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 _LINE = "line"  # of a node's metadata: the file and the number of the line that it comes from
 _CONSTANT = "_tensor_constant"  # the beginning of the names that PyTorch's tracer gives to constants
@@ -150,11 +150,11 @@ def _graph_of(network: nn.Module, opened: set[str], defaults: dict[str, Any]) ->
     except Exception as error:  # of whatever type it is
         raise ValueError(
             f"network: its forward cannot be traced, {_place(error)}: {type(error).__name__}: {error}; cut where only "
-            f"simpler forwards contain the cut, {_OF_ITS_OWN}"
+            f"simpler forwards contain the cut, {OF_ITS_OWN}"
         ) from error
     for name, before in containers.items():
         if _identities(before) != _identities(operator.attrgetter(name)(network)):
-            raise ValueError(f"network: its forward changes {name}, which a trace does not repeat; {_OF_ITS_OWN}")
+            raise ValueError(f"network: its forward changes {name}, which a trace does not repeat; {OF_ITS_OWN}")
     return graph
 
 
@@ -265,7 +265,7 @@ def _follow_mode(graph: fx.Graph, network: nn.Module, other_graph: fx.Graph, oth
             where = _described(min(lines)) if lines else "where it returns"
             raise ValueError(
                 f"network: its forward does something else in evaluation mode, {where}, and a trace is of one mode; "
-                f"{_OF_ITS_OWN}"
+                f"{OF_ITS_OWN}"
             )
         twins[twin] = node
         leaves = iter([twins.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in _leaves(twin)])

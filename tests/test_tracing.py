@@ -388,7 +388,7 @@ def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
         (["a", "a"], r"after: \['a', 'a'\] must name different modules"),
         (["d"], "after: the network's forward does not call 'd'"),
         (["last"], "after: 'last' is the last module, nothing would follow it"),
-        ([1], r"after: \[1\] are not all names of modules, which are text"),
+        ([1], r"after: \[1\] is neither a name of a module, which is text, nor a list of these"),
     ],
 )
 def test_a_cut_that_is_not_possible_is_refused(after, message):

@@ -15,7 +15,7 @@ from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type, in_range, one_of
 from admm.minibatches import minibatches, slices, stateless_rng
 from admm.numbers import Options, is_number
-from admm.optimizers.checks import check_minibatch_options, same_samples
+from admm.optimizers.checks import check_last_part, check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Hyperparameters,
@@ -438,6 +438,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         one_of("sample_storage", self.sample_storage, PLACES)
         for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
+        check_last_part(problem, "slice_size", self.slice_size)
         in_range("dual_init", self.dual_init)
         in_range("primal_growth", self.primal_growth or 0.0)
         if not is_number(self.theta_passes) or self.theta_passes <= 0.0:
