@@ -161,7 +161,7 @@ class Parameters:
 
 def flattened(stacks: Iterable[Tensor]) -> Tensor:
     """Return tensors [S, *shape] of the same S joined to one, [S, P]."""
-    return torch.cat([stack.flatten(1) for stack in stacks], 1)
+    return torch.cat([stack[:, None].flatten(1) for stack in stacks], 1)  # a parameter may be a single number
 
 
 class Blocks(Sequence[Block]):

@@ -520,5 +520,5 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[Literal["parameters", "buffe
 
 def _may_be_statistics(buffer: Tensor) -> bool:
     return buffer.layout == torch.strided and (
-        buffer.is_floating_point() or (buffer.ndim == 0 and not buffer.is_complex())
+        buffer.is_floating_point() or (buffer.numel() == 1 and not buffer.is_complex())
     )

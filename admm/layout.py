@@ -53,7 +53,7 @@ class Layout:
     def views(self, kind: Kind, flat: Tensor) -> dict[str, Tensor]:
         """Return views [S, *shape] of a tensor [S, P] or [S, B], by path. Raises RuntimeError where it is short."""
         columns = self.columns(kind)
-        return {path: flat[:, columns[path]].view(-1, *shape) for path, shape in self.shapes[kind].items()}
+        return {path: flat[:, columns[path]].view(len(flat), *shape) for path, shape in self.shapes[kind].items()}
 
     def by_layer(self, tensors: Mapping[Kind, Mapping[str, Tensor]]) -> list[list[ParamDict]]:
         """Return tensors, given by kind and path, by block, layer and name in the layer."""

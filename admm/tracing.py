@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.nn import functional
 from torch.nn.modules import transformer
 
@@ -68,6 +69,11 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta[_LINE] = _user_line(sys._getframe())
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):  # which would become a plain dictionary
+            return self.create_node("call_function", type(a), (), {name: self.create_arg(v) for name, v in a.items()})
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
