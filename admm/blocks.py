@@ -156,7 +156,7 @@ class Parameters:
         """
         sizes = [stack[0].numel() for stack in self.stacks.values()]
         for stack, values in zip(self.stacks.values(), flat.split(sizes, -1), strict=True):
-            stack.copy_(values.reshape(-1, *stack.shape[1:]))
+            stack.copy_(values.reshape(values.shape[:-1] + stack.shape[1:]))
 
 
 def flattened(stacks: Iterable[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -249,7 +250,9 @@ def _watched(network: nn.Module) -> Iterator[_Calls]:
 
         def leave(module: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
             calls.open.pop()
-            calls.returned.append((name, pytree.tree_map_only(Tensor, torch.clone, outputs)))
+            # Of a call by torch.func, such as vmap, nothing is left when that returns.
+            if not any(isinstance(v, Tensor) and is_functorch_wrapped_tensor(v) for v in pytree.tree_leaves(outputs)):
+                calls.returned.append((name, pytree.tree_map_only(Tensor, torch.clone, outputs)))
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     yield calls
@@ -307,7 +310,8 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         if number == len(blocks) and not crossing.has_samples:
             shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
             raise ValueError(
-                f"network: its outputs for {samples} samples are {shapes}; they must have an axis of samples"
+                f"network: its outputs for {samples} samples are {shapes}; they must have an axis of samples, along which "
+                "what all samples share can be expanded"
             )
         if layer is not None:
             before = _random_state(expected.device)

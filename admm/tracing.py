@@ -12,6 +12,7 @@ import pickle
 import random
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
@@ -52,12 +53,18 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # or they would become constants
 
-    def __init__(self, opened: set[str]) -> None:
+    def __init__(self, opened: set[str], inputs: Sequence[str]) -> None:
         # A function that is called with a tensor of the network is a node of the graph: its control flow is not traced.
         super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
         # Types among them, such as Tensor, would no longer be types.
         self._autowrap_function_ids -= {id(v) for v in vars(functional).values() if isinstance(v, type)}
-        self._opened, self._random_states = opened, _random_states()
+        self._opened, self._inputs, self._random_states = opened, inputs, _random_states()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # PyTorch's own looks at the code beneath decorators, and makes a placeholder of each argument.
+        inputs = {name: self.create_proxy("placeholder", name, (), {}) for name in self._inputs}
+        call = inspect.BoundArguments(inspect.signature(self.root.forward), OrderedDict(inputs))
+        return (lambda: self.root.forward(*call.args, **call.kwargs)), []
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call_") and not torch.is_grad_enabled():
@@ -118,30 +125,29 @@ def _parents(name: str) -> Iterator[str]:
 
 def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -> fx.Graph:
     """Return the graph of the network's forward, with the inputs alone as placeholders. Raises ValueError."""
-    arguments = inspect.signature(network.forward).parameters
-    if many := [str(a) for a in arguments.values() if a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]:
+    parameters = inspect.signature(network.forward).parameters.values()
+    arguments = {a.name: a for a in parameters if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)}
+    if not arguments:
         raise ValueError(
-            f"network: its forward takes {many[0]}, and needs a name for each input to be traced; {_WAY_OUT}"
+            f"network: its forward takes {', '.join(map(str, parameters))}, and needs a name for each input to be "
+            f"traced; {_WAY_OUT}"
         )
     if unknown := set(inputs or ()) - set(arguments):
         raise ValueError(f"inputs: {sorted(unknown)} are no arguments of forward, which are {', '.join(arguments)}")
     is_required = {name: a.default is inspect.Parameter.empty for name, a in arguments.items()}
     given = [name for name in arguments if (is_required[name] if inputs is None else name in inputs)]
-    defaults = {name: arguments[name].default for name in arguments if name not in given}
-    if missing := [name for name in defaults if is_required[name]]:
+    if missing := [name for name in arguments if is_required[name] and name not in given]:
         raise ValueError(f"inputs: the network's forward needs {', '.join(missing)}, too")
     other = _in_evaluation(network)
-    graph = _graph_of(network, opened, defaults)
-    _follow_mode(graph, network, _graph_of(other, opened, defaults), other)
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.name not in given and n.target not in given]:
-        _erase(graph, node)
+    graph = _graph_of(network, opened, given)
+    _follow_mode(graph, network, _graph_of(other, opened, given), other)
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # which would make PyTorch register the function by a name it cannot find
     return graph
 
 
-def _graph_of(network: nn.Module, opened: set[str], defaults: dict[str, Any]) -> fx.Graph:
-    """Return the graph of the network's forward in its mode. Raises ValueError."""
+def _graph_of(network: nn.Module, opened: set[str], inputs: Sequence[str]) -> fx.Graph:
+    """Return the graph of the network's forward in its mode, for some of its arguments. Raises ValueError."""
     containers = _containers(network, opened)
     try:
         with ExitStack() as stack:
@@ -152,7 +158,7 @@ def _graph_of(network: nn.Module, opened: set[str], defaults: dict[str, Any]) ->
             stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refuse_autocast))
             # Without it, an encoder of PyTorch's asks for sizes and modes, to choose a path that has no gradients.
             stack.enter_context(mock.patch.object(torch.backends.mha, "get_fastpath_enabled", lambda: False))
-            graph = _Tracer(opened).trace(network, concrete_args=defaults)
+            graph = _Tracer(opened, inputs).trace(network)
     except Exception as error:  # of whatever type it is
         raise ValueError(
             f"network: its forward cannot be traced, {_place(error)}: {type(error).__name__}: {error}; cut where only "
@@ -250,13 +256,6 @@ def _place(error: Exception) -> str:
 
 def _described(line: tuple[str, int]) -> str:
     return f"at {line[0]}:{line[1]}, {linecache.getline(*line).strip()!r}"
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node and all that follows from it, such as the check that an argument has its default."""
-    for user in list(node.users):
-        _erase(graph, user)
-    graph.erase_node(node)
 
 
 def _follow_mode(graph: fx.Graph, network: nn.Module, other_graph: fx.Graph, other: nn.Module) -> None:
