@@ -326,7 +326,7 @@ class Blocks(Sequence[Block]):
         """Return the parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""
         tensors = [self._layout.tensor(network, kind, path).flatten() for path in self._layout.shapes[kind]]
         dtype = common([tensor.dtype for tensor in tensors]) or self.dtype
-        dtype = dtype if kind == "parameters" else wide(dtype)
+        dtype = dtype if kind == "parameters" else torch.promote_types(wide(dtype), self._layout.statistics_dtype)
         return torch.cat([torch.empty(0, dtype=dtype), *(tensor.to(dtype) for tensor in tensors)])
 
     def outputs(self, theta: Parameters, x: Any, visit: Visit) -> Iterator[Tensor]:

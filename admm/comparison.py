@@ -310,8 +310,8 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         if number == len(blocks) and not crossing.has_samples:
             shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
             raise ValueError(
-                f"network: its outputs for {samples} samples are {shapes}; they must have an axis of samples, along which "
-                "what all samples share can be expanded"
+                f"network: its outputs for {samples} samples are {shapes}; they must have an axis of samples, along "
+                "which what all samples share can be expanded"
             )
         if layer is not None:
             before = _random_state(expected.device)

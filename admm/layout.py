@@ -112,7 +112,10 @@ def layout(network: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Layout:
         [[_Entry(kind, name, paths[id(v)], v.dtype) for kind, name, v in layer] for layer in layers] for layers in owned
     ]
     dtype = common(v.dtype for kind, _, v in tensors if kind == "parameters") or torch.get_default_dtype()
-    statistics = wide(common(v.dtype for kind, _, v in tensors if kind == "buffers") or dtype)
+    buffers = [v for kind, _, v in tensors if kind == "buffers"]
+    statistics = wide(common(v.dtype for v in buffers) or dtype)
+    if any(int(v) != int(v.to(statistics)) for v in buffers if not v.is_floating_point()):  # a large number
+        statistics = torch.float64
     return Layout(shapes, shared, shared_buffers, dtype, statistics, entries)
 
 

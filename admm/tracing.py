@@ -106,6 +106,8 @@ def traced_blocks(network: nn.Module, after: Sequence[str], inputs: Sequence[str
     if unknown := [name for name in after if name not in modules or not name]:
         children = ", ".join(name for name, _ in network.named_children())
         raise ValueError(f"after: no module {unknown[0]!r}; the network's children are {children}")
+    first_names = {id(module): name for name, module in reversed(modules.items())}  # by which a trace calls them
+    after = [first_names[id(modules[name])] for name in after]
     graph = _trace(network, {parent for name in after for parent in _parents(name)}, inputs)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     ends = [_end(nodes, name) for name in after]
@@ -156,6 +158,7 @@ def _graph_of(network: nn.Module, opened: set[str], inputs: Sequence[str]) -> fx
                 stack.enter_context(mock.patch.object(owner, name, _as_node(getattr(owner, name))))
             stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _attribute_setter(network)))
             stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refuse_autocast))
+            stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(_function_as_node)))
             # Without it, an encoder of PyTorch's asks for sizes and modes, to choose a path that has no gradients.
             stack.enter_context(mock.patch.object(torch.backends.mha, "get_fastpath_enabled", lambda: False))
             graph = _Tracer(opened, inputs).trace(network)
@@ -230,6 +233,22 @@ def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
         return traced.tracer.create_proxy("call_function", function, args, kwargs)
 
     return called
+
+
+_APPLY: Any = inspect.getattr_static(torch.autograd.Function, "apply")
+
+
+def _function_as_node(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    """Apply a function with a backward of its own, of which a trace would show the forward alone."""
+    return _as_node(_application(function))(*args, **kwargs)
+
+
+@functools.cache
+def _application(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return _APPLY.__get__(None, function)(*args, **kwargs)
+
+    return apply
 
 
 def _stored_functions(network: nn.Module, opened: set[str]) -> list[tuple[nn.Module, str]]:
