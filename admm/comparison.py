@@ -226,9 +226,15 @@ def _set_back(network: nn.Module, former: nn.Module) -> Iterator[tuple[str, Tens
     """Give parameters and buffers their former values, and yield the names and values of those that had others."""
     before = dict([*former.named_parameters(), *former.named_buffers()])
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        if tensor.layout == torch.strided and not torch.equal(tensor, value := before[name].to(tensor)):
+        value = before[name].to(tensor)
+        if tensor.layout == torch.strided and _differ(tensor, value):
             yield name, tensor.detach().clone()
             tensor.data.copy_(value)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a shape differ; NaN is NaN."""
+    return not torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @dataclass
@@ -370,11 +376,10 @@ def _trained(module: nn.Module, value: Any, layer: ModuleLayer, number: int) -> 
         own = {name: p.clone().requires_grad_(is_trained) for name, (p, is_trained) in former.items()}
         places = {name: p.data_ptr() for name, p in own.items()}
         returned = _call(partial(_functional, module, own), value, layer, number)
-        learned.rewritten |= {
-            n for n, p in own.items() if p.data_ptr() != places[n] or not torch.equal(p, former[n][0])
-        }
-        trained = [*filter(_has_gradient, own.values()), *inputs]
-        if called_with(module, own if learned.recomputes else {}, partial(_has_numbers, returned, trained, number)):
+        trained = {name: p for name, p in own.items() if p.requires_grad}
+        learned.rewritten |= {n for n, p in trained.items() if p.data_ptr() != places[n] or _differ(p, former[n][0])}
+        variables = [*trained.values(), *inputs]
+        if called_with(module, own if learned.recomputes else {}, partial(_has_numbers, returned, variables, number)):
             return returned
     raise ValueError(f"network: the gradient of block {number} is NaN, where its outputs are finite")
 

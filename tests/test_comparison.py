@@ -310,12 +310,30 @@ class Hashed(nn.Module):
         return x * ((1 + (x > 0.0).long()) * self.prime % 7)
 
 
+class Unset(nn.Module):
+    """A buffer that is not a number, in two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor
+        self.register_buffer("value", torch.tensor([torch.nan, torch.inf, 0.0, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.value.nan_to_num(posinf=2.0)
+
+
+def unset() -> nn.Sequential:
+    layer = Unset()
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4), layer), layer, nn.Linear(4, 2))
+
+
 class Scaled(nn.Module):
-    """Parameters that are a single number, and none."""
+    """Parameters that are a single number, none, and not a number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.empty = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.zeros(0, 4))
+        self.unused = nn.Parameter(torch.tensor(torch.nan), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.exp() + self.empty.sum()
@@ -330,6 +348,7 @@ TREATED: dict[str, Callable[[], nn.Sequential]] = {
     "activations that are computed once more": lambda: nn.Sequential(Checkpointed(4, 4), Checkpointed(4, 2)),
     "a derivative": lambda: nn.Sequential(nn.Linear(4, 4), Differentiated(4, 4), nn.Linear(4, 2)),
     "whole numbers": lambda: nn.Sequential(nn.Linear(4, 4), Hashed(), nn.Linear(4, 2)),
+    "no number": unset,
     "a single number": lambda: nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Tanh(), nn.Linear(4, 2)),
 }
 
@@ -349,7 +368,8 @@ def test_special_layers_train_as_in_pytorch(make, after):
         nn.functional.cross_entropy(twin(task.x), LABELS).backward()
         reference.step()
     for replica in range(2):
-        torch.testing.assert_close(task.blocks.export(state.theta, replica).state_dict(), dict(twin.state_dict()))
+        exported = task.blocks.export(state.theta, replica).state_dict()
+        torch.testing.assert_close(dict(exported), dict(twin.state_dict()), equal_nan=True)
     assert not isinstance(twin[0], Bounded) or twin[0].weight.abs().max() > 0.99 * twin[0].bound
 
 
@@ -364,7 +384,7 @@ def test_block_methods_train_such_layers(make, optimizer):
     assert last < 0.95 * first
     before = state.theta.flat(), state.theta.buffers.clone()
     method.diagnostics(task, state)
-    assert all(map(torch.equal, before, (state.theta.flat(), state.theta.buffers)))
+    torch.testing.assert_close((state.theta.flat(), state.theta.buffers), before, rtol=0, atol=0, equal_nan=True)
 
 
 class OfTraining(nn.Module):
