@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from admm.checks import has_type
 from admm.crossings import Crossing
 from admm.layers import (
     Execution,
@@ -27,7 +28,7 @@ from admm.layers import (
     check_modules,
     known_layer,
 )
-from admm.layout import Kind, common, layout, restore_frozen_statistics, wide
+from admm.layout import Kind, common, converted, layout, restore_frozen_statistics, wide
 from admm.splitting import Part, Stages, parts_of
 from admm.visits import Visit, evaluation
 
@@ -95,6 +96,12 @@ class Block:
             )
         return gradient
 
+    def share_learned(self, other: Block) -> None:
+        """Share what is known of the modules with another block of the same ones."""
+        for layer, known in zip(self.layers, other.layers, strict=True):
+            if isinstance(layer, ModuleLayer) and isinstance(known, ModuleLayer):
+                layer.learned = known.learned
+
     @property
     def is_autograd(self) -> bool:
         """Whether the record of an evaluation holds an autograd graph, and with it all activations."""
@@ -149,12 +156,12 @@ class Parameters:
         """
         sizes = [stack[0].numel() for stack in self.stacks.values()]
         for stack, values in zip(self.stacks.values(), flat.split(sizes, -1), strict=True):
-            stack.copy_(values.reshape(-1, *stack.shape[1:]))
+            stack.copy_(values.reshape(values.shape[:-1] + stack.shape[1:]))
 
 
 def flattened(stacks: Iterable[Tensor]) -> Tensor:
     """Return tensors [S, *shape] of the same S joined to one, [S, P]."""
-    return torch.cat([stack.flatten(1) for stack in stacks], 1)
+    return torch.cat([stack[:, None].flatten(1) for stack in stacks], 1)  # a parameter may be a single number
 
 
 class Blocks(Sequence[Block]):
@@ -230,15 +237,18 @@ class Blocks(Sequence[Block]):
         return not any(block.is_autograd for block in self)
 
     def with_dtype(self, dtype: torch.dtype) -> Blocks:
-        """Return the blocks of a copy of the network with all its tensors of floating point in this type."""
+        """Return the blocks of a copy of the network with all its tensors of floating point in this type, and complex
+        ones in its complex counterpart."""
         if dtype not in self._in_other_types:
-            blocks = Blocks(copy.deepcopy(self.network).to(dtype), self._cut, self.execution)
+            blocks = Blocks(converted(copy.deepcopy(self.network), dtype), self._cut, self.execution)
             self._in_other_types[dtype], blocks.given = blocks, self
         return self._in_other_types[dtype]
 
     def with_execution(self, execution: Execution) -> Blocks:
         """Return the same blocks, evaluated in another way."""
         blocks = Blocks(self.network, self._cut, execution, self.crossings)
+        for new, old in zip(blocks, self, strict=True):
+            new.share_learned(old)
         if self.given is not self:
             blocks.given = self.given.with_execution(execution)
         return blocks
@@ -316,7 +326,7 @@ class Blocks(Sequence[Block]):
         """Return the parameters [P] or buffers [B] of a network of this architecture, in the blocks' order."""
         tensors = [self._layout.tensor(network, kind, path).flatten() for path in self._layout.shapes[kind]]
         dtype = common([tensor.dtype for tensor in tensors]) or self.dtype
-        dtype = dtype if kind == "parameters" else wide(dtype)
+        dtype = dtype if kind == "parameters" else torch.promote_types(wide(dtype), self._layout.statistics_dtype)
         return torch.cat([torch.empty(0, dtype=dtype), *(tensor.to(dtype) for tensor in tensors)])
 
     def outputs(self, theta: Parameters, x: Any, visit: Visit) -> Iterator[Tensor]:
@@ -338,7 +348,7 @@ class Blocks(Sequence[Block]):
         """Return a copy of the network with the parameters and buffers of one replica, in evaluation mode."""
         network = copy.deepcopy(self.network).eval()
         if theta.dtype != self.dtype:
-            network.to(theta.dtype)
+            converted(network, theta.dtype)
         tensors: dict[Kind, dict[str, Tensor]] = {
             "parameters": theta.stacks,
             "buffers": self._layout.views("buffers", theta.buffers),
@@ -364,6 +374,10 @@ def split(
 
     A copy of the network is cut. Modules of it that are in evaluation mode, while the network is in training mode, stay
     in evaluation mode. Parameters with requires_grad=False stay as they are.
+
+    A tensor without an axis of samples that trained parameters influence, such as a product of weights or the mean of a
+    mini-batch, is part of each sample's coupling variable where it crosses a cut, and the next block gets the mean of
+    it over the samples that are evaluated together (`admm.crossings`).
 
     Args:
         network: any module, of which the forwards that contain a cut are traced (torch.fx); or a list of modules, each
@@ -413,6 +427,8 @@ def split(
     >>> split(Residual(), after=["second"]).names
     (('first', 'second'), ('last',))
     """
+    if execution is not None:
+        has_type("execution", execution, Execution, "admm.layers.Execution(compile=True)")
     own = _own_copy(network)
     names = [after] if isinstance(after, str) else after
     cut = partial(parts_of, after=names, per_layer=per_layer, n_blocks=n_blocks, activation=activation, inputs=inputs)

@@ -14,6 +14,12 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(valid)}")
 
 
+def is_bool(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: {value!r} is neither True nor False")
+
+
 def at_least_one(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a whole number from 1 up."""
     if not is_whole(value, 1):

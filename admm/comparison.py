@@ -6,7 +6,7 @@ import copy
 import pickle
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from admm.blocks import Block, Blocks
+from admm.blocks import Block, Blocks, Parameters
 from admm.crossings import Crossing
-from admm.layers import ModuleLayer, as_arguments, pinned_modules, seeded, set_mode, tensors_of
+from admm.layers import ModuleLayer, as_arguments, called_with, pinned_modules, seeded, set_mode, tensors_of
+from admm.tracing import OF_ITS_OWN
 from admm.visits import Visit
 
 _FEW = 4  # samples, enough to be normalised in training
@@ -82,15 +84,22 @@ def outputs_of(blocks: Blocks, x: Any) -> Tensor:
     if kind not in blocks.compared:
         with seeded(0, leaves[0].device):
             network = _without_zeros(blocks.network)
-            expected = _Evaluation(network, few, training=False)
+            expected, trained = (_Evaluation(network, few, training) for training in (False, True))
+            _check_outputs_alike(expected.outputs, trained.outputs)
+            _check_changes(blocks, expected.changed | trained.changed)
             _learn(blocks, few, expected)
             outputs = _compared(blocks, few, expected)
-            trained = _Evaluation(network, few, training=True)
-            _check_outputs_alike(expected.outputs, trained.outputs)
             _compared(blocks, few, trained)
-            _check_statistics(blocks, trained.moved)
         blocks.compared[kind] = outputs[:0]
     return blocks.compared[kind]
+
+
+def evaluate_one(blocks: Blocks, x: Any) -> None:
+    """Evaluate the network on the first sample of x alone. Raises ValueError where it cannot be trained on one."""
+    network = copy.deepcopy(blocks.network).to(pytree.tree_leaves(x)[0].device)
+    set_mode(network, True, pinned_modules(network))
+    with _watched(network) as calls:
+        _called(network, pytree.tree_map_only(Tensor, lambda v: v[:1], x), calls)
 
 
 def _without_zeros(network: nn.Module) -> nn.Module:
@@ -114,25 +123,26 @@ def _check_outputs_alike(evaluated: Any, trained: Any) -> None:
         )
 
 
-def _check_statistics(blocks: Blocks, moved: set[str]) -> None:
-    """Raise ValueError where buffers that training changes cannot be kept for each replica."""
-    network = blocks.network
-    kept = {name for kind, name, _ in tensors_of(network) if kind == "buffers"}
-    if lost := sorted(moved - kept):
-        buffer = network.get_buffer(lost[0])
-        raise ValueError(
-            f"network: its forward changes the buffer {lost[0]!r} ({buffer.dtype}, {list(buffer.shape)}), and of those "
-            "that change each replica keeps numbers of floating point, and single whole numbers; register it as such"
-        )
-    if shared := sorted(moved & blocks.shared_buffers):
-        raise ValueError(
-            f"network: several blocks change the statistics {shared[0]!r} of one module; give each block a module of "
-            "its own, or cut so that one block makes all its calls"
-        )
+def _check_changes(blocks: Blocks, changed: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where tensors that a forward in training changes cannot be kept for each replica."""
+    kept = {name for _, name, _ in tensors_of(blocks.network)}
+    for name, value in changed.items():
+        if name not in kept:
+            raise ValueError(
+                f"network: its forward changes {name!r} ({value.dtype}, {list(value.shape)}), and of what changes each "
+                "replica keeps trained parameters, buffers of floating point, and those of a single whole number or "
+                "truth value; register it as such"
+            )
+        if name in blocks.shared_buffers | blocks.shared_parameters:
+            raise ValueError(
+                f"network: its forward changes {name!r}, which several blocks use; give each block a module of its "
+                "own, or cut so that one block makes all calls that use it"
+            )
 
 
 class _Evaluation:
-    """Two calls of a copy of a network, as no call has changed it, and what its layers have returned.
+    """Two calls of a copy of a network, as no call has changed it, what its layers have returned, and the parameters
+    and buffers that a call has changed.
 
     Raises ValueError that names the layer which cannot be evaluated, or returns something else in the second call; and
     an attribute that counts the calls, or a parameter that is replaced.
@@ -142,16 +152,16 @@ class _Evaluation:
         self.network, self.training, self.device = network, training, pytree.tree_leaves(x)[0].device
         copied = copy.deepcopy(network).to(self.device)
         set_mode(copied, training, pinned_modules(copied))
-        places = {name: p.data_ptr() for name, p in copied.named_parameters()}
+        parameters = dict(copied.named_parameters())
         others = _other_random_states()
         with _watched(copied) as calls:
             self.outputs = _called(copied, x, calls)
             self.layers, calls.returned = calls.returned, []
-            self.moved = set(_set_back(copied, network))
+            self.changed = dict(_set_back(copied, network))
             former = _attributes(copied)
             again = _called(copied, x, calls)
         self._check_attributes(former, _attributes(copied))
-        if replaced := [name for name, p in copied.named_parameters() if p.data_ptr() != places[name]]:
+        if replaced := [name for name, p in copied.named_parameters() if p is not parameters[name]]:
             raise ValueError(
                 f"network: its forward replaces the parameter {replaced[0]!r}, of which each replica has its own; "
                 "change it in place, by `.data.copy_`"
@@ -212,14 +222,19 @@ def _same_value(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _set_back(network: nn.Module, former: nn.Module) -> Iterator[str]:
-    """Give buffers their former values, and yield the names of those that had others."""
-    for name, buffer in network.named_buffers():
-        if buffer.layout == torch.strided:
-            before = former.get_buffer(name).to(buffer)
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
-                yield name
+def _set_back(network: nn.Module, former: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give parameters and buffers their former values, and yield the names and values of those that had others."""
+    before = dict([*former.named_parameters(), *former.named_buffers()])
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        value = before[name].to(tensor)
+        if tensor.layout == torch.strided and _differ(tensor, value):
+            yield name, tensor.detach().clone()
+            tensor.data.copy_(value)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a shape differ; NaN is NaN."""
+    return not torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @dataclass
@@ -241,7 +256,9 @@ def _watched(network: nn.Module) -> Iterator[_Calls]:
 
         def leave(module: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
             calls.open.pop()
-            calls.returned.append((name, pytree.tree_map_only(Tensor, torch.clone, outputs)))
+            # Of a call by torch.func, such as vmap, nothing is left when that returns.
+            if not any(isinstance(v, Tensor) and is_functorch_wrapped_tensor(v) for v in pytree.tree_leaves(outputs)):
+                calls.returned.append((name, pytree.tree_map_only(Tensor, torch.clone, outputs)))
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     yield calls
@@ -286,12 +303,10 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
                 f"network: block {number}, {names}, takes one tensor with the samples in front, and block {number - 1} "
                 "returns something else"
             )
-        copied, pinned = copy.deepcopy((module, layer.pinned if layer else []))
-        copied.to(expected.device)
         if layer is not None:
-            layer.overwrites_inputs = False
-        set_mode(copied, False, pinned)
-        returned = [_call(copied, value, layer, number) for value in values]
+            layer.learned.overwrites_inputs = False
+        evaluated = _copied(module, layer, False, expected.device)
+        returned = [_call(evaluated, value, layer, number) for value in values]
         is_trained = is_trained or any(p.requires_grad for p in module.parameters())
         by_gradient = number < len(blocks) and (not is_trained or _hands_on_arguments(block))
         is_variable = _has_gradient if by_gradient else _is_floating
@@ -301,23 +316,26 @@ def _learn(blocks: Blocks, x: Any, expected: _Evaluation) -> None:
         if number == len(blocks) and not crossing.has_samples:
             shapes = pytree.tree_map_only(Tensor, lambda v: list(v.shape), returned[0])
             raise ValueError(
-                f"network: its outputs for {samples} samples are {shapes}; they must have an axis of samples"
+                f"network: its outputs for {samples} samples are {shapes}; they must have an axis of samples, along "
+                "which what all samples share can be expanded"
             )
         if layer is not None:
             before = _random_state(expected.device)
-            set_mode(copied, True, pinned)
-            own = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in copied.named_parameters()}
-            for parameter in copied.parameters():
-                parameter.data.fill_(torch.nan if parameter.is_floating_point() else 0)
-            trained = _call(partial(_functional, copied, own), values[0], layer, number)
-            layer.is_random = not torch.equal(before, _random_state(expected.device))
-            _check_gradient(trained, own.values(), number)
+            trained = _trained(_copied(module, layer, True, expected.device), values[0], layer, number)
+            layer.learned.is_random = not torch.equal(before, _random_state(expected.device))
             if number < len(blocks) and not crossing.fits(trained, is_variable):
                 raise ValueError(
                     f"network: block {number} hands on other values in training mode than in evaluation mode, or some "
                     "with a gradient in one of the modes alone; let it return the same in both"
                 )
         values = [_handed_on(crossing, value, samples - i) for i, value in enumerate(returned)]
+
+
+def _copied(module: nn.Module, layer: ModuleLayer | None, training: bool, device: torch.device) -> nn.Module:
+    """Return a copy of a block's module in a mode, on a device."""
+    copied, pinned = copy.deepcopy((module, layer.pinned if layer else []))
+    set_mode(copied, training, pinned)
+    return copied.to(device)
 
 
 def _call(module: Callable[..., Any], value: Any, layer: ModuleLayer | None, number: int) -> Any:
@@ -339,31 +357,47 @@ def _call(module: Callable[..., Any], value: Any, layer: ModuleLayer | None, num
                 f"{_INPUTS if number == 1 and isinstance(error, TypeError) else ''}"
             ) from error
     if layer is not None:
-        layer.overwrites_inputs |= [v._version for v in tensors] != versions
+        layer.learned.overwrites_inputs |= [v._version for v in tensors] != versions
     return returned if layer is not None and layer.hands_on_arguments else (returned,)
+
+
+def _trained(module: nn.Module, value: Any, layer: ModuleLayer, number: int) -> Any:
+    """Return what a block's module returns in training, and note which parameters it changes itself, and whether its
+    gradient evaluates parts of it once more, with the module's parameters where these are no longer the replica's.
+
+    Raises ValueError where it has no gradient.
+    """
+    former = {name: (p.detach().clone(), p.requires_grad) for name, p in module.named_parameters()}
+    inputs = [*filter(_has_gradient, pytree.tree_leaves(value))]
+    for parameter in module.parameters():
+        parameter.data.fill_(torch.nan if parameter.is_floating_point() else 0)
+    learned = layer.learned
+    for learned.recomputes in (False, True):
+        own = {name: p.clone().requires_grad_(is_trained) for name, (p, is_trained) in former.items()}
+        places = {name: p.data_ptr() for name, p in own.items()}
+        returned = _call(partial(_functional, module, own), value, layer, number)
+        trained = {name: p for name, p in own.items() if p.requires_grad}
+        learned.rewritten |= {n for n, p in trained.items() if p.data_ptr() != places[n] or _differ(p, former[n][0])}
+        variables = [*trained.values(), *inputs]
+        if called_with(module, own if learned.recomputes else {}, partial(_has_numbers, returned, variables, number)):
+            return returned
+    raise ValueError(f"network: the gradient of block {number} is NaN, where its outputs are finite")
 
 
 def _functional(module: nn.Module, parameters: dict[str, Tensor], *positional: Any, **keyword: Any) -> Any:
     return functional_call(module, parameters, positional, keyword)
 
 
-def _check_gradient(returned: Any, parameters: Iterable[Tensor], number: int) -> None:
-    """Raise ValueError unless what a block has returned has a gradient by the parameters that it was evaluated with,
-    where those of its module are NaN."""
-    outputs = [v for v in pytree.tree_leaves(returned) if _has_gradient(v)]
-    trained = [p for p in parameters if p.requires_grad]
+def _has_numbers(returned: Any, trained: list[Tensor], number: int) -> bool:
+    """Whether the gradient of what a block has returned is not NaN where that is finite. Raises ValueError without."""
+    outputs = [*filter(_has_gradient, pytree.tree_leaves(returned))]
     if not outputs or not trained:
-        return
+        return True
     try:
         found = torch.autograd.grad(outputs, trained, list(map(torch.ones_like, outputs)), allow_unused=True)
     except Exception as error:  # of whatever type it is
         raise ValueError(f"network: block {number} has no gradient: {type(error).__name__}: {error}") from error
-    if all(v.isfinite().all() for v in outputs) and any(v.isnan().any() for v in found if v is not None):
-        raise ValueError(
-            f"network: the gradient of block {number} is NaN, or has other parameters than the outputs, as where "
-            "torch.utils.checkpoint evaluates a module once more; evaluate it without (the blocks have "
-            "Execution(recompute=True) of their own)"
-        )
+    return not (all(v.isfinite().all() for v in outputs) and any(v.isnan().any() for v in found if v is not None))
 
 
 def _check_constants(outputs: Any, of_fewer: Any) -> None:
@@ -403,7 +437,8 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
-    """Return the outputs of the last block. Raises ValueError unless they are the network's, with one row per sample.
+    """Return the outputs of the last block. Raises ValueError unless they are the network's, with one row per sample,
+    and in training mode its parameters and buffers become the network's.
 
     Functions are not compiled, which would be for this number of samples.
     """
@@ -416,13 +451,16 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
     theta, visit = eager.parameters(flat, buffers), Visit([None], training=expected.training)
     stacked = pytree.tree_map_only(Tensor, lambda v: v[None], x)
     calls = Counter(name for name, _ in expected.layers)
-    layers = {name: outputs for name, outputs in expected.layers if calls[name] == 1}
+    returned = {name: outputs for name, outputs in expected.layers if calls[name] == 1}
     with seeded(0, expected.device):
-        for number, z in enumerate(eager.outputs(theta, stacked, visit), start=1):
+        outputs = _steps(eager, theta, stacked, visit) if expected.training else eager.outputs(theta, stacked, visit)
+        for number, z in enumerate(outputs, start=1):
             crossing, names = eager.crossings[number - 1], eager.names[number - 1]
             is_last = number == len(eager)
             is_chain = len(eager.names) > 1 and not _hands_on_arguments(eager[number - 1])
-            wanted = expected.outputs if is_last else layers.get(names[-1]) if is_chain and crossing.is_plain else None
+            wanted = (
+                expected.outputs if is_last else returned.get(names[-1]) if is_chain and crossing.is_plain else None
+            )
             found = crossing.outputs(z[0])[0] if is_last else z[0]
             if wanted is not None and not _same(wanted, found):
                 raise ValueError(
@@ -430,7 +468,30 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
                     "layers of the network; a hook, a subclass, a forward that asks for types or numbers of samples, "
                     "or a change in place of what crosses the cut under two names makes a difference"
                 )
+    layers = [layer for block in eager for layer in block.layers if isinstance(layer, ModuleLayer)]
+    if expected.training and not any(layer.learned.recomputes for layer in layers):  # statistics may change once more
+        _check_changed(eager.export(theta), expected)
     return z[0]
+
+
+def _steps(blocks: Blocks, theta: Parameters, z: Any, visit: Visit) -> Iterator[Tensor]:
+    """Yield the output of each block, as `Blocks.outputs` does, after the changes of a step whose gradient is 0."""
+    for block, views, gradient in zip(blocks, theta.blocks, blocks.gradient(), strict=True):
+        z, record = block.linearize(views, z, visit)
+        block.vjp(views, record, torch.zeros_like(z), gradient, needs_input_grad=False)
+        yield z
+
+
+def _check_changed(ours: nn.Module, expected: _Evaluation) -> None:
+    """Raise ValueError unless a step has changed the blocks' tensors as a call in training has the network's."""
+    found = dict([*ours.named_parameters(), *ours.named_buffers()])
+    for name, former in [*expected.network.named_parameters(), *expected.network.named_buffers()]:
+        wanted = expected.changed.get(name, former).detach()
+        if wanted.layout == torch.strided and not _same(wanted, found[name].detach().to(wanted)):
+            raise ValueError(
+                f"network: in training mode its forward leaves other values in {name!r} than the blocks do; where the "
+                f"line that changes it is traced, {OF_ITS_OWN}"
+            )
 
 
 def _random_state(device: torch.device) -> Tensor:

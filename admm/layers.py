@@ -7,17 +7,18 @@ one per replica, [S, *shape].
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from admm.checks import one_of
+from admm.checks import is_bool, one_of
 from admm.crossings import Crossing, Rest
 from admm.visits import Visit
 
@@ -25,6 +26,7 @@ from admm.visits import Visit
 _NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler")
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 ParamDict = dict[str, Tensor]  # a layer's parameters and buffers, each [S, *shape]
+ReturnT = TypeVar("ReturnT")
 
 
 class Layer(ABC):
@@ -159,7 +161,7 @@ class Execution:
             gradient, instead of storing its activations while those of the other blocks are in use.
 
     Raises:
-        ValueError: for another precision. `Blocks` raises it for bf16 or compile without such a block.
+        ValueError: for another value of an option. `Blocks` raises it for bf16 or compile without such a block.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -171,6 +173,26 @@ class Execution:
         one_of("precision", self.precision, ("fp32", "bf16"))
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"compile: {self.compile!r} is not one of False, True, auto")
+        is_bool("channels_last", self.channels_last)
+        is_bool("recompute", self.recompute)
+
+
+@dataclass
+class Learned:
+    """What a block's module does besides computing its output, when `admm.comparison` has seen it.
+
+    Attributes:
+        overwrites_inputs: whether it changes its arguments in place, so that it gets copies.
+        is_random: whether it draws random numbers in training.
+        rewritten: names of trained parameters that it changes itself in training, as layers do that start from their
+            first samples, or bound a norm; these change as buffers do.
+        recomputes: whether its backward pass evaluates parts once more, as with torch.utils.checkpoint.
+    """
+
+    overwrites_inputs: bool = True
+    is_random: bool = True
+    rewritten: frozenset[str] = frozenset()
+    recomputes: bool = False
 
 
 class ModuleLayer(Layer):
@@ -189,8 +211,7 @@ class ModuleLayer(Layer):
 
     Attributes:
         pinned: modules that are in evaluation mode while the network is in training mode; they stay there.
-        overwrites_inputs: whether the module changes its arguments in place, so that it gets copies.
-        is_random: whether it draws random numbers in training.
+        learned: what the module does besides computing its output.
     """
 
     def __init__(
@@ -206,7 +227,7 @@ class ModuleLayer(Layer):
         self.module, self.execution, self.number = module, execution, number
         self.before, self.after = before or Crossing(), after or Crossing()
         self.hands_on_arguments, self.casts = hands_on_arguments, casts or {}
-        self.overwrites_inputs, self.is_random = True, True  # until `admm.comparison` has seen what it does
+        self.learned = Learned()
         # fullgraph: what cannot be compiled is an error.
         self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile is True else self._evaluate
         self._settings = _compiler_settings if execution.compile is True else nullcontext
@@ -241,28 +262,28 @@ class ModuleLayer(Layer):
         names = [name for name in theta if name in self._parameter_names] if grad_params is not None else []
         for s, (views, x, output) in enumerate(saved):
             inputs = [views[name] for name in names] + ([x] if needs_input_grad else [])
-            gradients = self._gradients(output, inputs, grad_output[s], retain_graph)
+            gradients = self._gradients(views, output, inputs, grad_output[s], retain_graph)
             if needs_input_grad:
                 grad_x.append(gradients.pop())
             replicas.append([g.to_dense() if g.is_sparse else g for g in gradients])
             if grad_params is not None:
-                for name in theta.keys() - self._parameter_names:
-                    theta[name][s].copy_(views[name])
+                for name in theta.keys() - self._parameter_names | self.learned.rewritten:
+                    theta[name][s].copy_(views[name].detach())
         if grad_params is not None:
             for name, gradients in zip(names, map(list, zip(*replicas, strict=True)), strict=True):
                 grad_params[name] = _stack(gradients).to(theta[name].dtype)
         return _stack(grad_x) if needs_input_grad else None
 
     def _gradients(
-        self, output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor, retain_graph: bool
+        self, views: ParamDict, output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor, retain_graph: bool
     ) -> list[Tensor]:
         if not inputs or not output.requires_grad:  # no trained parameter before the output
             return [torch.zeros_like(v) for v in inputs]
+        gradient = partial(
+            torch.autograd.grad, output, inputs, grad_output, retain_graph=retain_graph, materialize_grads=True
+        )
         with self._settings():
-            gradients = torch.autograd.grad(
-                output, inputs, grad_output, retain_graph=retain_graph, materialize_grads=True
-            )
-        return list(gradients)
+            return list(called_with(self.module, views, gradient) if self.learned.recomputes else gradient())
 
     def _evaluation(self, theta: ParamDict, x: Any, s: int, visit: Visit) -> tuple[ParamDict, Any, Tensor, Rest]:
         """Return the tensors of replica s and its input, both with derivatives where autograd is on, its output
@@ -274,7 +295,7 @@ class ModuleLayer(Layer):
             if isinstance(z, Tensor) and z.is_floating_point():
                 z.requires_grad_()
         arguments = self._arguments(z, s, visit)
-        seed = visit.draws(s, self.number) if self.is_random else None
+        seed = visit.draws(s, self.number) if self.learned.is_random else None
         with nullcontext() if seed is None else seeded(seed, _device_of(x)):
             value = self._call(views, *arguments)
         if not self.hands_on_arguments:
@@ -286,7 +307,7 @@ class ModuleLayer(Layer):
         if self.number > 1:
             no_rest: Rest = ([], [])
             z = self.before.unpack(z, no_rest if self.before.is_plain else visit.carried[self.number - 1][s])
-        if self.overwrites_inputs:
+        if self.learned.overwrites_inputs:
             z = pytree.tree_map_only(Tensor, torch.clone, z)
         return as_arguments(z, self.number)
 
@@ -302,7 +323,9 @@ class ModuleLayer(Layer):
         views = dict(self._shared_on(device, theta))
         for name, stack in theta.items():
             is_parameter, dtype = name in self._parameter_names, self.casts.get(name, stack.dtype)
-            views[name] = stack[s].detach().to(dtype, copy=not is_parameter)
+            is_copied = not is_parameter or name in self.learned.rewritten
+            # `detach` would share a count of changes with the other replicas, by which autograd finds those in place.
+            views[name] = stack[s].data.to(dtype, copy=is_copied)
         return views
 
     def _set_mode(self, training: bool) -> None:
@@ -380,6 +403,22 @@ def set_mode(module: nn.Module, training: bool, pinned: Sequence[nn.Module]) -> 
 def pinned_modules(module: nn.Module) -> list[nn.Module]:
     """Return the modules that are in evaluation mode, if a network is in training mode."""
     return [inner for inner in module.modules() if module.training and not inner.training]
+
+
+def called_with(module: nn.Module, tensors: ParamDict, function: Callable[[], ReturnT]) -> ReturnT:
+    """Return what a function returns that is called while a module has other parameters and buffers."""
+    named = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    result: ReturnT = functional_call(_Holder(module), named, (function,))
+    return result
+
+
+class _Holder(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], ReturnT]) -> ReturnT:
+        return function()
 
 
 @contextmanager
@@ -472,8 +511,8 @@ def check_modules(network: nn.Module) -> None:
 def tensors_of(module: nn.Module) -> Iterator[tuple[Literal["parameters", "buffers"], str, Tensor]]:
     """Yield the kind, the name and the value of each tensor that every replica has a copy of.
 
-    These are the trained parameters, and the buffers that may be statistics: those of floating point, and counters,
-    which are single integers.
+    These are the trained parameters, and the buffers that may be statistics: those of floating point, and counters and
+    marks, which are single whole numbers and truth values.
     """
     yield from (("parameters", name, p) for name, p in module.named_parameters() if p.requires_grad)
     yield from (("buffers", name, b) for name, b in module.named_buffers() if _may_be_statistics(b))
@@ -481,5 +520,5 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[Literal["parameters", "buffe
 
 def _may_be_statistics(buffer: Tensor) -> bool:
     return buffer.layout == torch.strided and (
-        buffer.is_floating_point() or (buffer.ndim == 0 and buffer.dtype != torch.bool)
+        buffer.is_floating_point() or (buffer.numel() == 1 and not buffer.is_complex())
     )

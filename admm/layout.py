@@ -53,7 +53,7 @@ class Layout:
     def views(self, kind: Kind, flat: Tensor) -> dict[str, Tensor]:
         """Return views [S, *shape] of a tensor [S, P] or [S, B], by path. Raises RuntimeError where it is short."""
         columns = self.columns(kind)
-        return {path: flat[:, columns[path]].view(-1, *shape) for path, shape in self.shapes[kind].items()}
+        return {path: flat[:, columns[path]].view(len(flat), *shape) for path, shape in self.shapes[kind].items()}
 
     def by_layer(self, tensors: Mapping[Kind, Mapping[str, Tensor]]) -> list[list[ParamDict]]:
         """Return tensors, given by kind and path, by block, layer and name in the layer."""
@@ -112,7 +112,10 @@ def layout(network: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Layout:
         [[_Entry(kind, name, paths[id(v)], v.dtype) for kind, name, v in layer] for layer in layers] for layers in owned
     ]
     dtype = common(v.dtype for kind, _, v in tensors if kind == "parameters") or torch.get_default_dtype()
-    statistics = wide(common(v.dtype for kind, _, v in tensors if kind == "buffers") or dtype)
+    buffers = [v for kind, _, v in tensors if kind == "buffers"]
+    statistics = wide(common(v.dtype for v in buffers) or dtype)
+    if any(int(v) != int(v.to(statistics)) for v in buffers if not v.is_floating_point()):  # a large number
+        statistics = torch.float64
     return Layout(shapes, shared, shared_buffers, dtype, statistics, entries)
 
 
@@ -125,6 +128,17 @@ def common(types: Iterable[torch.dtype]) -> torch.dtype | None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return a type for statistics, which holds counters, too: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give a network's tensors of floating point a type, and complex ones its complex counterpart; return it.
+
+    (`network.to(dtype)` would drop the imaginary part of complex ones.)
+    """
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return network
 
 
 def restore_frozen_statistics(network: nn.Module, former: nn.Module) -> None:

@@ -303,6 +303,14 @@ class Items:
             ) from error
 
 
+def _stream_device(device: Any) -> torch.device:
+    """Return a device; None is that on which PyTorch makes tensors. Raises ValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:  # without CUDA, PyTorch fails an assertion
+        raise ValueError(f"stream_to: {device!r} is no device of PyTorch's: {error}") from None
+
+
 def as_samples(x: Any, y: Any, weights: Any = None, device: str | torch.device | None = None) -> Tensors | Stream:
     """Return the samples of what a caller has.
 
@@ -320,7 +328,7 @@ def as_samples(x: Any, y: Any, weights: Any = None, device: str | torch.device |
         raise ValueError(f"y: the items of {type(x).__name__} are pairs of inputs and targets already; take y=None")
     if y is None:
         return _of_items(x, weights, device)
-    place = _device(x) if device is None else torch.empty(0, device=device).device
+    place = _device(x) if device is None else _stream_device(device)
     x, y = as_tree("x", x, place), as_tree("y", y, place)
     n = _length(x, y)
     elsewhere = [(name, leaf) for name, leaf in [*_named("x", x), *_named("y", y)] if _is_elsewhere(leaf, place)]
@@ -426,7 +434,7 @@ def _of_items(x: Any, weights: Any, device: str | torch.device | None) -> Stream
         _check_sampling(x)
     if weights is not None:
         weights = as_weights(weights, len(dataset)).cpu()
-    samples = Stream(Items(dataset, join, weights), torch.empty(0, device=device).device, loading=loading)
+    samples = Stream(Items(dataset, join, weights), _stream_device(device), loading=loading)
     _ = samples.examples  # which are read, and so checked
     return samples
 

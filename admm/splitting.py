@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from admm.checks import one_of
+from admm.checks import is_bool, one_of
 from admm.layers import has_hooks, known_layer
+from admm.numbers import is_whole
 from admm.tracing import traced_blocks
 
 
@@ -80,10 +81,11 @@ def parts_of(
             raise ValueError("split: a list of modules is cut between these; give no after, per_layer or n_blocks")
         last, stages = len(network) - 1, enumerate(network)  # named_children leaves out a module that occurs again
         return [Part((str(k),), stage, hands_on_arguments=k != last) for k, stage in stages]
+    is_bool("per_layer", per_layer)
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=True, n_blocks=T")
-    if after is not None and not all(isinstance(name, str) for name in after):
-        raise ValueError(f"after: {list(after)} are not all names of modules, which are text")
+    if after is not None and not (isinstance(after, Sequence) and all(isinstance(name, str) for name in after)):
+        raise ValueError(f"after: {after!r} is neither a name of a module, which is text, nor a list of these")
     one_of("activation", "end" if activation is None else activation, ("end", "start"))
     if after is not None and activation is not None:
         raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")
@@ -146,7 +148,7 @@ def _even_boundaries(network: nn.Module, names: list[str], n_blocks: int | None,
     modules = modules_by_name(network)
     trainable = [i for i, name in enumerate(names) if next(modules[name].parameters(), None) is not None]
     n_blocks = len(trainable) if n_blocks is None else n_blocks
-    if not 1 <= n_blocks <= len(trainable):
-        raise ValueError(f"n_blocks: {n_blocks} is not between 1 and {len(trainable)}, the layers with parameters")
+    if not is_whole(n_blocks, 1) or n_blocks > len(trainable):
+        raise ValueError(f"n_blocks: {n_blocks!r} is not between 1 and {len(trainable)}, the layers with parameters")
     firsts = [math.ceil(k * len(trainable) / n_blocks) for k in range(1, n_blocks)]
     return [trainable[k] if activation == "end" else trainable[k - 1] + 1 for k in firsts]

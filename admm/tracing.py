@@ -12,6 +12,7 @@ import pickle
 import random
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
@@ -23,6 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.nn import functional
 from torch.nn.modules import transformer
 
@@ -37,7 +39,7 @@ _WAY_OUT = (
     "give the network's parts as a list of modules instead, split([first, second, …]), each of which gets what the one "
     "before returns"
 )
-_OF_ITS_OWN = f"put such lines into a module of their own, which is called as it is, or {_WAY_OUT}"
+OF_ITS_OWN = f"put such lines into a module of their own, which is called as it is, or {_WAY_OUT}"
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 _LINE = "line"  # of a node's metadata: the file and the number of the line that it comes from
 _CONSTANT = "_tensor_constant"  # the beginning of the names that PyTorch's tracer gives to constants
@@ -51,12 +53,18 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # or they would become constants
 
-    def __init__(self, opened: set[str]) -> None:
+    def __init__(self, opened: set[str], inputs: Sequence[str]) -> None:
         # A function that is called with a tensor of the network is a node of the graph: its control flow is not traced.
         super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
         # Types among them, such as Tensor, would no longer be types.
         self._autowrap_function_ids -= {id(v) for v in vars(functional).values() if isinstance(v, type)}
-        self._opened, self._random_states = opened, _random_states()
+        self._opened, self._inputs, self._random_states = opened, inputs, _random_states()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # PyTorch's own looks at the code beneath decorators, and makes a placeholder of each argument.
+        inputs = {name: self.create_proxy("placeholder", name, (), {}) for name in self._inputs}
+        call = inspect.BoundArguments(inspect.signature(self.root.forward), OrderedDict(inputs))
+        return (lambda: self.root.forward(*call.args, **call.kwargs)), []
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call_") and not torch.is_grad_enabled():
@@ -68,6 +76,11 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta[_LINE] = _user_line(sys._getframe())
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):  # which would become a plain dictionary
+            return self.create_node("call_function", type(a), (), {name: self.create_arg(v) for name, v in a.items()})
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
@@ -93,6 +106,8 @@ def traced_blocks(network: nn.Module, after: Sequence[str], inputs: Sequence[str
     if unknown := [name for name in after if name not in modules or not name]:
         children = ", ".join(name for name, _ in network.named_children())
         raise ValueError(f"after: no module {unknown[0]!r}; the network's children are {children}")
+    first_names = {id(module): name for name, module in reversed(modules.items())}  # by which a trace calls them
+    after = [first_names[id(modules[name])] for name in after]
     graph = _trace(network, {parent for name in after for parent in _parents(name)}, inputs)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     ends = [_end(nodes, name) for name in after]
@@ -112,30 +127,29 @@ def _parents(name: str) -> Iterator[str]:
 
 def _trace(network: nn.Module, opened: set[str], inputs: Sequence[str] | None) -> fx.Graph:
     """Return the graph of the network's forward, with the inputs alone as placeholders. Raises ValueError."""
-    arguments = inspect.signature(network.forward).parameters
-    if many := [str(a) for a in arguments.values() if a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]:
+    parameters = inspect.signature(network.forward).parameters.values()
+    arguments = {a.name: a for a in parameters if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)}
+    if not arguments:
         raise ValueError(
-            f"network: its forward takes {many[0]}, and needs a name for each input to be traced; {_WAY_OUT}"
+            f"network: its forward takes {', '.join(map(str, parameters))}, and needs a name for each input to be "
+            f"traced; {_WAY_OUT}"
         )
     if unknown := set(inputs or ()) - set(arguments):
         raise ValueError(f"inputs: {sorted(unknown)} are no arguments of forward, which are {', '.join(arguments)}")
     is_required = {name: a.default is inspect.Parameter.empty for name, a in arguments.items()}
     given = [name for name in arguments if (is_required[name] if inputs is None else name in inputs)]
-    defaults = {name: arguments[name].default for name in arguments if name not in given}
-    if missing := [name for name in defaults if is_required[name]]:
+    if missing := [name for name in arguments if is_required[name] and name not in given]:
         raise ValueError(f"inputs: the network's forward needs {', '.join(missing)}, too")
     other = _in_evaluation(network)
-    graph = _graph_of(network, opened, defaults)
-    _follow_mode(graph, network, _graph_of(other, opened, defaults), other)
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.name not in given and n.target not in given]:
-        _erase(graph, node)
+    graph = _graph_of(network, opened, given)
+    _follow_mode(graph, network, _graph_of(other, opened, given), other)
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # which would make PyTorch register the function by a name it cannot find
     return graph
 
 
-def _graph_of(network: nn.Module, opened: set[str], defaults: dict[str, Any]) -> fx.Graph:
-    """Return the graph of the network's forward in its mode. Raises ValueError."""
+def _graph_of(network: nn.Module, opened: set[str], inputs: Sequence[str]) -> fx.Graph:
+    """Return the graph of the network's forward in its mode, for some of its arguments. Raises ValueError."""
     containers = _containers(network, opened)
     try:
         with ExitStack() as stack:
@@ -144,17 +158,18 @@ def _graph_of(network: nn.Module, opened: set[str], defaults: dict[str, Any]) ->
                 stack.enter_context(mock.patch.object(owner, name, _as_node(getattr(owner, name))))
             stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _attribute_setter(network)))
             stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refuse_autocast))
+            stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(_function_as_node)))
             # Without it, an encoder of PyTorch's asks for sizes and modes, to choose a path that has no gradients.
             stack.enter_context(mock.patch.object(torch.backends.mha, "get_fastpath_enabled", lambda: False))
-            graph = _Tracer(opened).trace(network, concrete_args=defaults)
+            graph = _Tracer(opened, inputs).trace(network)
     except Exception as error:  # of whatever type it is
         raise ValueError(
             f"network: its forward cannot be traced, {_place(error)}: {type(error).__name__}: {error}; cut where only "
-            f"simpler forwards contain the cut, {_OF_ITS_OWN}"
+            f"simpler forwards contain the cut, {OF_ITS_OWN}"
         ) from error
     for name, before in containers.items():
         if _identities(before) != _identities(operator.attrgetter(name)(network)):
-            raise ValueError(f"network: its forward changes {name}, which a trace does not repeat; {_OF_ITS_OWN}")
+            raise ValueError(f"network: its forward changes {name}, which a trace does not repeat; {OF_ITS_OWN}")
     return graph
 
 
@@ -220,6 +235,22 @@ def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+_APPLY: Any = inspect.getattr_static(torch.autograd.Function, "apply")
+
+
+def _function_as_node(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    """Apply a function with a backward of its own, of which a trace would show the forward alone."""
+    return _as_node(_application(function))(*args, **kwargs)
+
+
+@functools.cache
+def _application(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return _APPLY.__get__(None, function)(*args, **kwargs)
+
+    return apply
+
+
 def _stored_functions(network: nn.Module, opened: set[str]) -> list[tuple[nn.Module, str]]:
     """Return the traced modules' attributes that are functions of PyTorch's."""
     modules = [network.get_submodule(path) for path in opened]
@@ -246,13 +277,6 @@ def _described(line: tuple[str, int]) -> str:
     return f"at {line[0]}:{line[1]}, {linecache.getline(*line).strip()!r}"
 
 
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node and all that follows from it, such as the check that an argument has its default."""
-    for user in list(node.users):
-        _erase(graph, user)
-    graph.erase_node(node)
-
-
 def _follow_mode(graph: fx.Graph, network: nn.Module, other_graph: fx.Graph, other: nn.Module) -> None:
     """Let arguments that the trace of a network in evaluation mode has otherwise follow the mode of the block.
 
@@ -265,7 +289,7 @@ def _follow_mode(graph: fx.Graph, network: nn.Module, other_graph: fx.Graph, oth
             where = _described(min(lines)) if lines else "where it returns"
             raise ValueError(
                 f"network: its forward does something else in evaluation mode, {where}, and a trace is of one mode; "
-                f"{_OF_ITS_OWN}"
+                f"{OF_ITS_OWN}"
             )
         twins[twin] = node
         leaves = iter([twins.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in _leaves(twin)])

@@ -51,14 +51,3 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
             raise BadInput(with_key_path(str(cause), config, target[1] if target else group)) from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
         raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error
-
-
-@contextmanager
-def one_sample_in_words() -> Iterator[None]:
-    """Turn PyTorch's error for batch normalisation of a single value into BadInput, which names the keys."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise BadInput(f"optimizer.batch_size, or slice_size, leaves one sample alone. {error}") from error

@@ -26,7 +26,7 @@ from admm.layers import Execution
 from admm.losses import one_hot
 from admm.optimizers import Optimizer, Problem, State
 from admm.training import train
-from experiments.errors import one_sample_in_words, user_errors
+from experiments.errors import user_errors
 from experiments.jobs import Job, first_few
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.progress import RunProgress
@@ -45,12 +45,12 @@ def train_or_resume(
 
     test, options: as `admm.training.train` takes them. Raises BadInput, and what `train` does.
     """
-    with user_errors(config, "optimizer"), one_sample_in_words():
+    with user_errors(config, "optimizer"):
         optimizer = instantiate(config.optimizer, _convert_="all")
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: {job.info['method']} trains nothing; it is for experiment=lfw_proxy")
         state = optimizer.init(problem, job.info["seeds"])
-    with one_sample_in_words(), observer.watch(config, job) as callback:
+    with observer.watch(config, job) as callback:
         history = train(
             problem,
             optimizer,

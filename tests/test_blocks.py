@@ -426,6 +426,12 @@ def test_a_name_that_is_a_prefix_of_another_is_not_confused_with_it():
         ({}, "exactly one"),
         ({"n_blocks": 0}, "n_blocks: 0 is not between 1 and 3"),
         ({"n_blocks": 4}, "n_blocks: 4 is not between 1 and 3"),
+        ({"n_blocks": "2"}, "n_blocks: '2' is not between 1 and 3"),
+        ({"n_blocks": 2.0}, "n_blocks: 2.0 is not between 1 and 3"),
+        ({"per_layer": "yes"}, "per_layer: 'yes' is neither True nor False"),
+        ({"after": 1}, "after: 1 is neither a name of a module, which is text, nor a list of these"),
+        ({"after": {"fc1"}}, "after: {'fc1'} is neither"),
+        ({"after": "fc1", "execution": "bf16"}, "execution: 'bf16' is no Execution, such as"),
         (
             {"per_layer": True, "activation": "middle"},
             "activation: 'middle' is not one of end, start",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from admm import comparison
 from admm.blocks import split
 from admm.losses import CrossEntropy, SquaredError
-from admm.models import initialiser
-from admm.optimizers import SGD, Backprop, Problem
+from admm.models import as_given, initialiser
+from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem
+from admm.training import train
 
 LABELS = torch.arange(6) % 2
 
@@ -193,19 +195,204 @@ class Averaging(nn.Module):
 
 class Normalised(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        self.weight.data = nn.functional.normalize(self.weight.data)
+        self.weight = nn.Parameter(nn.functional.normalize(self.weight.data))
         return super().forward(x)
 
 
 class Checkpointed(nn.Linear):
     """Its backward pass evaluates `inner` once more, when the replica's parameters have gone."""
 
+    def __init__(self, before: int, after: int, use_reentrant: bool = False) -> None:
+        super().__init__(before, after)
+        self.norm, self.use_reentrant = nn.BatchNorm1d(after), use_reentrant
+
     def inner(self, x: Tensor) -> Tensor:
-        return super().forward(x).tanh()
+        return self.norm(super().forward(x)).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        outputs: Tensor = checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
         return outputs
+
+
+class Following(nn.Linear):
+    """A frozen parameter follows the trained one."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.teacher = nn.Parameter(torch.zeros(after, before), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.teacher.data.lerp_(self.weight.data, 0.1)
+        return super().forward(x) + x @ self.teacher.T
+
+
+class Counted(nn.Module):
+    """A count before the cut, and a use of it behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1.0)
+        return self.last(self.first(x) * self.calls)
+
+
+class CountedByData(Counted):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.data += 1.0
+        return self.last(self.first(x))
+
+
+class ActNorm(nn.Module):
+    """Parameters that the first samples in training set (Kingma & Dhariwal 2018, Glow)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.ones(features))
+        self.is_set: Tensor
+        self.register_buffer("is_set", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.is_set:
+            with torch.no_grad():
+                self.shift.copy_(-x.mean(0))
+                self.scale.copy_(1.0 / x.std(0))
+                self.is_set.fill_(True)
+        return (x + self.shift) * self.scale
+
+
+class Bounded(nn.Linear):
+    """Its weight is scaled down where it has grown beyond a bound, in place or to a new tensor."""
+
+    def __init__(self, bound: float, in_place: bool) -> None:
+        super().__init__(4, 4)
+        self.bound, self.in_place = bound, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = self.weight.detach().abs().max()
+        if largest > self.bound:
+            if self.in_place:
+                with torch.no_grad():
+                    self.weight.mul_(self.bound / largest)
+            else:
+                self.weight.data = self.weight.data * (self.bound / largest)
+        return super().forward(x)
+
+
+def bounded(bound: float, in_place: bool = True) -> nn.Sequential:
+    return nn.Sequential(Bounded(bound, in_place), nn.Tanh(), nn.Linear(4, 2))
+
+
+class Differentiated(nn.Linear):
+    """The gradient of a function by each sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = super().forward
+        return torch.func.vmap(torch.func.grad(lambda v: linear(v).tanh().sum()))(x)
+
+
+class Hashed(nn.Module):
+    """A whole number that float32 does not hold, and a count of one entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prime: Tensor
+        self.calls: Tensor
+        self.register_buffer("prime", torch.tensor(2_654_435_761))
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x * ((1 + (x > 0.0).long()) * self.prime % 7)
+
+
+class Unset(nn.Module):
+    """A buffer that is not a number, in two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor
+        self.register_buffer("value", torch.tensor([torch.nan, torch.inf, 0.0, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.value.nan_to_num(posinf=2.0)
+
+
+def unset() -> nn.Sequential:
+    layer = Unset()
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4), layer), layer, nn.Linear(4, 2))
+
+
+class Scaled(nn.Module):
+    """Parameters that are a single number, none, and not a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.empty = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.zeros(0, 4))
+        self.unused = nn.Parameter(torch.tensor(torch.nan), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.exp() + self.empty.sum()
+
+
+# By what is special about a layer, a network of it. The weights are at most 0.5 at the start.
+TREATED: dict[str, Callable[[], nn.Sequential]] = {
+    "starts from the data": lambda: nn.Sequential(nn.Linear(4, 4), ActNorm(4), nn.Tanh(), nn.Linear(4, 2)),
+    "a bound in place": lambda: bounded(0.2),
+    "a bound by a new tensor": lambda: bounded(0.2, in_place=False),
+    "a bound that is met later": lambda: bounded(0.5),
+    "activations that are computed once more": lambda: nn.Sequential(Checkpointed(4, 4), Checkpointed(4, 2)),
+    "a derivative": lambda: nn.Sequential(nn.Linear(4, 4), Differentiated(4, 4), nn.Linear(4, 2)),
+    "whole numbers": lambda: nn.Sequential(nn.Linear(4, 4), Hashed(), nn.Linear(4, 2)),
+    "no number": unset,
+    "a single number": lambda: nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Tanh(), nn.Linear(4, 2)),
+}
+
+
+@pytest.mark.parametrize("after", [[], ["0"]], ids=["one block", "two blocks"])
+@pytest.mark.parametrize("make", TREATED.values(), ids=TREATED)
+def test_special_layers_train_as_in_pytorch(make, after):
+    """Stacked replicas, too, each of which has parameters of its own that change."""
+    network = make().double()
+    task, twin = problem(network, after=after), copy.deepcopy(network)
+    task = replace(task, initialise=as_given)
+    optimizer, reference = Backprop(10, SGD(), 1.0, batch_size=6), torch.optim.SGD(twin.parameters(), 1.0)
+    state = optimizer.init(task, [0, 0])
+    for _ in range(10):
+        state = optimizer.step(task, state)
+        reference.zero_grad()
+        nn.functional.cross_entropy(twin(task.x), LABELS).backward()
+        reference.step()
+    for replica in range(2):
+        exported = task.blocks.export(state.theta, replica).state_dict()
+        torch.testing.assert_close(dict(exported), dict(twin.state_dict()), equal_nan=True)
+    assert not isinstance(twin[0], Bounded) or twin[0].weight.abs().max() > 0.99 * twin[0].bound
+
+
+@pytest.mark.parametrize("optimizer", [BlockADMM, OnlineBlockADMM, Gotmare])
+@pytest.mark.parametrize("make", TREATED.values(), ids=TREATED)
+def test_block_methods_train_such_layers(make, optimizer):
+    torch.manual_seed(0)
+    task, method = problem(make().double(), after=["0"]), optimizer(8, 0.1, batch_size=6)
+    state = method.init(task, [0, 1])
+    history = train(task, method, state, evaluate_every=8)
+    first, last = (np.mean([row["train_loss"] for row in history.rows if row["iteration"] == k]) for k in (0, 8))
+    assert last < 0.97 * first
+
+
+@pytest.mark.parametrize(
+    "name", ["starts from the data", "a bound in place", "activations that are computed once more"]
+)
+def test_diagnostics_leave_what_such_layers_change(name):
+    task, method = problem(TREATED[name]().double(), after=["0"]), BlockADMM(8, 0.1, batch_size=6)
+    state = method.step(task, method.init(task, [0, 1]))
+    before = state.theta.flat(), state.theta.buffers.clone()
+    method.diagnostics(task, state)
+    assert all(map(torch.equal, before, (state.theta.flat(), state.theta.buffers)))
 
 
 class OfTraining(nn.Module):
@@ -301,7 +488,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "whole numbers as statistics": (
         lambda: nn.Sequential(nn.Linear(4, 2), Averaging(torch.int64)),
-        r"changes the buffer '1.statistics' \(torch.int64, \[2\]\), and .* numbers of floating point, and single whole",
+        r"changes '1.statistics' \(torch.int64, \[2\]\), and .* buffers of floating point, and those of a single whole",
     ),
     "a parameter that is replaced": (
         lambda: nn.Sequential(Normalised(4, 2)),
@@ -311,9 +498,22 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 2).to(torch.complex64)),
         r"parameter '0.weight' is of torch.complex64, and numbers of floating point are trained",
     ),
-    "activations that are computed once more": (
-        lambda: nn.Sequential(Checkpointed(4, 2)),
-        r"the gradient of block 1 .* has other parameters than the outputs, as where torch.utils.checkpoint",
+    "checkpoints that need all gradients at once": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Checkpointed(4, 2, use_reentrant=True)),
+        r"network: block 1 has no gradient: RuntimeError: When use_reentrant=True, .*set use_reentrant=False",
+    ),
+    "a frozen parameter that changes": (
+        lambda: nn.Sequential(Following(4, 2)),
+        r"its forward changes '0.teacher' \(torch.float64, \[2, 4\]\), and .* trained parameters, buffers",
+    ),
+    "complex statistics": (
+        lambda: nn.Sequential(nn.Linear(4, 2), Averaging(torch.complex64)),
+        r"its forward changes '1.statistics' \(torch.complex128, \[2\]\)",
+    ),
+    "a buffer of several blocks": (lambda: Counted(), r"its forward changes 'calls', which several blocks use"),
+    "a change that a trace loses": (
+        lambda: CountedByData(),
+        r"in training mode its forward leaves other values in 'calls' than the blocks do; where the line .* is traced",
     ),
     "no gradient": (
         lambda: nn.Sequential(nn.Linear(4, 2), Of(lambda x: x.exp().add_(1.0).mul_(2.0)), nn.Sigmoid(), nn.ReLU(True)),
@@ -341,7 +541,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "statistics of two layers": (
         shared_statistics,
-        r"several blocks change the statistics '1.num_batches_tracked' of one module; give each block a module of its",
+        r"its forward changes '1.\w+', which several blocks use; give each block a module of its own",
     ),
 }
 
@@ -359,7 +559,8 @@ class OwnGenerator(nn.Module):
 def test_what_the_blocks_would_not_follow_is_refused_by_name(make, message):
     network = make()
     with pytest.raises((ValueError, TypeError), match=message):
-        problem(network, after=["first"] if isinstance(network, Asking) else ["1"] if "several" in message else [])
+        cut = ["first"] if isinstance(network, Asking | Counted) else ["1"] if "several" in message else []
+        problem(network, after=cut)
 
 
 def test_the_first_block_that_differs_is_named(monkeypatch):
@@ -488,6 +689,60 @@ def test_a_gradient_that_training_alone_has_is_not_lost():
 def test_parameters_of_less_precision_take_that_of_the_inputs():
     task = problem(nn.Sequential(nn.Linear(4, 2)), samples(4))
     assert task.initial([0]).flat().dtype == torch.float64
+
+
+class Spectral(nn.Module):
+    """A complex filter, in a buffer and in a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter: Tensor
+        self.register_buffer("filter", torch.randn(3, dtype=torch.complex64))
+        self.other = nn.Parameter(torch.randn(3, dtype=torch.complex64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.filter * self.other, n=4)
+
+
+def test_complex_tensors_of_a_network_keep_their_imaginary_part_in_the_type_of_the_inputs():
+    network = nn.Sequential(nn.Linear(4, 4), Spectral(), nn.Linear(4, 2))
+    task = replace(problem(network, after=["0"]), initialise=as_given)
+    with torch.no_grad():
+        expected = network(task.x.float())
+    assert network[1].filter.imag.abs().min() > 0.0 and task.blocks.dtype == torch.float64
+    for outputs in (
+        task.blocks.forward(task.initial([0]), task.x[None])[0],
+        task.blocks.export(task.initial([0]))(task.x),
+    ):
+        torch.testing.assert_close(outputs.float(), expected)
+
+
+NORMS = {
+    "batch normalisation": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+    "after an average over the image": nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("network", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("name", ["batch_size", "slice_size"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_size_that_leaves_one_sample_to_be_normalised_is_refused_before_training(network, name, size):
+    task, options = problem(network, after=["0"]), {"batch_size": 6} | {name: size}
+    optimizer = BlockADMM if name == "slice_size" else Backprop
+    arguments = (1, 0.1) if name == "slice_size" else (1, SGD(), 0.1)
+    with pytest.raises(ValueError, match=rf"^{name}: {size} leaves one of the 6 samples alone, and .*BatchNorm\dd\)"):
+        optimizer(*arguments, **options).init(task, [0])
+
+
+def test_one_sample_alone_is_no_matter_where_it_has_several_values():
+    """As the pixels of an image, or statistics that are not those of the samples."""
+    images = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten())
+    pinned = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2))
+    for network in (images, pinned):
+        task, optimizer = problem(network), Backprop(1, SGD(), 0.1, batch_size=5)
+        assert optimizer.step(task, optimizer.init(task, [0])).iteration == 1
 
 
 def test_outputs_of_several_axes_are_compared_too():

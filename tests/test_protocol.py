@@ -568,6 +568,22 @@ def test_a_rule_that_is_none_is_named(mlp_problem: Callable[..., Problem], optim
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": nn.Linear(4, 2)}, "blocks: a Linear, where admm.blocks.split makes blocks of a network"),
+        ({"initialise": "pytorch"}, "initialise: 'pytorch' is no function, such as admm.models.as_given"),
+        ({"stream_to": "gpu"}, "stream_to: 'gpu' is no device of PyTorch's"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_a_problem_that_is_none_is_named(
+    mlp_problem: Callable[..., Problem], change: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(mlp_problem(), **change)
+
+
+@pytest.mark.parametrize(
     ("contract", "method"),
     [(Optimizer, "step"), (UpdateRule, "apply"), (Loss, "gradient"), (ProximalLoss, "prox"), (Layer, "vjp")],
 )

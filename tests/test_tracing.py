@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from admm.blocks import split
 from admm.losses import CrossEntropy
@@ -156,6 +159,55 @@ class Tuples(nn.Module):
         return self.last(outputs[:, -1] + h[0])
 
 
+class Cube(torch.autograd.Function):
+    """With a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3.0 * x**2 * gradient
+
+
+class OwnBackward(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.b(Cube.apply(self.a(x))) + Cube.apply(x))
+
+
+def passed_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(forward)
+    def wrapped(self: Base, *args: Tensor, **kwargs: Any) -> Tensor:
+        assert kwargs.pop("return_dict", None) is None
+        return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
+class Decorated(Base):
+    """As Hugging Face's networks are."""
+
+    @passed_on
+    def forward(self, x: Tensor, scale: float = 2.0, *others: Tensor, **options: Any) -> Tensor:
+        return self.last(self.b(self.a(x).tanh() * scale, **options))
+
+
+class Repeated(Base):
+    """A module with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.a, self.a])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.last(x)
+
+
 # A network, its cuts, and the width of its coupling variables.
 NETWORKS: dict[str, tuple[type[nn.Module], list[str], list[int]]] = {
     "chain": (Chain, ["a", "b"], [4, 4]),
@@ -168,6 +220,9 @@ NETWORKS: dict[str, tuple[type[nn.Module], list[str], list[int]]] = {
     "parameters alone": (Table, ["d", "c"], [20, 20]),
     "of all samples": (OfAll, ["c", "d"], [8, 8]),
     "tuples": (Tuples, ["lstm"], [8]),
+    "a backward of its own": (OwnBackward, ["a"], [4]),
+    "a decorated forward": (Decorated, ["a"], [4]),
+    "another name": (Repeated, ["layers.1"], [4]),
 }
 each_network = pytest.mark.parametrize("make, after, widths", NETWORKS.values(), ids=NETWORKS)
 
@@ -388,7 +443,7 @@ def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
         (["a", "a"], r"after: \['a', 'a'\] must name different modules"),
         (["d"], "after: the network's forward does not call 'd'"),
         (["last"], "after: 'last' is the last module, nothing would follow it"),
-        ([1], r"after: \[1\] are not all names of modules, which are text"),
+        ([1], r"after: \[1\] is neither a name of a module, which is text, nor a list of these"),
     ],
 )
 def test_a_cut_that_is_not_possible_is_refused(after, message):
@@ -610,6 +665,41 @@ def test_constants_among_the_outputs_go_to_a_plain_function_too():
     task = Problem(gaussian(6, 4), LABELS, split(WithConstants(), ["a"]), loss, as_given)
     found = task.loss.value(task.blocks.forward(task.initial([0]), task.x[None]), LABELS[None])
     torch.testing.assert_close(found[0], loss(WithConstants()(task.x), LABELS))
+
+
+class Output(OrderedDict[str, Tensor]):
+    """A dictionary whose entries are attributes, too."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+pytree.register_pytree_node(
+    Output,
+    lambda value: (list(value.values()), list(value)),
+    lambda values, names: Output(zip(names, values, strict=True)),
+)
+
+
+class Outputs(Base):
+    def forward(self, x: Tensor) -> Output:
+        h = self.b(self.a(x).tanh())
+        return Output(logits=self.last(h), hidden=h)
+
+
+def test_a_dictionary_of_a_class_of_its_own_stays_one():
+    task = Problem(
+        gaussian(6, 4),
+        LABELS,
+        split(Outputs(), ["a"]),
+        lambda outputs, y: functional.cross_entropy(outputs.logits, y, reduction="none") + outputs.hidden.sum(1),
+        as_given,
+    )
+    outputs = Outputs()(task.x)
+    expected = functional.cross_entropy(outputs.logits, LABELS, reduction="none") + outputs.hidden.sum(1)
+    torch.testing.assert_close(
+        task.loss.value(task.blocks.forward(task.initial([0]), task.x[None]), LABELS[None])[0], expected
+    )
 
 
 def loss_of_two(outputs: dict[str, Tensor], y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type, in_range, one_of
 from admm.minibatches import minibatches, slices, stateless_rng
 from admm.numbers import Options, is_number
-from admm.optimizers.checks import check_minibatch_options, same_samples
+from admm.optimizers.checks import check_last_part, check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Hyperparameters,
@@ -383,9 +383,10 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         return values | leak | spectral_norms(problem, state.theta)
 
     def _residuals(self, problem: Problem, state: BlockADMMState) -> dict[str, Tensor]:
-        """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`; running statistics stay."""
+        """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`."""
         theta, samples = state.theta, problem.n_samples
-        statistics = theta.buffers.clone()
+        # A gradient by Θ moves what the forwards in training change.
+        state = replace(state, theta=problem.blocks.parameters(theta.flat(), theta.buffers.clone()))
         gradient, z_square = problem.blocks.gradient(), torch.zeros_like(state.beta[0])
         theta_gradient = [torch.zeros_like(stack) for stack in theta.stacks.values()]
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
@@ -401,7 +402,6 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                 z_square += _squared_norm(_gradient_by_z(lagrangian, multiplier, t))
             for total, part_of_it in zip(theta_gradient, problem.blocks.total(gradient), strict=True):
                 total += part_of_it
-        theta.buffers.copy_(statistics)
         values = {
             "kkt": (z_square / samples + sum(_squared_norm(g / samples) for g in theta_gradient)).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
@@ -438,6 +438,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         one_of("sample_storage", self.sample_storage, PLACES)
         for name in ("primal_rounds", "curvature_every", "slice_size"):
             at_least_one(name, getattr(self, name))
+        check_last_part(problem, "slice_size", self.slice_size)
         in_range("dual_init", self.dual_init)
         in_range("primal_growth", self.primal_growth or 0.0)
         if not is_number(self.theta_passes) or self.theta_passes <= 0.0:
@@ -470,4 +471,4 @@ def _gradient_by_z(lagrangian: AugmentedLagrangian, multiplier: Sequence[Tensor]
 
 def _squared_norm(values: Tensor) -> Tensor:
     """Return ‖·‖² of each replica, [S]."""
-    return values.square().flatten(1).sum(1)
+    return values.square()[:, None].flatten(1).sum(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from admm.checks import at_least_one, check_batch_size, has_type
+from admm.comparison import evaluate_one
 from admm.losses import Loss, ProximalLoss
 from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import UpdateRule
@@ -27,6 +28,21 @@ def check_minibatch_options(
     at_least_one("iterations", iterations)
     has_type("theta_update", theta_update, UpdateRule, "admm.optimizers.Adam()")
     check_batch_size(batch_size, problem.n_samples, epoch_parts)
+    check_last_part(problem, "batch_size", batch_size)
+
+
+def check_last_part(problem: Problem, name: str, size: int) -> None:
+    """Raise ValueError where parts of `size` samples leave a single one, on which the network cannot be trained.
+
+    Networks that normalise over the samples cannot. `name` is the argument that has the size.
+    """
+    if size == 1 or problem.n_samples % size == 1:
+        try:
+            evaluate_one(problem.blocks, problem.data.examples[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: {size} leaves one of the {problem.n_samples} samples alone, and {error}; take another {name}"
+            ) from error
 
 
 def same_samples(problem: Problem, variables: Tensor) -> None:

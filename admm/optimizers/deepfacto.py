@@ -16,7 +16,7 @@ from admm.minibatches import expand, minibatches, slices
 from admm.nmf import NMF, feature_maps, hals_sweep, matrix, nonnegative_least_squares, warm_start
 from admm.numbers import Options
 from admm.optimizers.block_admm import update_minibatch
-from admm.optimizers.checks import check_minibatch_options, same_samples
+from admm.optimizers.checks import check_last_part, check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Hyperparameters,
@@ -368,6 +368,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         sweeps = ("score_sweeps", "basis_sweeps", "warm_rounds")
         for name in ("group_size", "primal_rounds", *sweeps, "slice_size"):
             at_least_one(name, getattr(self, name))
+        check_last_part(problem, "slice_size", self.slice_size)
         in_range("frozen", self.frozen, self.iterations)
         self._groups(problem)
 

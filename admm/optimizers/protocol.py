@@ -77,8 +77,9 @@ class Problem:
         compiled: what has been compiled for optimizers on this problem.
 
     Raises:
-        ValueError: for inputs or targets that the network or the loss cannot take, a loss that has no value per sample
-            or no gradient in the shape of the outputs, and as `admm.comparison.outputs_of` does.
+        ValueError: for an argument of another type, inputs or targets that the network or the loss cannot take, a loss
+            that has no value per sample or no gradient in the shape of the outputs, and as
+            `admm.comparison.outputs_of` does.
 
     >>> from admm.blocks import split
     >>> from admm.losses import SquaredError
@@ -110,6 +111,12 @@ class Problem:
     compiled: Compiled = field(init=False, repr=False, compare=False, default_factory=Compiled)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Blocks):
+            raise ValueError(
+                f"blocks: a {type(self.blocks).__name__}, where admm.blocks.split makes blocks of a network"
+            )
+        if not callable(self.initialise):
+            raise ValueError(f"initialise: {self.initialise!r} is no function, such as admm.models.as_given")
         object.__setattr__(self, "loss", _weighted(as_loss(self.loss), self.weights))
         if self.augmentation is not None:
             has_type("augmentation", self.augmentation, Augmentation, "admm.augmentation.CropAndFlip()")

@@ -248,7 +248,7 @@ class Clipped(Options, UpdateRule):
         self.rule.apply_coefficients(theta, self._clipped(gradient), moments, coefficients)
 
     def _clipped(self, gradient: Stacks) -> Stacks:
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradient])
+        norms = torch.stack([torch.linalg.vector_norm(g[:, None].flatten(1), dim=1) for g in gradient])
         norm = torch.linalg.vector_norm(norms, dim=0)
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in PyTorch
         return [g * broadcast(factor, g) for g in gradient]
