@@ -154,7 +154,7 @@ class Execution:
             variables and gradients keep their type.
         compile: whether PyTorch's compiler is used: for each visit of a mini-batch as a whole where all layers are
             linear, ReLU and flatten, for the evaluations of blocks where others are among them. "auto" compiles visits
-            alone, in runs of 20,000 mini-batches or more. The compiler takes half a minute (docs/performance.md).
+            alone, in runs of 100,000 mini-batches or more. The compiler takes half a minute (docs/performance.md).
         channels_last: whether images are in that memory format, except on a CPU in blocks with a strided 1×1
             convolution.
         recompute: whether Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters'

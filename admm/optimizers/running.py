@@ -20,7 +20,7 @@ from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import Moments, UpdateRule
 from admm.visits import Visit
 
-AUTO_STEPS = 20_000  # of a run, from which on compile="auto" compiles
+AUTO_STEPS = 100_000  # visits of a run from which on compile="auto" compiles; docs/performance.md has what it gains
 
 
 class MinibatchOptimizer(Protocol):
