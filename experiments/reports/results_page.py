@@ -154,12 +154,12 @@ def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[st
 
 
 def with_commits(table: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
-    """Return a report's table with the commits that made each row's runs; a row that only cites has none."""
+    """Return a report's table with the commits that made each row's runs."""
     made_by: dict[str, dict[str, None]] = {}
     for run in runs:
         made_by.setdefault(run.row, {})[str(run.record.commit)] = None
     of_run = {run.name: ", ".join(made_by[run.row]) for run in runs}
-    return table.assign(commit=[of_run.get(str(name)) for name in table.index])
+    return table.assign(commit=[of_run.get(str(name), "–") for name in table.index])
 
 
 def provenance_sentence(runs: list[Run]) -> str:
