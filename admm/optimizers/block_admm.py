@@ -122,7 +122,7 @@ def update_minibatch(
 
 @dataclass(frozen=True)
 class BlockADMM(Options, Optimizer[BlockADMMState]):
-    """Stochastic Block-ADMM, the paper's Algorithm 1, with options for what the paper leaves open.
+    """Stochastic Block-ADMM, the paper's Algorithm 1, with options for what it leaves open and for departures from it.
 
     It minimises Eq. 2, J(Y, Z_T) + Σ_t β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖², over Z and Θ. J is the sum over samples;
     the gradient by Θ is a mini-batch's mean of Σ_t β_t/2 ‖·‖². Batch normalisation takes the statistics of the samples
@@ -130,8 +130,9 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 
     The defaults start Z from a forward pass at each visit, without duals, which makes the steps of Θ those of
     `OnlineBlockADMM`, whose defaults they share: with Z that lag behind a forward pass, or duals that add the lag up,
-    no value tried trained networks of 3 to 10 blocks alike. §4.1 has beta=1, sweep="batch", primal_rounds=3,
-    z_update=ZUpdate("adam"), dual_step=1, dual_init=1e-4 and forward_mixing=0.
+    no value tried trained networks of 3 to 10 blocks alike. They depart from the paper, which has sweep="batch",
+    dual_step=1 and forward_mixing=0 (Algorithm 1), and beta=1, primal_rounds=3, z_update=ZUpdate("adam") and uniform
+    duals of a range that it does not give (§4.1).
 
     Args:
         iterations: iterations until the schedules end, at least 1.

@@ -178,7 +178,8 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     iteration is an epoch of mini-batches in Gauss-Seidel order, as in `BlockADMM`. Each visit updates, from the last
     block to the first, S by sweeps of non-negative least squares, Z_t before a factorisation to its exact minimiser,
     and any other Z_t by a gradient step; then Θ, and the duals. After the epoch, sweeps over all samples update each M.
-    They never raise Eq. 9.
+    They never raise Eq. 9. The defaults depart from the paper, which has dual_step=1 (Eq. 9) and forward_mixing=0
+    (§3.1).
 
     Args:
         iterations: iterations until the schedules end, at least 1.

@@ -98,7 +98,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     tried, on held-out data, these are the ones with which 2 to 6 blocks come within a few percent of Adam, with batch
     normalisation or ten times the loss too. Ten blocks learn more slowly, and from PyTorch's initialisation not within
     20 epochs; βζ = 0.2 is better for them, but makes batch normalisation unsteady. Block t's gradient carries
-    (βζ)^(T−t+1), hence the small ε of Adam for Θ. §4.1 has beta=1, z_update=ZUpdate("adam") and dual="paper".
+    (βζ)^(T−t+1), hence the small ε of Adam for Θ. The defaults depart from the paper, which has dual="paper"
+    (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals that start at random (§4.1); here they start at 0.
 
     Args:
         iterations: iterations until the schedules end, at least 1.

@@ -82,7 +82,7 @@ class Taylor(Options, Optimizer[TaylorState]):
         warm_start: for how many iterations Λ stays at 0.
         weight_decay: λ ≥ 0.
         start_from: "gaussian", A_l and Z_l ~ N(0, spread²), W_l by the problem's initialisation; "uniform", A_l, Z_l
-            and W_l ~ U(0, spread) (paper, §4.1).
+            and W_l ~ U(0, spread), which is the paper's "all the parameters" (§4.1) but for Λ, which starts at 0.
         spread: see above.
         slice_size: how many samples are visited at a time, so that their temporaries stay in the CPU's cache.
 

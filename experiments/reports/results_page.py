@@ -48,7 +48,12 @@ def sections(root: Path) -> Iterator[str]:
         "Written by `make results-page` from the runs in this folder. Accuracies are test accuracies in percent after "
         "the last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
         "*reduced* is less than the paper's experiment, *default* has no row in `conf/row`, and `1 of 3 seeds` counts "
-        "those run so far. A commit with + had uncommitted changes."
+        "those run so far. The commit is that of the code which made a row's runs; one with + had uncommitted changes."
+    )
+    yield (
+        "[docs/fidelity.md](../docs/fidelity.md) lists where these experiments depart from the paper, what it leaves "
+        "open, and where it contradicts itself: among others, Table 2 exchanges the headings of Liu et al. 2015 and "
+        "2018, and its averages for ranks 32 and 4 are not the means of its rows."
     )
     yield (
         "*minus SGD [95 %]* is by how much a row is above SGD in the same setting, seed by seed: the mean difference "
@@ -141,11 +146,20 @@ def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[st
     yield f"## {report.experiment}"
     yield report.text if report.quantity == TEST_ACCURACY else f"{report.text} In the table: {report.quantity}."
     yield "\n".join(f"![{report.experiment}](figures/{name}.png)" for name in report.figures(runs))
-    yield markdown(report.table(runs))
+    yield markdown(with_commits(report.table(runs), runs))
     for name in report.further_tables(runs):
         yield f"Further table: [{name}.csv](tables/{name}.csv)."
     yield f"    python run.py experiment={report.experiment}"
     yield provenance_sentence(runs)
+
+
+def with_commits(table: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
+    """Return a report's table with the commits that made each row's runs."""
+    made_by: dict[str, dict[str, None]] = {}
+    for run in runs:
+        made_by.setdefault(run.row, {})[str(run.record.commit)] = None
+    of_run = {run.name: ", ".join(made_by[run.row]) for run in runs}
+    return table.assign(commit=[of_run.get(str(name), "–") for name in table.index])
 
 
 def provenance_sentence(runs: list[Run]) -> str:

@@ -7,6 +7,7 @@ each trial of the two searches evaluates the objective and the quadratic model f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -94,8 +95,7 @@ def schedule(v: Variables, x: Tensor, y: Tensor, loss: str) -> None:
 
 def phi(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
     """Return φ = ρ/2 ‖z − W a − b + u/ρ‖²."""
-    residual = z - w @ a - b + u / rho
-    return rho / 2 * (residual * residual).sum()
+    return rho / 2 * (z - w @ a - b + u / rho).square().sum()
 
 
 def phi_by_w(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float) -> Tensor:
@@ -111,49 +111,45 @@ def phi_by_a(a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho:
 def w_search(
     a: Tensor, w: Tensor, b: Tensor, z: Tensor, u: Tensor | float, rho: float, theta: float
 ) -> tuple[Tensor, float]:
-    """Return W − ∇φ/θ and θ, the first that the doubling search accepts."""
-
-    def model(new: Tensor) -> Tensor:
-        change = new - w
-        linear = (phi_by_w(a, w, b, z, u, rho) * change).sum()
-        return phi(a, w, b, z, u, rho) + linear + (theta * change * change).sum() / 2
-
-    gradient = phi_by_w(a, w, b, z, u, rho)
-    new = w - gradient / theta
-    while phi(a, new, b, z, u, rho) > model(new):
-        theta = 2 * theta
-        new = w - gradient / theta
-    return new, theta
+    """Return W after a step of 1/θ on φ, and θ."""
+    return bounded_step(lambda w: phi(a, w, b, z, u, rho), lambda w: phi_by_w(a, w, b, z, u, rho), w, theta)
 
 
 def a_search(
     a: Tensor, w: Tensor, b: Tensor, z_next: Tensor, u: Tensor | float, z: Tensor, rho: float, tau: float
 ) -> tuple[Tensor, float]:
-    """Return A − ∇/τ and τ, the first that the doubling search accepts; w, b, z_next and u are the next layer's."""
+    """Return A after a step of 1/τ on φ + ρ/2 ‖A − relu(Z)‖², and τ; w, b, z_next and u are the next layer's."""
 
     def objective(a: Tensor) -> Tensor:
-        return phi(a, w, b, z_next, u, rho) + rho / 2 * ((a - z.clamp(min=0)) * (a - z.clamp(min=0))).sum()
+        return phi(a, w, b, z_next, u, rho) + rho / 2 * (a - torch.relu(z)).square().sum()
 
-    def gradient() -> Tensor:
-        return phi_by_a(a, w, b, z_next, u, rho) + rho * (a - z.clamp(min=0))
+    def gradient(a: Tensor) -> Tensor:
+        return phi_by_a(a, w, b, z_next, u, rho) + rho * (a - torch.relu(z))
 
-    def model(new: Tensor) -> Tensor:
-        change = new - a
-        return objective(a) + (gradient() * change).sum() + (tau * change * change).sum() / 2
+    return bounded_step(objective, gradient, a, tau)
 
-    slope = gradient()
-    new = a - slope / tau
-    while objective(new) > model(new):
-        tau = 2 * tau
-        new = a - slope / tau
-    return new, tau
+
+def bounded_step(
+    objective: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor], start: Tensor, curvature: float
+) -> tuple[Tensor, float]:
+    """Return start − ∇/c and c, the first of curvature · 2^k whose quadratic model bounds the objective from above.
+
+    The model is f(start) + ⟨∇, Δ⟩ + c/2 ‖Δ‖², evaluated anew for each c."""
+    slope = gradient(start)
+    while True:
+        end = start - slope / curvature
+        change = end - start
+        linear = (gradient(start) * change).sum()
+        if not objective(end) > objective(start) + linear + curvature / 2 * change.square().sum():
+            return end, curvature
+        curvature *= 2.0
 
 
 def z_minimiser(before: Tensor, w: Tensor, b: Tensor, a: Tensor) -> Tensor:
     """Return the minimiser of ‖z − W a_{l−1} − b‖² + ‖a − relu(z)‖², the better one of the two half-lines."""
 
     def objective(z: Tensor) -> Tensor:
-        return (z - w @ before - b) * (z - w @ before - b) + (a - z.clamp(min=0)) * (a - z.clamp(min=0))
+        return (z - w @ before - b).square() + (a - torch.relu(z)).square()
 
     m = w @ before + b
     negative, positive = m.clamp(max=0), ((m + a) / 2).clamp(min=0)
@@ -191,4 +187,4 @@ def value(z: Tensor, y: Tensor, loss: str) -> Tensor:
     """Return J summed over the samples. The authors' softmax clips what overflows; this one cannot overflow."""
     if loss == "cross_entropy":
         return -(y * torch.log_softmax(z, 0)).sum()
-    return ((z - y) * (z - y)).sum() / 2
+    return (z - y).square().sum() / 2
