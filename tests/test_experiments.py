@@ -200,7 +200,14 @@ def test_residuals_and_growing_rounds_are_drawn(tmp_path: Path) -> None:
 
 
 def test_cosines_are_drawn_by_block(tmp_path: Path) -> None:
-    chosen = ["optimizer=sgd", "setting=shallow", "iterations=2", "seeds=[0,1]", "angle_samples=100"]
+    chosen = [
+        "optimizer=sgd",
+        "setting=shallow",
+        "iterations=2",
+        "seeds=[0,1]",
+        "dataset.first=null",
+        "angle_samples=100",
+    ]
     launch(tmp_path, "experiment=angle", *chosen)
     (shallow,) = stored(tmp_path).values()
     cosines = {f"cosine_{t}": t / 10 for t in range(1, 11)}
@@ -362,7 +369,7 @@ def test_what_reproduces_everything_is_launched_in_order(tmp_path: Path, monkeyp
     faithful = ("experiment=cifar10_resnet18_narrow", "optimizer=online_block_admm", "setting=faithful")
     assert rest[rest.index(faithful) - 1] == ("experiment=cifar10_resnet18_narrow",)
     names = [name for (name, *more) in (first, *rest) if not more]
-    assert len(names) == 12 and rest[-1] == ("experiment=bcd_zeng_deep",)
+    assert len(names) == 13 and rest[-1] == ("experiment=angle",)
     (tmp_path / "lfwa").mkdir()
     (tmp_path / "lfwa/lfw_attributes_proxy.csv.gz").touch()
     full = [tuple(argument.replace("_narrow", "") for argument in launch) for launch in reproduce.launches()]
