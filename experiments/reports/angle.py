@@ -21,7 +21,7 @@ class Angle(Accuracy):
     """The table has mean cosines; a figure for each setting shows them against iteration, in a panel for each block."""
 
     def row(self, curve: Curve) -> dict[str, Any]:
-        """Return a curve's row of the table: mean cosines over seeds and compared iterations, and the accuracy at the end."""
+        """Return a curve's row of the table: mean cosines over seeds and rows after the first, and accuracy."""
         names, of_accuracy = cosine_names(curve), super().row(curve)
         means = curve.after_training().history[names].mean()
         cosines = {"block 1": means.iloc[0], "all blocks": means.mean(), "last block": means.iloc[-1]}
