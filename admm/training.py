@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from admm.angles import check_angle_samples, cosines
 from admm.blocks import Blocks, Parameters
 from admm.callbacks import Callback, StopTraining
 from admm.checkpoints import History, Row, callback_states, fingerprint, load_checkpoint, save, write_checkpoint
@@ -206,6 +207,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     measure: Callable[[Problem, Parameters, Any], dict[str, Tensor]] = evaluate,
     keep_last: bool = False,
+    angle_samples: int | None = None,
 ) -> History:
     """Train until the optimizer has done `iterations` steps.
 
@@ -235,6 +237,9 @@ def train(
             `load_state_dict` at a resume, before the call.
         measure: a function that returns `train_loss` and other quantities [S] of the parameters.
         keep_last: whether a checkpoint is written at the end, too.
+        angle_samples: the number of training samples on whose mean loss the update of the last iteration before each
+            evaluation is compared with back-propagation's gradient, as `cosine_t` of each block (see
+            `admm.angles.cosines`); None compares nothing. Training itself is the same.
 
     Returns:
         The rows of all evaluations, the seconds, and which replicas have diverged.
@@ -266,13 +271,21 @@ def train(
     iterations = _horizon(optimizer) if iterations is None else iterations
     _check(iterations, evaluate_every, checkpoint_seconds)
     check_state(optimizer, state)
+    check_angle_samples(angle_samples, problem.n_samples)
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
 
-    def evaluation() -> list[Row]:
+    def evaluation(before: Parameters | None) -> list[Row]:
         values = measure(problem, state.theta, test) | optimizer.diagnostics(problem, state)
+        if before is not None and angle_samples is not None:
+            values |= cosines(problem, state.seeds, before, state.theta, angle_samples)
         rows = _record(state, values, history)
         warn_of_label_leak(optimizer, history.rows)
         return rows
+
+    def former() -> Parameters | None:
+        """Return a copy of Θ, for the angles of the next update."""
+        theta = state.theta
+        return None if angle_samples is None else problem.blocks.parameters(theta.flat(), theta.buffers.clone())
 
     def stops(rows: list[Row]) -> bool:
         """Call the callbacks, and return whether one of them ends training."""
@@ -290,22 +303,30 @@ def train(
     if path is not None:
         remove_leftovers(path)
         save(state), callback_states(callbacks)  # raise at once where these could not be saved
-        made_by = fingerprint(problem, optimizer, state, test=test, measure=measure, evaluate_every=evaluate_every)
+        made_by = fingerprint(
+            problem,
+            optimizer,
+            state,
+            test=test,
+            measure=measure,
+            evaluate_every=evaluate_every,
+            angle_samples=angle_samples,
+        )
     with _HeldInterrupt(path is not None) as interrupt:
         if path is not None and path.exists():
             load_checkpoint(path, made_by, state, history, iterations, callbacks)
             written, stopped = state.iteration, stops(history.rows)
         else:
-            written, stopped = -1, stops(evaluation())
+            written, stopped = -1, stops(evaluation(former()))
         last_write = time.monotonic()
         while (
             not (stopped or interrupt.has_come) and state.iteration < iterations and not _all_diverged(history, state)
         ):
-            compiling = problem.compiled.seconds
+            compiling, before = problem.compiled.seconds, former()
             history.seconds += timed_step(problem, optimizer, state)
             history.compile_seconds += problem.compiled.seconds - compiling
             if state.iteration == iterations or state.iteration % evaluate_every == 0:
-                stopped = stops(evaluation())
+                stopped = stops(evaluation(before))
             if path is not None and time.monotonic() - last_write >= checkpoint_seconds:
                 write_checkpoint(path, made_by, state, history, callbacks)
                 written, last_write = state.iteration, time.monotonic()

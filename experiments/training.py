@@ -17,6 +17,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from admm.angles import check_angle_samples
 from admm.blocks import Blocks
 from admm.callbacks import Callback
 from admm.checkpoints import History, Row
@@ -49,6 +50,7 @@ def train_or_resume(
         optimizer = instantiate(config.optimizer, _convert_="all")
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: {job.info['method']} trains nothing; it is for experiment=lfw_proxy")
+        check_angle_samples(config.angle_samples, problem.n_samples)
         state = optimizer.init(problem, job.info["seeds"])
     with observer.watch(config, job) as callback:
         history = train(
@@ -61,6 +63,7 @@ def train_or_resume(
             job.slot.checkpoint,
             config.checkpoint_seconds,
             [callback],
+            angle_samples=config.angle_samples,
             **options,
         )
     return state, history

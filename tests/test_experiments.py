@@ -196,6 +196,37 @@ def test_residuals_and_growing_rounds_are_drawn(tmp_path: Path) -> None:
     assert table.loc[runs["block_admm growing"].name, "kkt"] == f"{last.mean():.2e}"
 
 
+# --- The angle to back-propagation
+
+
+def test_cosines_are_drawn_by_block(tmp_path: Path) -> None:
+    chosen = [
+        "optimizer=sgd",
+        "setting=shallow",
+        "iterations=2",
+        "seeds=[0,1]",
+        "dataset.first=null",
+        "angle_samples=100",
+    ]
+    launch(tmp_path, "experiment=angle", *chosen)
+    (shallow,) = stored(tmp_path).values()
+    cosines = {f"cosine_{t}": t / 10 for t in range(1, 11)}
+    deep = finish(tmp_path, "angle adam deep10", [row | cosines for row in history(91.0, 92.0)])
+    report = report_of("angle")
+    table, figures = report.table([shallow, deep]), report.figures([shallow, deep])
+    assert list(figures) == ["angle_shallow", "angle_deep10"]
+    assert [len(figure.axes) for figure in figures.values()] == [3, 10]
+    last = shallow.history[shallow.history["iteration"] == 2]  # the only rows after an update
+    means = last[["cosine_1", "cosine_2", "cosine_3"]].mean()
+    drawn = figures["angle_shallow"].axes[2].lines[1].get_xydata()
+    assert drawn.tolist() == [[2, pytest.approx(means.iloc[2])]]  # type: ignore[union-attr]
+    columns = ["cosine, block 1", "cosine, all blocks", "cosine, last block"]
+    assert table.loc[shallow.name, columns].tolist() == [
+        round(v, 3) for v in (means.iloc[0], means.mean(), means.iloc[2])
+    ]
+    assert table.loc[deep.name, columns].tolist() == [0.1, 0.55, 1.0]
+
+
 # --- A search
 
 
@@ -338,7 +369,7 @@ def test_what_reproduces_everything_is_launched_in_order(tmp_path: Path, monkeyp
     faithful = ("experiment=cifar10_resnet18_narrow", "optimizer=online_block_admm", "setting=faithful")
     assert rest[rest.index(faithful) - 1] == ("experiment=cifar10_resnet18_narrow",)
     names = [name for (name, *more) in (first, *rest) if not more]
-    assert len(names) == 12 and rest[-1] == ("experiment=bcd_zeng_deep",)
+    assert len(names) == 13 and rest[-1] == ("experiment=angle",)
     (tmp_path / "lfwa").mkdir()
     (tmp_path / "lfwa/lfw_attributes_proxy.csv.gz").touch()
     full = [tuple(argument.replace("_narrow", "") for argument in launch) for launch in reproduce.launches()]

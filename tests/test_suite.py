@@ -226,6 +226,7 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("precision=bf16", r"error: precision: bf16 is for other layers than linear, ReLU and flatten"),
         ("compile=always", r"error: compile: 'always' is not true, false or auto"),
         ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
+        ("angle_samples=1438", r"error: angle_samples: 1438 is not None or between 1 and the 1437 training samples"),
         ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not between"),
         (
             "optimizer.theta_update.momentum=1",

@@ -87,22 +87,31 @@ class Backprop(Options, Optimizer[BackpropState]):
 
     def visit(self, problem: Problem, state: BackpropState, visit: Visit, rounds: list[Hyperparameters]) -> None:
         """Move Θ once, in place, on the mean loss of a mini-batch."""
-        blocks, theta, gradient = problem.blocks, state.theta, problem.blocks.gradient()
-        evaluations: list[tuple[Tensor, Any]] = []
-        z = visit.x
-        for block, views in zip(blocks, theta.blocks, strict=True):
-            evaluations.append(block.linearize(views, z, visit))
-            z = evaluations[-1][0]
-        grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
-        for t in reversed(range(len(blocks))):
-            _, record = evaluations.pop()
-            grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient[t], t > 0, False)
-            del record  # and the activations with it
-            if grad_input is not None:
-                grad_output = grad_input
         (step,) = rounds[0].theta_steps
-        self.theta_update.update([*theta.stacks.values()], blocks.total(gradient), state.moments, step)
+        gradient = mean_loss_gradient(problem, state.theta, visit)
+        self.theta_update.update([*state.theta.stacks.values()], gradient, state.moments, step)
 
     def diagnostics(self, problem: Problem, state: BackpropState) -> dict[str, Tensor]:
         """Return the spectral norms `sigma_t` of blocks of one linear layer."""
         return spectral_norms(problem, state.theta)
+
+
+def mean_loss_gradient(problem: Problem, theta: Parameters, visit: Visit) -> list[Tensor]:
+    """Return the gradient of the mean loss of a visit's samples by parameter, in the order of `Parameters.stacks`.
+
+    In training mode, running statistics in `theta` take the values that the evaluation gives them.
+    """
+    blocks, gradient = problem.blocks, problem.blocks.gradient()
+    evaluations: list[tuple[Tensor, Any]] = []
+    z = visit.x
+    for block, views in zip(blocks, theta.blocks, strict=True):
+        evaluations.append(block.linearize(views, z, visit))
+        z = evaluations[-1][0]
+    grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
+    for t in reversed(range(len(blocks))):
+        _, record = evaluations.pop()
+        grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient[t], t > 0, False)
+        del record  # and the activations with it
+        if grad_input is not None:
+            grad_output = grad_input
+    return blocks.total(gradient)
