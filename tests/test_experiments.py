@@ -362,6 +362,15 @@ def test_a_setting_that_the_paper_does_not_have_is_not_set_beside_its_number() -
     assert panels == list(report.panels.values())
 
 
+@pytest.mark.parametrize(("experiment", "scale"), [("mnist_shallow", "log"), ("fashion_mnist", "linear")])
+def test_a_curve_on_a_logarithmic_axis_begins_with_its_first_iteration(experiment: str, scale: str) -> None:
+    """Matplotlib would draw the way from iteration 0, at minus infinity, as a level line up to the first evaluation."""
+    for axes in report_of(experiment).figures(Store(RESULTS).runs(experiment))[experiment].axes:
+        starts = [line.get_xydata()[0, 0] for line in axes.lines if len(line.get_xydata()) > 2]  # type: ignore[index, arg-type]
+        assert axes.get_xscale() == scale and starts
+        assert min(starts) > 0 if scale == "log" else min(starts) == 0
+
+
 def test_what_reproduces_everything_is_launched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "DATA", tmp_path)
     first, *rest = reproduce.launches()

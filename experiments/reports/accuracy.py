@@ -157,15 +157,16 @@ def legend_lines(curves: Sequence[Curve], shared: Sequence[str] = ()) -> int:
 
 def _plot_panel(axes: Axes, curves: Sequence[Curve], shared: Sequence[str]) -> None:
     metric = curves[0].metric
-    highest = 100.0 if metric.unit else np.inf
-    for curve, colour in zip(curves, colours(curves), strict=True):
+    highest, is_log = 100.0 if metric.unit else np.inf, lengths_differ(curves)
+    for whole, colour in zip(curves, colours(curves), strict=True):
+        curve = whole.after_training() if is_log else whole  # no 0 on a logarithmic axis
         plot_curve(axes, curve, metric.column, colour, curve.legend_beside(shared), highest=highest)
         if curve.seeds_disagree:
             for _, seed in curve.history.groupby("replica"):
                 axes.plot(seed["iteration"], seed[metric.column], color=colour, linewidth=0.5)
         if curve.reference is not None:
             axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
-    if lengths_differ(curves):
+    if is_log:
         axes.set(xscale="log", xlim=(1, max(curve.record.iterations for curve in curves)))
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     else:
