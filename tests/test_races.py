@@ -159,7 +159,7 @@ def test_an_operation_belongs_to_a_part() -> None:
 
 def test_the_parts_of_a_mini_batch_add_up_to_it() -> None:
     _, parts = profiled.profiled(Contestant("sgd").spec(replace(SMALL, samples=512)))
-    assert all(seconds >= 0.0 for seconds in parts.values()) and parts["products"] > 0.0 and parts["updates"] == 0.0
+    assert all(seconds >= 0.0 for seconds in parts.values()) and parts["products"] > 0.0 and parts["updates"] > 0.0
 
 
 def lane(chunk: float, **told: Any) -> Lane:

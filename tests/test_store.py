@@ -318,6 +318,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return Launch(*SMALL, f"outputs={folder}", *arguments, folder=folder.parent).wait()
 
 
+@pytest.mark.long
 def test_a_launch_that_may_not_write_so_much_says_so_and_goes_on_later(tmp_path: Path) -> None:
     """Files of at most 40 KiB, which the checkpoint is not."""
     wide = "model.hidden=[300]"

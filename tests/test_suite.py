@@ -255,7 +255,7 @@ def test_bad_input_names_the_key_and_what_would_be_right(
         ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
         ("logger=wandbb", r"Could not find 'logger/wandbb'"),
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
-        ("experiment=digits", r"Available options in 'experiment':\s+bcd_zeng\s"),
+        ("experiment=digits", r"Available options in 'experiment':\s+angle\s"),
         ("optimizer=sdg", r"Available options in 'optimizer':\s+adam\s"),
         (
             "setting=tund",
