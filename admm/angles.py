@@ -53,8 +53,8 @@ def cosines(
     >>> cosines(problem, [0], before, after, samples=2)
     {'cosine_1': tensor([0.], dtype=torch.float64)}
     """
-    evenly = torch.arange(samples, device=problem.device) * problem.n_samples // samples
-    gradients = mean_loss_gradient(problem, before, problem.visit(seeds, evenly.expand(before.replicas, -1)))
+    visit = problem.visit(seeds, problem.evenly_spaced(samples, before.replicas))
+    gradients = mean_loss_gradient(problem, before, visit)
     numbers, pairs = problem.blocks.numbers_of_parameters(), dict[int, list[tuple[Tensor, Tensor]]]()
     for (name, old), new, gradient in zip(before.stacks.items(), after.stacks.values(), gradients, strict=True):
         pairs.setdefault(numbers[name], []).append((old.double() - new.double(), gradient.double()))

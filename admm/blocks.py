@@ -265,6 +265,10 @@ class Blocks(Sequence[Block]):
             tensors["buffers"] = self._layout.views("buffers", buffers)
         return Parameters(stacks, flat[:, :0] if buffers is None else buffers, self._layout.by_layer(tensors))
 
+    def copied(self, theta: Parameters) -> Parameters:
+        """Return a copy of parameters, with a copy of the buffers."""
+        return self.parameters(theta.flat(), theta.buffers.clone())
+
     def gradient(self) -> list[list[ParamDict]]:
         """Return a place for the gradient by the parameters of each block and layer, which `Block.vjp` fills."""
         return [[{} for _ in block.layers] for block in self]

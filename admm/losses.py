@@ -375,7 +375,7 @@ class CrossEntropy(_NewtonLoss):
         """
         t = self._distribution(v, y)
         tolerance = self.tolerance * (self.scale * t.mass + penalty * (1.0 + v.abs().amax(-1, keepdim=True)))
-        return newton(self._evaluate, self._moved, v.clone(), (v, t, penalty, tolerance), self.max_steps)
+        return newton(self._evaluate, self._moved, v, (v, t, penalty, tolerance), self.max_steps)
 
     def _evaluate(self, z: Tensor, given: _Proximal) -> tuple[Tensor, Tensor, Tensor]:
         """Return which rows are active, their objective's gradient, and softmax(z).
@@ -486,7 +486,7 @@ class BinaryCrossEntropy(_NewtonLoss):
         """Return the minimiser by Newton's method for each output, with the step size of `CrossEntropy.prox`."""
         mass, yes = self._weighted(y)
         tolerance = self.tolerance * (self.scale * mass + penalty * (1.0 + v.abs()))
-        return newton(self._evaluate, self._moved, v.clone(), (v, mass, yes, penalty, tolerance), self.max_steps)
+        return newton(self._evaluate, self._moved, v, (v, mass, yes, penalty, tolerance), self.max_steps)
 
     def _evaluate(self, z: Tensor, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Return which outputs are active, their objective's derivative, and σ(z)."""

@@ -26,6 +26,7 @@ def newton(
         given: what the problems consist of, a nested structure of tensors and plain values.
         max_steps: the most steps.
     """
+    z = z.clone()
     state = (z, *evaluate(z, given))
     if get_proxy_mode() is None:
         for _ in range(max_steps):

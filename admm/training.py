@@ -284,8 +284,10 @@ def train(
 
     def former() -> Parameters | None:
         """Return a copy of Θ, for the angles of the next update."""
-        theta = state.theta
-        return None if angle_samples is None else problem.blocks.parameters(theta.flat(), theta.buffers.clone())
+        return None if angle_samples is None else problem.blocks.copied(state.theta)
+
+    def is_evaluated(iteration: int) -> bool:
+        return iteration == iterations or iteration % evaluate_every == 0
 
     def stops(rows: list[Row]) -> bool:
         """Call the callbacks, and return whether one of them ends training."""
@@ -322,10 +324,11 @@ def train(
         while (
             not (stopped or interrupt.has_come) and state.iteration < iterations and not _all_diverged(history, state)
         ):
-            compiling, before = problem.compiled.seconds, former()
+            before = former() if is_evaluated(state.iteration + 1) else None
+            compiling = problem.compiled.seconds
             history.seconds += timed_step(problem, optimizer, state)
             history.compile_seconds += problem.compiled.seconds - compiling
-            if state.iteration == iterations or state.iteration % evaluate_every == 0:
+            if is_evaluated(state.iteration):
                 stopped = stops(evaluation(before))
             if path is not None and time.monotonic() - last_write >= checkpoint_seconds:
                 write_checkpoint(path, made_by, state, history, callbacks)

@@ -387,7 +387,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Return `kkt` and `h`, and by block `residual_t`, `dual_rms_t` and `beta_t`."""
         theta, samples = state.theta, problem.n_samples
         # A gradient by Θ moves what the forwards in training change.
-        state = replace(state, theta=problem.blocks.parameters(theta.flat(), theta.buffers.clone()))
+        state = replace(state, theta=problem.blocks.copied(theta))
         gradient, z_square = problem.blocks.gradient(), torch.zeros_like(state.beta[0])
         theta_gradient = [torch.zeros_like(stack) for stack in theta.stacks.values()]
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))

@@ -97,8 +97,7 @@ def label_leak(
     last = len(problem.blocks)
     if last == 1:
         return {}
-    evenly = torch.arange(batch_size, device=problem.device) * problem.n_samples // batch_size
-    moved = moved_lagrangian(evenly.expand(theta.replicas, -1))
+    moved = moved_lagrangian(problem.evenly_spaced(batch_size, theta.replicas))
     forward = BlockOutputs(problem.blocks, theta, moved.visit).z[-1]
     outputs = {"loss_forward": forward, "loss_moved": moved.output(last)}
     return {name: problem.loss.value(z, moved.visit.y).flatten(1).mean(1) for name, z in outputs.items()}

@@ -286,6 +286,10 @@ class Problem:
         """Return a visit of some samples, in training mode; see `visits`."""
         return next(self.visits(seeds, [batch], [counter]))
 
+    def evenly_spaced(self, count: int, replicas: int) -> Tensor:
+        """Return the indices [S, count] of samples from evenly spaced places, the same for all replicas."""
+        return (torch.arange(count, device=self.device) * self.n_samples // count).expand(replicas, -1)
+
     def visits(
         self, seeds: Sequence[int], batches: Sequence[Tensor | slice], counters: Sequence[tuple[int, ...]]
     ) -> Iterator[Visit]:
