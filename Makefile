@@ -1,10 +1,10 @@
 # Needs Python 3.11, 3.12 or 3.13 and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := suite,dev,vision,wandb,notebooks,report,sweeps
+EXTRAS := suite,dev,vision,wandb,notebooks,report,sweeps,docs
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-long test-lowest lint figures results-page html reproduce reproduce-gpu bench clean
+.PHONY: help env demo test test-long test-lowest lint docs figures results-page html reproduce reproduce-gpu bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -18,7 +18,9 @@ env: .venv/installed ## build .venv
 	touch $@
 
 demo: env ## the main job on the embedded digits: nine optimizers, five seeds, a table and a figure
-	$(BIN)/python run.py experiment=digits_shallow results=outputs/demo
+	$(BIN)/python run.py experiment=digits_shallow
+
+test test-long: export PYTHONDONTWRITEBYTECODE := # to compile the tests' modules takes 8 s in each process
 
 test: env ## all tests but those of test-long
 	$(BIN)/python -m pytest
@@ -37,6 +39,9 @@ lint: env ## ruff, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: env ## build README, docs/ and the library's reference as a site, outputs/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 figures: env ## redraw every figure and the tables of README and docs/ from results/ alone
 	$(BIN)/python -m scripts.figures
 	$(BIN)/python -m scripts.benchmarks.performance_page
@@ -44,7 +49,7 @@ figures: env ## redraw every figure and the tables of README and docs/ from resu
 results-page: env ## write results/README.md, the paper's numbers beside ours, from results/ alone
 	$(BIN)/python -m scripts.results_page
 
-html: env ## write outputs/report.html, a page of all of results/ to look through (STORE=outputs: of other runs)
+html: env ## write outputs/report-results.html, a page of all runs to look through (STORE=outputs: report-outputs.html)
 	$(BIN)/python -m scripts.html_page $(STORE)
 
 reproduce: env ## run every experiment that has not been run, then figures and tables (ARGS="key=value ...")
@@ -58,7 +63,11 @@ reproduce-gpu: ## the same on a GPU, Figure 7 at full size
 bench: env ## measure speed and memory into results/bench.csv, on an idle machine (ARGS="--against OLD", docs/performance.md)
 	$(BIN)/python -m scripts.benchmarks.bench
 	$(BIN)/python -m scripts.benchmarks.bench_rivals
+	$(BIN)/python -m scripts.benchmarks.bench_parallel
 	$(BIN)/python -m scripts.benchmarks.bench_speed $(ARGS)
+
+gpu-check: env ## in eight minutes: is a GPU right, and how fast; results/bench_gpu.csv (ARGS="--seconds 300", docs/gpu.md)
+	$(BIN)/python -m scripts.benchmarks.gpu_check $(ARGS)
 
 clean: ## remove .venv and caches, keep data/, results/ and outputs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -27,6 +27,7 @@ from admm.layers import Execution
 from admm.losses import BinaryCrossEntropy, CrossEntropy, Hinge, SquaredError
 from admm.models import as_constructed, as_given, initialiser, resnet18
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, DeepFacto, OnlineBlockADMM, Optimizer, Problem, ZUpdate
+from admm.parallel import Parallel
 from admm.training import train
 from admm.visits import evaluation
 
@@ -45,6 +46,7 @@ __all__ = [
     "Hinge",
     "OnlineBlockADMM",
     "Optimizer",
+    "Parallel",
     "Problem",
     "SquaredError",
     "ZUpdate",

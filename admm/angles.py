@@ -16,7 +16,7 @@ from admm.optimizers.protocol import Problem
 def check_angle_samples(samples: object, n_samples: int) -> None:
     """Raise ValueError unless `samples` is None or a number of training samples, of which there are `n_samples`."""
     if samples is not None and (not is_whole(samples, 1) or samples > n_samples):
-        raise ValueError(f"angle_samples: {samples!r} is not None or between 1 and the {n_samples} training samples")
+        raise ValueError(f"angle_samples: {samples!r} is neither None nor from 1 to the {n_samples} training samples")
 
 
 def cosines(

@@ -35,6 +35,11 @@ class Augmentation(ABC):
     One that changes targets, or mixes samples, overrides `change`, as `Mixup` does.
     """
 
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether a changed sample may depend on others of its mini-batch, as with any `change` of one's own."""
+        return type(self).change is not Augmentation.change
+
     @abstractmethod
     def draw(self, samples: int, generator: torch.Generator) -> Any:
         """Draw the changes [N, k] of all samples in an epoch, in numbers that `apply` understands; or a tuple of such
@@ -202,6 +207,10 @@ class OfInput(Augmentation):
     key: int | str
     augmentation: Augmentation
 
+    @property
+    def mixes_samples(self) -> bool:
+        return self.augmentation.mixes_samples
+
     def draw(self, samples: int, generator: torch.Generator) -> Any:
         return self.augmentation.draw(samples, generator)
 
@@ -237,6 +246,10 @@ class Chain(Augmentation):
         given = self.augmentations
         if not isinstance(given, Sequence) or not all(isinstance(one, Augmentation) for one in given):
             raise ValueError(f"augmentations: {given!r} is no list of admm.augmentation.Augmentation")
+
+    @property
+    def mixes_samples(self) -> bool:
+        return any(augmentation.mixes_samples for augmentation in self.augmentations)
 
     def draw(self, samples: int, generator: torch.Generator) -> Any:
         return tuple(augmentation.draw(samples, generator) for augmentation in self.augmentations)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from admm.checks import has_type
 from admm.crossings import Crossing
@@ -29,6 +29,7 @@ from admm.layers import (
     known_layer,
 )
 from admm.layout import Kind, common, converted, layout, restore_frozen_statistics, wide
+from admm.numbers import is_whole
 from admm.splitting import Part, Stages, parts_of
 from admm.visits import Visit, evaluation
 
@@ -231,6 +232,13 @@ class Blocks(Sequence[Block]):
     def __getitem__(self, t: int | slice) -> Block | tuple[Block, ...]:
         return self._blocks[t]
 
+    def __repr__(self) -> str:
+        lines = (
+            f"  {t}: {_few(names)}{_arrow(module, crossing, is_last=t == len(self))}"
+            for t, (names, module, crossing) in enumerate(zip(self.names, self.modules, self.crossings, strict=True), 1)
+        )
+        return "\n".join([f"{len(self)} blocks of {type(self.network).__name__}:", *lines])
+
     @property
     def are_known_layers(self) -> bool:
         """Whether all layers are linear, ReLU or flatten, so that none is evaluated by autograd."""
@@ -286,18 +294,32 @@ class Blocks(Sequence[Block]):
         """The names, in the network, of parameters that several blocks or layers have."""
         return self._layout.shared
 
+    def check_parameters(self, name: str, theta: Parameters) -> None:
+        """Raise ValueError, which begins with `name`, unless parameters have the names and shapes of this network's."""
+        expected, found = self._layout.shapes["parameters"], {path: v.shape[1:] for path, v in theta.stacks.items()}
+        for path in [*expected, *found]:
+            if found.get(path) != expected.get(path):
+                shapes = (list(shape) if (shape := of.get(path)) is not None else "none" for of in (found, expected))
+                raise ValueError("{}: of another network: {!r} is {}, expected {}".format(name, path, *shapes))
+
     def parameter_slices(self) -> dict[str, slice]:
         """Return the columns of [S, P] that each trained parameter has, by its name in the network."""
         return self._layout.columns("parameters")
 
     def numbers_of_parameters(self) -> dict[str, int]:
         """Return the number, counted from 1, of the first block that each trained parameter is in, by its name."""
-        return self._layout.numbers()
+        return self._layout.numbers("parameters")
 
     @property
     def shared_buffers(self) -> frozenset[str]:
         """The names, in the network, of buffers that several blocks have, such as a mask."""
         return self._layout.shared_buffers
+
+    def tensors_of(self, theta: Parameters, numbers: Sequence[int]) -> list[Tensor]:
+        """Return the parameters and views of the buffers [S, ...] of some blocks, by number, counted from 1."""
+        tensors = {"parameters": theta.stacks, "buffers": self._layout.views("buffers", theta.buffers)}
+        of = {kind: self._layout.numbers(kind) for kind in ("parameters", "buffers")}
+        return [v for kind, by_path in tensors.items() for path, v in by_path.items() if of[kind][path] in numbers]
 
     def initial(self, seeds: Sequence[int], initialise: Callable[[nn.Module], None], like: Tensor) -> Parameters:
         """Return the parameters [S, P] of one freshly initialised network per seed.
@@ -349,7 +371,14 @@ class Blocks(Sequence[Block]):
         return x  # type: ignore[no-any-return]
 
     def export(self, theta: Parameters, replica: int = 0) -> nn.Module:
-        """Return a copy of the network with the parameters and buffers of one replica, in evaluation mode."""
+        """Return a copy of the network with the parameters and buffers of one replica, in evaluation mode.
+
+        Raises ValueError for parameters of another network, and for a replica that there is not.
+        """
+        has_type("theta", theta, Parameters, "state.theta")
+        self.check_parameters("theta", theta)
+        if not is_whole(replica) or replica >= theta.replicas:
+            raise ValueError(f"replica: {replica!r} is not a whole number from 0 to {theta.replicas - 1}")
         network = copy.deepcopy(self.network).eval()
         if theta.dtype != self.dtype:
             converted(network, theta.dtype)
@@ -361,6 +390,21 @@ class Blocks(Sequence[Block]):
             for path, stack in stacks.items():
                 self._layout.tensor(network, kind, path).copy_(stack[replica])
         return network
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return names as text, the first and the last ones of many."""
+    return ", ".join(names if len(names) <= 6 else (*names[:3], "…", f"{names[-1]} ({len(names)} modules)"))
+
+
+def _arrow(module: nn.Module, crossing: Crossing, is_last: bool) -> str:
+    """Return what leaves a block as text, as far as it is known: shapes, or the traced values that cross the cut."""
+    if crossing.is_known:
+        return f" → {crossing}"
+    if isinstance(module, fx.GraphModule) and not is_last:
+        (output,) = module.graph.find_nodes(op="output")
+        return f" → {', '.join(map(str, output.all_input_nodes))}"
+    return ""
 
 
 def split(
@@ -428,8 +472,10 @@ def split(
     ...     def forward(self, x):
     ...         h = self.first(x)
     ...         return self.last(h + self.second(h).relu())
-    >>> split(Residual(), after=["second"]).names
-    (('first', 'second'), ('last',))
+    >>> split(Residual(), after=["second"])
+    2 blocks of Residual:
+      1: first, second → first, second
+      2: last
     """
     if execution is not None:
         has_type("execution", execution, Execution, "admm.layers.Execution(compile=True)")

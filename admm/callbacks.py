@@ -16,6 +16,15 @@ from admm.optimizers.protocol import Problem, State
 
 Callback = Callable[[Problem, Any, History, list[Row]], None]  # see `admm.training.train`
 
+# How the names of the scores of `admm.training.evaluate` end, and which of their values are better.
+_DIRECTIONS: dict[str, Literal["min", "max"]] = {
+    "loss": "min",
+    "mse": "min",
+    "accuracy": "max",
+    "exact_match": "max",
+    "r2": "max",
+}
+
 
 class StopTraining(Exception):
     """Raised by a callback, it ends `admm.training.train`, which returns the history."""
@@ -32,13 +41,15 @@ class EarlyStopping:
     Args:
         quantity: a name in the rows of the history, such as "valid_loss".
         patience: the evaluations in a row without a better value, at least 1; None never ends training.
-        mode: "min" if lower is better, "max" if higher is.
+        mode: "min" if lower is better, "max" if higher is. None takes the better direction of a `loss`, `mse`,
+            `accuracy`, `exact_match` or `r2`, as which the name must then end.
 
     Attributes:
         rows: the row of the best evaluation, by replica.
 
     Raises:
-        ValueError: for a number or a mode that is none, and while training, for a quantity that is not measured.
+        ValueError: for a number or a mode that is none, no mode of a quantity of another name, and while training, for
+            a quantity that is not measured.
 
     >>> import torch
     >>> from admm.blocks import split
@@ -59,12 +70,13 @@ class EarlyStopping:
 
     quantity: str
     patience: int | None = 10
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] | None = None
     rows: dict[int, Row] = field(default_factory=dict, init=False)
     _since: int = field(default=0, init=False, repr=False)  # the first iteration that it has seen
     _kept: list[Tensor] = field(default_factory=list, init=False, repr=False)  # parameters and buffers, [S, P], [S, B]
 
     def __post_init__(self) -> None:
+        self.mode = _direction(self.quantity) if self.mode is None else self.mode
         one_of("mode", self.mode, ("min", "max"))
         if self.patience is not None:
             at_least_one("patience", self.patience)
@@ -91,7 +103,7 @@ class EarlyStopping:
         """
         if not self._kept:
             raise ValueError("best: there has been no evaluation yet")
-        flat, buffers = (tensor.to(problem.x.device) for tensor in self._kept)
+        flat, buffers = (tensor.to(problem.device) for tensor in self._kept)
         return problem.blocks.parameters(flat, buffers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,3 +133,14 @@ class EarlyStopping:
             self._kept = [tensor.clone() for tensor in tensors]
         for kept, tensor in zip(self._kept, tensors, strict=True):
             kept[replica] = tensor[replica]
+
+
+def _direction(quantity: str) -> Literal["min", "max"]:
+    """Return the better direction of a score. Raises ValueError for a quantity of another name."""
+    for ending, direction in _DIRECTIONS.items():
+        if quantity.endswith(ending):
+            return direction
+    raise ValueError(
+        f"mode: None, but {quantity!r} does not end in {', '.join(_DIRECTIONS)}, whose better direction is known; give "
+        "'min' if lower is better, 'max' if higher is"
+    )

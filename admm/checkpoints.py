@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from admm.blocks import Parameters
+from admm.blocks import Blocks, Parameters
 from admm.files import atomic_write
 from admm.optimizers.protocol import Optimizer, Problem, State
 
@@ -46,6 +46,15 @@ class History:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     diverged: dict[int, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        lines = [f"History of {len(self.rows)} rows, {self.seconds:.3g} seconds"]
+        if self.rows:
+            lines[0] += f", iterations {self.rows[0]['iteration']} to {self.rows[-1]['iteration']}"
+            lines.append(f"  in each row: {', '.join(self.rows[-1])}")
+        if self.diverged:
+            lines.append(f"  diverged, as iterations by replica: {self.diverged}")
+        return "\n".join(lines)
 
 
 # PyTorch's pytrees would flatten a state, but know neither its dataclasses nor field names for the errors, and cannot
@@ -193,19 +202,26 @@ def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **oth
     return {"optimizer": type(optimizer).__name__} | texts | {"initialisation": start, "outputs": f"{outputs:.3g}"}
 
 
+def digest(tensor: Tensor) -> str:
+    """Return a hash of a tensor's numbers."""
+    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(numbers.data).hexdigest()[:12]
+
+
 def _text(value: Any) -> str:
     """Return a value as text without addresses in memory: of a tensor its type, its shape and a hash of its numbers, of
     a function a hash of its code and what it refers to; of this library's functions the name stands for the code."""
     match value:
         case Tensor():
-            numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            return f"{value.dtype} {list(value.shape)} {hashlib.sha256(numbers.data).hexdigest()[:12]}"
+            return f"{value.dtype} {list(value.shape)} {digest(value)}"
         case int() | float() if not isinstance(value, bool):
             return str(float(value))
         case list() | tuple():
             return f"({', '.join(map(_text, value))})"
         case Mapping():
             return f"{{{', '.join(f'{key}: {_text(item)}' for key, item in value.items())}}}"
+        case Blocks():  # whose own text changes as it is used
+            return "<admm.blocks.Blocks object>"
         case partial():
             return f"partial({_text((value.func, value.args, value.keywords))})"
         case FunctionType():
@@ -232,17 +248,59 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def write_checkpoint(
-    path: Path, made_by: dict[str, str], state: Any, history: History, callbacks: Sequence[Any] = ()
+    path: Path, made_by: dict[str, str], problem: Problem, state: Any, history: History, callbacks: Sequence[Any] = ()
 ) -> None:
     """Write a state, its history and the states of callbacks to a file, whole or not at all.
 
+    Where the run is shared out, process 0 writes what all of them hold, as one process would.
+
     Raises WriteError if the file cannot be written, and TypeError for a callback's state that could not be brought
-    back. `made_by` is the run's `fingerprint`; see `callback_states`.
+    back; in other processes ProcessError. `made_by` is the run's `fingerprint`; see `callback_states`.
     """
-    saved, states = save(state), callback_states(callbacks)
-    content = {"made_by": made_by, "state": saved, "history": vars(history), "callbacks": states}
-    with atomic_write(path, "the checkpoint", size(saved) + size(states)) as part, part.open("wb") as file:
-        torch.save(content, file)
+    saved = _whole(problem, state)
+
+    def write() -> None:
+        states = callback_states(callbacks)
+        content = {"made_by": made_by, "state": saved, "history": vars(history), "callbacks": states}
+        with atomic_write(path, "the checkpoint", size(saved) + size(states)) as part, part.open("wb") as file:
+            torch.save(content, file)
+
+    problem.parallel.together(write if problem.parallel.is_first else lambda: None)
+
+
+def _whole(problem: Problem, state: Any) -> dict[str, Any]:
+    """Return what `save` would of the state of one process; of use in process 0, where the variables of all meet."""
+    saved, parallel = save(state), problem.parallel
+    if parallel.shares("samples"):
+        counts = [len(range(problem.n_samples)[parallel.share(problem.n_samples, r)]) for r in range(parallel.size)]
+        for name in getattr(state, "of_samples", ()):
+            *parents, last = name.split(".")
+            fields_of = reduce(lambda tree, parent: tree[parent], parents, saved)
+            fields_of[last] = tree_map(lambda v: parallel.joined(v, counts), fields_of[last])
+    if parallel.shares("blocks"):
+        leaves, form = tree_flatten(saved)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        shapes = parallel.all([leaves[place].shape for place in places])
+        for place, of_processes in zip(places, zip(*shapes, strict=True), strict=True):
+            owner = next((rank for rank, shape in enumerate(of_processes) if shape.numel()), 0)
+            leaves[place] = parallel.brought(leaves[place], of_processes[owner], owner)
+        saved = tree_unflatten(leaves, form)
+    return saved
+
+
+def _held(problem: Problem, saved: Any, like: Any) -> Any:
+    """Return what a process holds of a state that `_whole` has returned; `like` is what it has saved itself."""
+    if problem.parallel.size == 1:
+        return saved
+    if isinstance(saved, dict) and isinstance(like, dict):
+        return {key: _held(problem, value, like.get(key)) for key, value in saved.items()}
+    if isinstance(saved, list) and isinstance(like, list) and len(saved) == len(like):
+        return [_held(problem, *pair) for pair in zip(saved, like, strict=True)]
+    if not isinstance(saved, Tensor) or not isinstance(like, Tensor) or saved.shape == like.shape:
+        return saved
+    if not like.numel():  # of a block that another process holds
+        return like
+    return saved[:, problem.part] if saved.shape[1] == problem.n_samples else saved
 
 
 def callback_states(callbacks: Sequence[Any]) -> dict[str, Any]:
@@ -260,21 +318,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError for a damaged file, or one that is no checkpoint.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; give the path of a file")
+    if not _is_archive(path):
+        raise CheckpointError(
+            f"{path}: is no checkpoint, or a damaged one; give another path, or delete the file if nobody needs it"
+        )
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums, and reads none
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # whatever a damaged file raises
-        raise CheckpointError(f"{path}: is damaged ({error}); delete the file to start again") from None
+        raise CheckpointError(
+            f"{path}: is damaged ({error}); delete the file to start again, or give another path if it is no checkpoint"
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("state", "history")):
         raise CheckpointError(f"{path}: is no checkpoint of `admm.training.train`; give another path")
     return content
 
 
+def _is_archive(path: Path) -> bool:
+    """Whether a file begins as a zip archive does, as PyTorch's files are."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def load_checkpoint(
     path: Path,
     made_by: dict[str, str],
+    problem: Problem,
     state: Any,
     history: History,
     iterations: int,
@@ -293,7 +366,7 @@ def load_checkpoint(
                 raise ValueError(f"it is of another run: {_difference(name, was, now)}")
         if (done := content["state"].get("iteration", 0)) > iterations:
             raise ValueError(f"it is after iteration {done}, of {iterations} that are asked for")
-        restore(state, content["state"])
+        restore(state, _held(problem, content["state"], save(state)))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; delete the file to start again, or give another path") from None
     vars(history).update(content["history"])
@@ -307,4 +380,4 @@ def _difference(name: str, was: str, now: str) -> str:
     if "\n" in was + now:
         pairs = zip(was.splitlines(), now.splitlines(), strict=False)
         was, now = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("shorter", "longer"))
-    return f"{name} was {was}, is {now}"
+    return re.sub(r"\b(\d+)\.0\b", r"\1", f"{name} was {was}, is {now}")  # `_text` has whole numbers as 1.0

@@ -41,14 +41,25 @@ def check_positive(name: str, value: object) -> None:
 
 def has_type(name: str, value: object, kind: type, such_as: str) -> None:
     """Raise ValueError unless `value` is an instance of `kind`; `such_as` is how to make one."""
+    if isinstance(value, type) and issubclass(value, kind):
+        raise ValueError(f"{name}: {value.__name__} is a class; give an object of it, such as {such_as}")
     if not isinstance(value, kind):
-        raise ValueError(f"{name}: {value!r} is no {kind.__name__}, such as {such_as}")
+        raise ValueError(f"{name}: {shown(value)} is no {kind.__name__}, such as {such_as}")
+
+
+def shown(value: object) -> str:
+    """Return a value as text for a message: of a class its name, of a value with a long text its type."""
+    if isinstance(value, type):
+        return f"the class {value.__module__}.{value.__name__}"
+    text = repr(value)
+    return text if "\n" not in text and len(text) < 100 else f"an object of {shown(type(value))}"
 
 
 def check_batch_size(batch_size: int, samples: int, parts: int | None) -> None:
     """Raise ValueError unless 1 <= batch_size <= samples, and each of an epoch's `parts` has a mini-batch."""
-    if not is_whole(batch_size, 1) or batch_size > samples:
+    at_least_one("batch_size", batch_size)
+    if batch_size > samples:
         raise ValueError(f"batch_size: {batch_size!r} is not between 1 and the {samples} training samples")
     batches = math.ceil(samples / batch_size)
     if parts is not None and (not is_whole(parts, 1) or parts > batches):
-        raise ValueError(f"epoch_parts: {parts!r} is not None or between 1 and an epoch's {batches} batches")
+        raise ValueError(f"epoch_parts: {parts!r} is neither None nor from 1 to an epoch's {batches} batches")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,59 @@ def evaluate_one(blocks: Blocks, x: Any) -> None:
     set_mode(network, True, pinned_modules(network))
     with _watched(network) as calls:
         _called(network, pytree.tree_map_only(Tensor, lambda v: v[:1], x), calls)
+
+
+def forward_costs(blocks: Blocks, x: Any) -> list[tuple[int, int]]:
+    """Return for each block the floating-point operations of its products, by PyTorch's counter, and the entries of its
+    output, both per sample; x are inputs [N, ...]."""
+    from torch.utils.flop_counter import FlopCounterMode  # which takes long to import
+
+    few, device = _few(x)
+    flat, buffers = (blocks.flatten(blocks.network, kind)[None].to(device) for kind in ("parameters", "buffers"))
+    # PyTorch 2.14.1 counts nothing for an LSTM by oneDNN, nor for a transformer's fast path in evaluation mode.
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.backends.mkldnn.flags(enabled=False),
+        seeded(0, device),
+        FlopCounterMode(display=False) as counter,
+    ):
+        outputs = blocks.outputs(blocks.parameters(flat, buffers), few, Visit([0], x=few))
+        totals = [(0, 0), *((counter.get_total_flops(), z.numel()) for z in outputs)]
+    n = pytree.tree_leaves(few)[0].shape[1]
+    return [((after - before) // n, entries // n) for (before, _), (after, entries) in pairwise(totals)]
+
+
+def samples_are_independent(blocks: Blocks, x: Any) -> bool:
+    """Whether several processes can train on parts of a mini-batch: no block draws random numbers or hands on what all
+    samples share, and the outputs for the first samples of x, and what training does to buffers, are the same when
+    these are evaluated in two parts. `outputs_of` has been called before."""
+    layers = [layer for block in blocks for layer in block.layers if isinstance(layer, ModuleLayer)]
+    if any(layer.learned.is_random for layer in layers) or any(crossing.is_shared for crossing in blocks.crossings):
+        return False
+    few, device = _few(x)
+    n, network = pytree.tree_leaves(few)[0].shape[1], _without_zeros(blocks.network)
+
+    def trained(part: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs, and the parameters and buffers that are changed in training."""
+        flat, buffers = (blocks.flatten(network, kind)[None].to(device) for kind in ("parameters", "buffers"))
+        theta, inputs = blocks.parameters(flat, buffers), pytree.tree_map_only(Tensor, lambda v: v[:, part], few)
+        z, outputs, gradient, visit = inputs, list[Tensor](), blocks.gradient(), Visit([0], x=inputs)
+        for block, views, of_block in zip(blocks, theta.blocks, gradient, strict=True):
+            z, record = block.linearize(views, z, visit)
+            block.vjp(views, record, torch.ones_like(z), of_block, False)
+            outputs.append(z)
+        return outputs, [theta.flat(), theta.buffers]
+
+    (whole, state), *parts = map(trained, (slice(0, n), slice(0, n // 2), slice(n // 2, n)))
+    pairs = [(z, torch.cat(of_parts, 1)) for z, *of_parts in zip(whole, *(part for part, _ in parts), strict=True)]
+    pairs += [pair for _, changed in parts for pair in zip(state, changed, strict=True)]
+    return all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in pairs)
+
+
+def _few(x: Any) -> tuple[Any, torch.device]:
+    """Return the first samples of x, for one replica, and their device."""
+    few = pytree.tree_map_only(Tensor, lambda v: v[None, :_FEW], x)
+    return few, pytree.tree_leaves(few)[0].device
 
 
 def _without_zeros(network: nn.Module) -> nn.Module:

@@ -86,6 +86,11 @@ class Crossing:
         self.is_known, self.is_plain, self._samples = True, is_one, samples
         self._shapes_of[self.pack(value, samples)[0].shape[1:]] = self.shapes
 
+    def __str__(self) -> str:
+        """Return the variables' shapes for n samples, and how many other values cross as they are."""
+        shapes = [_for_n(shape, place, self._samples) for shape, place in zip(self.shapes, self._places, strict=True)]
+        return ", ".join(shapes + [f"{len(self._others)} as it is"] * bool(self._others))
+
     @property
     def is_tensor(self) -> bool:
         """Whether it is one tensor, in no structure."""
@@ -100,6 +105,11 @@ class Crossing:
     def has_samples(self) -> bool:
         """Whether there are variables, and each has an axis of the samples."""
         return len(self._places) > 0 and all(place.axis is not None for place in self._places)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are variables without an axis of the samples, which all samples share."""
+        return any(place.axis is None for place in self._places)
 
     def pack(self, value: Any, samples: int) -> tuple[Tensor, Rest]:
         """Return the coupling variable [n, ...] of what a block has returned for n samples, and the rest.
@@ -172,6 +182,15 @@ def _place_of_samples(leaf: Tensor, other: Tensor, samples: int, number: int) ->
         return float((next(rows)[:-1] - next(rows)).abs().amax())
 
     return min((_Place(axes[0], is_outer) for is_outer in (True, False)), key=error)
+
+
+def _for_n(shape: torch.Size, place: _Place, samples: int) -> str:
+    """Return a shape as text with n for the number of samples, such as [n, 3]."""
+    sizes = [str(size) for size in shape]
+    if place.axis is not None:
+        rows = shape[place.axis] // samples
+        sizes[place.axis] = "n" if rows == 1 else f"{rows}n"
+    return f"[{', '.join(sizes)}]"
 
 
 def _samples_first(leaf: Tensor, place: _Place, samples: int) -> Tensor:

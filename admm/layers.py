@@ -78,7 +78,7 @@ class LinearLayer(Layer):
     def forward(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> Tensor:
         weight, bias, rows = theta["weight"], theta.get("bias"), x.flatten(1, -2)
         output = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     def linearize(self, theta: ParamDict, x: Tensor, inplace: bool, visit: Visit) -> tuple[Tensor, Any]:
         return self.forward(theta, x, inplace, visit), x
@@ -264,7 +264,7 @@ class ModuleLayer(Layer):
             inputs = [views[name] for name in names] + ([x] if needs_input_grad else [])
             gradients = self._gradients(views, output, inputs, grad_output[s], retain_graph)
             if needs_input_grad:
-                grad_x.append(gradients.pop())
+                grad_x.append(gradients.pop() if len(output) else output.new_zeros(0, *x.shape[1:]))
             replicas.append([g.to_dense() if g.is_sparse else g for g in gradients])
             if grad_params is not None:
                 for name in theta.keys() - self._parameter_names | self.learned.rewritten:
@@ -277,7 +277,7 @@ class ModuleLayer(Layer):
     def _gradients(
         self, views: ParamDict, output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor, retain_graph: bool
     ) -> list[Tensor]:
-        if not inputs or not output.requires_grad:  # no trained parameter before the output
+        if not inputs or not output.requires_grad or not len(output):  # no trained parameter before the output
             return [torch.zeros_like(v) for v in inputs]
         gradient = partial(
             torch.autograd.grad, output, inputs, grad_output, retain_graph=retain_graph, materialize_grads=True
@@ -287,8 +287,14 @@ class ModuleLayer(Layer):
 
     def _evaluation(self, theta: ParamDict, x: Any, s: int, visit: Visit) -> tuple[ParamDict, Any, Tensor, Rest]:
         """Return the tensors of replica s and its input, both with derivatives where autograd is on, its output
-        [n, ...], and the rest that crosses the cut."""
-        views, z = self._replica(theta, s, _device_of(x)), _of_replica(x, s)
+        [n, ...], and the rest that crosses the cut.
+
+        Many a module cannot be evaluated on no samples, which is what a process may hold of a mini-batch. It is given
+        zeros in place of one, and its output for them is left out.
+        """
+        views, z, n = self._replica(theta, s, _device_of(x)), _of_replica(x, s), samples_of(x)
+        if not n:
+            z = pytree.tree_map_only(Tensor, lambda v: v.new_zeros(1, *v.shape[1:]), z)
         if torch.is_grad_enabled():
             for name in self._parameter_names:
                 views[name].requires_grad_()
@@ -300,7 +306,8 @@ class ModuleLayer(Layer):
             value = self._call(views, *arguments)
         if not self.hands_on_arguments:
             value = (value,)
-        return views, z, *self.after.pack(value, samples_of(x))
+        output, rest = self.after.pack(value, max(n, 1))
+        return views, z, output if n else output[:0], rest
 
     def _arguments(self, z: Any, s: int, visit: Visit) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and keyword arguments of the module."""

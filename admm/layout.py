@@ -77,10 +77,10 @@ class Layout:
                         total[e.path] = total[e.path] + views[e.name] if e.path in total else views[e.name]
         return total
 
-    def numbers(self) -> dict[str, int]:
-        """Return the number, counted from 1, of the first block of each parameter, by path."""
+    def numbers(self, kind: Kind) -> dict[str, int]:
+        """Return the number, counted from 1, of the first block of each tensor, by path."""
         numbered = [(e, t) for t, block in enumerate(self._entries, start=1) for layer in block for e in layer]
-        return {e.path: t for e, t in reversed(numbered) if e.kind == "parameters"}
+        return {e.path: t for e, t in reversed(numbered) if e.kind == kind}
 
     def casts(self, t: int) -> dict[str, torch.dtype]:
         """Return the types of the tensors of block t, one layer, that are stored in another type, by name."""

@@ -130,6 +130,7 @@ def _as_numbers(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor | Non
     """Return targets [N, *outputs] that are numbers, see `as_targets`; None for another shape. Raises ValueError."""
     if not isinstance(y, Tensor):
         raise ValueError(f"y: a {type(y).__name__}, where the loss takes one tensor of targets")
+    _check_features(outputs, len(y))
     shape = (len(y), *outputs)
     if y.shape != shape and not (y.shape == shape[:1] and math.prod(outputs) == 1):
         return None
@@ -139,8 +140,20 @@ def _as_numbers(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor | Non
     return y
 
 
+def _check_features(outputs: Sequence[int], samples: int) -> None:
+    """Raise ValueError for outputs that are a number per sample, without an axis."""
+    if not outputs:
+        raise ValueError(
+            f"network: its outputs are [{samples}], where the loss needs an axis of features, [{samples}, 1]; leave "
+            "out the squeeze or flatten that takes it away"
+        )
+
+
 def _weights(name: str, value: Any) -> tuple[float, ...] | None:
-    """Return weights as a tuple. Raises ValueError unless they are None or numbers from 0 up."""
+    """Return weights as a tuple.
+
+    Raises ValueError unless they are None or numbers from 0 up, and for a `weight` that is 0 for all outputs.
+    """
     if value is None:
         return None
     try:
@@ -149,6 +162,8 @@ def _weights(name: str, value: Any) -> tuple[float, ...] | None:
         weights = ()
     if not weights or not all(is_number(w) and w >= 0 for w in weights):
         raise ValueError(f"{name}: {value!r} is not None or numbers from 0 up, one per output")
+    if name == "weight" and not any(weights):
+        raise ValueError(f"weight: {value!r} are all 0, and so would the loss be")
     return weights
 
 
@@ -824,6 +839,7 @@ class TripletLoss(Loss):
 
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
         """Return identities [N], which are whole numbers. Raises ValueError for others."""
+        _check_features(outputs, len(y))
         if y.ndim != 1 or y.is_floating_point() or y.is_complex():
             raise ValueError(f"y: TripletLoss takes identities [N], whole numbers, not {y.dtype} {list(y.shape)}")
         return y

@@ -383,10 +383,15 @@ def _plain_array(array: Any) -> Any:
 
 
 def as_weights(weights: Any, n: int) -> Tensor:
-    """Return weights [N]. Raises ValueError for others than finite numbers from 0 up."""
+    """Return weights [N]. Raises ValueError for others than finite numbers from 0 up, not all of them 0."""
     values = as_tensor("weights", weights).detach()
-    if values.shape != (n,) or not bool((values.isfinite() & (values >= 0)).all()):
-        raise ValueError(f"weights: {list(values.shape)}, expected a finite number from 0 up for each sample, [{n}]")
+    if values.shape != (n,):
+        raise ValueError(f"weights: {list(values.shape)}, expected one number for each sample, [{n}]")
+    if not bool((values.isfinite() & (values >= 0)).all()) or not bool(values.any()):
+        raise ValueError(
+            f"weights: are {float(values.min()):.4g} to {float(values.max()):.4g}, expected finite numbers from 0 up, "
+            "some of them above 0"
+        )
     return values
 
 
@@ -440,7 +445,7 @@ def _of_items(x: Any, weights: Any, device: str | torch.device | None) -> Stream
 
 
 def _check_sampling(loader: DataLoader[Any]) -> None:
-    """Raise ValueError for a loader that draws other samples than each of its data set once an epoch."""
+    """Raise ValueError for a loader that does not draw each sample of its data set once an epoch."""
     used = loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
     is_plain = type(used) is SequentialSampler
     if type(used) is RandomSampler:
@@ -450,6 +455,13 @@ def _check_sampling(loader: DataLoader[Any]) -> None:
             f"x: the loader's sampling ({type(used).__name__}) would not be used, as each sample comes once an epoch, "
             "in mini-batches of the optimizer's batch_size; for a part of a data set take torch.utils.data.Subset, for "
             "samples that count more the argument weights"
+        )
+    batches = loader.batch_sampler
+    samples = len(loader.dataset)  # type: ignore[arg-type]
+    if isinstance(batches, BatchSampler) and batches.drop_last and (left := samples % batches.batch_size):
+        raise ValueError(
+            f"x: the loader's drop_last=True would not be used, by which {left} samples would be left out of an epoch; "
+            "take drop_last=False, or torch.utils.data.Subset for fewer samples"
         )
 
 

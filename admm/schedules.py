@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from admm.numbers import is_number, plain
+from admm.user_warnings import warn
 
 Number = float | Sequence[float]  # a scalar, or one value per replica [S]; arrays and tensors are sequences, too
 # A number, {"start": Number, "end": Number}, or a function of the progress from 0 to 1.
@@ -180,10 +180,9 @@ def warn_beyond_horizon(optimizer: object, iterations: int) -> None:
     horizon = options.get("iterations", iterations)
     scheduled = [name for name, value in options.items() if _is_scheduled(value)]
     if iterations > horizon and scheduled:
-        warnings.warn(
+        warn(
             f"iterations: {horizon}, but training goes on to iteration {iterations}; from {horizon} on "
-            f"{', '.join(scheduled)} stay at the end of their schedules. Give both the same number",
-            stacklevel=3,
+            f"{', '.join(scheduled)} stay at the end of their schedules. Give both the same number"
         )
 
 

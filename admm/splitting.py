@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from admm.checks import is_bool, one_of
+from admm.checks import at_least_one, is_bool, one_of
 from admm.layers import has_hooks, known_layer
-from admm.numbers import is_whole
 from admm.tracing import traced_blocks
 
 
@@ -147,8 +146,10 @@ def _even_boundaries(network: nn.Module, names: list[str], n_blocks: int | None,
     """Return how many layers come before each cut, with the layers with parameters shared out evenly."""
     modules = modules_by_name(network)
     trainable = [i for i, name in enumerate(names) if next(modules[name].parameters(), None) is not None]
+    if n_blocks is not None:
+        at_least_one("n_blocks", n_blocks)
     n_blocks = len(trainable) if n_blocks is None else n_blocks
-    if not is_whole(n_blocks, 1) or n_blocks > len(trainable):
+    if not 1 <= n_blocks <= len(trainable):
         raise ValueError(f"n_blocks: {n_blocks!r} is not between 1 and {len(trainable)}, the layers with parameters")
     firsts = [math.ceil(k * len(trainable) / n_blocks) for k in range(1, n_blocks)]
     return [trainable[k] if activation == "end" else trainable[k - 1] + 1 for k in firsts]

@@ -6,9 +6,9 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,20 +18,41 @@ from torch import Tensor
 from admm.angles import check_angle_samples, cosines
 from admm.blocks import Blocks, Parameters
 from admm.callbacks import Callback, StopTraining
-from admm.checkpoints import History, Row, callback_states, fingerprint, load_checkpoint, save, write_checkpoint
-from admm.checks import at_least_one
+from admm.checkpoints import (
+    CheckpointError,
+    History,
+    Row,
+    callback_states,
+    digest,
+    fingerprint,
+    load_checkpoint,
+    save,
+    write_checkpoint,
+)
+from admm.checks import at_least_one, has_type, shown
 from admm.files import remove_leftovers
 from admm.losses import CrossEntropy, Huber, SquaredError, unweighted
 from admm.minibatches import expand
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
-from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_state
+from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_parallel, check_state
+from admm.parallel import ALONE, Parallel
 from admm.samples import Samples, Tensors
 from admm.schedules import warn_beyond_horizon
+from admm.user_warnings import warn
 
 # Samples evaluated at a time, so few that a CPU's caches hold their activations: images, whose replicas take turns;
 # vectors of one replica at most; and vectors of all replicas.
 _EVAL_BATCH_IMAGES, _EVAL_BATCH_VECTORS, _EVAL_ROWS_ALL_REPLICAS = 128, 2000, 8000
+GOES_ON = "; the same call goes on"  # the end of the message of an interrupted run with a checkpoint
+
+
+# The factor by which train_loss must grow for a warning. In the committed runs, 273 curves, it grows by 1.25 at most.
+_GROWTH = 1000.0
+
+
+class DivergenceWarning(UserWarning):
+    """A replica has diverged: its parameters or its loss are no longer finite, or its loss has grown a thousandfold."""
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
@@ -63,8 +84,8 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
         ValueError: for a set that does not fit, and for a name of one that is no text or "train".
     """
     sets = {"train": problem.data} | dict(_other_sets(problem, test))
-    scores = {part: _scores(problem, theta, samples) for part, samples in sets.items()}
-    return {f"{part}_{name}": value for part, values in scores.items() for name, value in values.items()}
+    scores = {name: _scores(problem, theta, samples) for name, samples in sets.items()}
+    return {f"{name}_{score}": value for name, values in scores.items() for score, value in values.items()}
 
 
 def _other_sets(problem: Problem, test: Any) -> Iterator[tuple[str, Samples]]:
@@ -86,14 +107,16 @@ def _scores(problem: Problem, theta: Parameters, samples: Samples) -> dict[str, 
     """Return the scores [S] of samples, by `evaluate`'s names without the prefix."""
     totals: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    spread = _Spread(problem, samples)
-    for x, y in _chunks(samples, theta.replicas):
+    spread, chunks = _Spread(problem, samples), _chunks(samples, theta.replicas)
+    parallel = problem.parallel if len(chunks) >= problem.parallel.size else ALONE
+    for x, y in samples.read(chunks[parallel.share(len(chunks))]):
         z = problem.blocks.forward(theta, expand(x, theta.replicas))
         for name, (values, counted) in _sample_scores(problem, z, y).items():
             totals[name] = totals.get(name, 0.0) + values.sum(1)
             counts[name] = counts.get(name, 0.0) + counted.sum(dtype=torch.float64)
         if "mse" in totals:
             spread.add(y)
+    parallel.add_up(*totals.values(), *counts.values(), *spread.sums)
     means = {name: total / float(counts[name]) for name, total in totals.items()}
     if "mse" in means:
         variance = spread.variance()
@@ -141,7 +164,8 @@ class _Spread:
     """The variance of targets: of tensors by PyTorch, of a stream from sums of what comes by, in float64."""
 
     def __init__(self, problem: Problem, samples: Samples) -> None:
-        self.loss, self.samples, self.sums = problem.loss, samples, list[Tensor]()
+        self.loss, self.samples = problem.loss, samples
+        self.sums: list[Tensor] = []  # Σ w, Σ w (y − near) and Σ w (y − near)², of a stream
 
     def add(self, targets: Any) -> None:
         """Add targets of n samples."""
@@ -150,14 +174,15 @@ class _Spread:
         y, weights = self._flat(targets)
         near = self._flat(self.samples.examples[1])[0].mean(0)  # without it a large mean would cancel out
         w = torch.ones_like(y[:, :1]) if weights is None else weights[:, None]
-        self.sums.append(torch.stack([(w * (y - near) ** power).sum(0) for power in range(3)]))
+        sums = [(w * (y - near) ** power).sum(0) for power in range(3)]
+        self.sums = [total + new for total, new in zip(self.sums, sums, strict=True)] if self.sums else sums
 
     def variance(self) -> Tensor:
         """Return the mean of the variances of the targets' entries."""
         if isinstance(self.samples, Tensors):
             _, y, weights = unweighted(self.loss, self.samples.y)
             return _variance(y.flatten(1), weights)
-        total, first, second = torch.stack(self.sums).sum(0)
+        total, first, second = self.sums
         variance: Tensor = (second / total - (first / total).square()).mean()
         return variance
 
@@ -178,21 +203,21 @@ def accuracy(blocks: Blocks, theta: Parameters, x: Any, labels: Tensor) -> Tenso
     """
     samples = Tensors(x, labels)
     right = torch.zeros(theta.replicas, device=samples.device)
-    for part, label in _chunks(samples, theta.replicas):
+    for part, label in samples.read(_chunks(samples, theta.replicas)):
         right += (blocks.forward(theta, expand(part, theta.replicas)).argmax(2) == label).sum(1)
     return 100.0 * right / samples.n
 
 
-def _chunks(samples: Samples, replicas: int) -> Iterator[tuple[Any, Any]]:
-    """Yield inputs and targets a few at a time, nearly the same number each: a single one that is left over could not
-    be normalised."""
+def _chunks(samples: Samples, replicas: int) -> list[slice]:
+    """Return slices of the samples that are evaluated at a time, of nearly the same size: a single one that is left
+    over could not be normalised."""
     most, x = _EVAL_BATCH_IMAGES, samples.examples[0]
     if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point():
         most = min(_EVAL_BATCH_VECTORS, max(1, _EVAL_ROWS_ALL_REPLICAS // replicas))
     chunks = max(1, math.ceil(samples.n / most))
     size, larger = divmod(samples.n, chunks)
-    ends = list(accumulate(size + (number < larger) for number in range(chunks)))
-    return samples.read([slice(*bounds) for bounds in pairwise([0, *ends])])
+    ends = accumulate((size + (number < larger) for number in range(chunks)), initial=0)
+    return [slice(*bounds) for bounds in pairwise(ends)]
 
 
 def train(
@@ -215,7 +240,11 @@ def train(
     `optimizer.step` is timed.
 
     With a checkpoint, Ctrl-C takes effect after the iteration under way, when the checkpoint has been written; a second
-    one at once.
+    one at once. The message of the KeyboardInterrupt says where training has stopped.
+
+    A replica whose parameters or `train_loss` are not finite at an evaluation has diverged, of which a
+    `DivergenceWarning` tells. The others go on. A replica whose `train_loss` is more than a thousand times the first
+    one of the history goes on, too, with a `DivergenceWarning`.
 
     Args:
         problem: what is trained on.
@@ -247,10 +276,12 @@ def train(
     Raises:
         CheckpointError: if the checkpoint is damaged, after more iterations, or of another run (see
             `admm.checkpoints.fingerprint`).
-        ValueError: for samples or targets that do not fit, no number of iterations, and for a step that does not count
-            its iteration.
+        ValueError: for an argument of another type, a state of another problem, a network without trained parameters,
+            samples or targets that do not fit, no number of iterations, and for a step that does not count its
+            iteration.
         TypeError: for a state that lacks a field or cannot be saved, and for a step that returns no state.
         WriteError: if the checkpoint cannot be written.
+        ProcessError: where a callback, or the writing of the checkpoint, has failed in another process of a shared run.
 
     Back-propagation fits two stacked replicas, from seeds 0 and 1, to a line:
 
@@ -268,13 +299,21 @@ def train(
     >>> problem.blocks.export(state.theta, replica=1)(x[:2]).detach().flatten()
     tensor([-1.0000, -0.4286], dtype=torch.float64)
     """
+    has_type("problem", problem, Problem, "admm.Problem(x, y, blocks, loss, initialise)")
+    has_type("optimizer", optimizer, Optimizer, "admm.OnlineBlockADMM(iterations=30, theta_step=1e-3)")
     iterations = _horizon(optimizer) if iterations is None else iterations
     _check(iterations, evaluate_every, checkpoint_seconds)
-    check_state(optimizer, state)
+    _check_functions(callbacks, measure)
+    check_state(problem, optimizer, state)
+    check_parallel(optimizer, problem)
     check_angle_samples(angle_samples, problem.n_samples)
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
+    parallel, reported, grown = problem.parallel, set[int](), set[int]()
 
     def evaluation(before: Parameters | None) -> list[Row]:
+        if parallel.size > 1:
+            name = f"Θ after iteration {state.iteration}, although it should be the same to the last bit"
+            parallel.check_same({name: digest(state.theta.flat())})
         values = measure(problem, state.theta, test) | optimizer.diagnostics(problem, state)
         if before is not None and angle_samples is not None:
             values |= cosines(problem, state.seeds, before, state.theta, angle_samples)
@@ -292,6 +331,9 @@ def train(
     def stops(rows: list[Row]) -> bool:
         """Call the callbacks, and return whether one of them ends training."""
         stopped = False
+        if parallel.is_first:
+            _warn_of_divergence(state, history, reported)
+            _warn_of_growth(rows, history, grown)
         for callback in callbacks:
             try:
                 callback(problem, state, history, rows)
@@ -303,8 +345,8 @@ def train(
 
     warn_beyond_horizon(optimizer, iterations)
     if path is not None:
-        remove_leftovers(path)
         save(state), callback_states(callbacks)  # raise at once where these could not be saved
+    if path is not None or parallel.size > 1:
         made_by = fingerprint(
             problem,
             optimizer,
@@ -314,28 +356,73 @@ def train(
             evaluate_every=evaluate_every,
             angle_samples=angle_samples,
         )
-    with _HeldInterrupt(path is not None) as interrupt:
-        if path is not None and path.exists():
-            load_checkpoint(path, made_by, state, history, iterations, callbacks)
-            written, stopped = state.iteration, stops(history.rows)
+        parallel.check_same({"iterations": str(iterations), "PyTorch": torch.__version__} | made_by)
+    if path is not None and parallel.is_first:
+        remove_leftovers(path)
+    with _HeldInterrupt(path is not None, 1.0 if parallel.size > 1 else 0.0) as interrupt:
+        if path is not None and _exists(path, parallel):
+            load_checkpoint(path, made_by, problem, state, history, iterations, callbacks)
+            written, rows = state.iteration, history.rows
         else:
-            written, stopped = -1, stops(evaluation(former()))
+            written, rows = -1, evaluation(former())
+        stopped = parallel.together(partial(stops, rows))
         last_write = time.monotonic()
-        while (
-            not (stopped or interrupt.has_come) and state.iteration < iterations and not _all_diverged(history, state)
-        ):
+        stopped, interrupted = parallel.any(stopped, interrupt.has_come)
+        while not (stopped or interrupted) and state.iteration < iterations and not _all_diverged(history, state):
             before = former() if is_evaluated(state.iteration + 1) else None
             compiling = problem.compiled.seconds
             history.seconds += timed_step(problem, optimizer, state)
             history.compile_seconds += problem.compiled.seconds - compiling
             if is_evaluated(state.iteration):
-                stopped = stops(evaluation(before))
-            if path is not None and time.monotonic() - last_write >= checkpoint_seconds:
-                write_checkpoint(path, made_by, state, history, callbacks)
+                stopped = parallel.together(partial(stops, evaluation(before)))
+            is_due = parallel.is_first and time.monotonic() - last_write >= checkpoint_seconds
+            stopped, interrupted, is_due = parallel.any(stopped, interrupt.has_come, is_due)
+            if path is not None and is_due:
+                write_checkpoint(path, made_by, problem, state, history, callbacks)
                 written, last_write = state.iteration, time.monotonic()
-        if path is not None and written < state.iteration and (stopped or interrupt.has_come or keep_last):
-            write_checkpoint(path, made_by, state, history, callbacks)
+        if path is not None and written < state.iteration and (stopped or interrupted or keep_last):
+            write_checkpoint(path, made_by, problem, state, history, callbacks)
+        if interrupted:
+            kept = "" if path is None else f"; the checkpoint {path} is written{GOES_ON}"
+            raise KeyboardInterrupt(f"stopped after iteration {state.iteration} of {iterations}{kept}")
     return history
+
+
+def _warn_of_divergence(state: State, history: History, reported: set[int]) -> None:
+    """Warn of each replica that has diverged and is not among those reported, which it then is."""
+    for replica in history.diverged.keys() - reported:
+        warn(
+            f"seed {int(state.seeds[replica])} has diverged: its parameters or train_loss are not finite after "
+            f"iteration {history.diverged[replica]}, and it has no more rows in the history; try smaller step sizes",
+            DivergenceWarning,
+        )
+    reported.update(history.diverged)
+
+
+def _warn_of_growth(rows: Sequence[Row], history: History, reported: set[int]) -> None:
+    """Warn of each replica whose loss has grown by `_GROWTH` in these rows and is not among those reported."""
+    earliest = takewhile(lambda row: row["iteration"] == history.rows[0]["iteration"], history.rows)
+    first = {row["replica"]: row["train_loss"] for row in earliest}
+    for row in rows:
+        replica, start = int(row["replica"]), first.get(row["replica"], math.inf)
+        if replica not in reported and row["train_loss"] > _GROWTH * start > 0:
+            reported.add(replica)
+            warn(
+                f"seed {row['seed']}: train_loss is {row['train_loss']:.3g} after iteration {row['iteration']}, "
+                f"and was {start:.3g}; try smaller step sizes",
+                DivergenceWarning,
+            )
+
+
+def _exists(path: Path, parallel: Parallel) -> bool:
+    """Whether there is a checkpoint. Raises CheckpointError where some processes see it and others do not."""
+    seen: list[bool] = parallel.all(path.exists())
+    if any(seen) and not all(seen):
+        raise CheckpointError(
+            f"{path}: process {seen.index(False)} does not see the checkpoint that process {seen.index(True)} sees; "
+            "give a path in a folder that all machines share"
+        )
+    return all(seen)
 
 
 class _HeldInterrupt:
@@ -345,13 +432,15 @@ class _HeldInterrupt:
 
     Args:
         holds: whether it is held back at all.
+        grace: seconds in which a second one is taken for the first: torchrun hands on what the terminal has sent, too.
 
     Attributes:
         has_come: whether there was a Ctrl-C, so that the context is to be left soon.
     """
 
-    def __init__(self, holds: bool) -> None:
+    def __init__(self, holds: bool, grace: float) -> None:
         self.has_come, self._holds = False, holds and threading.current_thread() is threading.main_thread()
+        self._came, self._grace = -math.inf, grace
 
     def __enter__(self) -> Self:
         self._holds = self._holds and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -366,12 +455,13 @@ class _HeldInterrupt:
             raise KeyboardInterrupt
 
     def _come(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.has_come = True
-        warnings.warn(
-            "interrupted; this iteration is finished and the checkpoint written first. Interrupt again to end at once",
-            stacklevel=1,  # what has been interrupted is of no interest
-        )
+        if self.has_come and time.monotonic() - self._came >= self._grace:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        if self.has_come:
+            return
+        self.has_come, self._came = True, time.monotonic()
+        warn("interrupted; this iteration is finished and the checkpoint written first. Interrupt again to end at once")
 
 
 def _horizon(optimizer: object) -> int:
@@ -393,15 +483,27 @@ def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> N
         raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
 
 
+def _check_functions(callbacks: Any, measure: Any) -> None:
+    """Raise ValueError unless `callbacks` are several functions, or other objects that can be called, and `measure` is
+    one."""
+    if not isinstance(callbacks, list | tuple):
+        raise ValueError(f"callbacks: {shown(callbacks)} is no list of functions; take callbacks=[…]")
+    for function in callbacks:
+        if isinstance(function, type) or not callable(function):
+            raise ValueError(f"callbacks: {shown(function)} is no function, and no object such as EarlyStopping(…)")
+    if not callable(measure):
+        raise ValueError(f"measure: {shown(measure)} is no function")
+
+
 def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) -> float:
     """Do one iteration and return its seconds without those of compiling; `state` then is what the step has returned.
 
     Raises TypeError where that is no state, and ValueError where the iteration is not counted.
     """
-    _synchronize(problem.device)
+    synchronize(problem.device)
     start, iteration, compiling = time.perf_counter(), state.iteration, problem.compiled.seconds
     returned = optimizer.step(problem, state)
-    _synchronize(problem.device)
+    synchronize(problem.device)
     seconds = time.perf_counter() - start - (problem.compiled.seconds - compiling)
     if type(returned) is not type(state):
         raise TypeError(
@@ -417,7 +519,8 @@ def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) ->
     return seconds
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has been told to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,8 @@ class Visit:
         training: whether blocks are evaluated in training mode, as `torch.nn.Module.train` has it.
         x: inputs [S, n, ...], or a tuple or a dictionary of such tensors.
         y: targets [S, n, ...].
+        count: how many samples are visited together; x has fewer if other processes hold the rest (see
+            `admm.parallel.Parallel`). 0 stands for those of x.
         carried: what else than coupling variables has crossed each cut in this visit, by the number of the block before
             it; `admm.crossings` describes it.
 
@@ -36,7 +39,13 @@ class Visit:
     training: bool = True
     x: Any = None
     y: Any = None
+    count: int = 0
     carried: dict[int, list[Any]] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """The number of samples that are visited together."""
+        return self.count or tree_leaves(self.x)[0].shape[1]
 
     def draws(self, replica: int, block: int) -> int | None:
         """Return the seed of the random numbers that a replica of a block draws in this visit."""

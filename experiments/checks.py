@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, get_args, get_type_hints
 
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from admm.numbers import is_number, is_whole
+from admm.parallel import KINDS as PARALLEL
 from experiments.errors import BadInput
 from experiments.identity import OWN_PACKAGES
 from experiments.launch import Launch
 from experiments.overrides import key_of
+from experiments.reports.base import make_report
 from experiments.rows import TableRows
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 OWN = tuple(f"{package}." for package in OWN_PACKAGES)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+TASK = "experiments.tasks.classification.run"
 OTHER_CODE = ("keep", "rerun", "refuse")
 Kind = tuple[str, Callable[[Any], bool]]  # what is right, in words, and whether a value is
 
@@ -48,6 +53,7 @@ KINDS: dict[str, Kind] = {  # of values that no other check names by these keys
     "evaluate_every": whole_number(1),
     "threads": or_null(whole_number(1, 1024)),  # far more end the process without a word
     "checkpoint_seconds": FROM_0,
+    "parallel": or_null(among(PARALLEL)),
     "compile": ("true, false or auto", lambda value: type(value) is bool or value == "auto"),
     **dict.fromkeys(("channels_last", "recompute", "progress", "force"), YES_OR_NO),
     **dict.fromkeys(("results", "outputs", "dataset.root"), FOLDER),
@@ -81,7 +87,9 @@ def check(config: DictConfig) -> None:
         is_own = group.get("_target_", "admm.").startswith(OWN)  # another class may mean something else by the name
         if is_own and not is_right(value := OmegaConf.select(group, name)):
             raise ValueError(f"{key}: {value!r} is not {right}")
-    check_words(OmegaConf.to_container(config, resolve=True))
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    check_words(plain)
+    check_replicas(plain["optimizer"])
     seeds, (_, is_seed) = config.seeds, whole_number(0, LARGEST_SEED)
     if not isinstance(seeds, ListConfig) or not seeds or not all(map(is_seed, seeds)):
         raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers from 0 to {LARGEST_SEED}, such as [0, 1, 2]")
@@ -93,13 +101,44 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"dataset: its file in conf/dataset has no {' and no '.join(sorted(missing))}; see mnist.yaml")
 
 
+def check_replicas(optimizer: dict[str, Any]) -> None:
+    """Raises ValueError for a hyperparameter with one value per replica: a table would take them for seeds of one
+    row."""
+    for name in hyperparameters(optimizer):
+        if is_per_replica(value := optimizer[name]):
+            raise ValueError(
+                f"optimizer.{name}: {value!r} has one value per seed, which a table would show as one row. "
+                f"-m optimizer.{name}=…,… hydra/launcher=stacked trains several values at once, a row each; "
+                "{blocks: […]} is one value per block"
+            )
+
+
+def hyperparameters(optimizer: dict[str, Any]) -> list[str]:
+    """Return the keys of an optimizer's configuration whose value may be one number per replica (`admm.schedules`)."""
+    try:
+        hints = get_type_hints(get_class(optimizer["_target_"]))
+    except Exception:  # what is wrong is told where it is called
+        return []
+    return [name for name in optimizer if Sequence[float] in get_args(hints.get(name))]
+
+
+def is_per_replica(value: Any) -> bool:
+    """Return whether a hyperparameter, or a part of it, is a list of numbers, one per replica."""
+    match value:
+        case {"blocks": list(parts)}:
+            return any(map(is_per_replica, parts))
+        case dict():
+            return any(map(is_per_replica, value.values()))
+    return isinstance(value, list)
+
+
 def check_row(config: DictConfig, launch: Launch) -> None:
     """Raises ValueError for a name that would be read as another one, for a row of another optimizer or experiment, and
-    for another task or baseline than the experiment's."""
+    for another task or report than the experiment's."""
     if any(key_of(override) == "task" for override in launch.overrides):
         raise ValueError("task: is the experiment's own; take an experiment with another task, such as memory")
-    if any(key_of(override) == "report.baseline" for override in launch.overrides):
-        raise ValueError(f"report.baseline: is read from conf/experiment/{launch.experiment}.yaml; change it there")
+    if changed := [key for key in map(key_of, launch.overrides) if key.partition(".")[0] == "report"]:
+        raise ValueError(f"{changed[0]}: is read from {launch.experiment_file}; change it there")
     for key, name in (("experiment", launch.experiment), ("optimizer", launch.method)):
         if "/" in name:
             raise ValueError(f"{key}: {name} is not the name of a file directly in conf/{key}")
@@ -111,12 +150,41 @@ def check_row(config: DictConfig, launch: Launch) -> None:
     table = TableRows.of(launch.experiment, config.get("rows"), launch.conf)
     if launch.row and launch.row not in (*table.listed, *table.others):
         raise ValueError(f"row: {launch.row.name} is no row of experiment={launch.experiment}; {table.in_words()}")
-    table.check_baseline(config.get("report"))
+    report = report_node(config)
+    make_report(launch.experiment, report)
+    table.check_baseline(report)
     if config.setting not in (None, launch.setting):
         raise ValueError(
             f"setting: {config.setting} chooses no row with hydra.mode=RUN, nor beside row=…, of {launch.setting}; "
             "give row=<experiment>/<optimizer>-<setting> alone"
         )
+
+
+def report_node(config: DictConfig) -> Any:
+    """Return the key `report` of a configuration, an empty mapping if it has none."""
+    node = config.get("report", {})
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def started() -> int:
+    """Return the number of processes that torchrun has started, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def check_parallel(config: DictConfig, launch: Launch) -> None:
+    """Raises ValueError for a run on several processes that starts processes itself, or whose task has none, and for
+    one on one process where torchrun has started several, which would wait for it."""
+    if config.parallel is None and started() > 1:
+        instead = (
+            "take samples or blocks" if config.task == TASK else f"start experiment={launch.experiment} without it"
+        )
+        raise ValueError(f"parallel: null, but torchrun has started {started()} processes; {instead}")
+    if config.parallel is not None and config.task != TASK:
+        raise ValueError(
+            f"parallel: {config.parallel}, but experiment={launch.experiment} runs in one process; take null"
+        )
+    if config.parallel is not None and launch.workers is not None:
+        raise ValueError(f"parallel: {config.parallel} and a launcher with workers of its own do not go together")
 
 
 def check_search(is_search: bool, holdout: Any) -> None:

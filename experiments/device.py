@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from joblib import cpu_count, effective_n_jobs
@@ -24,6 +26,21 @@ def ready_device(config: DictConfig, workers: int | None) -> torch.device:
         log.warning("precision: this CPU emulates bf16, which takes several times as long as fp32")
     torch.set_num_threads(config.threads or threads_of_a_worker(workers) or THREADS)
     return device
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Compute with 0 in place of numbers that are too small for full precision, with which CPUs are slow: Adam's
+    moments of a weight that gets no gradient decay to them. docs/performance.md has what is gained.
+
+    PyTorch's threads take the setting from the one that starts them, and keep it: this comes before what is parallel.
+    It does not belong around what draws: Matplotlib 3.11 then labels a logarithmic axis from 1 on in another way.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def threads_of_a_worker(workers: int | None) -> int | None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
 
 from hydra.errors import InstantiationException
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from admm.checkpoints import CheckpointError
 from admm.data import DatasetError
 from admm.files import WriteError
+from admm.parallel import ProcessError
 from experiments.faces.backbones import BackboneError
 from experiments.messages import with_key_path
 from experiments.store import RESUME
 
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # its errors are raised too, and told in words below
 NO_CONFIG = OmegaConf.create()
 
 
@@ -24,7 +32,7 @@ class BadInput(Exception):
 
 
 # The messages of these errors are all that a user needs; with any other error, the traceback is shown too.
-FOR_USERS = (BadInput, BackboneError, CheckpointError, DatasetError, WriteError)
+FOR_USERS = (BadInput, BackboneError, CheckpointError, DatasetError, ProcessError, WriteError)
 
 
 def in_words(error: BaseException) -> str:
@@ -43,11 +51,50 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
     try:
         yield
     except (ValueError, ImportError) as error:
-        raise BadInput(with_key_path(str(error), config, group) or repr(error)) from error
+        message = missing_name(str(error)) or with_key_path(str(error), config, group)
+        raise BadInput(message or repr(error)) from error
     except InstantiationException as error:
         cause = error.__cause__ or error
+        target = re.search(r"^full_key: (.*)$", str(error), re.MULTILINE)
+        key = target[1] if target else group
+        if missing := missing_name(str(cause)):
+            raise BadInput(f"{key}._target_: {missing}") from error
         if isinstance(cause, (ValueError, ImportError, *FOR_USERS)) and str(cause):
-            target = re.search(r"^full_key: (.*)$", str(error), re.MULTILINE)
-            raise BadInput(with_key_path(str(cause), config, target[1] if target else group)) from error
+            raise BadInput(with_key_path(str(cause), config, key)) from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
-        raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error
+        what = f"{in_words(cause)}{arguments_of(place, cause)}"
+        raise BadInput(f"{place} {what}; hydra.verbose=true shows where") from error
+
+
+def missing_name(message: str) -> str:
+    """Return in words what is missing where Hydra has not found a target, and the nearest name that is there; empty for
+    another message."""
+    if not (named := re.match(r"Error loading '([\w.]+)'", message)):
+        return ""
+    module, _, name = named[1].rpartition(".")
+    if not module:
+        return f"{name} has no module before it, as in my_networks.{name}"
+    try:
+        names = dir(import_module(module))
+    except Exception as error:  # whatever a module can raise
+        missing = str(error.name) if isinstance(error, ModuleNotFoundError) else ""
+        if not (missing and f"{module}.".startswith(f"{missing}.")):
+            return f"{module} cannot be imported: {in_words(error)}"
+        files = [path.stem for path in Path.cwd().glob("*.py")]
+        return f"there is no module {missing!r}, here in {Path.cwd()} or installed{meant(missing, files)}"
+    return "" if name in names else f"{module} has no {name!r}{meant(name, names)}"
+
+
+def arguments_of(place: str, cause: BaseException) -> str:
+    """Return in words the arguments that a target takes, if the cause is that it has got another one."""
+    target = re.search(r"target '([\w.]+)'", place)
+    name = target[1].rpartition(".")[2] if target else ""
+    if not target or not re.match(rf"{name}(\.__init__)?\(\) got an unexpected keyword argument", str(cause)):
+        return ""
+    return f"; it takes {', '.join(signature(get_object(target[1])).parameters) or 'none'}"
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """Return a question whether the nearest of these names was meant; empty if none is near."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,9 +1,9 @@
 """Lines that follow Hydra's own error message: which keys or rows there are, what to do where files cannot be written,
-and which jobs of a sweep had failed before an error ended it."""
+and which jobs of a sweep had failed before an error ended it; and lines that refuse keys which Hydra would add."""
 
 from __future__ import annotations
 
-import difflib
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +11,19 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from admm.files import ADVICE, WriteError, explain_write_errors
+from experiments.errors import meant
 from experiments.implied import with_implied
 from experiments.launch import conf_folders
 from experiments.launching import failures
-from experiments.overrides import key_of
+from experiments.overrides import key_of, parse
 from experiments.rows import CONF, TableRows
 
+LIST_FOR_KEYS = re.compile(r"Cannot merge DictConfig with ListConfig\s+full_key: (\S+)")
 OWN = {  # by group, how a user's own is given
     "dataset": "your own: dataset=npz dataset.path={} (x_train, y_train, …), or dataset=image_folder dataset.path={}",
     "model": "your own: model._target_={}, a function that returns an nn.Module",
@@ -44,8 +47,11 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     if failed:
         return failed
     group, _, name = _missing_file(error).partition("/")
-    if group in OWN:
-        return [f"no {group} {name!r} in conf/{group}; {OWN[group].replace('{}', name)}"]
+    if group and group != "row":
+        own = f"; {OWN[group].replace('{}', name)}" if group in OWN else ""
+        return [f"no {group} {name!r} in conf/{group}{meant(name, _options(error))}{own}"]
+    if merged := LIST_FOR_KEYS.search(str(error and error.__cause__)):
+        return [f"{merged[1]} has keys here, as the schedule {{start: 0.1, end: 0.0}} has; give such keys, or a number"]
     row = name if group == "row" else ""
     try:
         options = get_args_parser().parse_args(list(arguments))
@@ -61,9 +67,42 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     return [line for o, key in keys.items() if o not in groups if (line := _key_hint(config, key))]
 
 
+def unknown_additions(arguments: Sequence[str]) -> list[str]:
+    """Return lines about top-level keys that overrides add, such as +baseline=sgd, and no file of configuration has:
+    nothing reads them, and with one a run would be another run. There are none for what Hydra refuses itself.
+
+    Args:
+        arguments: The command line, without the program's name.
+    """
+    try:
+        options = get_args_parser().parse_args(list(arguments))
+        added = list(dict.fromkeys(_top_level(o) for o in parse(options.overrides) if o.is_add() or o.is_force_add()))
+        given = [o for o in with_implied(options.overrides) if "=" in o and not o.startswith("+")]
+        groups = [o.partition(",")[0] for o in given if (CONF / key_of(o)).is_dir()]
+        config, hydra = _composed([*groups, *_search_path(options)])
+    except HydraException:
+        return []
+    folders = conf_folders(hydra)
+    of_rows = {key for folder in folders for path in folder.glob("row/*/*.yaml") for key in OmegaConf.load(path)}
+    unknown = [key for key in added if key not in of_rows and not any((folder / key).is_dir() for folder in folders)]
+    lines = [line for key in unknown if (line := _key_hint(config, key))]
+    return [*lines, "+ adds no such key; the file of an experiment or a row may have one of its own"] if lines else []
+
+
+def _top_level(override: Override) -> str:
+    """The key at the top of the configuration that an override is about."""
+    place = override.package if override.package and not override.package.startswith("_") else override.key_or_group
+    return re.split("[./]", place)[0]
+
+
 def _missing_file(error: BaseException | None) -> str:
     """The file in conf that Hydra has not found; empty for another error."""
     return str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
+
+
+def _options(error: BaseException | None) -> Sequence[str]:
+    """The files that there are in place of one that Hydra has not found."""
+    return (isinstance(error, MissingConfigException) and error.options) or ()
 
 
 def _search_path(options: Namespace) -> list[str]:
@@ -103,6 +142,5 @@ def _key_hint(config: DictConfig, key: str) -> str | None:
     if not isinstance(node, DictConfig) or name in node or (CONF / key).is_dir():
         return None
     where = f"{'.'.join(parents)} has" if parents else "the keys are"
-    close = difflib.get_close_matches(name, map(str, node), n=1)
-    meant = f"; did you mean {close[0]}?" if close else ""
-    return f"no key {key!r}: {where} {', '.join(sorted(map(str, node)))}{meant}"
+    names = sorted(map(str, node))
+    return f"no key {key!r}: {where} {', '.join(names)}{meant(name, names)}"

@@ -1,6 +1,7 @@
 """A run's identity: the hash of everything that determines its numbers, whatever its parts are called today.
 
-It covers the choices (experiment, method, setting), the values of the configuration, and the content of the data.
+It covers the choices (experiment, method, setting), the values of the configuration, the content of the data, and a
+user's own code (`own_code`, the hashes of its files).
 Class paths, the spelling of keys, and where and how a run is executed do not enter it.
 
 To rename a key or a class, add one line to `FORMER_NAMES`: finished runs keep their identity, and their stored
@@ -52,6 +53,7 @@ NOT_IN_IDENTITY = (
     "backbone.weights",  # their content counts
     "dataset.download",
     "device",
+    "parallel",
     "threads",
     "compile",
     "channels_last",
@@ -94,22 +96,8 @@ def identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256:
 
 
 def row_identity(config: Mapping[str, Any], choices: Mapping[str, str], data_sha256: str) -> str:
-    """Return the identity without the seeds, which is the same for all runs that make one row of a table.
-
-    Where a hyperparameter is given per replica, the seeds count.
-    """
-    seeds = config["seeds"] if is_per_replica(config.get("optimizer", {})) else None
-    return identity({**config, "seeds": seeds}, choices, data_sha256)
-
-
-def is_per_replica(value: Any) -> bool:
-    """Whether a hyperparameter, or one of several, is a list of numbers, one per replica."""
-    match value:
-        case {"blocks": list(parts)}:
-            return any(map(is_per_replica, parts))
-        case dict():
-            return any(map(is_per_replica, value.values()))
-    return isinstance(value, list)
+    """Return the identity without the seeds, which is the same for all runs that make one row of a table."""
+    return identity({**config, "seeds": None}, choices, data_sha256)
 
 
 def identity_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,20 +13,20 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from admm.files import atomic_write
-from experiments.checks import DTYPES, check, check_row, check_search
-from experiments.device import ready_device
+from experiments.checks import DTYPES, TASK, check, check_parallel, check_row, check_search, report_node
+from experiments.device import denormals_flushed, ready_device
 from experiments.errors import user_errors
 from experiments.identity import SCHEMA, choices_of, identity
 from experiments.implied import as_given
 from experiments.launch import Launch
 from experiments.overrides import changes_row, key_of
-from experiments.provenance import changed_sources, provenance, sources_changed_since
+from experiments.provenance import changed_sources, first_few, own_code, provenance, sources_changed_since
 from experiments.records import kind_of
+from experiments.reports.base import note_report
+from experiments.rows import CONF
 from experiments.store import LEFT, Run, Slot, runs_of_row, warn_of_former_runs
 
 log = logging.getLogger(__name__)
-TASK = "experiments.tasks.classification.run"
-FEW = 6  # files that a message names
 
 
 def load_dataset(_target_: str = "admm.data.load", **options: Any) -> Any:
@@ -59,6 +59,7 @@ class Job:
     rerun: bool = False
 
 
+@denormals_flushed()
 def run_once(
     config: DictConfig,
     launch: Launch,
@@ -90,20 +91,23 @@ def run_once(
         else:
             finished = make(config, job)
     runs = [*job.reused, finished]
-    record_in_launch(runs, launch)
+    record_in_launch(runs, launch, config)
     supersede(job, config)
     return runs
 
 
-def record_in_launch(runs: Sequence[Run], launch: Launch) -> None:
-    """Note finished runs in Hydra's folder, for the report at the end of the launch. Raises WriteError."""
+def record_in_launch(runs: Sequence[Run], launch: Launch, config: DictConfig) -> None:
+    """Note finished runs in Hydra's folder, for the report at the end of the launch, and beside them which report an
+    experiment of the user's declares. Raises WriteError."""
+    is_own = not launch.experiment_file.is_relative_to(CONF)
+    note_report(runs[-1], report_node(config) if is_own else None)
     with atomic_write(launch.output_dir / "runs.txt", "the note of finished runs") as note:
         note.write_text("\n".join(str(run.folder.absolute()) for run in runs), encoding="utf-8")
 
 
 def supersede(job: Job, config: DictConfig) -> None:
     """Move the runs that a committed row's run replaces out of the results store. Raises WriteError."""
-    if not job.info["overrides"]:
+    if job.slot.root == Path(config.results) and not job.info["overrides"]:
         job.slot.supersede(Path(config.outputs) / "superseded" / job.slot.experiment)
 
 
@@ -125,8 +129,10 @@ def find_job(config: DictConfig, launch: Launch, load: Callable[..., Any] = load
     dataset = load(**options_of(config.dataset), device=device, dtype=DTYPES[config.dtype])
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     origin = provenance(device, plain)
+    if code := own_code(origin["sources"]):
+        plain["own_code"] = code  # part of the identity
     overrides, by_seed = changing_overrides(config, launch), config.task == TASK
-    root = Path(config.outputs if overrides else config.results)
+    root = Path(config.results if launch.is_committed and not overrides else config.outputs)
     sha256, choices = dataset.sha256, choices_of(launch)
     slot = Slot(root, launch.experiment, f"{launch.method}-{launch.setting}", identity(plain, choices, sha256))
     warn_of_former_runs(slot.folder.parent)
@@ -150,6 +156,7 @@ def check_job(config: DictConfig, launch: Launch) -> None:
     """Raises ValueError or BadInput for a configuration or a launch that no run can have."""
     check(config)
     check_row(config, launch)
+    check_parallel(config, launch)
     check_search(launch.is_search, config.dataset.holdout)
 
 
@@ -201,16 +208,11 @@ def is_reusable(run: Run, origin: dict[str, Any], other_code: str) -> bool:
         log.info("%s: the sources of %s, which made it, were not kept", run.folder.name, record.commit)
     if not files:
         return True
-    message = f"{run.folder.name}: made by other code, {record.commit}, now {origin['commit']}: {first_few(files)}"
+    commits = f", {record.commit}, now {origin['commit']}" if record.commit != origin["commit"] else ""
+    message = f"{run.folder.name}: made by other code{commits}: {first_few(files)}"
     if is_hashed and other_code == "refuse":
         raise ValueError(f"other_code=refuse: {message}")
     is_kept = not (is_hashed and other_code == "rerun")
     level = logging.WARNING if is_hashed else logging.INFO  # the oldest can be told by git alone, and are always kept
     log.log(level, "%s; %s", message, "kept, force=true makes it again" if is_kept else "it is made again")
     return is_kept
-
-
-def first_few(files: Sequence[str]) -> str:
-    """Return the first `FEW` files in words, and how many more there are."""
-    more = f" and {len(files) - FEW} more" if len(files) > FEW else ""
-    return f"{', '.join(files[:FEW])}{more}"

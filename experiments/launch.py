@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
-from experiments.rows import DEFAULT, Row
+from experiments.identity import NOT_IN_IDENTITY
+from experiments.rows import CONF, DEFAULT, Row
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Launch:
     method: the optimizer's name. row: None for the optimizer's own default values. overrides: of the command line, and
     the job's values in a sweep. output_dir: Hydra's folder of the job. conf: folders of configuration. is_grid: whether
     the job is one of a grid, which can go on without it. is_search: whether Optuna chooses its values. workers: jobs
-    at a time on this machine, -1 for one per core; None if the launcher does not say.
+    at a time on this machine, -1 for one per core; None if the launcher does not say. choices: the option chosen in
+    each group that may determine numbers.
     """
 
     experiment: str
@@ -33,6 +36,7 @@ class Launch:
     is_grid: bool
     is_search: bool
     workers: int | None
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def current(cls) -> Launch:
@@ -53,6 +57,7 @@ class Launch:
             is_grid=hydra.mode == RunMode.MULTIRUN and "BasicSweeper" in sweeper,
             is_search="optuna" in sweeper,
             workers=hydra.launcher.get("n_jobs"),
+            choices={group: name for group, name in choices.items() if name and decides(group)},
         )
 
     @classmethod
@@ -67,6 +72,30 @@ class Launch:
     def setting(self) -> str:
         """The name of the row's setting."""
         return self.row.setting if self.row else DEFAULT
+
+    @property
+    def experiment_file(self) -> Path:
+        """The experiment's file; without a folder if a package has it."""
+        file = f"experiment/{self.experiment}.yaml"
+        return (folder_of(file, self.conf) or Path()) / file
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the suite has all files that the job's numbers come from, and a folder of the user's has none."""
+        row = {"row": self.row.name} if self.row else {}
+        chosen = {**self.choices, "experiment": self.experiment, "optimizer": self.method, **row}
+        files = ["config.yaml", *(f"{group.partition('@')[0]}/{name}.yaml" for group, name in chosen.items())]
+        return all(folder_of(file, self.conf) == CONF for file in files)
+
+
+def decides(group: str) -> bool:
+    """Return whether a group of the configuration may determine a run's numbers."""
+    return group not in NOT_IN_IDENTITY and not group.startswith("hydra/")
+
+
+def folder_of(file: str, conf: Sequence[Path]) -> Path | None:
+    """Return the folder from which Hydra has read a file: the first of `conf` that has it. None for a package's."""
+    return next((folder for folder in conf if (folder / file).is_file()), None)
 
 
 def conf_folders(hydra: Any) -> tuple[Path, ...]:

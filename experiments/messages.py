@@ -1,11 +1,34 @@
-"""How a message of the library, which names an argument, gets the path of the key that sets the argument."""
+"""How an error or warning of the library, which names an argument, gets the path of the key that sets the argument."""
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def warnings_in_log(config: DictConfig) -> Iterator[None]:
+    """Log the library's warnings with the paths of their keys, where Python prints a line of the suite's source."""
+    print_warning = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *others: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):  # see `admm.user_warnings`
+            log.warning("%s", with_key_path(str(message), config, "optimizer"))
+        else:
+            print_warning(message, category, filename, *others)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def with_key_path(message: str, config: DictConfig, first: str = "") -> str:

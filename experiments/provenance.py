@@ -7,7 +7,7 @@ import hashlib
 import platform
 import subprocess
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from hydra.utils import get_object
 
+from experiments.identity import OWN_PACKAGES
+
 ROOT = Path(__file__).parents[1]  # of the clone, or the folder of the installed packages
+FEW = 6  # files that a message names
 SHARED = "experiments.training"  # what other tasks import of the suite that determines numbers
 
 
@@ -78,7 +81,8 @@ def sources(config: dict[str, Any]) -> dict[str, str]:
     (admm/blocks.py).
 
     These are the modules that the configuration names (`_target_`, the task), the optimizer's first, and the modules
-    that they import, without installed libraries. Of the suite's own imports only `SHARED` counts."""
+    that they import, without installed libraries. Of the suite's own imports only `SHARED` counts. Of a user's own
+    files comments, docstrings and formatting do not count: see `own_code`."""
     found: dict[str, str] = {}
     waiting = list(named_modules({"optimizer": config.get("optimizer")} | config))
     while waiting:
@@ -87,6 +91,29 @@ def sources(config: dict[str, Any]) -> dict[str, str]:
             found[name], imports = read(module)
             waiting += [other for other in imports if other == SHARED or not other.startswith("experiments.")]
     return found
+
+
+def own_code(sources: Mapping[str, str]) -> dict[str, str]:
+    """Return those of a run's `sources` that are a user's own; they are part of the run's identity."""
+    return {name: sha for name, sha in sources.items() if name.partition("/")[0] not in OWN_PACKAGES}
+
+
+def changed_files(sources: Mapping[str, str]) -> list[str]:
+    """Return the names of those files of this project, among a run's `sources`, that are others today."""
+    return [name for name, sha in sources.items() if name not in own_code(sources) and hash_of_file(name) != sha]
+
+
+@cache
+def hash_of_file(name: str) -> str | None:
+    """Return the hash of a file of this project, as `sources` has it; None if there is no such file."""
+    with suppress(FileNotFoundError):
+        return short_hash((ROOT / name).read_text(encoding="utf-8"))
+    return None
+
+
+def short_hash(text: str) -> str:
+    """Return the first twelve digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def named_modules(config: dict[str, Any]) -> Iterator[str]:
@@ -105,7 +132,7 @@ def named_modules(config: dict[str, Any]) -> Iterator[str]:
 def is_own(module: str) -> bool:
     """Return whether a module is this library's or a user's own. Other libraries are recorded by their version."""
     package = module.partition(".")[0]
-    if package in ("admm", "experiments"):
+    if package in OWN_PACKAGES:
         return True  # installed or not
     try:
         spec = find_spec(package)
@@ -134,7 +161,18 @@ def read(module: str) -> tuple[str, list[str]]:
     if not getattr(imported, "__file__", None):
         return "", []  # a folder without a file of its own
     text = Path(str(imported.__file__)).read_text(encoding="utf-8")
-    return hashlib.sha256(text.encode()).hexdigest()[:12], list(dict.fromkeys(imports(imported, text)))
+    counts = text if module.partition(".")[0] in OWN_PACKAGES else without_comments(text)
+    return short_hash(counts), list(dict.fromkeys(imports(imported, text)))
+
+
+def without_comments(text: str) -> str:
+    """Return a module's source without comments and docstrings, in a format of its own."""
+
+    class WithoutDocstrings(ast.NodeTransformer):
+        def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+            return None if isinstance(node.value, ast.Constant) else node
+
+    return ast.unparse(WithoutDocstrings().visit(ast.parse(text)))
 
 
 def imports(module: ModuleType, text: str) -> Iterator[str]:
@@ -175,3 +213,9 @@ def sources_changed_since(commit: str | None, names: list[str], folder: Path = R
         return [name for name in there if name in differing.splitlines()]
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def first_few(files: Sequence[str]) -> str:
+    """Return the first `FEW` files in words, and how many more there are."""
+    more = f" and {len(files) - FEW} more" if len(files) > FEW else ""
+    return f"{', '.join(files[:FEW])}{more}"

@@ -75,7 +75,7 @@ class TableRows:
             return []
         of_method = f" of optimizer={method}" if method else ""
         raise ValueError(
-            f"setting: {setting!r} is no row{of_method} in experiment={self.experiment}; {self.in_words()}"
+            f"setting: {setting!r} is no row{of_method} in experiment={self.experiment}; {self.in_words(method)}"
         )
 
     def check_baseline(self, report: Mapping[str, Any] | None) -> None:
@@ -89,11 +89,12 @@ class TableRows:
                 f"{', '.join(right)}"
             )
 
-    def in_words(self) -> str:
-        """Return in words which rows there are, for messages."""
-        names = [f"{row.method}-{row.setting}" for row in (*self.listed, *self.others)]
-        rows = f"there are {', '.join(names)}, and" if names else "there is"
-        return f"{rows} setting=default, an optimizer's own default values"
+    def in_words(self, method: str | None = None) -> str:
+        """Return in words which rows there are, those of a method if it has some, for messages."""
+        rows = [*self.listed, *self.others]
+        names = [f"{row.method}-{row.setting}" for row in [r for r in rows if r.method == method] or rows]
+        there = f"there are {', '.join(names)}, and" if names else "there is"
+        return f"{there} setting=default, an optimizer's own default values"
 
 
 def row_files(conf: Path) -> list[str]:

@@ -4,12 +4,22 @@ import os
 import sys
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
+from admm.training import GOES_ON
 from experiments.launch import Launch
 from experiments.launching.failures import run_task
+from experiments.loggers import INTERRUPTED
+from experiments.processes import follow, is_follower, leading
 from experiments.progress import show_what_can_be_shown
 from experiments.rows import CONF
+
+USAGE = f"""Which experiment? Give one of these, or your own data:
+  experiment={"|".join(sorted(path.stem for path in CONF.glob("experiment/*.yaml")))}
+  experiment=digits_shallow          the smallest: nine optimizers on the embedded digits, a few minutes
+  dataset=npz dataset.path=my.npz    your own arrays
+--help shows what else can be given, and examples."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -20,13 +30,37 @@ def run_job(config: DictConfig) -> float | None:
 
 def main() -> None:
     """Run the jobs that the command line asks for. Modules of the current folder can be named, such as in
-    model._target_=my_networks.small."""
+    model._target_=my_networks.small. Ctrl-C ends the program with one line and exit code 130."""
     sys.path.append(os.getcwd())
+    try:
+        if is_follower():
+            follow()
+            return
+        with leading():
+            launch()
+    except KeyboardInterrupt as stop:
+        if not is_follower():
+            print(f"{str(stop).removesuffix(GOES_ON) or 'interrupted'}; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def launch() -> None:
+    """Run the jobs, in the only process or in process 0 of several."""
     show_what_can_be_shown()
+    if len(sys.argv) == 1:
+        sys.exit(USAGE)
+    _, others = get_args_parser().parse_known_args(sys.argv[1:])
+    if any("=" in argument for argument in others if not argument.startswith("-")):
+        sys.exit(f"error: {' '.join(others)}: flags, such as --config-dir, go before all key=value or after them")
     if any(a.split("=")[0] in ("--cfg", "-c") for a in sys.argv) and any(a.startswith("setting=") for a in sys.argv):
         sys.exit(
             "error: --cfg shows a single job, before rows are chosen: in place of optimizer=… setting=… give row=…"
         )
+    if any(argument.startswith("+") for argument in sys.argv[1:]):
+        from experiments.hints import unknown_additions
+
+        if lines := unknown_additions(sys.argv[1:]):
+            sys.exit("\n".join(lines))
     try:
         run_job()
     except SystemExit as end:

@@ -6,6 +6,8 @@
         probes.csv, arrays.npz   DeepFacto's only: what probes measured, and what heat maps show
         run.json      what was run, from where, and how it ended, see `experiments.records.RunRecord`
         SHA256SUMS    hashes of the other files, for `sha256sum -c`
+    <root>/runs/<experiment>/report.yaml
+        of an experiment of the user's: its key `report`, see `experiments.reports.base.note_report`
 
 A run under way keeps its checkpoint in `<root>/runs/.partial/<identity>/` and holds the lock beside that folder.
 `python -m scripts.store` lists, checks, compares, removes and migrates runs.

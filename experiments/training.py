@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from hydra.errors import HydraException, InstantiationException
@@ -26,12 +28,15 @@ from admm.files import atomic_write
 from admm.layers import Execution
 from admm.losses import one_hot
 from admm.optimizers import Optimizer, Problem, State
-from admm.training import train
+from admm.optimizers.protocol import check_parallel
+from admm.parallel import ALONE, Parallel
+from admm.training import DivergenceWarning, train
 from experiments.errors import user_errors
-from experiments.jobs import Job, first_few
+from experiments.jobs import Job
 from experiments.loggers import Guarded, Logger, NoLogger
+from experiments.messages import warnings_in_log
 from experiments.progress import RunProgress
-from experiments.provenance import changed_sources
+from experiments.provenance import changed_sources, first_few
 from experiments.reports.metrics import metric_of
 from experiments.store import PROBES, Slot
 
@@ -39,34 +44,56 @@ log = logging.getLogger(__name__)
 NO_LOGGER = NoLogger()
 
 
-def train_or_resume(
-    config: DictConfig, job: Job, problem: Problem, test: Any, observer: Observer, **options: Any
-) -> tuple[Any, History]:
-    """Train, from the last checkpoint if there is one. Returns the optimizer's last state and the history.
+class Prepared(NamedTuple):
+    """What training begins with."""
 
-    test, options: as `admm.training.train` takes them. Raises BadInput, and what `train` does.
-    """
-    with user_errors(config, "optimizer"):
+    problem: Problem
+    optimizer: Optimizer[Any]
+    state: Any
+
+
+def prepared(config: DictConfig, dataset: Dataset, seeds: Sequence[int], parallel: Parallel = ALONE) -> Prepared:
+    """Return what a configuration's training begins with. Raises BadInput."""
+    with user_errors(config):
+        problem = build_problem(config, dataset, parallel)
+    return with_optimizer(config, problem, seeds)
+
+
+def with_optimizer(config: DictConfig, problem: Problem, seeds: Sequence[int]) -> Prepared:
+    """Return what training on a problem begins with. Raises BadInput."""
+    with user_errors(config, "optimizer"), warnings_in_log(config):
         optimizer = instantiate(config.optimizer, _convert_="all")
         if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"optimizer: {job.info['method']} trains nothing; it is for experiment=lfw_proxy")
+            raise ValueError(f"optimizer: {type(optimizer).__name__} trains nothing; it is for experiment=lfw_proxy")
+        check_parallel(optimizer, problem)
         check_angle_samples(config.angle_samples, problem.n_samples)
-        state = optimizer.init(problem, job.info["seeds"])
-    with observer.watch(config, job) as callback:
-        history = train(
-            problem,
-            optimizer,
-            state,
-            config.iterations,
-            test,
-            config.evaluate_every,
-            job.slot.checkpoint,
-            config.checkpoint_seconds,
-            [callback],
-            angle_samples=config.angle_samples,
-            **options,
-        )
-    return state, history
+        return Prepared(problem, optimizer, optimizer.init(problem, seeds))
+
+
+def train_or_resume(
+    config: DictConfig, job: Job, start: Prepared, test: Any, observer: Observer, **options: Any
+) -> History:
+    """Train, from the last checkpoint if there is one, and return the history; `start.state` is trained in place.
+
+    test, options: as `admm.training.train` takes them. Raises what `train` does.
+    """
+    with ExitStack() as stack:
+        callback = start.problem.parallel.together(lambda: stack.enter_context(observer.watch(config, job)))
+        return trained(config, start, test, job.slot.checkpoint, callbacks=[callback], **options)
+
+
+def trained(config: DictConfig, start: Prepared, test: Any, checkpoint: Path, **options: Any) -> History:
+    """Train as the configuration says. Arguments as of `admm.training.train`; raises what it does."""
+    return train(
+        *start,
+        iterations=config.iterations,
+        test=test,
+        evaluate_every=config.evaluate_every,
+        checkpoint=checkpoint,
+        checkpoint_seconds=config.checkpoint_seconds,
+        angle_samples=config.angle_samples,
+        **options,
+    )
 
 
 @dataclass(frozen=True)
@@ -87,6 +114,7 @@ class Observer:
         self.logger.open(job.info, job.config)
         write_start_record(job.slot, job.info)
         names = self.names or [f"seed {seed}" for seed in job.info["seeds"]]
+        part = "held-out" if config.dataset.holdout else "test"
         reported: set[int] = set()
         bar = RunProgress(job.slot.name, config.iterations, config.progress)
 
@@ -98,15 +126,19 @@ class Observer:
                 reported.add(replica)
             if rows:
                 last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
-                progress.update(int(last[0]["iteration"]), self.measured(last), history.seconds)
+                progress.update(int(last[0]["iteration"]), self.measured(last, part), history.seconds)
 
-        with bar as progress:
-            yield observe
+        with bar as progress, warnings_in_log(config):
+            warnings.simplefilter("ignore", DivergenceWarning)  # the callback tells of a replica by its name
+            try:
+                yield observe
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(f"{job.slot.name}: {str(stop) or 'stopped'}") from None
 
-    def measured(self, rows: Sequence[Row]) -> str:
-        """Return in words the mean of the quantity over the replicas' rows of an iteration."""
+    def measured(self, rows: Sequence[Row], part: str) -> str:
+        """Return in words the mean of the quantity over the replicas' rows of an iteration. part: test or held-out."""
         metric = metric_of(rows[0])
-        column, words, unit = metric.column, f"test {metric.words}", metric.unit
+        column, words, unit = metric.column, f"{part} {metric.words}", metric.unit
         if self.quantity:
             column, words, unit = self.quantity, self.quantity.replace("_", " "), "%"
         factor = 1.0 if self.quantity else metric.factor
@@ -129,10 +161,13 @@ def write_start_record(slot: Slot, info: dict[str, Any]) -> None:
         part.write_text(json.dumps(info), encoding="utf-8")
 
 
-def end_record(history: History) -> dict[str, Any]:
+def end_record(history: History, parallel: Parallel = ALONE) -> dict[str, Any]:
     """Return what `run.json` says of the end of a run."""
     seconds = {"seconds": history.seconds, "compile_seconds": history.compile_seconds}
-    return {k: round(v, 3) for k, v in seconds.items() if k == "seconds" or v} | {"diverged": history.diverged}
+    record: dict[str, Any] = {k: round(v, 3) for k, v in seconds.items() if k == "seconds" or v}
+    if parallel.size > 1:
+        record |= {"processes": parallel.size, "parallel": parallel.kind}
+    return record | {"diverged": history.diverged}
 
 
 def logger_of(config: DictConfig) -> Guarded:
@@ -151,7 +186,7 @@ def logger_of(config: DictConfig) -> Guarded:
         return Guarded(logger)
 
 
-def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
+def build_problem(config: DictConfig, dataset: Dataset, parallel: Parallel = ALONE) -> Problem:
     """Return the problem of a configuration: its network in blocks, loss, initialisation and data.
 
     Raises ValueError, or an error of Hydra's, for what does not fit together.
@@ -166,6 +201,7 @@ def build_problem(config: DictConfig, dataset: Dataset) -> Problem:
             loss=instantiate(config.loss),
             initialise=initialise_of(config.init, build),
             augmentation=instantiate(config.get("augmentation")),
+            parallel=parallel,
         )
 
 

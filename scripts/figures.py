@@ -1,21 +1,27 @@
 """Redraw every figure and table from the results store alone: python -m scripts.figures [results]
 
-The README's tables stand between `<!-- table: experiment -->` and `<!-- end -->`, and are written again too.
+The tables of README and docs/ stand between `<!-- table: experiment -->` and `<!-- end -->`, and are written again too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import pandas as pd
 
 from experiments.launching.failures import failures_end_the_program
 from experiments.reports.base import report_on
+from experiments.reports.headlines import headlines
 from experiments.reports.searches import plot_ranking
 from experiments.reports.text import print_table
 from experiments.reports.writing import update_tables, write_report
 from experiments.store import Store, failed_writes_in_words
 from scripts.arguments import store_of_the_command
+from scripts.benchmarks.performance_page import PAGES as MEASURED
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted({*ROOT.glob("docs/*.md")} - {*MEASURED})]
 
 
 def main() -> None:
@@ -25,7 +31,7 @@ def main() -> None:
 
 
 def redraw(root: Path) -> None:
-    """Write the figures and tables of a store, and into the README where it is the committed one. Raises WriteError."""
+    """Write the figures and tables of a store, and into the pages where it is the committed one. Raises WriteError."""
     store, tables = Store(root), {}
     for experiment in store.experiments():
         runs = store.runs(experiment)
@@ -34,8 +40,15 @@ def redraw(root: Path) -> None:
         print_table(tables[experiment], report.title(runs))
     for path in sorted(root.glob("searches/*.csv")):
         plot_ranking(path)
-    if root.resolve() == README.parent / "results":
-        update_tables(README, tables)
+    if root.resolve() == ROOT / "results":
+        for page in PAGES:
+            update_tables(page, tables_of_pages(store, tables))
+
+
+def tables_of_pages(store: Store, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return what pages have of a store by name: the experiments' tables without their machines, and the headlines."""
+    shown = {name: table.drop(columns="machine", errors="ignore") for name, table in tables.items()}
+    return shown | {"headlines": headlines(store)}
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from experiments.store import SUMS, Run, Slot, Store, slot_of
 def main() -> None:
     options = parser().parse_args()
     if not (options.store / "runs").is_dir():
-        sys.exit(f"error: {options.store} has no runs/; --store <folder> names another store, such as outputs")
+        sys.exit(f"error: {options.store} has no runs/; {another(options.store)}")
     try:
         sys.exit(options.command(options))
     except OSError as error:
@@ -67,18 +67,23 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_folder(name: str, folders: list[Path]) -> Path:
+def find_folder(name: str, folders: list[Path], store: Path) -> Path:
     """Return the folder of a run, given by its path or the beginning of its identity. Ends the program unless exactly
-    one of these folders matches."""
+    one of these folders, of a store, matches."""
     if Path(name).is_dir():
         matches = [path for path in folders if path.samefile(name)]
     else:
         matches = [path for path in folders if path.name.rpartition("-")[2].startswith(name)]
     if len(matches) != 1:
         which = "".join(f"\n  {path}" for path in matches)
-        what = f"{len(matches)} runs of this store" if matches else "no run of this store"
-        sys.exit(f"error: {name!r} is {what}{which}\nname one: the beginning of its identity, as `list` has it")
+        what = f"{len(matches)} runs of {store}{which}" if matches else f"no run of {store}; {another(store)}"
+        sys.exit(f"error: {name!r} is {what}\nname one: the beginning of its identity, as `list` has it")
     return matches[0]
+
+
+def another(store: Path) -> str:
+    """Return in words how another store is named."""
+    return f"--store <folder> names another store, such as {'results' if store.name == 'outputs' else 'outputs'}"
 
 
 # --- list
@@ -158,7 +163,10 @@ def migrate_(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """What two runs' configurations differ in, where they come from, and their numbers."""
     folders = Store(options.store).folders()
-    first, second = (Run(Path(n) if (Path(n) / "run.json").exists() else find_folder(n, folders)) for n in options.runs)
+    first, second = (
+        Run(Path(name) if (Path(name) / "run.json").exists() else find_folder(name, folders, options.store))
+        for name in options.runs
+    )
     configurations = side_by_side(settings(first), settings(second))
     print_table(configurations[configurations["1"] != configurations["2"]], "configuration, where it differs")
     runs = side_by_side(origin(first), origin(second))
@@ -206,7 +214,8 @@ def remove(options: argparse.Namespace) -> int:
         slots = {folder: slot_of(folder) for folder in store.folders(options.experiment)}
     if not (options.runs or options.experiment or options.interrupted):
         sys.exit("error: which? runs, --experiment or --interrupted")
-    chosen = list(dict.fromkeys(find_folder(name, list(slots)) for name in options.runs) if options.runs else slots)
+    named = [find_folder(name, list(slots), options.store) for name in options.runs]
+    chosen = list(dict.fromkeys(named if options.runs else slots))
     for folder in chosen:
         print(folder)
     if not (chosen and (options.yes or confirmed(f"remove these {len(chosen)}?"))):

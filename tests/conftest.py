@@ -1,8 +1,13 @@
 """Small problems in float64, shared by the tests."""
 
+import gc
+import os
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what the tests start, too: they are on all cores already
 
 import pytest
 import torch
@@ -18,10 +23,23 @@ from admm.optimizers import Problem
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays, and need not be looked at with each collection of garbage."""
+    gc.freeze()
+
+
 def _labelled(samples: int, *shape: int) -> tuple[Tensor, Tensor]:
     """Gaussian inputs and three classes that a network can learn."""
     x = torch.randn(samples, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return x, one_hot(x.flatten(1)[:, :3].argmax(1), 3, x)
+
+
+def _residual(width: int) -> nn.Sequential:
+    """A ResNet-18 without the layers whose like is left: three stages, each of one block."""
+    whole = dict(resnet18((1, 8, 8), 3, width).named_children())
+    stages = {f"conv{number}_x": nn.Sequential(whole[f"conv{number}_x"][0]) for number in (2, 3, 4)}
+    ends = {"pool": whole["pool"], "flatten": whole["flatten"], "fc": nn.Linear(4 * width, 3)}
+    return nn.Sequential(OrderedDict({"conv1": whole["conv1"]} | stages | ends))
 
 
 def _convolutional() -> nn.Sequential:
@@ -44,12 +62,12 @@ def mlp_problem() -> Callable[..., Problem]:
 
 @pytest.fixture(scope="session")
 def resnet_problem() -> Callable[..., Problem]:
-    """A ResNet-18 with `width` to 8 `width` channels, cut after conv3_x or as the keywords say, and 12 samples
+    """A small ResNet with `width` to 4 `width` channels, cut after conv3_x or as the keywords say, and 12 samples
     [1, 8, 8]."""
 
     def make(loss: Loss | None = None, execution: Execution | None = None, width: int = 2, **cut: Any) -> Problem:
         x, y = _labelled(12, 1, 8, 8)
-        blocks = split(resnet18((1, 8, 8), 3, width), **(cut or {"after": "conv3_x"}), execution=execution)
+        blocks = split(_residual(width), **(cut or {"after": "conv3_x"}), execution=execution)
         return Problem(x, y, blocks, loss or CrossEntropy(), initialiser("kaiming_normal"))
 
     return make

@@ -5,25 +5,30 @@ import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 from experiments.launching import study
 from experiments.rows import CONF
 from experiments.run import run_job
+from experiments.store import Slot
 
 RUN = Path(__file__).parents[1] / "run.py"
 SERVER = multiprocessing.get_context("forkserver")  # whose forks need not import PyTorch again
@@ -77,13 +82,35 @@ _compose = ConfigLoaderImpl.load_sweep_config
 ConfigLoaderImpl.load_sweep_config = _compose_once  # type: ignore[method-assign]
 
 
+def _read_once(self: FileConfigSource, config_path: str) -> ConfigResult:
+    """Hydra reads some thirty files of the suite's configuration for each job; here each is read once."""
+    if not self.path.startswith(str(CONF)):
+        return _read(self, config_path)
+    if (key := (self.path, config_path)) not in _FILES:
+        _FILES[key] = _read(self, config_path)
+    return copy.deepcopy(_FILES[key])
+
+
+_FILES: dict[tuple[str, str], ConfigResult] = {}
+_read = FileConfigSource.load_config
+FileConfigSource.load_config = _read_once  # type: ignore[method-assign]
+
+
 def _main(command: Sequence[str], folder: Path, printed: str) -> None:
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell's background job would ignore it
     os.environ.update(COLUMNS="300", WANDB_SILENT="true")
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{printed}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     sys.argv[:] = command
     runpy.run_path(command[0], run_name="__main__")
+
+
+def hold(slot: Slot, held: Event) -> None:
+    """Hold a run's lock, in a process of its own, until that is killed."""
+    with slot.lock():
+        held.set()
+        time.sleep(600)
 
 
 class Launch:
@@ -106,10 +133,15 @@ class Launch:
 
     def kill_when_there(self, folder: Path, pattern: str) -> None:
         """End it by SIGKILL as soon as a file of that pattern is in the folder."""
+        self.signal_when_there(signal.SIGKILL, folder, pattern)
+        self.process.join()
+        self.printed.cleanup()
+
+    def signal_when_there(self, number: int, folder: Path, pattern: str) -> None:
+        """Send it a signal as soon as a file of that pattern is in the folder."""
         deadline = time.monotonic() + 120
         while not list(folder.glob(pattern)) and time.monotonic() < deadline:
             assert self.process.exitcode is None, "ended before it could be killed"
             time.sleep(0.002)
-        self.process.kill()
-        self.process.join()
-        self.printed.cleanup()
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)

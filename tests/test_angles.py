@@ -196,5 +196,5 @@ def test_without_an_update_it_is_not_a_number(mlp_problem: Making) -> None:
 
 @pytest.mark.parametrize("number", [0, 25, 2.5, True])
 def test_an_impossible_number_of_samples_is_refused(mlp_problem: Making, number: Any) -> None:
-    with pytest.raises(ValueError, match=f"angle_samples: {number} is not None or between 1 and the 24 training"):
+    with pytest.raises(ValueError, match=f"angle_samples: {number} is neither None nor from 1 to the 24 training"):
         run(mlp_problem(), Backprop(4, SGD(), 0.1, batch_size=7), angle_samples=number)

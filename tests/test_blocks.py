@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from admm.blocks import Blocks, Parameters, flattened, split
 from admm.comparison import outputs_of
-from admm.models import initialiser, mlp
+from admm.losses import SquaredError
+from admm.models import as_given, initialiser, mlp
+from admm.optimizers import Problem
 from admm.splitting import layer_names
 from admm.visits import Visit
 
@@ -424,10 +426,10 @@ def test_a_name_that_is_a_prefix_of_another_is_not_confused_with_it():
         ({"after": ["fc1"], "n_blocks": 2}, "exactly one"),
         ({"per_layer": True, "n_blocks": 2}, "exactly one"),
         ({}, "exactly one"),
-        ({"n_blocks": 0}, "n_blocks: 0 is not between 1 and 3"),
+        ({"n_blocks": 0}, "n_blocks: 0 is not a whole number from 1 up"),
         ({"n_blocks": 4}, "n_blocks: 4 is not between 1 and 3"),
-        ({"n_blocks": "2"}, "n_blocks: '2' is not between 1 and 3"),
-        ({"n_blocks": 2.0}, "n_blocks: 2.0 is not between 1 and 3"),
+        ({"n_blocks": "2"}, "n_blocks: '2' is not a whole number from 1 up"),
+        ({"n_blocks": 2.0}, "n_blocks: 2.0 is not a whole number from 1 up"),
         ({"per_layer": "yes"}, "per_layer: 'yes' is neither True nor False"),
         ({"after": 1}, "after: 1 is neither a name of a module, which is text, nor a list of these"),
         ({"after": {"fc1"}}, "after: {'fc1'} is neither"),
@@ -442,6 +444,26 @@ def test_a_wrong_cut_is_refused_by_name(options, message):
     with pytest.raises(ValueError) as error:
         layers(**options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("replica", [2, -1, 1.0])
+def test_a_replica_that_there_is_not_is_not_exported(replica):
+    blocks = split(mlp(4, [3], 2), per_layer=True)
+    with pytest.raises(ValueError, match=f"^replica: {replica} is not a whole number from 0 to 1$"):
+        blocks.export(blocks.initial([0, 1], as_given, torch.zeros(0)), replica)
+
+
+def test_the_parameters_of_another_network_are_not_exported():
+    blocks = split(mlp(4, [3], 2), per_layer=True)
+    others = [split(mlp(4, hidden, 2), per_layer=True) for hidden in ([5], [3, 2])]
+    shapes = (r"'fc1.linear.weight' is \[5, 4\], expected \[3, 4\]", r"'fc3.linear.weight' is \[2, 2\], expected none")
+    for other, shape in zip(others, shapes, strict=True):
+        with pytest.raises(ValueError, match=f"^theta: of another network: {shape}$"):
+            blocks.export(other.initial([0], as_given, torch.zeros(0)))
+    with pytest.raises(
+        ValueError, match=r"^theta: an object of the class torch.*Sequential is no Parameters, such as state\.theta$"
+    ):
+        blocks.export(blocks.network)
 
 
 def test_what_is_no_module_is_refused():
@@ -525,3 +547,25 @@ def test_linear_weight_is_the_weight_of_the_only_linear_layer():
 def test_linear_weight_is_none_for_any_other_block(name):
     blocks = whole(NETWORKS[name][0]())
     assert blocks[0].linear_weight(stack(blocks).blocks[0]) is None
+
+
+class Masked(nn.Module):
+    """Over its cut go a variable, another one that is read later, and a mask of the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask, h = x > 0, self.first(x)
+        return self.last(h + self.second(h)) * mask[:, :2]
+
+
+def test_blocks_show_their_modules_and_what_crosses_each_cut() -> None:
+    blocks = split(Masked(), after="second")
+    assert repr(blocks) == "2 blocks of Masked:\n  1: first, second → first, second, getitem\n  2: last"
+    problem = Problem(torch.randn(7, 4), torch.zeros(7, 2), blocks, SquaredError(), as_given)
+    shown = "2 blocks of Masked:\n  1: first, second → [n, 5], [n, 5], 1 as it is\n  2: last → [n, 2]"
+    assert repr(problem.blocks) == shown
+    deep = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)))
+    assert repr(split(deep, after="6")) == "2 blocks of Sequential:\n  1: 0, 1, 2, …, 6 (7 modules)\n  2: 7, 8"

@@ -29,10 +29,11 @@ from admm.optimizers import AdaptivePenalty
 from experiments import jobs, overrides, provenance
 from experiments.checks import LARGEST_SEED, check, check_row
 from experiments.errors import BadInput
+from experiments.integrity import problems_of
 from experiments.jobs import is_reusable
 from experiments.launch import Launch
 from experiments.launching.rows import choices
-from experiments.launching.study import without_end
+from experiments.launching.study import search_hash, without_end
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
 from experiments.provenance import sources, sources_changed_since
@@ -40,7 +41,7 @@ from experiments.reports.accuracy import Accuracy
 from experiments.reports.results_page import best_of_search
 from experiments.reports.searches import rankings, read_ranking, write_ranking
 from experiments.reports.text import markdown
-from experiments.rows import Row, TableRows
+from experiments.rows import CONF, Row, TableRows
 from experiments.store import Run, Slot, Store
 from experiments.training import write_start_record
 
@@ -56,8 +57,12 @@ def composed(*overrides: str) -> DictConfig:
 
 def launch(*overrides: str) -> str:
     """In this process, without figures; what is printed."""
+    return launch_with_report(*overrides, "~hydra.callbacks.report")
+
+
+def launch_with_report(*overrides: str) -> str:
     with redirect_stdout(StringIO()) as printed:
-        multirun(*overrides, "~hydra.callbacks.report")
+        multirun(*overrides)
     return printed.getvalue()
 
 
@@ -78,7 +83,7 @@ def test_a_tilde_is_the_home_folder_in_yaml_and_on_the_command_line(
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text(f"{MINE}seeds: [0]\noutputs: ~/o\n")
     launch(f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=mine", "optimizer=sgd", "results=~/r")
-    assert [run.info["experiment"] for run in stored(home / "r")] == ["mine"]
+    assert [run.info["experiment"] for run in stored(home / "o")] == ["mine"]
     assert list(home.glob("o/logs/*/*/0/runs.txt")) and list(here.iterdir()) == []
 
 
@@ -161,13 +166,22 @@ def test_optimizer_and_setting_choose_rows(
     [
         ([None], ["typo"], "setting: 'typo' is no row in experiment=digits; there are sgd-fast, "),
         (["mine"], ["slow"], "setting: 'slow' is no row of optimizer=mine in experiment=digits; there are sgd-fast, "),
-        (["sgd", "adam"], ["fast"], "setting: 'fast' is no row of optimizer=adam "),
+        (
+            ["sgd", "adam"],
+            ["fast"],
+            "setting: 'fast' is no row of optimizer=adam .*; there are adam-slow, adam-odd, ",
+        ),
         (
             ["sgd", "mine"],
             [None],
-            "optimizer=mine: default values cannot be mixed with rows in one launch; there are sgd",
+            "optimizer=mine has no row in experiment=digits, the others have. setting=default takes the default "
+            "values of all; or a file conf/row/digits/mine-<setting>.yaml gives it a row",
         ),
-        (["sgd"], ["fast", "default"], "setting=default: default values cannot be mixed with rows in one launch"),
+        (
+            ["sgd"],
+            ["fast", "default"],
+            "setting: default and rows do not go together in one launch; there are sgd",
+        ),
     ],
 )
 def test_a_row_that_an_experiment_does_not_have_is_refused(
@@ -364,6 +378,22 @@ def test_a_value_that_is_none_is_named_with_its_key(
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("beta", [1, 1, 10]),
+        ("theta_step", {"start": [0.1, 0.01], "end": 0.0}),
+        ("z_step", {"blocks": [1.0, [0.1, 0.2], 1.0]}),
+    ],
+)
+def test_values_per_seed_are_refused(of_the_suite: DictConfig, key: str, value: Any) -> None:
+    """They would be pooled in one row of a table."""
+    config = of_the_suite.copy()
+    OmegaConf.update(config, f"optimizer.{key}", value, merge=False, force_add=True)
+    with pytest.raises(ValueError, match=rf"^optimizer\.{key}.*: .* has one value per seed, which "):
+        check(config)
+
+
 def test_values_that_are_right_are_taken() -> None:
     penalty = "optimizer.penalty={_target_:admm.optimizers.AdaptivePenalty,c:0.9,bound:1.0,shrink:0.95,largest:inf}"
     check(composed(penalty, f"seeds=[{LARGEST_SEED}]", "checkpoint_seconds=inf", "~init", "+init={_target_:f,std:a}"))
@@ -486,12 +516,14 @@ def test_a_character_that_the_output_lacks_is_a_question_mark(monkeypatch: pytes
     assert printed.getvalue() == b"? = 1\n"
 
 
-def test_a_note_stays_in_its_cell_and_is_no_formula(tmp_path: Path) -> None:
+def test_a_text_stays_in_its_cell_and_is_no_formula(tmp_path: Path) -> None:
     assert markdown(pd.DataFrame({"a|b": ["x | y\nz", "c"]})) == "| a\\|b |\n| --- |\n| x \\| y z |\n| c |"
-    run = add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001", note="$x_{$ of 5$"))
+    run = add_run(
+        tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001", overrides=["a.b='$x_{$ of 5$'"])
+    )
     picture = Accuracy("mnist_shallow", "").figures([run])["mnist_shallow"]
     picture.savefig(tmp_path / "a.png")
-    (text,) = picture.axes[0].get_legend().get_texts()  # type: ignore[union-attr]
+    (text,) = picture.legends[0].get_texts()
     assert r"\$x_{\$ of 5\$" in text.get_text()
 
 
@@ -520,6 +552,7 @@ def test_the_sources_of_a_run_are_those_of_what_its_configuration_names() -> Non
     assert all(len(sha) == 12 for sha in found.values())
 
 
+NAMES = ("mylab/networks.py", "mylab/sizes.py")
 NETWORK = """from torch import nn
 from mylab.sizes import WIDTH
 def network(input_shape, classes):
@@ -527,42 +560,68 @@ def network(input_shape, classes):
 """
 
 
-def test_a_run_of_other_code_is_named_and_kept_or_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Write a network of one's own, and a text into a module that it imports; as a new process would see them."""
     package = tmp_path / "mylab"
     package.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
 
-    def edit(width: int) -> None:
-        for name, text in (("__init__", ""), ("networks", NETWORK), ("sizes", f"WIDTH = {width}\n")):
+    def edit(sizes: str) -> None:
+        for name, text in (("__init__", ""), ("networks", NETWORK), ("sizes", sizes)):
             (package / f"{name}.py").write_text(text)
         for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
             del sys.modules[name]
         provenance.read.cache_clear()
 
-    def run(*overrides: str) -> tuple[str, pd.DataFrame]:
-        model = ["model={_target_:mylab.networks.network}", "dataset.first=100", "iterations=1", "seeds=[0]"]
-        few = ["experiment=digits_shallow", "optimizer=sgd", "~model", f"+{model[0]}", *model[1:], *places(tmp_path)]
-        printed = launch(*few, *overrides)
-        (found,) = stored(tmp_path / "outputs")
-        assert {"mylab/networks.py", "mylab/sizes.py"} <= set(found.info["sources"])
-        return printed, found.history.drop(columns="seconds")
+    return edit
 
-    edit(width=4)
-    printed, before = run()
-    edit(width=5)
+
+def test_a_run_is_known_by_its_user_s_own_code(tmp_path: Path, edit: Callable[[str], None]) -> None:
+    model = ["~model", "+model={_target_:mylab.networks.network}", "dataset.first=100", "iterations=1", "seeds=[0]"]
+    few = ["experiment=digits_shallow", "optimizer=sgd", *model, *places(tmp_path)]
+    texts = ["WIDTH = 4\n", '"""Sizes."""\n\nWIDTH=4  # of the hidden layer\n', "WIDTH = 16\n", "WIDTH = 4\n"]
+    for text, is_new, runs in zip(texts, (True, False, True, False), (1, 1, 2, 2), strict=True):
+        edit(text)
+        assert ("is there already" in launch(*few)) is not is_new
+        found = stored(tmp_path / "outputs")
+        assert len(found) == len({run.row for run in found}) == runs
+    assert all(set(run.config["own_code"]) == set(NAMES) for run in found)
+    assert list(problems_of(Store(tmp_path / "outputs"))) == []
+
+
+def test_a_study_is_known_by_its_user_s_own_code(edit: Callable[[str], None]) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["~model", "+model={_target_:mylab.networks.network}", "hydra/sweeper=study"]
+        config = compose("config", overrides, return_hydra_config=True)
+
+    def of(text: str) -> str:
+        edit(text)
+        return search_hash(config)
+
+    assert of("WIDTH = 4\n") == of("WIDTH=4") != of("WIDTH = 16\n")
+
+
+def test_a_run_of_other_code_is_named_under_the_table_and_kept_or_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["experiment=digits_shallow", "optimizer=sgd", "dataset.first=100", "iterations=1", "seeds=[0]"]
+    few += ["model.hidden=[8]", *places(tmp_path)]
+    launch(*few)
+    (found,) = stored(tmp_path / "outputs")
+    former = found.info | {"sources": found.info["sources"] | {"admm/blocks.py": "0"}, "finished": "2001"}
+    (found.folder / "run.json").write_text(json.dumps(former))
+    printed = launch_with_report(*few)
+    assert f"{found.folder.name}: made by other code: admm/blocks.py; kept, force=true makes it again" in printed
+    note = f"made by other code: {found.folder.name}; changed since: admm/blocks.py; other_code=rerun trains again"
+    assert note in printed.split("digits_shallow: ")[-1] and found.info == former
+    with pytest.raises(ValueError, match=r"^other_code=refuse: sgd-.*: made by other code: admm/blocks.py$"):
+        is_reusable(found, found.info | {"sources": found.info["sources"] | {"admm/blocks.py": "1"}}, "refuse")
     monkeypatch.setattr(provenance, "commit", lambda: "another")
-    printed, kept = run()
-    then = provenance.git(ROOT, "rev-parse", "--short=12", "HEAD").strip()
-    assert (
-        f"made by other code, {then}" in printed and ", now another: mylab/sizes.py; kept, force=true makes" in printed
-    )
-    pd.testing.assert_frame_equal(kept, before, check_exact=True)
-    found = stored(tmp_path / "outputs")[0]
-    changed = {"sources": found.info["sources"] | {"mylab/sizes.py": "0"}, "commit": "another"}
-    with pytest.raises(ValueError, match=r"^other_code=refuse: sgd-.*: made by other code, .*: mylab/sizes.py$"):
-        is_reusable(found, changed, "refuse")
-    printed, again = run("other_code=rerun")
-    assert "mylab/sizes.py; it is made again" in printed and not again.equals(before)
+    printed = launch_with_report(*few, "other_code=rerun")
+    then = former["commit"]
+    assert f"made by other code, {then}, now another: admm/blocks.py; it is made again" in printed
+    assert "changed since" not in printed and found.info["finished"] != "2001"
     assert is_reusable(found, found.info, "refuse")
 
 

@@ -125,6 +125,35 @@ def test_every_primal_update_decreases_equation_9(net):
     assert (lagrangian.value() < value).all()
 
 
+def test_an_error_weight_keeps_a_part_of_the_error():
+    task = problem()
+    state = trained(BASE, task)
+    lagrangian = lagrangian_of(BASE, task, state)
+    lagrangian.error_weight = 0.25
+    lagrangian.mix_with_forward(1.0)
+    basis, projected = lagrangian.factors[2], lagrangian.z[1].clone()
+    error = lagrangian.z[0] - torch.einsum("Rcr,Rnrhw->Rnchw", basis, projected)
+    for t in (3, 2, 1):
+        update_z(BASE, lagrangian, t, 0.1)
+    z = lagrangian.z[0].clone().requires_grad_()
+    product = torch.einsum("Rcr,Rnrhw->Rnchw", basis, lagrangian.z[1])
+    coupling = 1.5 / 2 * (z - lagrangian.output(1) + state.u[0]).square().sum()
+    (coupling + 0.7 / 2 * (z - 0.75 * error - product + state.u[1]).square().sum()).backward()
+    assert_close(z.grad, torch.zeros_like(z), atol=1e-10, rtol=0)
+
+
+def test_with_an_error_weight_of_zero_the_loss_alone_trains_the_features():
+    """Without a step along the loss, nothing moves them; Eq. 9 does."""
+    task = problem()
+    options = replace(BASE, forward_mixing=1.0, dual_step=0.0, z_step=0.0, theta_update=SGD())
+    moved = {}
+    for weight in (None, 0.0):
+        start, end = (trained(replace(options, error_weight=weight), task, epochs=k) for k in (0, 1))
+        first, last = (by_block(task.blocks, state.theta)[0][0] for state in (start, end))
+        moved[weight] = float((last - first).abs().max())
+    assert moved[0.0] < 1e-4 * moved[None]
+
+
 @pytest.mark.parametrize("shift", [-2.0, 2.0])
 def test_scores_of_zero_before_a_relu_decrease_equation_9(shift):
     net = nn.Sequential(
@@ -289,7 +318,7 @@ def test_the_export_encodes_projects_and_goes_on():
     assert_close(task.blocks.forward(state.theta, task.x.expand(2, *task.x.shape))[1], output)
 
 
-@pytest.mark.parametrize("frozen", [0, 15])
+@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.long), 15])
 def test_training_reduces_the_loss_of_the_exported_network(frozen):
     task, steps = problem(samples=30), {"blocks": [1e-3, 0.0, 1e-2]}
     options = replace(
@@ -348,6 +377,12 @@ def test_an_nmf_without_a_linear_layer_after_it_is_refused(after):
 def test_counts_below_one_are_refused(key):
     with pytest.raises(ValueError, match=rf"^{key}: 0 is not a whole number from 1 up"):
         replace(BASE, **{key: 0}).init(problem(), SEEDS)
+
+
+@pytest.mark.parametrize("weight", [1.0, False])
+def test_an_error_weight_out_of_range_is_refused(weight):
+    with pytest.raises(ValueError, match=rf"^error_weight: {weight} is not a number from 0 up and below 1"):
+        replace(BASE, error_weight=weight).init(problem(), SEEDS)
 
 
 def test_freezing_for_all_iterations_is_refused():

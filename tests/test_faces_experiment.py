@@ -49,7 +49,7 @@ from experiments.tasks.deepfacto import (
     heat_maps,
     load,
 )
-from experiments.training import Observer, train_or_resume
+from experiments.training import Observer, train_or_resume, with_optimizer
 
 ROOT = Path(__file__).parents[1]
 PEOPLE = 24
@@ -164,7 +164,7 @@ def test_every_representation_is_probed_and_reported(faces: Faces, tmp_path: Pat
     by_seed = [run.table("probes").groupby("seed")["balanced_accuracy"].mean() for run in runs[2:]]
     low, high = ttest_rel(by_seed[1], by_seed[0]).confidence_interval()
     difference = f"{(by_seed[1] - by_seed[0]).mean():z.2f} [{low:z.2f}, {high:z.2f}]"
-    assert list(table[ABOVE_NMF]) == ["– (no such row)", "– (one seed)", "baseline", difference]
+    assert list(table[ABOVE_NMF]) == ["– (no row nmf-default)", "– (one seed)", "baseline", difference]
     of_attributes = report_of("lfw_proxy").further_tables(runs)["lfw_proxy_attributes"]
     assert len(of_attributes) == 40 and "DeepFacto rank4, made-up labels: AUC" in of_attributes
     male = of_attributes.set_index("attribute").loc["Male"]
@@ -447,7 +447,9 @@ def test_the_scores_of_deepfacto_are_projections_of_the_trained_maps(faces: Face
     problem = deepfacto.build_problem(options, features)
     test = features, features.frozen[task.images], task
     observer = Observer(quantity="verification")
-    state, _ = train_or_resume(options, found, problem, test, observer, measure=deepfacto.measure_faces)
+    start = with_optimizer(options, problem, found.info["seeds"])
+    train_or_resume(options, found, start, test, observer, measure=deepfacto.measure_faces)
+    state = start.state
     network = problem.blocks.export(state.theta, 0)
     assert isinstance(network, nn.Sequential)
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from launches import multirun, places
 from simulated_gpu import GPU, NAME, simulated_gpu
 from test_deepfacto import BASE, problem
-from test_protocol import CASES, trained
+from test_protocol import CASES, problem_of, trained
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -48,10 +48,15 @@ def same(options: Any, task: Problem, close: float) -> None:
         torch.testing.assert_close([tensor.cpu() for tensor in found], expected, rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("case", CASES)
+LARGEST = "block-admm, resnet"
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.long] if case == LARGEST else []) for case in CASES]
+)
 def test_an_optimizer_computes_where_the_samples_are(case: str, request: pytest.FixtureRequest) -> None:
     of = CASES[case]
-    same(of.optimizer, request.getfixturevalue(of.problem)(of.loss), of.close)
+    same(of.optimizer, problem_of(of, request), of.close)
 
 
 def test_deepfacto_computes_where_the_samples_are() -> None:
@@ -68,6 +73,7 @@ def test_the_suite_s_runs_on_a_gpu_have_the_numbers_of_the_processor(tmp_path: P
         "dataset.first=100",
         "iterations=2",
         "checkpoint_seconds=0",
+        "~hydra.callbacks.report",
     ]
 
     def launch(device: str, folder: Path) -> dict[str, pd.DataFrame]:

@@ -76,15 +76,11 @@ def test_a_null_counts_only_where_the_default_is_another() -> None:
     assert of(CONFIG | {"optimizer": admm}) == of(CONFIG | {"optimizer": admm | {"penalty": None}})
 
 
-def test_a_row_has_one_identity_for_all_seeds_but_where_a_value_is_per_replica() -> None:
+def test_a_row_has_one_identity_for_all_seeds() -> None:
     def row(config: dict[str, Any]) -> str:
         return row_identity(config, CHOICES, "data")
 
-    assert row(CONFIG) == row(CONFIG | {"seeds": [7]})
-    assert row(with_optimizer(gamma=[1.0, 2.0])) != row(with_optimizer(gamma=[1.0, 2.0]) | {"seeds": [7, 8]})
-    assert row(with_optimizer(gamma={"blocks": [[1.0, 2.0], 1.0]})) == of(
-        with_optimizer(gamma={"blocks": [[1.0, 2.0], 1.0]})
-    )
+    assert row(CONFIG) == row(CONFIG | {"seeds": [7]}) != row(with_optimizer(gamma=2.0))
 
 
 def test_a_rename_costs_a_line_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

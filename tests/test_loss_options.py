@@ -195,6 +195,7 @@ def test_weights_may_be_a_tensor_or_an_array(weight: Any) -> None:
         (lambda: CrossEntropy(weight=[1.0, -1.0]), r"^weight: \[1.0, -1.0\] is not None or numbers from 0 up"),
         (lambda: CrossEntropy(weight=3.0), "^weight: 3.0 is not None or numbers from 0 up"),
         (lambda: CrossEntropy(weight=[]), "^weight: "),
+        (lambda: CrossEntropy(weight=[0.0, 0]), r"^weight: \[0.0, 0\] are all 0, and so would the loss be"),
         (lambda: CrossEntropy(weight=[[1.0, 2.0]]), "^weight: "),
         (lambda: CrossEntropy(ignore_index=1.5), "^ignore_index: 1.5 is not None or a whole number, such as -100"),
         (lambda: CrossEntropy(label_smoothing=1.0), "^label_smoothing: 1.0 is not a number from 0 up and below 1"),

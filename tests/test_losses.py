@@ -13,6 +13,7 @@ from scipy.optimize import brentq, minimize
 from scipy.special import wrightomega
 from torch import Tensor, nn
 
+from admm.blocks import split
 from admm.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -21,10 +22,13 @@ from admm.losses import (
     Huber,
     Loss,
     SquaredError,
+    TripletLoss,
     as_targets,
     is_one_hot,
     one_hot,
 )
+from admm.models import as_given
+from admm.optimizers import Problem
 
 LOSSES = [
     SquaredError(),
@@ -349,6 +353,15 @@ HALVES = torch.full((2, 4), 0.25)
 def test_targets_that_a_loss_is_not_defined_for_are_refused(loss, y, outputs, message):
     with pytest.raises(ValueError, match=message):
         loss.targets(y, outputs, LIKE)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Huber(), BinaryCrossEntropy(), Hinge(), TripletLoss()])
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_outputs_without_an_axis_of_features_are_refused(loss, shape):
+    network = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))
+    message = r"network: its outputs are \[5\], where the loss needs an axis of features, \[5, 1\]; leave out"
+    with pytest.raises(ValueError, match=message):
+        Problem(torch.ones(5, 2), torch.zeros(shape), split(network, after=[]), loss, as_given)
 
 
 def test_distributions_and_numbers_are_taken_as_they_are():

@@ -1,13 +1,16 @@
 """What the library says of an argument becomes what the suite says of a key."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import messages
 from experiments.errors import BadInput, user_errors
-from experiments.messages import with_key_path
+from experiments.messages import warnings_in_log, with_key_path
 
 SGD = {"_target_": "admm.optimizers.SGD", "momentum": 0.0}
 GOTMARE = {
@@ -51,6 +54,14 @@ def test_the_name_of_an_argument_becomes_the_path_of_its_key(message: str, group
     assert with_key_path(message, config(), group) == expected
 
 
+def test_a_warning_at_a_line_of_the_suite_is_logged_with_the_path_of_its_key(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning, match="^batch_size: a user's own$") as caught, warnings_in_log(config()):
+        warnings.warn_explicit("batch_size: 99 is much", UserWarning, messages.__file__, 1)
+        warnings.warn_explicit("batch_size: a user's own", UserWarning, __file__, 1)
+    assert [record.getMessage() for record in caplog.records] == ["optimizer.batch_size: 99 is much"]
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
@@ -63,3 +74,39 @@ def test_a_nested_object_of_the_configuration_is_named_with_its_path(key: str, v
     with pytest.raises(BadInput) as error, user_errors(made):
         instantiate(made.optimizer, _convert_="all")
     assert str(error.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (
+            "my_network.small",
+            "loss._target_: there is no module 'my_network', here in {} or installed; did you mean",
+        ),
+        ("my_networks.smal", "loss._target_: my_networks has no 'smal'; did you mean small?"),
+        ("my_networks.other", "loss._target_: my_networks has no 'other'"),
+        (
+            "my_wrong.small",
+            "loss._target_: my_wrong cannot be imported: ModuleNotFoundError: No module named 'nowh",
+        ),
+        ("small", "loss._target_: small has no module before it, as in my_networks.small"),
+        ("admm.losses.SquaredEror", "loss._target_: admm.losses has no 'SquaredEror'; did you mean SquaredError?"),
+        (
+            "my_networks.small",
+            "Error in call to target 'my_networks.small': TypeError: small() got an unexpected keyword argument "
+            "'scale'; it takes input_shape, width; hydra.verbose=true shows where",
+        ),
+    ],
+)
+def test_a_target_that_is_not_there_is_told_with_the_nearest(
+    target: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "my_networks.py").write_text("def small(input_shape, width=3): ...")
+    (tmp_path / "my_wrong.py").write_text("import nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = config(loss={"_target_": target, "scale": 1.0})
+    with pytest.raises(BadInput) as error, user_errors(made):
+        instantiate(made.loss)
+    assert str(error.value).startswith(expected.format(tmp_path))
+    assert not caplog.text  # Hydra would tell it once more

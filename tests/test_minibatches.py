@@ -59,9 +59,11 @@ def test_all_orders_of_three_samples_are_equally_frequent():
     assert ((counts - 200).square() / 200).sum() < 20.5  # chi-squared, 5 degrees of freedom, p = 0.001
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 11])
-def test_a_wrong_batch_size_is_refused_by_name(batch_size):
-    with pytest.raises(ValueError, match=f"^batch_size: {batch_size} is not between 1 and the 10 training"):
+@pytest.mark.parametrize(
+    ("batch_size", "why"), [(0, "a whole"), (-1, "a whole"), (4.0, "a whole number"), (11, "between 1 and the 10")]
+)
+def test_a_wrong_batch_size_is_refused_by_name(batch_size, why):
+    with pytest.raises(ValueError, match=f"^batch_size: {batch_size} is not {why}"):
         minibatches(10, batch_size, (0,), 0, CPU)
 
 

@@ -71,7 +71,7 @@ def _executed(kernel: Any, name: str, *further: str) -> list[Any]:
     return outputs
 
 
-@pytest.mark.parametrize("name", ["tour", "figures"])
+@pytest.mark.parametrize("name", [pytest.param("tour", marks=pytest.mark.long), "figures"])
 def test_a_notebook_runs(kernel: Any, name: str) -> None:
     outputs = _executed(kernel, name)
     if name == "tour":
@@ -84,9 +84,9 @@ def test_a_notebook_runs(kernel: Any, name: str) -> None:
         pytest.param("resnet18", 20.0, 5.0, marks=pytest.mark.long),  # percent, here and where the score is above 1
         pytest.param("unet", 0.7, 0.05, marks=pytest.mark.long),
         pytest.param("gpt", 25.0, 2.0, marks=pytest.mark.long),
-        ("graph", 80.0, 2.0),
+        pytest.param("graph", 80.0, 2.0, marks=pytest.mark.long),
         ("tabular", 0.4, 0.05),
-        ("finetuning", 95.0, 2.0),
+        pytest.param("finetuning", 95.0, 2.0, marks=pytest.mark.long),
     ],
 )
 def test_a_notebook_of_the_gallery_comes_near_adam(kernel: Any, name: str, least: float, apart: float) -> None:

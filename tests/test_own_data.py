@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -25,13 +26,15 @@ from admm.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from admm.models import as_constructed
 from experiments import jobs
 from experiments.errors import BadInput, user_errors
-from experiments.hints import hints
+from experiments.hints import hints, unknown_additions
 from experiments.implied import as_given, with_implied
+from experiments.launching.rows import choices
 from experiments.own_data import load_image_folder, load_npz, loss_of_task
 from experiments.reports.base import report_of
 from experiments.reports.curves import curves
 from experiments.reports.html_page import interactive_plot
 from experiments.reports.scores import mean_score
+from experiments.rows import CONF, TableRows
 from experiments.store import Run, Slot
 from experiments.training import build_network, build_problem
 
@@ -448,16 +451,23 @@ CASES = {
 }
 
 
+def test_block_admm_has_a_row_that_is_launched_by_name() -> None:
+    table = TableRows.of("own", OmegaConf.load(CONF / "experiment/own.yaml").rows)
+    four = "row=own/online_block_admm-usual,own/gotmare-usual,own/sgd-usual,own/adam-usual"
+    assert choices(table, [None], [None]) == [four]
+    assert choices(table, ["block_admm", "sgd"], [None]) == ["row=own/block_admm-usual,own/sgd-usual"]
+
+
 @pytest.mark.parametrize("task", CASES)
 def test_own_arrays_make_a_table_and_a_figure_of_what_fits_the_task(tmp_path: Path, task: str) -> None:
     (x, y), column, factor, label, least = CASES[task]
     test = np.arange(len(x)) % 4 == 0
     np.savez(tmp_path / "my.npz", x_train=x[~test], y_train=y[~test], x_test=x[test], y_test=y[test])
     own = ["dataset=npz", f"dataset.path={tmp_path}/my.npz", f"dataset.task={task}", "iterations=40", "seeds=[0,1]"]
-    own += ["evaluate_every=40"]
+    own += ["evaluate_every=40", "optimizer=block_admm,online_block_admm,gotmare,sgd,adam"]
     printed = launch(*own, "model.hidden=[32]", *places(tmp_path))
     table, runs = report_of_launch(tmp_path), stored(tmp_path)
-    assert sorted(run.record.method for run in runs) == ["adam", "gotmare", "online_block_admm", "sgd"]
+    assert sorted(run.record.method for run in runs) == ["adam", "block_admm", "gotmare", "online_block_admm", "sgd"]
     assert {run.record.experiment for run in runs} == {"own"} and {run.record.setting for run in runs} == {"usual"}
     for run in runs:
         (curve,) = curves([run])
@@ -473,10 +483,10 @@ def test_own_arrays_make_a_table_and_a_figure_of_what_fits_the_task(tmp_path: Pa
     assert ("score" in table) == (task != "classification")
     if "score" in table:
         assert set(table["score"]) == {label} and f"own: {label}" in printed
-    axes = report_of("own").figures(runs)["own"].axes[0]
-    assert axes.get_ylabel() == label
-    texts = [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
-    assert not any("my.npz" in text for text in texts) and all(text.endswith(" %") for text in texts)
+    figure = report_of("own").figures(runs)["own"]
+    assert figure.axes[0].get_ylabel() == label
+    texts = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert texts == set(table["method"])  # the caption has the overrides of all
     plot = interactive_plot(curves(runs))
     assert next(iter(plot["quantities"])) == plot["score"] == column and plot["quantities"][column] == label
     drawn = plot["curves"][0]["measured"][column]["mean"]
@@ -577,6 +587,31 @@ def test_a_file_or_a_function_in_the_place_of_a_choice_has_a_hint(override: str,
         multirun(override, "experiment=own")
     (line,) = hints([override], error.value)
     assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["+baseline=sgd", "experiment=digits_shallow"], "no key 'baseline': the keys are angle_samples, "),
+        (["-m", "++seedz=1,2"], r"no key 'seedz': .*; did you mean seeds\?$"),
+        (["experiment=own,angle", "+a.b=1"], "no key 'a': "),
+        (["+dataset@other=mnist"], "no key 'other': "),
+        (["+optimizer.eta=1", "++iterations=3", "~model", "+model={_target_: a.b}", "+augmentation=crop_flip"], None),
+        (["++report.width=3", "experiment=mnist_shallow", "+hydra.sweeper.params={a: 1}"], None),
+        (["+own=1", "experiment=mine"], None),
+        (["+of_a_row=1", "experiment=mine"], None),
+        (["+mine=one"], None),
+        (["experiment=nowhere", "+x=1"], None),  # Hydra refuses it
+    ],
+)
+def test_an_added_key_that_no_file_has_is_refused(tmp_path: Path, overrides: list[str], found: str | None) -> None:
+    for name in ("experiment/mine", "row/mine/sgd-new", "mine/one"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nown: 0\n")
+    (tmp_path / "row/mine/sgd-new.yaml").write_text("# @package _global_\nof_a_row: 0\n")
+    first, *rest = [*unknown_additions([*overrides, f"hydra.searchpath=[file://{tmp_path}]"]), ""]
+    assert re.search(found, first) if found else first == ""
+    assert not found or rest[0].startswith("+ adds no such key; the file of an experiment or a row may have one")
 
 
 def test_a_race_of_numbers_is_refused(tmp_path: Path) -> None:

@@ -112,15 +112,17 @@ def written(root: Path) -> str:
 
 
 def rows(html: str, part: str) -> list[tuple[str, list[str]]]:
-    """(run, texts of the cells) of the rows of a section."""
+    """(run, texts of the cells) of the rows of a section; the first cell, which leads to the run, comes last."""
     section = html.split(f'<section id="{part}"', 1)[1].split("</section>", 1)[0]
     found = re.findall(r'<tr [^>]*data-run="([^"]*)">(.*?)</tr>', section, re.DOTALL)
-    texts = [(run, re.findall(r"<td[^>]*>(.*?)</td>", row)) for run, row in found]
-    return [(run, [unescape(re.sub("<.*?>", "", cell)) for cell in row]) for run, row in texts]
+    texts = [(run, re.findall(r"<td([^>]*)>(.*?)</td>", row)) for run, row in found]
+    texts = [(run, sorted(row, key=lambda cell: "run" in cell[0])) for run, row in texts]
+    return [(run, [unescape(re.sub("<.*?>", "", cell)) for _, cell in row]) for run, row in texts]
 
 
 def test_each_table_is_the_report_s_and_each_row_leads_to_its_run(root: Path) -> None:
     html = written(root)
+    assert '<tr><th scope="col" class="run">run</th>' in html  # first, where it stays and covers no column
     for experiment in ("mnist_shallow", "mnist_deep10", "memory"):
         table = report_of(experiment).table(Store(root).runs(experiment))
         shown = rows(html, experiment)
@@ -228,34 +230,45 @@ def damage(run: Run, file: str, content: str | None) -> None:
     (run.folder / file).unlink() if content is None else (run.folder / file).write_text(content)
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "problem"),
-    [
-        ("run.json", '{"experiment":', "JSONDecodeError"),
-        ("run.json", "{}", "KeyError"),
-        ("run.json", None, "FileNotFoundError"),
-        ("history.csv", "", "EmptyDataError"),
-        ("history.csv", "iteration,replica,test_accuracy\n0,0,10\n", "last iteration of 0 of 2 seeds only"),
-        ("config.yaml", None, "FileNotFoundError"),
-    ],
-)
-def test_a_damaged_run_is_named_and_left_out(
-    root: Path, tmp_path: Path, file: str, content: str | None, problem: str, capsys: Any, monkeypatch: Any
-) -> None:
-    run = put(root, history(11.11, 11.11), info("mnist_shallow", "adam", "tuned", "2026-02-01"))
-    damage(run, file, content)
+DAMAGE = [
+    ("run.json", '{"experiment":', "JSONDecodeError"),
+    ("run.json", "{}", "KeyError"),
+    ("run.json", None, "FileNotFoundError"),
+    ("history.csv", "", "EmptyDataError"),
+    ("history.csv", "iteration,replica,test_accuracy\n0,0,10\n", "last iteration of 0 of 2 seeds only"),
+    ("config.yaml", None, "FileNotFoundError"),
+]
+
+
+def test_damaged_runs_are_named_and_left_out(root: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    days = range(1, 1 + len(DAMAGE))
+    runs = [put(root, history(11.11, 11.11), info("mnist_shallow", "adam", "tuned", f"2026-02-0{day}")) for day in days]
+    for run, (file, content, _) in zip(runs, DAMAGE, strict=True):
+        damage(run, file, content)
     monkeypatch.setattr("sys.argv", ["page", str(root), "--out", str(tmp_path / "deep/er/page.html")])
     command.main()
     html = unescape((tmp_path / "deep/er/page.html").read_text())
-    assert re.search(f"<li><code>{run.folder}</code>: .*{problem}", html) and "11.11" not in html
-    assert f"warning: {run.folder} is damaged and left out: " in capsys.readouterr().err
-    assert len(rows(html, "mnist_shallow")) == 2
+    errors = capsys.readouterr().err
+    for run, (_, _, problem) in zip(runs, DAMAGE, strict=True):
+        assert re.search(f"<li><code>{run.folder}</code>: .*{problem}", html)
+        assert f"warning: {run.folder} is damaged and left out: " in errors
+    assert "11.11" not in html and len(rows(html, "mnist_shallow")) == 2
 
 
 def test_a_damaged_note_of_a_start_is_shown(root: Path) -> None:
     (root / "runs/.partial/feed/started.json").write_text("{")
     ((_, texts),) = rows(written(root), "under-way")
     assert texts[:5] == ["–", "–", "–", "feed", "damaged"]
+
+
+def test_each_store_has_a_page_of_its_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    Path("outputs/runs").mkdir(parents=True)
+    for store in ("outputs", f"{root}/", "."):
+        monkeypatch.setattr("sys.argv", ["page", store])
+        command.main()
+    names = [f"report-{name}.html" for name in (root.name, root.parent.name, "outputs")]
+    assert sorted(path.name for path in Path("outputs").glob("*.html")) == sorted(names)
 
 
 def test_an_empty_store_says_so_and_a_missing_one_is_an_error(tmp_path: Path, monkeypatch: Any) -> None:
@@ -401,3 +414,34 @@ def test_curves_are_toggled_zoomed_and_chosen(opened: Any) -> None:
     assert drawn(opened, "mnist_shallow", "data.map(t => t.uid)") == ["band0", "mean0"]
     assert drawn(opened, "mnist_shallow", "data[1].y") == [0.1, 0.2, 0.3]
     assert opened.get_log("browser") == []
+
+
+def test_on_a_phone_only_tables_scroll_sideways_and_a_finger_on_a_plot_scrolls_the_page(
+    browser: Any, root: Path
+) -> None:
+    long = {"overrides": ["optimizer.theta_update.betas=" + 20 * "0.9,"], "note": 20 * "long", "machine": 30 * "m"}
+    put(root, history(91.0, 95.0), info("mnist_deep10", "sgd", "tuned", "2026-01-09", **long))
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    path = root.parent / "report.html"
+    path.write_text(written(root), encoding="utf-8")
+    browser.get(path.as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
+    for element in ("document.documentElement", "document.body"):
+        assert browser.execute_script(f"return {element}.scrollWidth") == phone["width"]
+    widths = "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect().right)"
+    for selector in ("figure img", ".scroll", "caption span", "select", ".canvas"):
+        rights = browser.execute_script(widths, selector)
+        assert rights and max(rights) <= phone["width"]
+    assert max(browser.execute_script(widths, "table")) > phone["width"]  # inside of .scroll
+
+    style = "document.documentElement.style.scrollBehavior = 'auto'"
+    browser.execute_script(f"{style}; document.querySelector('#mnist_shallow .canvas').scrollIntoView()")
+    before = drawn(browser, "mnist_shallow", "layout.yaxis.range.map(Number)")
+    top = browser.execute_script("return scrollY")
+    for kind, y in (("Start", 220), *(("Move", y) for y in range(210, 100, -10)), ("End", None)):
+        points = [{"x": 200, "y": y}] if y else []
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+    eventually(lambda: browser.execute_script("return scrollY") > top, True)
+    assert drawn(browser, "mnist_shallow", "layout.yaxis.range.map(Number)") == before

@@ -15,7 +15,7 @@ from admm.blocks import split
 from admm.checkpoints import restore, save
 from admm.layers import Execution, Layer
 from admm.losses import CrossEntropy, Loss, ProximalLoss, SquaredError
-from admm.models import initialiser
+from admm.models import as_constructed, initialiser
 from admm.optimizers import (
     BCD,
     DLADMM,
@@ -34,6 +34,7 @@ from admm.optimizers import (
 )
 from admm.optimizers.protocol import spectral_norms
 from admm.optimizers.rules import UpdateRule
+from admm.parallel import Parallel
 
 SEEDS = (5, 0, 11)
 ADAM = {"theta_update": Adam(weight_decay=0.1), "theta_step": {"start": 0.02, "end": 0.001}, "batch_size": 7}
@@ -206,6 +207,17 @@ CASES = {
 STEPPED = [name for name, case in CASES.items() if hasattr(case.optimizer, "iterations")]  # with a step size for Θ
 
 
+PROBLEMS: dict[Any, Problem] = {}  # which no test changes
+
+
+def problem_of(case: Case, request: pytest.FixtureRequest) -> Problem:
+    """The problem of a case; to trace a network and to compare its blocks takes longer than most tests."""
+    key = case.problem, case.loss
+    if key not in PROBLEMS:
+        PROBLEMS[key] = request.getfixturevalue(case.problem)(case.loss)
+    return PROBLEMS[key]
+
+
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
@@ -213,7 +225,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def problem(case: Case, request: pytest.FixtureRequest) -> Problem:
-    return request.getfixturevalue(case.problem)(case.loss)
+    return problem_of(case, request)
 
 
 def trained(optimizer: Optimizer, problem: Problem, seeds: tuple[int, ...], steps: int) -> Any:
@@ -303,7 +315,14 @@ def test_resuming_from_a_checkpoint_is_bit_identical(case, problem):
     assert all(id(stack) in of_blocks for stack in resumed.theta.stacks.values())  # still shared
 
 
-@pytest.mark.parametrize("diverged, value", [(0, torch.nan), (1, torch.inf), (2, torch.nan)])
+@pytest.mark.parametrize(
+    "diverged, value",
+    [
+        (1, torch.inf),
+        pytest.param(0, torch.nan, marks=pytest.mark.long),
+        pytest.param(2, torch.nan, marks=pytest.mark.long),
+    ],
+)
 def test_a_diverged_replica_leaves_the_others_bit_identical(case, problem, diverged, value):
     healthy, other = (trained(case.optimizer, problem, SEEDS, 1) for _ in range(2))
     for stack in other.theta.stacks.values():
@@ -343,7 +362,7 @@ def test_the_parts_of_an_epoch_end_where_the_epoch_does(case, problem):
 
 
 @pytest.mark.parametrize("case", STEPPED, indirect=True)
-@pytest.mark.parametrize("zero", [0.0, (0.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("zero", [pytest.param(0.0, marks=pytest.mark.long), (0.0, 0.0, 0.0)], ids=str)
 def test_a_step_size_of_zero_leaves_theta_as_it_is(case, problem, zero):
     optimizer = replace(case.optimizer, **{step_key(case.optimizer): zero})
     before = optimizer.init(problem, SEEDS).theta.flat()
@@ -513,7 +532,10 @@ def test_bf16_of_other_inputs_is_refused() -> None:
         (object(), "loss: object is neither an object of a subclass of admm.losses.Loss nor a function"),
         (CrossEntropy, "loss: CrossEntropy is neither an object"),
         (nn.functional.mse_loss, r"loss: .*mse_loss.* returns \[\] for 4 samples"),
-        (lambda z, y: z @ y, r"loss: cannot be evaluated on outputs \[2, 2, 3\] and targets \[2, 2, 3\]: RuntimeError"),
+        (
+            lambda z, y: z @ y,
+            r"loss: cannot be evaluated on outputs \[2, 2, 3\] and .* \(2 seeds, 2 samples\): RuntimeError",
+        ),
         (Mean(), r"loss: the value for .* is \[2\]; expected J of each sample, \[2, 2\]"),
     ],
     ids=["an object", "a class", "a mean", "an error", "a value of a replica"],
@@ -532,8 +554,10 @@ KEEPING = ["block-admm, mini-batches", "block-admm as in the paper", "standard a
 def test_variables_of_other_samples_are_refused(case, problem):
     state = case.optimizer.init(problem, SEEDS)
     before = [t.clone() for t in tensors(save(state))]
-    with pytest.raises(ValueError, match="problem: 20 samples, but the state has variables of 24"):
-        case.optimizer.step(replace(problem, x=problem.x[:20], y=problem.y[:20]), state)
+    fewer = replace(problem, x=problem.x[:20], y=problem.y[:20])
+    for method in (case.optimizer.diagnostics, case.optimizer.step):
+        with pytest.raises(ValueError, match="problem: 20 samples, but the state has variables of 24"):
+            method(fewer, state)
     assert all(map(torch.equal, before, tensors(save(state))))
 
 
@@ -555,7 +579,7 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
     ("optimizer", "message"),
     [
         (Backprop(1, "adam", 0.1), r"theta_update: 'adam' is no UpdateRule, such as admm.optimizers.Adam\(\)"),
-        (BlockADMM(1, 0.1, theta_update=Adam), "theta_update: <class .*Adam'> is no UpdateRule"),
+        (BlockADMM(1, 0.1, theta_update=Adam), "theta_update: Adam is a class; give an object of it, such as admm"),
         (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no UpdateRule, such as admm.optimizers.SGD"),
         (OnlineBlockADMM(1, 0.1, z_update="gradient"), "z_update: 'gradient' is no ZUpdate, such as .*ZUpdate"),
         (BlockADMM(1, 0.1, z_update=SGD()), "z_update: SGD.* is no ZUpdate, such as .*ZUpdate"),
@@ -571,10 +595,15 @@ def test_a_rule_that_is_none_is_named(mlp_problem: Callable[..., Problem], optim
     ("change", "message"),
     [
         ({"blocks": nn.Linear(4, 2)}, "blocks: a Linear, where admm.blocks.split makes blocks of a network"),
-        ({"initialise": "pytorch"}, "initialise: 'pytorch' is no function, such as admm.models.as_given"),
+        ({"initialise": "pytorch"}, r"initialise: 'pytorch' is no function, such as initialiser\(\"pytorch\"\)"),
+        ({"initialise": nn.Linear(4, 2)}, r"initialise: Linear\(.*\) is no function, such as"),
+        ({"initialise": initialiser}, r"initialise: initialiser makes a function, .*; take initialiser\(\"pytorch\"\)"),
+        ({"initialise": as_constructed}, "initialise: as_constructed makes a function, which is what is needed; take"),
+        ({"parallel": "samples"}, "parallel: 'samples' is no Parallel, such as admm.Parallel.join"),
+        ({"parallel": Parallel}, "parallel: Parallel is a class; give an object of it, such as admm.Parallel.join"),
         ({"stream_to": "gpu"}, "stream_to: 'gpu' is no device of PyTorch's"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_argument_of_a_problem_that_is_none_is_named(
     mlp_problem: Callable[..., Problem], change: Any, message: str
@@ -607,3 +636,17 @@ def test_a_rule_of_one_s_own_needs_no_more_than_its_two_methods(mlp_problem: Cal
     start = state.theta.flat().clone()
     optimizer.step(mlp_problem(), state)
     assert set((state.theta.flat() - start).abs().unique().tolist()) <= {0.0, 0.25}
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "shown"),
+    [
+        (torch.zeros(5, 4), None, "5 samples on cpu, with CrossEntropy:\n  x: float32 [n, 4]"),
+        ((torch.zeros(5, 4),), [1] * 5, "5 weighted samples on cpu, with CrossEntropy:\n  x: a tuple of 1"),
+    ],
+)
+def test_a_problem_shows_itself_without_its_data(x: Any, weights: Any, shown: str) -> None:
+    blocks = split(nn.Sequential(nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 2)), after=["1"])
+    problem = Problem(x, torch.arange(5) % 2, blocks, CrossEntropy(), initialiser("pytorch"), weights=weights)
+    of_blocks = "2 blocks of Sequential:\n  1: 0, 1 → [n, 3]\n  2: 2 → [n, 2]"
+    assert repr(problem) == f"Problem of {shown}\n  y: int64 [n]\n{of_blocks}"

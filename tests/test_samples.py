@@ -282,7 +282,7 @@ def test_a_checkpoint_of_other_samples_is_refused(mlp_problem: Any, tmp_path: Pa
 
     run(x, y)
     run(x, y)
-    for others, message in (((x[:20], y[:20]), r"samples was 24.0, is 20.0"), ((x + 1e-9, y), "x was .*, is ")):
+    for others, message in (((x[:20], y[:20]), "samples was 24, is 20"), ((x + 1e-9, y), "x was .*, is ")):
         with pytest.raises(CheckpointError, match=message):
             run(*others)
 
@@ -490,6 +490,7 @@ DATA = TensorDataset(torch.zeros(4, 1), torch.zeros(4))
         (DataLoader(DATA, sampler=RandomSampler(DATA, num_samples=2)), None, "RandomSampler.* would not be used"),
         (DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)), None, "RandomSampler.* would not be used"),
         (DataLoader(DATA, batch_sampler=[[0, 1]]), None, r"x: the loader's sampling \(list\) would not be used"),
+        (DataLoader(DATA, batch_size=3, drop_last=True), None, "drop_last=True would not be .* by which 1 sample"),
         (DataLoader(DATA, batch_size=None), None, r"x: the loader's sampling \(NoneType\) would not be used"),
     ],
 )  # fmt: skip
@@ -603,11 +604,15 @@ def test_weights_are_gathered_with_their_samples(mlp_problem: Any, tmp_path: Pat
 
 
 def test_weights_that_are_none_are_refused() -> None:
-    for weights in ([1.0, 2.0], [1.0, -1.0, 0.0], [1.0, torch.nan, 0.0], [[1.0], [1.0], [1.0]]):
+    for weights, message in (
+        ([1.0, 2.0], r"\[2\], expected one number for each sample, \[3\]"),
+        ([[1.0], [1.0], [1.0]], r"\[3, 1\], expected one number"),
+        ([1.0, -2.5, 0.0], "are -2.5 to 1, expected finite numbers from 0 up, some of them above 0"),
+        ([1.0, torch.nan, 0.0], "are nan to nan, expected finite"),
+        ([0.0, 0.0, 0.0], "are 0 to 0, expected finite numbers from 0 up, some of them above 0"),
+    ):
         for given in ((torch.zeros(3, 1), torch.zeros(3)), (TensorDataset(torch.zeros(3, 1), torch.zeros(3)), None)):
-            with pytest.raises(
-                ValueError, match=r"weights: \[.*\], expected a finite number from 0 up for each .*\[3\]"
-            ):
+            with pytest.raises(ValueError, match=f"^weights: {message}"):
                 as_samples(*given, weights=weights)
 
 

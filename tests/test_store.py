@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
-from launches import Launch, places
+from launches import SERVER, Launch, hold, places
 from omegaconf import DictConfig, OmegaConf
 from stores import add_run, run_json
 
@@ -67,6 +66,15 @@ def trained_run(root: Path, *overrides: str) -> Run:
     """The finished run of a `job`."""
     the_job = job(root, *overrides)
     return execute(OmegaConf.create(the_job.config), the_job)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a `trained_run`, and one of another step size; to be copied."""
+    root = tmp_path_factory.mktemp("two")
+    trained_run(root, "optimizer.step_size=0.01")
+    trained_run(root)
+    return root
 
 
 def numbers(run: Run) -> pd.DataFrame:
@@ -182,8 +190,10 @@ def each_write(
     folder: Path,
     act: Callable[[Path], Any],
     prepare: Callable[[Path], Any] = lambda place: None,
+    every: int = 1,
 ) -> Iterator[Path]:
-    """Folders, after `act` there on a disk that is full from its first, second, ... write on, to the last.
+    """Folders, after `act` there on a disk that is full from its first, second, ... write on, to the last; or from
+    every so manieth.
 
     If it fails, then with a message that names a place there.
     """
@@ -192,7 +202,7 @@ def each_write(
         enough = FullDisk(patch, folder / "enough")
         act(folder / "enough")
     assert enough.count >= 10
-    for first in range(enough.count):
+    for first in sorted({*range(0, enough.count, every), enough.count - 1}):
         place = folder / str(first)
         prepare(place)
         with monkeypatch.context() as patch:
@@ -222,19 +232,24 @@ def test_a_full_disk_at_any_write_of_a_run_leaves_a_store_from_which_it_goes_on(
     assert reached == {False, 1, 2}
 
 
+SOME_WRITES = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
+
+
+@SOME_WRITES
 def test_a_full_disk_at_any_write_of_a_run_leaves_the_former_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     before, replaced = content(trained_run(tmp_path / "former").folder), set()
-    for root in each_write(monkeypatch, tmp_path, trained_run, partial(shutil.copytree, tmp_path / "former")):
+    for root in each_write(monkeypatch, tmp_path, trained_run, partial(shutil.copytree, tmp_path / "former"), every):
         (run,) = Store(root).runs("digits_shallow")
         assert list(problems(run.folder)) == []
         replaced.add(content(run.folder) != before)
     assert replaced == {False, True}
 
 
+@SOME_WRITES
 def test_a_full_disk_at_any_write_of_a_report_leaves_its_files_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     newest = add_run(tmp_path / "store", "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2001"))
     older = replace_history(newest, tmp_path / "older")
@@ -247,7 +262,7 @@ def test_a_full_disk_at_any_write_of_a_report_leaves_its_files_whole(
     former, new = content(tmp_path / "a"), content(tmp_path / "b")
     assert former.keys() == new.keys() and not former.items() & new.items()
     found = set()
-    for place in each_write(monkeypatch, tmp_path, draw, partial(shutil.copytree, tmp_path / "a")):
+    for place in each_write(monkeypatch, tmp_path, draw, partial(shutil.copytree, tmp_path / "a"), every):
         now = content(place)
         assert now.keys() == new.keys() and now.items() <= former.items() | new.items()
         found.add(now == new)
@@ -263,18 +278,13 @@ def replace_history(run: Run, folder: Path) -> Run:
 
 
 def test_a_full_disk_at_any_write_of_a_move_leaves_the_run_in_one_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_runs: Path
 ) -> None:
-    def prepare(root: Path) -> None:
-        trained_run(root, "optimizer.step_size=0.01")
-        trained_run(root)
-
     def move(root: Path) -> None:
         job(root).slot.supersede(root / "outputs")
 
-    prepare(tmp_path / "expected")
-    other = job(tmp_path / "expected", "optimizer.step_size=0.01").slot.folder.name
-    for root in each_write(monkeypatch, tmp_path, move, prepare):
+    other = job(two_runs, "optimizer.step_size=0.01").slot.folder.name
+    for root in each_write(monkeypatch, tmp_path, move, partial(shutil.copytree, two_runs)):
         move(root)
         assert [folder.name for folder in (root / "outputs").iterdir()] == [other]
         assert list(problems(job(root).slot.folder)) == [] == list(unreadable(root / "outputs" / other))
@@ -456,12 +466,19 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("damaged", [b"", b"not a checkpoint", None])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("damaged", "told"),
+    [
+        (b"", "no checkpoint, or a damaged one; .* delete the file if"),
+        (b"not a checkpoint", "no checkpoint, or a damaged one; .* delete the file if"),
+        (None, "damaged .*; delete the file to start again"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: bytes | None, told: str) -> None:
     leave_interrupted(tmp_path)
     path = job(tmp_path).slot.checkpoint
     path.write_bytes(path.read_bytes()[:-500] if damaged is None else damaged)
-    with pytest.raises(CheckpointError, match=r"checkpoint.pt: is damaged .*; delete the file to start again"):
+    with pytest.raises(CheckpointError, match=rf"checkpoint.pt: is {told}"):
         trained_run(tmp_path)
 
 
@@ -473,39 +490,20 @@ def leave_interrupted(root: Path) -> Job:
     return job(root)
 
 
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[Callable[[Slot], subprocess.Popen[str]]]:
-    """Processes that hold a run's lock."""
-    started: list[subprocess.Popen[str]] = []
-
-    def hold(slot: Slot) -> subprocess.Popen[str]:
-        code = "import sys, time\nfrom pathlib import Path\nfrom experiments.store import Slot\n"
-        code += (
-            "with Slot(Path(sys.argv[1]), *sys.argv[2:]).lock():\n    print('held', flush=True)\n    time.sleep(600)"
-        )
-        names = [str(slot.root), slot.experiment, slot.name, slot.identity]
-        process = subprocess.Popen([sys.executable, "-c", code, *names], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        started.append(process)
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        return process
-
-    yield hold
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def test_a_lock_ends_with_its_process(tmp_path: Path, holder: Callable[[Slot], Any], command: Command) -> None:
+def test_a_lock_ends_with_its_process(tmp_path: Path, command: Command) -> None:
     trained_run(tmp_path)
     slot = leave_interrupted(tmp_path).slot
-    process = holder(slot)
+    held = SERVER.Event()
+    process = SERVER.Process(target=hold, args=(slot, held), daemon=True)
+    process.start()
+    assert held.wait(120)
     for flags in ((), ("--interrupted",)):
         code, printed = command("remove", slot.identity, "--yes", "--store", tmp_path, *flags)
         assert code == 1 and "not removed, a process is at work on it" in printed
     assert slot.folder.exists() and slot.checkpoint.exists()
     assert "at work" in command("list", "--store", tmp_path)[1]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert "at work" not in command("list", "--store", tmp_path)[1]
     with slot.lock():
         pass
@@ -576,9 +574,10 @@ def shortened(name: str) -> Callable[[Path], None]:
     ],
 )
 def test_damage_is_found(
-    tmp_path: Path, command: Command, damage: Callable[[Path], None], name: str, told: str, hashed: bool
+    tmp_path: Path, command: Command, two_runs: Path, damage: Callable[[Path], None], name: str, told: str, hashed: bool
 ) -> None:
-    run, other = trained_run(tmp_path), trained_run(tmp_path, "optimizer.step_size=0.01")
+    shutil.copytree(two_runs, tmp_path, dirs_exist_ok=True)
+    run, other = (job(tmp_path, *overrides).slot for overrides in ((), ("optimizer.step_size=0.01",)))
     for folder in () if hashed else (run.folder, other.folder):
         (folder / "SHA256SUMS").unlink()
     assert command("check", "--store", tmp_path)[0] == 0
@@ -632,8 +631,11 @@ def test_a_run_that_another_process_moves_away_is_not_listed(tmp_path: Path) -> 
     assert [Path(run.folder) for run in found] == [run.folder]
 
 
-def test_a_diverged_seed_has_no_evaluations_to_come(tmp_path: Path) -> None:
+def test_a_diverged_seed_is_told_once_and_has_no_evaluations_to_come(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
     run = trained_run(tmp_path, "~optimizer.step_size", "+optimizer.step_size=[0.1,1e30]", "iterations=3")
+    assert caplog.text.count("seed 1 diverged (not finite after iteration 1)") == 1 and not recwarn.list
     assert run.info["diverged"] == {"1": 1} and list(problems(run.folder)) == []
     (run.folder / "SHA256SUMS").unlink()
     edited("run.json", '"1": 1', '"1": 2')(run.folder)
@@ -696,7 +698,7 @@ def test_compare_shows_what_differs_and_the_numbers(tmp_path: Path, command: Com
         last = run.history[run.history["iteration"] == 2]
         assert f"{last['test_accuracy'].mean():.5g}" in rest
     code, printed = command("compare", "f" * 12, second.folder, "--store", tmp_path)
-    assert code == 1 and "'ffffffffffff' is no run of this store" in printed
+    assert code == 1 and f"'ffffffffffff' is no run of {tmp_path}; --store <folder> names" in printed
 
 
 def test_remove_asks(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,7 +709,7 @@ def test_remove_asks(tmp_path: Path, command: Command, monkeypatch: pytest.Monke
         assert command("remove", name, *places)[0] == 1 and run.folder.exists()
     assert command("remove", *places)[0] == 1 and run.folder.exists()
     twin = shutil.copytree(run.folder, run.folder.with_name(f"twin-{name}"))
-    assert f"{name!r} is 2 runs of this store" in command("remove", name, "--yes", *places)[1]
+    assert f"{name!r} is 2 runs of {tmp_path}" in command("remove", name, "--yes", *places)[1]
     assert command("remove", twin, "--yes", *places)[0] == 0 and run.folder.exists() and not twin.exists()
     monkeypatch.setattr(builtins, "input", lambda question: "y")
     assert command("remove", name, *places)[0] == 0

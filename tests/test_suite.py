@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,16 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from launches import Launch, places, single
+from launches import Launch, multirun, places, single
+from omegaconf import OmegaConf
 from stores import add_run, run_json
 
-from admm.blocks import split
-from admm.losses import SquaredError, one_hot
-from admm.models import initialiser, mlp
-from admm.optimizers import Problem
-from admm.training import train
+from experiments import jobs
+from experiments.errors import BadInput
 from experiments.reports.base import report_of
 from experiments.reports.curves import curves
 from experiments.reports.results_page import below_paper, papers_numbers
+from experiments.reports.text import print_table
 from experiments.reports.writing import write_report
 from experiments.store import Run, Slot, Store
 
@@ -36,7 +37,14 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=digits_shallow", "iterations=3", "seeds=[0,1]"]
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *arguments: str) -> str:
+    """In this process; what is printed."""
+    with redirect_stdout(StringIO()) as printed:
+        multirun(*SMALL, *places(folder), *arguments)
+    return printed.getvalue()
+
+
+def launch_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return Launch(*SMALL, *places(folder), *arguments, folder=folder).wait()
 
 
@@ -98,20 +106,17 @@ def test_a_launch_draws_its_figure_and_prints_its_table(
 def test_what_is_finished_is_not_run_again(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
     before = {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)}
-    again = launch(folder, "threads=2", "checkpoint_seconds=7")  # neutral keys do not change the identity
-    assert again.returncode == 0 and again.stdout.count("is there already") == 9
+    again = launch(folder, "threads=1", "checkpoint_seconds=7")  # neutral keys do not change the identity
+    assert again.count("is there already") == 9
     assert {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)} == before
-    forced = launch(folder, "optimizer=sgd", "force=true")
-    assert forced.returncode == 0
+    launch(folder, "optimizer=sgd", "force=true")
     changed = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
     assert [path.name.split("-")[0] for path in changed] == ["sgd"]
 
 
 def test_seeds_that_are_run_one_after_the_other_make_one_row(tmp_path: Path) -> None:
     def table(folder: Path, seeds: str) -> dict[str, Any]:
-        folder.mkdir(exist_ok=True)
-        done = launch(folder, "optimizer=gotmare", f"seeds={seeds}")
-        assert done.returncode == 0, done.stderr
+        launch(folder, "optimizer=gotmare", f"seeds={seeds}")
         (row,) = pd.read_csv(max(folder.rglob("logs/**/digits_shallow.csv"))).to_dict("records")
         return row
 
@@ -136,7 +141,7 @@ def test_a_row_has_the_newest_run_of_each_seed_and_of_no_other_configuration(tmp
         slot = Slot(tmp_path, "mnist_shallow", "sgd-tuned", finished)
         return slot.complete(config | {"seeds": seeds}, rows, run_json("sgd", "tuned", finished, **more))
 
-    config, lists = {"optimizer": {"eta": 1.0}}, {"optimizer": {"eta": {"start": [1.0, 2.0]}}}
+    config = {"optimizer": {"eta": 1.0}}
     runs = [
         part("2001", [0, 1], [10.0, 20.0], config, "a"),
         part("2002", [2], [99.0], {"optimizer": {"eta": 2.0}}, "b"),
@@ -147,51 +152,55 @@ def test_a_row_has_the_newest_run_of_each_seed_and_of_no_other_configuration(tmp
     assert curve.history["replica"].tolist() == [0, 1, 2]
     assert curve.row() | {"std": 0} == curve.row() | {"mean": 26.67, "std": 0, "seeds": 3, "machine": "c, a"}
     assert curve.setting == "tuned, 3 of 4 seeds" and curve.run == runs[-1].name
-    (alone,) = curves([part("2004", [4, 5], [1.0, 2.0], lists, "a"), part("2005", [6, 7], [3.0, 4.0], lists, "a")])
-    assert alone.history["seed"].tolist() == [6, 7]  # eta is given replica by replica
     Slot(tmp_path, "mnist_shallow", "sgd-tuned", "2003").supersede(tmp_path / "superseded")
     assert Store(tmp_path).runs("mnist_shallow") == [runs[0], runs[-1]]
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
     arguments = ["optimizer=block_admm", "iterations=6", "checkpoint_seconds=0"]
-    (tmp_path / "whole").mkdir()
-    assert launch(tmp_path / "whole", *arguments).returncode == 0
+    launch(tmp_path / "whole", *arguments)
     (tmp_path / "killed").mkdir()
     begun = Launch(*SMALL, *places(tmp_path / "killed"), *arguments, folder=tmp_path / "killed")
     begun.kill_when_there(tmp_path / "killed", "outputs/runs/.partial/*/checkpoint.pt")
     assert stored(tmp_path / "killed") == []
-    resumed = launch(tmp_path / "killed", *arguments)
-    assert resumed.returncode == 0 and "resuming from" in resumed.stdout
+    assert "resuming from" in launch(tmp_path / "killed", *arguments)
     whole, killed = (stored(tmp_path / name)[0].history.drop(columns="seconds") for name in ("whole", "killed"))
     pd.testing.assert_frame_equal(whole, killed, check_exact=True)
 
 
+def test_ctrl_c_ends_a_launch_with_one_line(tmp_path: Path) -> None:
+    begun = Launch(*SMALL, *places(tmp_path), "optimizer=sgd", "iterations=5000", "checkpoint_seconds=0")
+    begun.signal_when_there(signal.SIGINT, tmp_path, "outputs/runs/.partial/*/checkpoint.pt")
+    done = begun.wait()
+    (checkpoint,) = tmp_path.glob("outputs/runs/.partial/*/checkpoint.pt")
+    told = rf"sgd-tuned: stopped after iteration \d+ of 5000; the checkpoint {checkpoint} is written; the same com.*\n"
+    assert done.returncode == 130 and re.fullmatch(told, done.stderr), done.stderr
+    assert "WARNING] - interrupted; this iteration is finished and the checkpoint written first." in done.stdout
+
+
 def test_runs_of_a_former_schema_are_named_once_and_left_where_they_are(tmp_path: Path) -> None:
     methods = "optimizer=sgd,adam"
-    assert launch(tmp_path, methods, "iterations=1").returncode == 0
+    launch(tmp_path, methods, "iterations=1")
     for run in stored(tmp_path):
         (run.folder / "run.json").write_text(json.dumps({k: v for k, v in run.info.items() if k != "schema"}))
         run.folder.rename(run.folder.with_name(f"{run.folder.name[:-12]}{'0' * 12}"))
     before = {run.folder for run in stored(tmp_path)}
-    done = launch(tmp_path, methods, "iterations=1")
-    assert done.returncode == 0 and len(before) == 2 and len({run.folder for run in stored(tmp_path)} - before) == 2
-    warnings = re.findall(r"(\d+) runs of a former version are not seen; (.*) brings", done.stdout)
+    printed = launch_process(tmp_path, methods, "iterations=1").stdout  # a process names them once
+    assert len(before) == 2 and len({run.folder for run in stored(tmp_path)} - before) == 2
+    warnings = re.findall(r"(\d+) runs of a former version are not seen; (.*) brings", printed)
     assert warnings == [("2", f"python -m scripts.store migrate --store {tmp_path}/outputs")]
-    assert "former version" not in launch(tmp_path, methods, "iterations=1", "outputs=other").stdout
+    assert "former version" not in launch_process(tmp_path, methods, "iterations=1", "outputs=other").stdout
 
 
 def test_multirun_sweeps_a_grid(tmp_path: Path) -> None:
-    grid = ["optimizer=adam", "optimizer.step_size=1e-3,1e-2", "iterations=1"]
-    done = Launch("-m", *SMALL, *places(tmp_path), *grid, folder=tmp_path).wait()
-    assert done.returncode == 0, done.stderr
+    launch(tmp_path, "optimizer=adam", "optimizer.step_size=1e-3,1e-2", "iterations=1")
     configs = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in stored(tmp_path)]
     assert sorted(config["optimizer"]["step_size"] for config in configs) == [0.001, 0.01]
 
 
 def test_wandb_gets_the_numbers_of_the_store_an_offline_run_a_seed(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    done = launch(tmp_path, "optimizer=sgd", "logger=wandb", "iterations=2")
+    done = launch_process(tmp_path, "optimizer=sgd", "logger=wandb", "iterations=2")
     assert done.returncode == 0, done.stderr
     logged = [row for file in tmp_path.rglob("offline-run-*/*.wandb") for row in wandb_rows(file)]
     (run,) = stored(tmp_path)
@@ -225,9 +234,12 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("precision=tf32", r"error: precision: tf32 is for GPUs; this is cpu"),
         ("precision=bf16", r"error: precision: bf16 is for other layers than linear, ReLU and flatten"),
         ("compile=always", r"error: compile: 'always' is not true, false or auto"),
-        ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not between 1 and the 1437"),
-        ("angle_samples=1438", r"error: angle_samples: 1438 is not None or between 1 and the 1437 training samples"),
-        ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not between"),
+        ("optimizer.batch_size=0", r"error: optimizer.batch_size: 0 is not a whole number from 1 up"),
+        (
+            "angle_samples=1438",
+            r"error: angle_samples: 1438 is neither None nor from 1 to the 1437 training samples",
+        ),
+        ("optimizer.batch_size=many", r"error: optimizer.batch_size: 'many' is not a whole number"),
         (
             "optimizer.theta_update.momentum=1",
             r"error: optimizer.theta_update.momentum: 1 is not a number from 0 up and below 1.0",
@@ -253,13 +265,20 @@ def test_bad_input_names_the_key_and_what_would_be_right(
     [
         ("optimizer.step_siz=2", r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?"),
         ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
+        ("+baseline=sgd", r"^no key 'baseline': the keys are angle_samples,.*\n\+ adds no such key"),
         ("logger=wandbb", r"Could not find 'logger/wandbb'"),
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
         ("experiment=digits", r"Available options in 'experiment':\s+angle\s"),
+        ("loss=crossentropy", r"\nno loss 'crossentropy' in conf/loss; did you mean cross_entropy\?\n$"),
         ("optimizer=sdg", r"Available options in 'optimizer':\s+adam\s"),
+        ("optimizer=adamm,sgd", r"^error: optimizer: no 'adamm'; did you mean adam\?; there are adam, bcd, "),
+        (
+            "optimizer.step_size=[0.1,0.01]",
+            r"\noptimizer.step_size has keys here, as the schedule .*; give such keys, or a number\n$",
+        ),
         (
             "setting=tund",
-            r"error: setting: 'tund' is no row of optimizer=sgd in experiment=digits_shallow; there are block",
+            r"error: setting: 'tund' is no row of optimizer=sgd in experiment=digits_shallow; there are sgd-tuned, and",
         ),
         (
             "row=digits_shallow/sgd-tund",
@@ -269,8 +288,8 @@ def test_bad_input_names_the_key_and_what_would_be_right(
     ],
 )
 def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, message: str) -> None:
-    done = launch(tmp_path, "optimizer=sgd", argument)
-    assert done.returncode == 1
+    done = launch_process(tmp_path, "optimizer=sgd", argument)
+    assert done.returncode == 1 and done.stderr.count("iterations: 'many'") < 2
     assert re.search(message, done.stdout + done.stderr), done.stdout + done.stderr
     assert "could not be written" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -293,6 +312,25 @@ def test_the_configuration_of_a_job_is_shown_for_a_row_and_refused_for_a_setting
     assert "start: 0.6\n" in shown("row=mnist_shallow/sgd-tuned").stdout
     refused = shown("optimizer=sgd", "setting=tuned")
     assert refused.returncode == 1 and "error: --cfg shows a single job" in refused.stderr and not refused.stdout
+
+
+def test_flags_between_the_overrides_are_refused_in_words(tmp_path: Path) -> None:
+    done = Launch("optimizer=sgd", "--config-dir", "conf", "setting=default", folder=tmp_path).wait()
+    assert done.returncode == 1
+    assert done.stderr == "error: setting=default: flags, such as --config-dir, go before all key=value or after them\n"
+
+
+def test_a_command_without_arguments_lists_the_experiments_and_trains_nothing(tmp_path: Path) -> None:
+    done = Launch(folder=tmp_path).wait()
+    assert done.returncode == 1 and "|mnist_shallow|" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_digits_have_a_store_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    single("experiment=digits_shallow", "row=digits_shallow/sgd-tuned", "seeds=[0]", "progress=false")
+    (run,) = Path("outputs/demo/runs/digits_shallow").glob("sgd-*")
+    assert not Run(run).record.overrides and Path("outputs/demo/tables/digits_shallow.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
 def test_help_lists_groups_and_examples() -> None:
@@ -339,29 +377,6 @@ def test_an_experiment_that_is_less_than_the_paper_s_is_called_reduced(
     ]
 
 
-def test_the_optimizer_of_the_contributing_guide_trains() -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[0]
-    names: dict[str, Any] = {"__name__": "guide"}
-    sys.modules["guide"] = types.ModuleType("guide")
-    exec(code, names)
-    x, labels = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
-    problem = Problem(
-        x, one_hot(labels, 3, x), split(mlp(5, [8], 3), per_layer=True), SquaredError(), initialiser("pytorch")
-    )
-    optimizer = names["GradientDescent"](step_size=0.1)
-    history = train(problem, optimizer, optimizer.init(problem, (0, 1)), 5, (x, labels))
-    for before, after in zip(history.rows[:2], history.rows[-2:], strict=True):
-        assert after["train_loss"] < before["train_loss"]
-
-
-def test_the_library_example_of_the_readme_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["trained"](names["x"]).shape == (500, 10)
-    assert len(names["history"].rows) == 22
-
-
 def test_a_table_sets_the_newest_runs_beside_the_paper(tmp_path: Path) -> None:
     add_run(tmp_path, "sgd-tuned", [10.0, 20.0], run_json("sgd", "tuned", "2001"))
     add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2002"))
@@ -391,3 +406,43 @@ def test_figures_are_functions_of_the_store(tmp_path: Path) -> None:
     for kind in ("png", "pdf", "csv"):
         first, second = ((tmp_path / side / f"mnist_shallow.{kind}").read_bytes() for side in "ab")
         assert first == second
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP")
+@pytest.mark.parametrize(("given", "count"), [({}, "30000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_waiting_threads_soon_sleep(given: dict[str, str], count: str) -> None:
+    """GNU OpenMP, which PyTorch loads, prints what it has found in the environment."""
+    asked = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+    command = [sys.executable, "-c", "import experiments.run"]
+    told = subprocess.run(command, env=asked | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{count}'" in told.stderr
+
+
+def test_a_job_flushes_denormals(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def find_job(*_: Any) -> None:
+        found.append(smallest_after_a_product())
+        raise BadInput("enough")
+
+    monkeypatch.setattr(jobs, "find_job", find_job)
+    with pytest.raises(BadInput, match="enough"):
+        jobs.run_once(OmegaConf.create(), *2 * [None])  # type: ignore[arg-type]
+    assert (found, smallest_after_a_product()) == ([0], 1)
+
+
+def smallest_after_a_product() -> int:
+    """Return the bits of the smallest positive number times 1."""
+    return int(torch.ones(1, dtype=torch.int32).view(torch.float32).mul(1.0).view(torch.int32))
+
+
+def test_a_terminal_s_table_has_no_empty_column_and_names_a_common_machine_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"method": "SGD", "paper": None, "mean": 1.0, "machine": "m"} for _ in range(2)]
+    print_table(pd.DataFrame(rows), "own")
+    printed = capsys.readouterr().out
+    assert printed.count("own (m)") == 1 and "paper" not in printed and printed.count("1.00") == 2
+    print_table(pd.DataFrame([*rows, rows[0] | {"machine": "n", "paper": 2.0}]), "own")
+    printed = capsys.readouterr().out
+    assert "machine" in printed and "paper" in printed

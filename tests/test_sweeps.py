@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -33,7 +35,7 @@ from joblib import cpu_count
 from launches import Launch, multirun, places, single
 from omegaconf import DictConfig, OmegaConf
 from stores import add_run, run_json
-from test_protocol import CASES
+from test_protocol import CASES, problem_of
 
 from admm.checkpoints import History, save, size
 from admm.data import load
@@ -58,13 +60,16 @@ from experiments.launching.study import study_locks, take_up, wait_for
 from experiments.loggers import Guarded, Logger, WandbLogger
 from experiments.reports.scores import mean_score, scores
 from experiments.reports.searches import rankings, write_ranking
-from experiments.store import LEFT, Run, Slot, launched_runs, slot_of
+from experiments.store import LEFT, Run, Slot, Store, launched_runs, slot_of
 from experiments.tasks import classification
+from experiments.training import Prepared
 from scripts.benchmarks import kill_a_sweep
 
 ROOT = Path(__file__).parents[1]
 GRID = ["experiment=digits_shallow", "seeds=[0,1]", "iterations=3", "threads=1"]
+NO_REPORT = "~hydra.callbacks.report"  # where it is not looked at: to draw takes as long as to train
 STACKABLE = ["optimizer=online_block_admm", "optimizer.theta_step=1e-3,1e-2", "optimizer.beta=0.5,1"]
+STACKABLE += ["dataset.first=500"]
 
 
 def sweep(folder: Path, *arguments: str) -> list[str]:
@@ -103,7 +108,7 @@ def same(left: dict[str, Run], right: dict[str, Run], **how: Any) -> None:
 def basic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Eight cells, one by one."""
     folder = tmp_path_factory.mktemp("basic")
-    launch(folder, *STACKABLE, "optimizer.batch_size=64,128")
+    launch(folder, *STACKABLE, "optimizer.batch_size=64,128", NO_REPORT)
     return stored(folder)
 
 
@@ -117,7 +122,7 @@ def four(basic: dict[str, Run]) -> dict[str, Run]:
 
 
 def test_stacked_cells_have_the_numbers_of_their_own_runs(tmp_path: Path, basic: dict[str, Run]) -> None:
-    output = launch(tmp_path, *STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=stacked")
+    output = launch(tmp_path, *STACKABLE, "optimizer.batch_size=64,128", "hydra/launcher=stacked", NO_REPORT)
     assert output.count("4 cells, 8 replicas, as one stack") == 2
     assert output.count("is there already") == 8
     found = stored(tmp_path)
@@ -138,10 +143,13 @@ def test_what_cannot_be_stacked_is_run_alone(tmp_path: Path) -> None:
         "optimizer.theta_update.weight_decay=0,1e-3",
         "hydra/launcher=stacked",
         "iterations=1",
+        "seeds=[0]",
+        NO_REPORT,
     )
     assert "as one stack" not in output and len(stored(tmp_path)) == 4
     assert "4 of 4 jobs are no part of a stack" in output
     network = ["model=resnet18", "model.width=2", "optimizer=sgd", "optimizer.step_size=0.1,0.2", "iterations=1"]
+    network += ["seeds=[0]", NO_REPORT]
     assert "as one stack" not in launch(tmp_path / "conv", *network, "dataset.first=100", "hydra/launcher=stacked")
 
 
@@ -160,6 +168,7 @@ def test_cells_share_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     loaded = []
     monkeypatch.setattr(stacking, "load_dataset", lambda **options: loaded.append(options) or load(**options))
     arguments = ["optimizer.step_size=0.1,0.2", "dataset.holdout=300", "dataset.holdout_seed=0,1", "iterations=1"]
+    arguments += [NO_REPORT]
     output = launch(tmp_path, "optimizer=sgd", *arguments, "hydra/launcher=stacked")
     assert len(loaded) == 2 and output.count("2 cells, 4 replicas, as one stack") == 2
 
@@ -181,14 +190,14 @@ def test_threads_of_one_job_are_not_the_next_one_s(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(device, "THREADS", 2)
     former = torch.get_num_threads()
     for threads, recorded in (("1", "1 thread"), ("null", "2 threads")):
-        launch(tmp_path / threads, "optimizer=sgd", f"threads={threads}", "iterations=1", "seeds=[0]")
+        launch(tmp_path / threads, "optimizer=sgd", f"threads={threads}", "iterations=1", "seeds=[0]", NO_REPORT)
         (run,) = stored(tmp_path / threads).values()
         assert run.info["machine"].endswith(f", {recorded}")
     torch.set_num_threads(former)
 
 
 def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
-    output = launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,1e30", "hydra/launcher=stacked")
+    output = launch(tmp_path, "optimizer=sgd", "optimizer.step_size=0.1,1e30", "hydra/launcher=stacked", NO_REPORT)
     assert re.search(r"sgd-tuned-stack: seed 1 of \w{12} \(.*optimizer.step_size=1e\+30.*\) diverged", output)
     trained, diverged = sorted(stored(tmp_path).values(), key=lambda run: len(run.info["diverged"]))
     assert trained.info["diverged"] == {} and set(diverged.info["diverged"]) == {"0", "1"}
@@ -196,7 +205,7 @@ def test_a_diverged_seed_is_its_cells_alone(tmp_path: Path) -> None:
 
 
 def test_a_killed_stack_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    arguments = [*STACKABLE[:2], "hydra/launcher=stacked", "iterations=6", "checkpoint_seconds=0"]
+    arguments = [*STACKABLE[:2], "hydra/launcher=stacked", "iterations=6", "checkpoint_seconds=0", NO_REPORT]
     Launch(*sweep(tmp_path / "killed", *arguments)).kill_when_there(
         tmp_path / "killed", "outputs/runs/.partial/*/checkpoint.pt"
     )
@@ -250,7 +259,7 @@ def test_a_stack_is_gone_on_with_after_the_death_of_a_process_at_it(tmp_path: Pa
 def test_the_bytes_of_variables_are_known_from_those_of_some_samples(
     case: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem, optimizer = request.getfixturevalue(CASES[case].problem)(CASES[case].loss), CASES[case].optimizer
+    problem, optimizer = problem_of(CASES[case], request), CASES[case].optimizer
     samples: list[int] = []
 
     def init(part: Problem, seeds: Any) -> Any:
@@ -292,7 +301,7 @@ def test_a_cut_keeps_the_order_and_the_limit(number: int, seeds: int, most: int)
 def test_the_limit_is_of_replicas_and_of_memory(tmp_path: Path) -> None:
     """A grid of three cells with two seeds each."""
     assert [worthwhile_on_cpu(samples) for samples in (64, 128, 512, 60000)] == [45, 45, 11, 0]
-    three = ["optimizer=sgd", "optimizer.step_size=0.1,0.2,0.3", "iterations=1", "hydra/launcher=stacked"]
+    three = ["optimizer=sgd", "optimizer.step_size=0.1,0.2,0.3", "iterations=1", "hydra/launcher=stacked", NO_REPORT]
     assert "2 cells, 4 replicas, as one stack" in launch(tmp_path / "some", *three, "hydra.launcher.replicas=5")
     assert "as one stack" not in launch(tmp_path / "small", *three, "hydra.launcher.memory=1e-5")
     assert "as one stack" not in launch(tmp_path / "large", *three, "optimizer.batch_size=1000", "seeds=[0,1,2]")
@@ -314,8 +323,6 @@ def test_hyperparameters_that_may_be_one_a_replica() -> None:
     [
         (0.1, 0.1, 0.1),
         (0.1, 0.2, [0.1, 0.1, 0.2, 0.2]),
-        ([1, 2], 3, [1, 2, 3, 3]),
-        ([1, 2], [1, 2], [1, 2, 1, 2]),
         ({"start": 1, "end": 0}, {"start": 2, "end": 0}, {"start": [1, 1, 2, 2], "end": 0}),
         ({"blocks": [1, 2]}, {"blocks": [1, 3]}, {"blocks": [1, [2, 2, 3, 3]]}),
         ({"blocks": [1, {"start": 2, "end": 0}]}, {"blocks": [4, {"start": 3, "end": 0}]},
@@ -328,14 +335,9 @@ def test_values_of_two_cells_are_joined(first: Any, second: Any, expected: Any) 
 
 
 def test_blanks_stand_for_numbers_alone() -> None:
-    assert with_blanks({"start": 1, "end": [1, 2]}, 2) == {"start": "a number", "end": "a number"}
-    assert with_blanks({"blocks": [1, {"start": 2.0}]}, 2) == {"blocks": ["a number", {"start": "a number"}]}
-    assert (
-        with_blanks(True, 2) is True
-        and with_blanks(None, 2) is None
-        and with_blanks("adam", 2) == "adam"
-        and with_blanks([1, 2], 3) == [1, 2]
-    )
+    assert with_blanks({"start": 1, "end": 0.5}) == {"start": "a number", "end": "a number"}
+    assert with_blanks({"blocks": [1, {"start": 2.0}]}) == {"blocks": ["a number", {"start": "a number"}]}
+    assert with_blanks(True) is True and with_blanks(None) is None and with_blanks("adam") == "adam"
 
 
 def test_a_cells_share_of_a_history() -> None:
@@ -373,10 +375,10 @@ def test_what_a_dying_process_leaves_is_made_at_the_end(tmp_path: Path, four: di
     hold = f"import time, filelock; lock = filelock.FileLock({file!r}); lock.acquire(); time.sleep(300)"
     holder = subprocess.Popen([sys.executable, "-c", hold])
     launched = Launch(*sweep(tmp_path, *STACKABLE, "optimizer.batch_size=64"))
-    deadline = time.monotonic() + 120
-    while len(stored(tmp_path)) < 3 and time.monotonic() < deadline:
+    deadline, logs = time.monotonic() + 120, tmp_path / "outputs/logs"
+    while (len(stored(tmp_path)) < 3 or not list(logs.rglob(LEFT))) and time.monotonic() < deadline:
         time.sleep(0.05)
-    (_,) = tmp_path.rglob(LEFT)
+    (_,) = logs.rglob(LEFT)
     assert identity not in {name.rsplit("-", 1)[1] for name in stored(tmp_path)}
     holder.kill()
     assert launched.wait().returncode == 0
@@ -408,7 +410,13 @@ def test_a_sweep_that_lacks_a_cell_fails(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.long
 def test_parallel_processes_divide_the_processor(tmp_path: Path, four: dict[str, Run]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    arguments = [*STACKABLE[:2], "optimizer.beta=0.5,-1", "optimizer.batch_size=64", "hydra/launcher=joblib"]
+    arguments = [
+        *STACKABLE[:2],
+        STACKABLE[3],
+        "optimizer.beta=0.5,-1",
+        "optimizer.batch_size=64",
+        "hydra/launcher=joblib",
+    ]
     arguments += ["hydra.launcher.n_jobs=2"]
     assert "\n2 jobs failed" in launch_processes(tmp_path, *arguments, "threads=null")
     half = {name: run for name, run in four.items() if "optimizer.beta=0.5" in run.info["overrides"]}
@@ -446,14 +454,14 @@ NEAR = ["optimizer=sgd", "iterations=1", "seeds=[0]"]
 
 def failing_at(monkeypatch: pytest.MonkeyPatch, errors: dict[int, BaseException]) -> None:
     """By the size of mini-batches, as a model that does not hold what it promises, or that ends the program."""
-    real = classification.build_problem
+    real = classification.prepared
 
-    def build_problem(config: DictConfig, dataset: Any) -> Problem:
+    def prepared(config: DictConfig, *given: Any) -> Prepared:
         if config.optimizer.batch_size in errors:
             raise errors[config.optimizer.batch_size]
-        return real(config, dataset)
+        return real(config, *given)
 
-    monkeypatch.setattr(classification, "build_problem", build_problem)
+    monkeypatch.setattr(classification, "prepared", prepared)
 
 
 def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
@@ -474,7 +482,8 @@ def test_cells_that_fail_are_listed_and_the_others_stored_ranked_and_drawn(
             f"    {folder}/1: optimizer.batch_size=64",
             "error: JobError: it ended the program by SystemExit('of a library')",
             f"    {folder}/3: optimizer.batch_size=16",
-            "3 jobs failed, whose logs are in these folders; the same command makes what is missing.",
+            "3 jobs failed, whose logs are in these folders. "
+            "When the cause is mended, the same command makes what is missing.",
         )
     )
     assert len(pd.read_csv(picture.with_suffix(".csv"))) == 2
@@ -685,10 +694,10 @@ SEARCH = [
 def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=2")
+    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=2", NO_REPORT)
     (study,) = studies(tmp_path)
     dead = study.ask({"optimizer.step_size": optuna.distributions.LogUniformDistribution(1e-3, 1)})
-    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")
+    launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4", NO_REPORT)
     (study,) = studies(tmp_path)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[3].params == dead.params
@@ -696,7 +705,7 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     for run in stored(tmp_path).values():
         value = by_step[next(o for o in run.info["overrides"] if "step_size" in o)]
         assert mean_score([run], run.seeds) == pytest.approx(value)
-    printed = launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4")  # nothing to do
+    printed = launch(tmp_path, *SEARCH, "hydra.sweeper.n_trials=4", NO_REPORT)  # nothing to do
     assert len(stored(tmp_path)) == 4
     *_, last = sorted(
         tmp_path.glob("outputs/logs/*/*/searches/digits_shallow_sgd.csv"), key=lambda p: p.stat().st_mtime
@@ -740,17 +749,28 @@ def test_a_search_goes_on_with_new_trials_after_some_have_failed(
     assert len({trial.params["optimizer.step_size"] for trial in study.trials}) == len(calls) == 5
 
 
-def test_another_command_begins_another_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["seeds=[1]"],
+        pytest.param(
+            ["dataset.holdout=200", "setting=default", "optimizer.step_size=interval(1e-3,1)"], marks=pytest.mark.long
+        ),
+    ],
+    ids=["some", "more"],
+)
+def test_another_command_begins_another_study(tmp_path: Path, others: list[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    few = [*SEARCH, "hydra.sweeper.n_trials=1", "iterations=1", "seeds=[0]", "~hydra.callbacks.report"]
+    few = [*SEARCH, "hydra.sweeper.n_trials=1", "iterations=1", "seeds=[0]", NO_REPORT]
     launch(tmp_path, *few)
     launch(tmp_path, *few, "force=true", "evaluate_every=1", "progress=false")  # no other numbers
     assert [study.study_name[:19] for study in studies(tmp_path)] == ["digits_shallow_sgd_"]
-    for other in ("seeds=[1]", "dataset.holdout=200", "setting=default", "optimizer.step_size=interval(1e-3,1)"):
+    for other in others:
         launch(tmp_path, *few, other)
     launch(tmp_path, *few, "hydra.sweeper.direction=minimize")
-    assert [len(study.trials) for study in studies(tmp_path)] == [1] * 6
-    assert sorted(study.direction.name for study in studies(tmp_path)) == ["MAXIMIZE"] * 5 + ["MINIMIZE"]
+    number = 2 + len(others)
+    assert [len(study.trials) for study in studies(tmp_path)] == [1] * number
+    assert sorted(study.direction.name for study in studies(tmp_path)) == ["MAXIMIZE"] * (number - 1) + ["MINIMIZE"]
 
 
 def test_a_search_on_the_test_set_is_refused(tmp_path: Path) -> None:
@@ -834,18 +854,19 @@ def test_a_grid_on_held_out_data_is_ranked_at_its_end(tmp_path: Path) -> None:
     numbers = ["optimizer=sgd,adam", "optimizer.batch_size=64,128", "iterations=1", "seeds=[0]"]
     printed = launch(tmp_path, *numbers, "dataset.holdout=300")
     assert "digits_shallow: held-out accuracy in percent" in printed
+    assert "iteration 1/1, held-out accuracy " in printed and "test accuracy" not in printed
     tables = {path.stem: pd.read_csv(path) for path in tmp_path.glob("outputs/logs/*/*/searches/*.csv")}
     assert tables.keys() == {"digits_shallow_sgd", "digits_shallow_adam"}
     columns = ["setting", "optimizer.batch_size", "held-out", "seeds", "iterations", "samples held out"]
     for table in tables.values():
         assert list(table.columns) == columns
         assert len(table) == 2 and table["held-out"].is_monotonic_decreasing
-    launch(tmp_path / "test", *numbers)
+    launch(tmp_path / "test", *numbers, "optimizer=sgd")
     assert not list(tmp_path.glob("test/outputs/logs/*/*/searches"))
 
 
 def test_seeds_run_at_different_times_are_one_configuration_of_a_ranking(tmp_path: Path) -> None:
-    grid = ["optimizer=sgd", "dataset.holdout=300", "optimizer.step_size=0.1,0.3", "iterations=1"]
+    grid = ["optimizer=sgd", "dataset.holdout=300", "optimizer.step_size=0.1,0.3", "iterations=1", NO_REPORT]
     launch(tmp_path, *grid, "seeds=[0]")
     launch(tmp_path, *grid)
     runs = list(stored(tmp_path).values())
@@ -893,15 +914,68 @@ def test_a_hyperparameter_that_some_runs_have_is_shown(tmp_path: Path, capsys: p
     assert list(table["a.b"]) == [3, 2, 1] and "written" in capsys.readouterr().out
 
 
+def test_a_ranking_has_the_values_of_the_configurations_in_a_fixed_order(tmp_path: Path) -> None:
+    """Also those that a run has from its row and not from the command line."""
+
+    def ran(number: int, score: float, optimizer: dict[str, Any], *overrides: str) -> Run:
+        held_out = {"dataset": {"holdout": 5, "sha256": "abc"}, "seeds": [0]}
+        run = add_run(
+            tmp_path, f"sgd-{number}", [score], run_json("sgd", "tuned", "2001", overrides=overrides, **held_out)
+        )
+        (run.folder / "config.yaml").write_text(yaml.safe_dump({"seeds": [0], "optimizer": optimizer}, sort_keys=False))
+        return run
+
+    runs = [
+        ran(
+            1,
+            60.0,
+            {"beta": 3.0, "z_step": 1.0, "update": None, "steps": {"start": 0.1, "end": 0.0}},
+            "optimizer.beta=3",
+        ),
+        ran(2, 70.0, {"beta": 10, "z_step": 1.0, "update": True}, "optimizer.beta=10.0"),
+        ran(3, 70.0, {"beta": 3.0, "z_step": 0.5, "update": True}, "optimizer.beta=3", "optimizer.z_step=0.5"),
+        ran(
+            4,
+            70.0,
+            {"beta": 3.0, "z_step": 1.0, "steps": [1, 0.5]},
+            "optimizer.steps=[1,0.50]",
+            "+optimizer.update=true",
+        ),
+    ]
+    expected = [
+        ["3.0", "0.5", "", "true"],
+        ["3.0", "1.0", "[1,0.5]", "true"],
+        ["10", "1.0", "", "true"],
+        ["3.0", "1.0", "{start:0.1,end:0.0}", "null"],
+    ]
+    keys = [f"optimizer.{key}" for key in ("beta", "z_step", "steps", "update")]
+    for order in permutations(runs):
+        (ranked,) = rankings(order).values()
+        assert ranked[keys].fillna("").to_numpy().tolist() == expected
+        assert list(ranked.index) == [runs[number].name for number in (2, 3, 1, 0)]
+
+
+def test_a_group_of_a_search_is_ranked_by_its_option(tmp_path: Path) -> None:
+    held_out = {"dataset": {"holdout": 5, "sha256": "abc"}, "seeds": [0]}
+    for number, overrides in enumerate((["loss=hinge"], ["loss.scale=2"])):
+        run = add_run(
+            tmp_path, f"sgd-{number}", [50.0], run_json("sgd", "tuned", "2001", overrides=overrides, **held_out)
+        )
+        loss = {"_target_": "admm.losses.Hinge", "scale": 2 - number}
+        (run.folder / "config.yaml").write_text(yaml.safe_dump({"seeds": [0], "loss": loss}))
+    (ranked,) = rankings(Store(tmp_path).runs("mnist_shallow")).values()
+    assert ranked[["loss", "loss.scale"]].fillna("").to_numpy().tolist() == [["", "1"], ["hinge", "2"]]
+
+
 def chosen(config: DictConfig) -> DictConfig:
     """The configuration of a launch, whose rows have been chosen."""
     Rows().on_multirun_start(config)
     return config
 
 
-def test_the_searches_of_the_readme_compose() -> None:
+def test_the_searches_of_the_page_on_sweeps_compose() -> None:
     """Each cell of the grid; Optuna's choices are among them."""
-    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    lines = [line.strip() for line in (ROOT / "docs/sweeps.md").read_text().splitlines()]
     words = [
         shlex.split(line, comments=True)[2:]
         for line in lines
@@ -917,8 +991,8 @@ def test_the_searches_of_the_readme_compose() -> None:
             assert len(cells) == 18 and all(compose("config", cell).dataset.holdout == 10000 for cell in cells)
 
 
-def test_the_stacked_sweep_of_the_readme_has_as_many_cells_as_it_says() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_stacked_sweep_of_the_page_on_sweeps_has_as_many_cells_as_it_says() -> None:
+    text = (ROOT / "docs/sweeps.md").read_text()
     ((line, said),) = re.findall(r"(python run\.py -m [^#]* hydra/launcher=stacked) +# (\w+) cells", text)
     arguments = shlex.split(line.replace("\\\n", " "))[3:]
     with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):

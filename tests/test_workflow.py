@@ -7,6 +7,7 @@ import io
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,13 @@ import pytest
 import torch
 from simulated_gpu import simulated_gpu
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from admm.blocks import Parameters, split
 from admm.callbacks import EarlyStopping, StopTraining
 from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
-from admm.losses import CrossEntropy, SquaredError, one_hot
-from admm.models import initialiser, mlp, resnet18
+from admm.losses import BinaryCrossEntropy, CrossEntropy, SquaredError, one_hot
+from admm.models import as_given, initialiser, mlp, resnet18
 from admm.optimizers import (
     SGD,
     Adam,
@@ -34,10 +36,11 @@ from admm.optimizers import (
     Group,
     Grouped,
     OnlineBlockADMM,
+    Optimizer,
     Problem,
     ZUpdate,
 )
-from admm.training import evaluate, train
+from admm.training import DivergenceWarning, evaluate, train
 
 OPTIMIZERS = {
     "backprop": Backprop(6, Adam(), lambda progress: 0.05 * (1 - progress), batch_size=16),
@@ -122,6 +125,28 @@ def test_any_other_error_of_a_callback_is_the_caller_s(problem: Problem, tmp_pat
     assert not (tmp_path / "c.pt").exists()
 
 
+# --- Continued on the same state
+
+
+@each_optimizer
+def test_training_goes_on_with_a_state_as_if_it_had_not_ended(problem: Problem, optimizer: Any) -> None:
+    """In the same state, in one that was saved and restored, and after steps by hand, with a history of its own."""
+    whole_state, whole = run(problem, optimizer, test=samples(1))
+    state, _ = run(problem, optimizer, iterations=2)
+    file = io.BytesIO()
+    torch.save(save(state), file)
+    file.seek(0)
+    restored, stepped = (optimizer.init(problem, SEEDS) for _ in range(2))
+    restore(restored, torch.load(file))
+    for _ in range(2):
+        optimizer.step(problem, stepped)
+    for later in (state, restored, stepped):
+        history = train(problem, optimizer, later, test=samples(1))
+        same((later, history), (whole_state, History([row for row in whole.rows if row["iteration"] >= 2])))
+        again = train(problem, optimizer, later, test=samples(1))
+        assert without_time(again.rows) == without_time(history.rows[-2:])
+
+
 # --- Interrupted
 
 
@@ -160,7 +185,8 @@ def test_an_interrupt_loses_nothing(problem: Problem, at: int, every: int, tmp_p
     """It is raised after the iteration that it has come in, which the checkpoint has."""
     options: dict[str, Any] = {"evaluate_every": every, "checkpoint": tmp_path / "c.pt"}
     whole = run(problem, interrupted(at, times=0), evaluate_every=every)
-    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="interrupted; this iteration is finished"):
+    told = f"^stopped after iteration {at + 1} of 6; the checkpoint {tmp_path}/c.pt is written; the same call goes on$"
+    with pytest.raises(KeyboardInterrupt, match=told), pytest.warns(UserWarning, match="^interrupted; this iteration"):
         run(problem, interrupted(at), **options)
     assert read_checkpoint(tmp_path / "c.pt")["state"]["iteration"] == at + 1
     same(run(problem, interrupted(at, times=0), **options), whole)
@@ -196,7 +222,7 @@ def test_an_interrupt_from_a_callback_loses_nothing(problem: Problem, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         run(problem, SGD6, checkpoint=tmp_path / "c.pt", callbacks=[StopAt(3, KeyboardInterrupt)])
     same(run(problem, SGD6, checkpoint=tmp_path / "c.pt"), run(problem, SGD6))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after iteration 3 of 6$"):
         run(problem, SGD6, callbacks=[StopAt(3, KeyboardInterrupt)])
 
 
@@ -283,11 +309,11 @@ STACK = (UP_AND_DOWN, UP_AND_DOWN[::-1], (3.0, 2.0, *[2.5] * 8))  # which end at
 
 
 def test_each_replica_of_a_stack_is_judged_alone() -> None:
-    stopping = EarlyStopping("told", 3)
+    stopping = EarlyStopping("told", 3, "min")
     task, state, _ = told(STACK, callbacks=[stopping])
     alone = []
     for values in STACK:
-        one = EarlyStopping("told", 3)
+        one = EarlyStopping("told", 3, "min")
         told([values], callbacks=[one])
         alone.append(one.rows[0]["iteration"])
     assert state.iteration == 7 and alone == [4, 0, 1]
@@ -299,7 +325,7 @@ def test_each_replica_of_a_stack_is_judged_alone() -> None:
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_resumed_run_stops_where_the_whole_one_does(at: int, every: int, tmp_path: Path) -> None:
     def stopped(more: Sequence[Any] = (), **options: Any) -> tuple[tuple[Any, History], Parameters]:
-        stopping = EarlyStopping("told", 3)
+        stopping = EarlyStopping("told", 3, "min")
         task, state, history = told(STACK, callbacks=[stopping, *more], evaluate_every=every, **options)
         return (state, history), stopping.best(task)
 
@@ -318,7 +344,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(at: int, every: int, tmp_p
 
 def test_with_more_patience_a_stopped_run_goes_on(tmp_path: Path) -> None:
     for patience, ends in ((2, 3), (3, 7), (4, 9)):
-        stopping = EarlyStopping("told", patience)
+        stopping = EarlyStopping("told", patience, "min")
         task, state, _ = told([UP_AND_DOWN], callbacks=[stopping], checkpoint=tmp_path / "c.pt")
         assert state.iteration == ends
         assert stopping.best(task).flat()[0, 0].item() == stopping.rows[0]["iteration"]
@@ -334,7 +360,7 @@ def test_a_callback_that_is_new_at_a_resume_begins_there(tmp_path: Path) -> None
 
 
 def test_what_is_best_by_another_quantity_is_not_taken(tmp_path: Path) -> None:
-    told([UP_AND_DOWN], callbacks=[EarlyStopping("told", 2)], checkpoint=tmp_path / "c.pt")
+    told([UP_AND_DOWN], callbacks=[EarlyStopping("told", 2, "min")], checkpoint=tmp_path / "c.pt")
     stopping = EarlyStopping("told", None, "max")
     told([UP_AND_DOWN], callbacks=[stopping], checkpoint=tmp_path / "c.pt")
     assert stopping.rows[0]["iteration"] == 3  # the highest since the resume there
@@ -342,25 +368,100 @@ def test_what_is_best_by_another_quantity_is_not_taken(tmp_path: Path) -> None:
 
 def test_a_diverged_replica_is_not_waited_for(problem: Problem) -> None:
     optimizer = Backprop(50, SGD(), [1e30, 0.0], batch_size=16)
-    state, history = run(problem, optimizer, callbacks=[EarlyStopping("train_loss", 3)])
+    with pytest.warns(DivergenceWarning):
+        state, history = run(problem, optimizer, callbacks=[EarlyStopping("train_loss", 3)])
     assert history.diverged == {0: 1} and state.iteration == 3
+
+
+def test_of_each_diverged_replica_one_warning_tells_at_the_user_s_line(problem: Problem, tmp_path: Path) -> None:
+    optimizer = Backprop(3, SGD(), [1e30, 0.0, 1e30], batch_size=16)
+    for iterations in (2, 3):  # the second call goes on
+        state = optimizer.init(problem, [5, 6, 7])
+        options: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "keep_last": True}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(problem, optimizer, state, iterations, **options)
+        told = [str(warning.message).partition(":")[0] for warning in caught]
+        assert told == ["seed 5 has diverged", "seed 7 has diverged"]
+        assert all("not finite after iteration 1, " in str(warning.message) for warning in caught)
+        assert {(warning.category, warning.filename) for warning in caught} == {(DivergenceWarning, __file__)}
+
+
+@pytest.mark.parametrize("quantity", ["train_loss", "train_accuracy"])
+def test_the_better_direction_of_a_score_is_known(problem: Problem, quantity: str) -> None:
+    """As `evaluate` measures it, in a run in which the first network is the worst, and the last one the best."""
+    stopping = EarlyStopping(quantity)
+    _, history = run(problem, OPTIMIZERS["backprop"], seeds=[3], callbacks=[stopping])
+    values = [row[quantity] for row in history.rows]
+    expected = max(values) if quantity == "train_accuracy" else min(values)
+    assert stopping.rows[0][quantity] == expected != values[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "y"),
+    [
+        (CrossEntropy(), torch.arange(50) % 3),
+        (SquaredError(), torch.rand(50, 3)),
+        (BinaryCrossEntropy(), torch.arange(150).view(50, 3) % 2),
+    ],
+    ids=["classes", "numbers", "labels"],
+)
+def test_the_better_direction_of_each_score_is_known(problem: Problem, loss: Any, y: Tensor) -> None:
+    task = replace(problem, y=y, loss=loss)
+    highest = {name for name in evaluate(task, task.initial([0]), None) if EarlyStopping(name).mode == "max"}
+    assert highest <= {"train_accuracy", "train_r2", "train_label_accuracy", "train_exact_match"}
+    assert len(highest) == (2 if isinstance(loss, BinaryCrossEntropy) else 1)
+
+
+FORMS = {
+    "tuple": lambda x, y: ((x,), y),
+    "dictionary": lambda x, y: ({"input": x}, y),
+    "loader": lambda x, y: (DataLoader(TensorDataset(x, y)), None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_best_is_kept_whatever_the_form_of_the_inputs(problem: Problem, form: str) -> None:
+    x, y = samples(0)
+    network = nn.Sequential(nn.Tanh(), nn.Linear(6, 3), nn.Linear(3, 3))
+    task = Problem(*FORMS[form](x, y), split(network, after="1"), CrossEntropy(), problem.initialise)
+    stopping = EarlyStopping("train_loss")
+    state, _ = run(task, SGD6, callbacks=[stopping])
+    assert torch.equal(stopping.best(task).flat(), state.theta.flat())  # the loss has fallen to the end
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EarlyStopping("told", 0), "patience: 0 is not a whole number from 1 up"),
+        (lambda: EarlyStopping("kkt"), "mode: None, but 'kkt' does not end in loss, mse, accuracy, exact_match, r2"),
+        (lambda: EarlyStopping("told", 0, "min"), "patience: 0 is not a whole number from 1 up"),
         (lambda: EarlyStopping("told", 2, "lowest"), "mode: 'lowest' is not one of min, max"),  # type: ignore[arg-type]
         (
             lambda: told([UP_AND_DOWN], callbacks=[EarlyStopping("valid_loss")]),
             "quantity: 'valid_loss' is not measured",
         ),
-        (lambda: EarlyStopping("told").best(None), "best: there has been no evaluation yet"),  # type: ignore[arg-type]
+        (lambda: EarlyStopping("told", mode="min").best(None), "best: there has been no evaluation yet"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_option_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_loss_that_has_grown_a_thousandfold_is_warned_of_once(problem: Problem) -> None:
+    """As finite as it is; the history goes on."""
+    optimizer = Backprop(4, SGD(), [0.05, 1.5], batch_size=16)
+    squared = replace(problem, y=one_hot(problem.y, 3, like=problem.like), loss=SquaredError())
+    linear = replace(squared, blocks=split(nn.Sequential(nn.Linear(6, 3)), n_blocks=1))
+    with pytest.warns(
+        DivergenceWarning, match=r"^seed 4: train_loss is .* after iteration \d, and was .*; try"
+    ) as caught:
+        _, history = run(linear, optimizer)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert not history.diverged and len(history.rows) == 10
+    losses = {row["iteration"]: row["train_loss"] for row in history.rows if row["seed"] == 4}
+    first = next(iteration for iteration, loss in losses.items() if loss > 1000 * losses[0])
+    assert first > 1 and f"is {losses[first]:.3g} after iteration {first}, " in str(caught[0].message)
 
 
 def test_a_callback_whose_state_cannot_be_saved_is_told_before_training(problem: Problem, tmp_path: Path) -> None:
@@ -393,6 +494,49 @@ def test_the_best_is_kept_and_resumed_where_the_samples_are(problem: Problem, tm
         found = best(replace(problem, x=problem.x.to(gpu), y=problem.y.to(gpu)), tmp_path / "gpu.pt")
         assert found.device == gpu
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- What cannot be trained
+
+OTHER = Problem(samples(0)[0], samples(0)[1], split(mlp(6, [8, 5], 3), per_layer=True), CrossEntropy(), as_given)
+FEWER = Problem(*samples(0, 40), split(mlp(6, [8, 7], 3), per_layer=True), CrossEntropy(), as_given)
+FROZEN = Problem(
+    *samples(0), split(mlp(6, [8, 7], 3).requires_grad_(False), per_layer=True), CrossEntropy(), initialiser("pytorch")
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"problem": nn.Linear(6, 3)}, r"problem: Linear\(.*\) is no Problem, such as admm\.Problem"),
+        ({"optimizer": torch.optim.SGD}, "optimizer: the class torch.* is no Optimizer, such as admm.OnlineBlockADMM"),
+        (
+            {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])},
+            "optimizer: an object of the class torch.*SGD is no Optimizer, such as admm.OnlineBlockADMM",
+        ),
+        ({"optimizer": BlockADMM}, "optimizer: BlockADMM is a class; give an object of it, such as admm.Online"),
+        ({"callbacks": EarlyStopping("train_loss")}, r"callbacks: EarlyStopping\(.*\) is no list of functions; take"),
+        (
+            {"callbacks": [EarlyStopping]},
+            "callbacks: the class admm.callbacks.EarlyStopping is no function, and no object such as",
+        ),
+        ({"callbacks": ["stop"]}, "callbacks: 'stop' is no function"),
+        ({"measure": "accuracy"}, "measure: 'accuracy' is no function"),
+        ({"problem": FROZEN, "of": FROZEN}, "blocks: no parameter of the network is trained; all are frozen"),
+        ({"of": OTHER}, r"state: of another network: 'fc2\.linear\.weight' is \[5, 8\], expected \[7, 8\]"),
+        ({"of": FEWER, "optimizer": OPTIMIZERS["block"]}, "problem: 50 samples, but the state has variables of 40"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_trained_is_named_before_the_first_step(
+    problem: Problem, change: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"problem": problem, "optimizer": SGD6} | change
+    made_by = given["optimizer"] if isinstance(given["optimizer"], Optimizer) else SGD6
+    state = made_by.init(given.pop("of", problem), SEEDS)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train(given.pop("problem"), given.pop("optimizer"), state, iterations=2, **given)
+    assert state.iteration == 0
 
 
 # --- Other sets
@@ -541,6 +685,7 @@ def convolutional() -> nn.Sequential:
 
 
 NETWORKS = {"convolutional": (convolutional, "pool"), "resnet18": (lambda: resnet18((1, 8, 8), 3, 2), "conv3_x")}
+EXPORTED = ["convolutional", pytest.param("resnet18", marks=pytest.mark.long)]
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -573,6 +718,7 @@ def test_the_parameters_load_into_a_model_of_one_s_own(trained: Any) -> None:
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("trained", EXPORTED, indirect=True)
 def test_an_exported_network_goes_through_torch_export(trained: Any) -> None:
     _, network, x = trained
     program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
@@ -585,6 +731,7 @@ def test_an_exported_network_goes_through_torch_export(trained: Any) -> None:
             file.seek(0)
 
 
+@pytest.mark.parametrize("trained", EXPORTED, indirect=True)
 def test_an_exported_network_goes_through_onnx(trained: Any, tmp_path: Path) -> None:
     """The oracle is ONNX's own reference evaluator."""
     pytest.importorskip("onnxscript")

@@ -63,6 +63,8 @@ class Backprop(Options, Optimizer[BackpropState]):
             [1.5000, 0.9000]])
     """
 
+    parallel = ("samples",)
+
     iterations: int
     theta_update: UpdateRule
     step_size: Value
@@ -71,7 +73,7 @@ class Backprop(Options, Optimizer[BackpropState]):
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
         seeds = whole_seeds(seeds)
-        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
+        check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
         return BackpropState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]))
@@ -107,11 +109,11 @@ def mean_loss_gradient(problem: Problem, theta: Parameters, visit: Visit) -> lis
     for block, views in zip(blocks, theta.blocks, strict=True):
         evaluations.append(block.linearize(views, z, visit))
         z = evaluations[-1][0]
-    grad_output = problem.loss.gradient(z, visit.y).div_(z.shape[1])
+    grad_output = problem.loss.gradient(z, visit.y).div_(visit.n)
     for t in reversed(range(len(blocks))):
         _, record = evaluations.pop()
         grad_input = blocks[t].vjp(theta.blocks[t], record, grad_output, gradient[t], t > 0, False)
         del record  # and the activations with it
         if grad_input is not None:
             grad_output = grad_input
-    return blocks.total(gradient)
+    return problem.total_gradient(gradient)

@@ -46,6 +46,8 @@ class BCDState:
         x_factor: the Cholesky factor of α/ρ I + XᵀX, [S, d_0, d_0] in float64, which never changes.
     """
 
+    of_samples = ("u", "v")
+
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
@@ -93,6 +95,8 @@ class BCD(Options, Optimizer[BCDState]):
     True
     """
 
+    parallel = ("samples",)
+
     gamma: Number = 1.0
     rho: Number = 1.0
     alpha: Number = 5.0
@@ -127,7 +131,7 @@ class BCD(Options, Optimizer[BCDState]):
         v[-1].copy_(u[-1])
         set_initial_values("u", u, start)
         set_initial_values("v", v, start)
-        x_factor = input_factor(x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
+        x_factor = input_factor(problem, x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
         return BCDState(seeds, 0, theta, u, v, x_factor)
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
@@ -147,15 +151,17 @@ class BCD(Options, Optimizer[BCDState]):
 
     def diagnostics(self, problem: Problem, state: BCDState) -> dict[str, Tensor]:
         """Return `objective`, `residual_l` and `activation_residual_l` (see `relative_residuals`), and `sigma_t`."""
+        same_samples(problem, state.u[0])
         gamma, rho, _ = (p.flatten() for p in self._penalties(problem, len(state.seeds)))
         layers = linear_layers(problem, state.theta, "BCD")
         inputs, targets = problem.whole("BCD")
         x = inputs.flatten(1).expand(len(state.seeds), -1, -1)
-        affine, activation = square_residuals(x, layers, state.u, state.v, _SLICE)
+        affine, activation = square_residuals(problem, x, layers, state.u, state.v, _SLICE)
         loss = problem.loss.value(state.v[-1], expand(targets, len(gamma))).sum(1, dtype=torch.float64)
+        problem.parallel.add_up(loss)
         return {
             "objective": loss + 0.5 * (gamma * activation.sum(0) + rho * affine.sum(0)),
-            **relative_residuals(affine, activation, state.u, state.v),
+            **relative_residuals(problem, affine, activation, state.u, state.v),
             **spectral_norms(problem, state.theta),
         }
 
@@ -177,7 +183,7 @@ class BCD(Options, Optimizer[BCDState]):
         cross, total = torch.zeros_like(weight), torch.zeros_like(bias)
         gram = zero_gram(len(weight), weight.shape[2], weight) if number > 1 else None
         targets = problem.whole("BCD")[1]
-        for part in slices(problem.n_samples, _SLICE):
+        for part in slices(problem.n_held, _SLICE):
             layer_input = _layer_input(problem, state, number, part)
             u, v = state.u[number - 1][:, part], state.v[number - 1][:, part]
             affine = pre_activation(layer, layer_input, scratch.take("affine", u.shape))
@@ -191,6 +197,7 @@ class BCD(Options, Optimizer[BCDState]):
             total += residual.sum(1)
             if gram is not None:
                 add_gram(gram, layer_input, scratch)
+        problem.parallel.add_up(cross, total, *([] if gram is None else [gram]))
         # With E = U_l − W_l V_{l−1} − b_l for the old W_l and b_l, the authors' updates of both are
         # W_l = (α W_l + ρ (U_l − b_l)ᵀV_{l−1}) (α I + ρ VᵀV)⁻¹ = W_l + EᵀV_{l−1} (α/ρ I + VᵀV)⁻¹ and
         # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for

@@ -13,22 +13,26 @@ from torch import Tensor
 
 from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type, in_range, one_of
-from admm.minibatches import minibatches, slices, stateless_rng
+from admm.minibatches import minibatches, slices
 from admm.numbers import Options, is_number
 from admm.optimizers.checks import check_last_part, check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
     Hyperparameters,
     Schedules,
+    StepSize,
     ZState,
     ZUpdate,
     gather,
+    is_held,
     label_leak,
     mixing_schedule,
     penalties,
     scatter,
     update_theta,
 )
+from admm.optimizers.fully_connected import sample_initial_values
+from admm.optimizers.pipeline import Part, Pipeline, pass_down
 from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
@@ -51,6 +55,8 @@ class BlockADMMState:
         z_state: see `ZState`; its moments are [S, N, d_t].
         beta: penalties [T, S].
     """
+
+    of_samples = ("z", "u", "z_state.moments")
 
     seeds: tuple[int, ...]
     iteration: int
@@ -166,6 +172,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         https://arxiv.org/abs/2105.00339
     """
 
+    parallel = ("samples", "blocks")
+
     iterations: int
     theta_step: Value
     z_step: BlockValue = 0.01
@@ -189,18 +197,20 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
         """Return Z by a forward pass, U uniform, and Θ by the problem's initialisation (Algorithm 1, §4.1)."""
         seeds = whole_seeds(seeds)
-        self._check(problem)
+        self._check(problem, seeds)
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
         self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
         z, u, *moments = self._forward_pass(problem, theta, seeds)
-        self._draw_duals(u, seeds)
+        if self.dual_init:
+            spread = torch.full((len(seeds),), self.dual_init, dtype=torch.float64)
+            sample_initial_values("dual", u, seeds, spread, "uniform", problem)
         return BlockADMMState(
             seeds=seeds,
             iteration=0,
             theta=theta,
-            moments=self.theta_update.init([*theta.stacks.values()]),
+            moments=self.theta_update.init(problem.held_stacks(theta)),
             z=z,
             u=u,
             z_state=self.z_update.init(problem.blocks, theta, zip(*moments, strict=True)),
@@ -208,23 +218,30 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         )
 
     def _forward_pass(self, problem: Problem, theta: Parameters, seeds: Sequence[int]) -> list[list[Tensor]]:
-        """Return Z by a forward pass, U = 0 and the moments of Z, which are 0; T tensors [S, N, d_t] each."""
-        replicas, n_blocks, samples = len(seeds), len(problem.blocks), problem.n_samples
-        variables: list[Tensor] = []
-        parts = list(slices(samples, self.slice_size))
+        """Return Z by a forward pass, U = 0 and the moments of Z, which are 0; T tensors [S, N, d_t] each.
+
+        Those of blocks that other processes hold are [S, 0, d_t], but for Z below the first block here.
+        """
+        n_blocks, numbers, variables = len(problem.blocks), problem.held_blocks, list[Tensor]()
+        parts = list(slices(problem.n_held, self.slice_size))
         for part, visit in zip(parts, problem.visits(seeds, parts, [(0,)] * len(parts)), strict=True):
             outputs = list(problem.blocks.outputs(theta, visit.x, visit))
             if not variables:
-                shapes = [(replicas, samples, *output.shape[2:]) for output in outputs]
-                copies = 2 + self.z_update.moments_of_each
-                variables = allocate(self.sample_storage, copies * shapes, copies * outputs)
+                copies = 1 + self.z_update.moments_of_each
+                shapes = [
+                    (len(seeds), problem.n_held if t in of else 0, *output.shape[2:])
+                    for of in (range(numbers[0] - 1, numbers[-1] + 1), *[numbers] * copies)
+                    for t, output in enumerate(outputs, start=1)
+                ]
+                variables = allocate(self.sample_storage, shapes, (1 + copies) * outputs)
             for z, output in zip(variables, outputs, strict=False):  # the first T variables are Z
-                z[:, part] = output
+                if is_held(z):
+                    z[:, part] = output
         return [variables[start : start + n_blocks] for start in range(0, len(variables), n_blocks)]
 
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
         """Do one iteration of Algorithm 1, and update β by Eq. 6."""
-        same_samples(problem, state.z[0])
+        same_samples(problem, state.z[problem.held_blocks[-1] - 1])
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
         residual = sweep(problem, state, self._schedules(*state.beta.shape), self.rounds(state.iteration))
         state.iteration += 1
@@ -238,20 +255,21 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 
     def _batch_sweep(self, problem: Problem, state: BlockADMMState, schedules: Schedules, rounds: int) -> Tensor:
         """Update all of Z, then Θ by mini-batches, and at the end all of U (Algorithm 1); return ‖h‖ [S]."""
-        parts = list(slices(problem.n_samples, self.slice_size))
+        parts = list(slices(problem.n_held, self.slice_size))
         for r in range(rounds):
             h = schedules.at((state.iteration + r / rounds) / self.iterations)
             self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            for part, visit in self._visits(problem, state, parts, _Z, r):
-                self._update_z(problem, state, part, visit, h, r)  # lines 5 to 8: Z_T … Z_1
-            state.z_state.count += self.z_update.steps
+            for n in range(self.z_update.steps):
+                mixing = h.mixing if r == 0 and n == 0 else 0.0
+                self._update_z(problem, state, parts, h, mixing, r)  # lines 5 to 8: Z_T … Z_1
             batches = self._theta_batches(problem, state, r)
             for batch, visit in self._visits(problem, state, batches, _THETA, r):
                 lagrangian = self._lagrangian(problem, state, batch, visit)
                 update_theta(lagrangian, self.theta_update, state.moments, h.theta_steps)  # line 10: Θ
+            problem.give_theta(state.theta)
         visits = self._visits(problem, state, parts, _DUALS, 0)
         squares = [self._update_duals(problem, state, part, visit, h) for part, visit in visits]  # line 12: U
-        return self._norm(squares, problem.n_samples)
+        return self._norm(problem, squares, problem.n_samples)
 
     def _minibatch_sweep(self, problem: Problem, state: BlockADMMState, schedules: Schedules, rounds: int) -> Tensor:
         """Update Z, Θ and U of each mini-batch before those of the next one (Gauss-Seidel order); return ‖h‖ [S]."""
@@ -264,10 +282,10 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         for number, (batch, visit, row) in enumerate(zip(batches, visits, run.rows([state.moments]), strict=True)):
             if number % self.curvature_every == 0:
                 self.z_update.update_curvature(problem.blocks, state.theta, state.beta, state.z_state)
-            run(visit, row, batch=batch, count=count)
+            run(visit, row, batch=problem.owned(batch), count=count)
         if (k + 1) % (self.epoch_parts or 1) == 0:
             state.z_state.count += rounds * self.z_update.steps
-        return self._norm([square], sum(batch.shape[1] for batch in batches))
+        return self._norm(problem, [square], sum(batch.shape[1] for batch in batches))
 
     def visit(
         self,
@@ -281,7 +299,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     ) -> None:
         """Update Z, Θ and U of a mini-batch in place, and add its `_squared_residual` to `square`.
 
-        `batch` are the samples' indices [S, B], and `count` is that of `state.z_state`.
+        `batch` are the samples' places [S, B] among those that are held here, and `count` is that of `state.z_state`.
         """
         lagrangian, z_state = self._gather(problem, state, batch, replace(state.z_state, count=count), visit)
 
@@ -297,20 +315,34 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     def _visits(
         problem: Problem, state: BlockADMMState, batches: Sequence[BatchT], purpose: int, r: int
     ) -> Iterator[tuple[BatchT, Visit]]:
-        """Yield each batch of a batch sweep in round r, and a visit of it. Slices count by where they start."""
+        """Yield what is held here of each batch of a batch sweep in round r, and a visit of it. Slices count by where
+        they start."""
         places = [batch.start if isinstance(batch, slice) else number for number, batch in enumerate(batches)]
         counters = [(state.iteration, purpose, r, place) for place in places]
-        return zip(batches, problem.visits(state.seeds, batches, counters), strict=True)
+        held = (batch if isinstance(batch, slice) else problem.owned(batch) for batch in batches)
+        return zip(held, problem.visits(state.seeds, batches, counters), strict=True)
 
     def _update_z(
-        self, problem: Problem, state: BlockADMMState, part: slice, visit: Visit, h: Hyperparameters, r: int
+        self,
+        problem: Problem,
+        state: BlockADMMState,
+        parts: Sequence[slice],
+        h: Hyperparameters,
+        mixing: StepSize,
+        r: int,
     ) -> None:
-        """Update Z of consecutive samples in round r, in the first one after the mixing with a forward pass."""
-        lagrangian, z_state = self._gather(problem, state, part, state.z_state, visit)
-        if r == 0:
-            lagrangian.mix_with_forward(h.mixing)
-        self.z_update.step(lagrangian, z_state, h.z_steps)
-        scatter(part, [*state.z, *state.z_state.tensors()], [*lagrangian.z, *z_state.tensors()])
+        """Move Z of all samples once in round r, slice by slice, after the mixing with a forward pass."""
+        taken = (
+            Part(part, *self._gather(problem, state, part, state.z_state, visit))
+            for part, visit in self._visits(problem, state, parts, _Z, r)
+        )
+
+        def put(part: Part) -> None:
+            updated = [*part.lagrangian.z, *part.z_state.tensors()]
+            scatter(part.samples, [*state.z, *state.z_state.tensors()], updated)
+
+        Pipeline(problem, self.z_update, state.z, h, mixing, taken, put).run(parts)
+        state.z_state.count += 1
 
     def _update_duals(
         self, problem: Problem, state: BlockADMMState, part: slice, visit: Visit, h: Hyperparameters
@@ -351,9 +383,11 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         return torch.zeros_like(lagrangian.beta[0]) if self.penalty is None else lagrangian.squared_residual()
 
     @staticmethod
-    def _norm(squares: list[Tensor], samples: int) -> Tensor:
+    def _norm(problem: Problem, squares: list[Tensor], samples: int) -> Tensor:
         """Return ‖h‖ [S] of `AdaptivePenalty` from the squared residuals [S] of parts of the samples."""
-        return (torch.stack(squares).sum(0) / samples).sqrt()
+        total = torch.stack(squares).sum(0)
+        problem.parallel.add_up(total)
+        return (total / samples).sqrt()
 
     def rounds(self, iteration: int) -> int:
         """Return the number of primal rounds of an iteration, which is counted from 0."""
@@ -375,6 +409,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             - `loss_forward`, `loss_moved`: see `label_leak`, for more than one block; of `batch_size` samples that are
               visited once more with the last iteration's ζ.
         """
+        same_samples(problem, state.z[problem.held_blocks[-1] - 1])
         values = self._residuals(problem, state)
         if self.penalty is not None:
             values["bound"] = torch.full_like(state.beta[0], self.penalty.eta(state.iteration))
@@ -388,14 +423,14 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         theta, samples = state.theta, problem.n_samples
         # A gradient by Θ moves what the forwards in training change.
         state = replace(state, theta=problem.blocks.copied(theta))
-        gradient, z_square = problem.blocks.gradient(), torch.zeros_like(state.beta[0])
-        theta_gradient = [torch.zeros_like(stack) for stack in theta.stacks.values()]
+        theta_gradient, z_square = [*map(torch.zeros_like, problem.held_stacks(theta))], torch.zeros_like(state.beta[0])
         square, norm, dual_norm = (torch.zeros_like(state.beta) for _ in range(3))
-        for part, visit in self._visits(problem, state, list(slices(samples, self.slice_size)), _DUALS, 0):
+        for part, visit in self._visits(problem, state, list(slices(problem.n_held, self.slice_size)), _DUALS, 0):
             lagrangian = self._lagrangian(problem, state, part, visit)
-            z, u = lagrangian.z, lagrangian.u
+            z, u, gradient = lagrangian.z, lagrangian.u, lagrangian.gradient()
             multiplier = [broadcast(b, v) * v for b, v in zip(state.beta, u, strict=True)]
-            for t in range(1, len(z) + 1):
+            pass_down(lagrangian, multiplier)
+            for t in lagrangian.held:
                 residual = lagrangian.residual(t, for_vjp=True)
                 for total, v in ((square, residual), (norm, z[t - 1]), (dual_norm, u[t - 1])):
                     total[t - 1] += _squared_norm(v)
@@ -403,13 +438,17 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
                 z_square += _squared_norm(_gradient_by_z(lagrangian, multiplier, t))
             for total, part_of_it in zip(theta_gradient, problem.blocks.total(gradient), strict=True):
                 total += part_of_it
+        problem.parallel.add_up(*theta_gradient, over="samples")
+        theta_square = torch.stack([_squared_norm(g / samples) for g in theta_gradient]).sum(0)
+        problem.parallel.add_up(theta_square, over="blocks")
+        problem.parallel.add_up(square, norm, dual_norm, z_square)
         values = {
-            "kkt": (z_square / samples + sum(_squared_norm(g / samples) for g in theta_gradient)).sqrt(),
+            "kkt": (z_square / samples + theta_square).sqrt(),
             "h": (square.sum(0) / samples).sqrt(),
         }
         for t, dual in enumerate(state.u, start=1):
             values[f"residual_{t}"] = torch.where(norm[t - 1] > 0, square[t - 1] / norm[t - 1], 0.0).sqrt()
-            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / max(dual[0].numel(), 1)).sqrt()
+            values[f"dual_rms_{t}"] = (dual_norm[t - 1] / max(samples * math.prod(dual.shape[2:]), 1)).sqrt()
             values[f"beta_{t}"] = state.beta[t - 1].clone()
         return values
 
@@ -417,8 +456,12 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Return the Lagrangian of copies of the samples [S, B] after an update of Z with the last iteration's ζ."""
         h = self._schedules(*state.beta.shape).at(max(state.iteration - 1, 0) / self.iterations)
         visit = problem.visit(state.seeds, batch, (state.iteration, 0))
-        lagrangian, z_state = self._gather(problem, state, batch, state.z_state, visit)
-        z_state = z_state.with_own_curvature()
+        kinds = gather(problem, problem.owned(batch), [state.z, state.u, *zip(*state.z_state.moments, strict=True)])
+        z, u, *moments = (problem.of_all_blocks(of_kind, batch.shape[1]) for of_kind in kinds)
+        blocks = range(1, len(z) + 1)
+        lagrangian = AugmentedLagrangian(problem, state.theta, state.beta, visit, z, u, blocks)
+        by_block = [list(of_block) for of_block in zip(*moments, strict=True)]
+        z_state = replace(state.z_state, moments=by_block).with_own_curvature()
         self.z_update.update_curvature(problem.blocks, state.theta, state.beta, z_state)
         lagrangian.mix_with_forward(h.mixing)
         self.z_update.step(lagrangian, z_state, h.z_steps)
@@ -432,8 +475,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             mixing=mixing_schedule(self.forward_mixing, n_replicas),
         )
 
-    def _check(self, problem: Problem) -> None:
-        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
+    def _check(self, problem: Problem, seeds: Sequence[int]) -> None:
+        check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("sweep", self.sweep, ("batch", "minibatch"))
         one_of("sample_storage", self.sample_storage, PLACES)
@@ -446,26 +489,26 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             raise ValueError(f"theta_passes: {self.theta_passes} is not positive; theta_step=0 freezes Θ")
         if self.sweep == "minibatch" and self.theta_passes != 1.0:
             raise ValueError(f"theta_passes: {self.theta_passes}, but sweep='minibatch' has one step of Θ per visit")
+        if self.sweep == "minibatch" and problem.parallel.shares("blocks"):
+            raise ValueError(
+                "sweep: 'minibatch' moves on as soon as one mini-batch is done; parallel='blocks' needs 'batch'"
+            )
+        if problem.parallel.shares("blocks") and not self.theta_update.is_separable:
+            raise ValueError(
+                f"theta_update: {type(self.theta_update).__name__} moves a block by the gradients of others too; "
+                "parallel='blocks' needs another rule, such as Adam()"
+            )
         if self.sweep == "batch" and self.epoch_parts is not None:
             raise ValueError(f"epoch_parts: {self.epoch_parts}, but sweep='batch' moves all samples at a time")
         if self.primal_growth is not None and self.epoch_parts is not None:
             raise ValueError(f"primal_growth: {self.primal_growth} goes by epochs; epoch_parts must be None")
-
-    def _draw_duals(self, u: Sequence[Tensor], seeds: Sequence[int]) -> None:
-        """Overwrite U by numbers uniform on (0, `dual_init`), from a generator per block and seed."""
-        if not self.dual_init:
-            return
-        for t, dual in enumerate(u, start=1):
-            for replica, seed in zip(dual, seeds, strict=True):
-                draw = torch.empty(replica.shape, dtype=replica.dtype)
-                replica.copy_(draw.uniform_(0.0, self.dual_init, generator=stateless_rng(seed, "dual", t)))
 
 
 def _gradient_by_z(lagrangian: AugmentedLagrangian, multiplier: Sequence[Tensor], t: int) -> Tensor:
     """Return the gradient by Z_t of J + Σ_t ⟨λ_t, Z_t − block_t(Z_{t−1})⟩, with `multiplier` λ_1..λ_T."""
     if t == len(multiplier):
         return multiplier[-1] + lagrangian.loss.gradient(lagrangian.z[-1], lagrangian.visit.y)
-    from_above = lagrangian.vjp(t + 1, multiplier[t])
+    from_above = lagrangian.vjp(t + 1, multiplier[t]) if t + 1 in lagrangian.held else lagrangian.from_above
     assert from_above is not None
     return multiplier[t - 1] - from_above
 

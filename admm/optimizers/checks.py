@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from admm.checks import at_least_one, check_batch_size, has_type
@@ -22,9 +24,20 @@ def check_prox(loss: Loss, algorithm: str) -> ProximalLoss:
 
 
 def check_minibatch_options(
-    problem: Problem, iterations: int, theta_update: UpdateRule, batch_size: int, epoch_parts: int | None = None
+    problem: Problem,
+    seeds: Sequence[int],
+    iterations: int,
+    theta_update: UpdateRule,
+    batch_size: int,
+    epoch_parts: int | None = None,
 ) -> None:
-    """Raise ValueError for an option of a mini-batch method that is out of range, or an update rule that is none."""
+    """Raise ValueError for an option of a mini-batch method that is out of range, an update rule that is none, and for
+    several seeds, each with its own mini-batches, whose samples are shared out."""
+    if problem.parallel.shares("samples") and len(set(seeds)) > 1:
+        raise ValueError(
+            f"seeds: {list(seeds)}, but with parallel='samples' a mini-batch method trains one seed at a time, since "
+            "each seed has other mini-batches; start a run per seed"
+        )
     at_least_one("iterations", iterations)
     has_type("theta_update", theta_update, UpdateRule, "admm.optimizers.Adam()")
     check_batch_size(batch_size, problem.n_samples, epoch_parts)
@@ -47,8 +60,8 @@ def check_last_part(problem: Problem, name: str, size: int) -> None:
 
 def same_samples(problem: Problem, variables: Tensor) -> None:
     """Raise ValueError unless variables [S, N, ...] of a state are of as many samples as the problem has."""
-    if variables.shape[1] != problem.n_samples:
+    if variables.shape[1] != problem.n_held:
         raise ValueError(
-            f"problem: {problem.n_samples} samples, but the state has variables of {variables.shape[1]}; a step takes "
+            f"problem: {problem.n_held} samples, but the state has variables of {variables.shape[1]}; a step takes "
             "the problem that the state was made for"
         )

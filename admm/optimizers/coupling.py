@@ -9,7 +9,6 @@ algorithm are counted from its `Define` on.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
@@ -29,6 +28,7 @@ from admm.optimizers.least_squares import cholesky_with_ridge
 from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import Moments, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
+from admm.user_warnings import warn
 from admm.visits import Visit
 
 StepSize = float | Tensor  # one for all replicas, or one per replica [S]
@@ -100,7 +100,11 @@ def label_leak(
     moved = moved_lagrangian(problem.evenly_spaced(batch_size, theta.replicas))
     forward = BlockOutputs(problem.blocks, theta, moved.visit).z[-1]
     outputs = {"loss_forward": forward, "loss_moved": moved.output(last)}
-    return {name: problem.loss.value(z, moved.visit.y).flatten(1).mean(1) for name, z in outputs.items()}
+    values = {name: problem.loss.value(z, moved.visit.y) for name, z in outputs.items()}
+    positions = {name: moved.visit.n * math.prod(value.shape[2:]) for name, value in values.items()}
+    means = {name: value.flatten(1).sum(1) / positions[name] for name, value in values.items()}
+    problem.parallel.add_up(*means.values(), over="samples")
+    return means
 
 
 def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
@@ -109,7 +113,7 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
     The label shows if, from the middle of the optimizer's iterations on, some replica's `loss_forward` (the loss in
     evaluation) exceeds its `loss_moved` (the loss that the last block is trained on) by more than a sixth of its
     `loss_forward` before the first iteration. With a smaller difference, networks still reach the accuracy that they
-    have without a leak.
+    have without a leak. Of a history that begins later, this loss is not known, and there is no warning.
     """
     if not rows or "loss_moved" not in rows[-1]:
         return
@@ -118,18 +122,17 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
 
     def leaks(row: Mapping[str, float]) -> bool:
         is_late = row["iteration"] >= max(middle, 1)
-        return is_late and row["loss_forward"] - row["loss_moved"] > start[row["replica"]] / 6 > 0
+        return is_late and row["loss_forward"] - row["loss_moved"] > start.get(row["replica"], math.inf) / 6 > 0
 
     # Older rows are searched only if one of the newest leaks.
     if any(map(leaks, takewhile(lambda row: row["iteration"] == newest, reversed(rows)))):
         first = next(filter(leaks, rows))
         if first["iteration"] < newest:
             return
-        warnings.warn(
+        warn(
             f"z_step: the label shows in the coupling variables: after iteration {first['iteration']:g} the "
             f"loss is {first['loss_moved']:.3g} where these have moved, on which the last block is trained, and "
-            f"{first['loss_forward']:.3g} after a forward pass, as in evaluation; lower z_step (ζ)",
-            stacklevel=3,
+            f"{first['loss_forward']:.3g} after a forward pass, as in evaluation; lower z_step (ζ)"
         )
 
 
@@ -141,10 +144,9 @@ def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dt
     """
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
     if 0.0 < signal < torch.finfo(dtype).eps:
-        warnings.warn(
+        warn(
             f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient and will hardly learn, as each block "
-            "passes on z_step times beta (or rho) of it; raise z_step or beta, or cut into fewer blocks",
-            stacklevel=4,
+            "passes on z_step times beta (or rho) of it; raise z_step or beta, or cut into fewer blocks"
         )
 
 
@@ -154,6 +156,11 @@ def mixing_schedule(value: Value, replicas: int) -> Schedule:
     if mixing.largest > 1.0:
         raise ValueError(f"forward_mixing: {value} is more than the whole way to the forward pass, 1")
     return mixing
+
+
+def is_zero(step: StepSize) -> bool:
+    """Whether a step size or a mixing is 0.0 for all replicas, without a look at the numbers of a tensor."""
+    return isinstance(step, float) and step == 0.0
 
 
 class BlockOutputs:
@@ -173,11 +180,6 @@ class BlockOutputs:
         if z is None:
             for t in range(1, len(blocks) + 1):
                 self.z.append(self.output(t, for_vjp=t == len(blocks)))
-
-    @property
-    def n_samples(self) -> int:
-        """The number n of samples."""
-        return self.z[0].shape[1]
 
     def block_input(self, t: int) -> Tensor:
         """Return what block t is applied to: Z_{t−1}, or the inputs for t = 1."""
@@ -255,6 +257,12 @@ class AugmentedLagrangian(BlockOutputs):
         visit: the samples.
         z: coupling variables, T tensors [S, n, d_t]; a forward pass makes them if None.
         u: scaled duals in the shapes of z; an empty sequence stands for 0.
+        held: the numbers t of the blocks whose terms, Z_t and Θ_t are meant by all methods that do not take a t; None
+            stands for those that this process holds. Of other blocks Z_{t−1} of the first one is needed alone.
+
+    Attributes:
+        from_above: the product of the transposed Jacobian of the block above those that are held with its coupling
+            gradient, [S, n, d_t], once another process has evaluated it.
     """
 
     def __init__(
@@ -265,9 +273,12 @@ class AugmentedLagrangian(BlockOutputs):
         visit: Visit,
         z: list[Tensor] | None = None,
         u: Sequence[Tensor] = (),
+        held: range | None = None,
     ) -> None:
         super().__init__(problem.blocks, theta, visit, z)
-        self.loss, self.beta, self.u = problem.loss, beta.unbind(), u
+        self.held = problem.held_blocks if held is None else held
+        self.from_above: Tensor | None = None
+        self.problem, self.loss, self.beta, self.u = problem, problem.loss, beta.unbind(), u
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return Z_t − block_t(Z_{t−1}) [S, n, d_t] in a new tensor; `for_vjp` is as in `output`."""
@@ -276,7 +287,7 @@ class AugmentedLagrangian(BlockOutputs):
     def squared_residual(self) -> Tensor:
         """Return Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
         square = torch.zeros_like(self.beta[0])
-        for t in range(1, len(self.blocks) + 1):
+        for t in self.held:
             square += self.residual(t, for_vjp=False).square().flatten(1).sum(1)
         return square
 
@@ -303,10 +314,19 @@ class AugmentedLagrangian(BlockOutputs):
         """Return the gradient by Z_t in a new tensor, and forget block t + 1's output, as Z_t is to move."""
         if t == len(self.blocks):
             return self.coupling_gradient(t).add_(self.loss.gradient(self.z[-1], self.visit.y))
-        from_above = self.vjp(t + 1, self.coupling_gradient(t + 1), retain_graph=False)
+        from_above = self.to_below(t + 1) if t + 1 in self.held else self.from_above
         assert from_above is not None
-        self.forget(t + 1)
         return self.coupling_gradient(t).sub_(from_above)
+
+    def to_below(self, t: int) -> Tensor:
+        """Return the product of block t's transposed Jacobian with its coupling gradient, and forget its output.
+
+        It is minus the gradient by Z_{t−1} of coupling term t; Z_{t−1} is to move.
+        """
+        product = self.vjp(t, self.coupling_gradient(t), retain_graph=False)
+        assert product is not None
+        self.forget(t)
+        return product
 
     def last_minimiser(self) -> Tensor:
         """Return the minimiser over Z_T, by the loss's proximal operator."""
@@ -318,28 +338,48 @@ class AugmentedLagrangian(BlockOutputs):
     def theta_gradient(self, gradient: list[list[ParamDict]], trained: Iterable[int] | None = None) -> None:
         """Write the gradient by Θ_t of the mean coupling term of a sample to `gradient`; update running statistics.
 
-        `trained` are the numbers t of the blocks, by default all.
+        `trained` are the numbers t of the blocks, by default those that are held.
         """
-        for t in range(1, len(self.blocks) + 1) if trained is None else trained:
-            by_output = self.coupling_gradient(t, for_vjp=True).mul_(-1.0 / self.n_samples)
+        for t in self.held if trained is None else trained:
+            by_output = self.coupling_gradient(t, for_vjp=True).mul_(-1.0 / self.visit.n)
             self.vjp(t, by_output, grad_params=gradient)
 
-    def mix_with_forward(self, mixing: StepSize) -> None:
-        """Move each Z_t the part `mixing` of the way to its value in a forward pass."""
-        if isinstance(mixing, float) and mixing == 0.0:
-            return
-        ahead = self.visit.x
-        for t in range(1, len(self.blocks) + 1):
+    def gradient(self) -> list[list[ParamDict]]:
+        """Return where `theta_gradient` puts the gradient by Θ_t; of blocks that are not held it is tensors [S, 0]."""
+        gradient, numbers = self.blocks.gradient(), range(1, len(self.blocks) + 1)
+        for t in numbers if self.held != numbers else ():
+            if t not in self.held:
+                layers = self.theta.blocks[t - 1]
+                gradient[t - 1] = [{name: p.new_empty(len(p), 0) for name, p in views.items()} for views in layers]
+        return gradient
+
+    def mix_with_forward(self, mixing: StepSize, ahead: Tensor | None = None) -> Tensor | None:
+        """Move each Z_t the part `mixing` of the way to its value in a forward pass; return that of the last one.
+
+        `ahead` is that of Z_{t−1} for the first block that is held, which moves too, and None for the inputs. For a
+        mixing of 0.0 nothing is done.
+        """
+        if is_zero(mixing):
+            return None
+        if ahead is None:
+            ahead = self.visit.x
+        else:
+            self._mix(self.held[0] - 1, ahead, mixing)
+        for t in self.held:
             ahead = self._forward_output(t, ahead)
-            weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
-            self.set_z(t, torch.lerp(self.z[t - 1], ahead, weight))
+            self._mix(t, ahead, mixing)
+        return ahead
+
+    def _mix(self, t: int, ahead: Tensor, mixing: StepSize) -> None:
+        weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
+        self.set_z(t, torch.lerp(self.z[t - 1], ahead, weight))
 
     def update_duals(self, step: StepSize) -> None:
         """Update U_t ← U_t + α (Z_t − block_t(Z_{t−1})) in place, with α = `step` (Algorithm 1, line 12)."""
-        if isinstance(step, float) and step == 0.0:
+        if is_zero(step):
             return
-        for t, u in enumerate(self.u, start=1):
-            residual = self.residual(t, for_vjp=False)
+        for t in self.held if self.u else ():
+            u, residual = self.u[t - 1], self.residual(t, for_vjp=False)
             u.add_(residual.mul_(broadcast(step, residual)))
 
     def _with_dual(self, t: int, for_vjp: bool | None = None) -> Tensor:
@@ -359,9 +399,9 @@ def update_theta(
 
     This is line 10 of Algorithm 1, and line 11 of Algorithm 2.
     """
-    blocks, gradient, (step,) = lagrangian.blocks, lagrangian.blocks.gradient(), steps
+    problem, gradient, (step,) = lagrangian.problem, lagrangian.gradient(), steps
     lagrangian.theta_gradient(gradient)
-    rule.update([*lagrangian.theta.stacks.values()], blocks.total(gradient), moments, step)
+    rule.update(problem.held_stacks(lagrangian.theta), problem.total_gradient(gradient), moments, step)
     lagrangian.forget_all()
 
 
@@ -510,9 +550,13 @@ class ZUpdate(Options):
     def step(self, lagrangian: AugmentedLagrangian, state: ZState, steps: Sequence[StepSize]) -> None:
         """Move Z_T, …, Z_1 in each round, by steps ζ_1..ζ_T (Algorithm 1, lines 5 to 8; Algorithm 2, lines 6 to 9)."""
         for _ in range(self.steps):
-            state.count = state.count + 1
-            for t in range(len(lagrangian.blocks), 0, -1):
-                lagrangian.set_z(t, self.updated_z(lagrangian, state, t, steps[t - 1]))
+            self.round(lagrangian, state, steps)
+
+    def round(self, lagrangian: AugmentedLagrangian, state: ZState, steps: Sequence[StepSize]) -> None:
+        """Move Z_t once for all blocks t that are held, from the last one to the first."""
+        state.count = state.count + 1
+        for t in reversed(lagrangian.held):
+            lagrangian.set_z(t, self.updated_z(lagrangian, state, t, steps[t - 1]))
 
     def updated_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
         """Return Z_t after its step ζ_t."""
@@ -543,15 +587,21 @@ def gather(problem: Problem, batch: Tensor | slice, variables: Sequence[Sequence
 
     Args:
         problem: has the data of all N samples.
-        batch: a mini-batch's indices [S, B], for which copies are returned; or a slice of samples, the same for all
-            replicas, for which views are returned where the variables are on the device.
-        variables: lists of tensors [S, N, ...].
+        batch: the places [S, B] of a mini-batch among the samples that are held here, for which copies are returned; or
+            a slice of these, the same for all replicas, for which views are returned where the variables are on the
+            device.
+        variables: lists of tensors [S, N, ...] of the samples that are held here.
     """
     if isinstance(batch, Tensor):
-        indices = flat_indices(batch, problem.n_samples)
-        return [[gather_per_replica(variable, indices) for variable in group] for group in variables]
+        indices = flat_indices(batch, problem.n_held)
+        return [[gather_per_replica(v, indices) if is_held(v) else v for v in group] for group in variables]
     device = problem.device
     return [[variable[:, batch].to(device, non_blocking=True) for variable in group] for group in variables]
+
+
+def is_held(variable: Tensor) -> bool:
+    """Whether this process holds a variable [S, n, d_t] of its samples; else it is [S, 0, d_t]."""
+    return variable.shape[1] > 0
 
 
 def scatter(batch: Tensor | slice, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -560,9 +610,10 @@ def scatter(batch: Tensor | slice, variables: Sequence[Tensor], values: Sequence
     A value that is a view of its variable, and was changed in place, is there already.
     """
     if isinstance(batch, Tensor):
-        indices = flat_indices(batch, variables[0].shape[1])
+        indices = flat_indices(batch, max(variable.shape[1] for variable in variables))
         for variable, value in zip(variables, values, strict=True):
-            scatter_per_replica(variable, indices, value)
+            if is_held(variable):
+                scatter_per_replica(variable, indices, value)
     else:
         for variable, value in zip(variables, values, strict=True):
             if variable[:, batch].data_ptr() != value.data_ptr():

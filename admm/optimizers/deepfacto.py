@@ -61,7 +61,8 @@ class DeepFactoState:
 class FactorisedLagrangian(AugmentedLagrangian):
     """Eq. 9 for some samples: Eq. 2, in which the term of a factorisation is γ/2 ‖Z − M S + V‖².
 
-    For the factorisation of block t, Z is its input, S = Z_t, V = U_t and γ = β_t. `factors` has the bases M.
+    For the factorisation of block t, Z is its input, S = Z_t, V = U_t and γ = β_t. `factors` has the bases M. With an
+    `error_weight` w, Z keeps the part 1 − w of the error Z − M S that there is after the mixing.
     """
 
     def __init__(
@@ -73,9 +74,18 @@ class FactorisedLagrangian(AugmentedLagrangian):
         visit: Visit,
         z: list[Tensor],
         u: Sequence[Tensor],
+        error_weight: float | None = None,
     ) -> None:
         super().__init__(problem, theta, beta, visit, z, u)
-        self.factors = factors
+        self.factors, self.error_weight = factors, error_weight
+        self.kept_errors: Factors = {}
+
+    def mix_with_forward(self, mixing: StepSize, ahead: Tensor | None = None) -> Tensor | None:
+        """Do the mixing of Block-ADMM; then remember the errors that are kept."""
+        output = super().mix_with_forward(mixing, ahead)
+        if self.error_weight is not None:
+            self.kept_errors = {t: self.residual(t).mul_(1.0 - self.error_weight) for t in self.factors}
+        return output
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return Z_t − block_t(Z_{t−1}), or Z − M S for a factorisation."""
@@ -93,10 +103,12 @@ class FactorisedLagrangian(AugmentedLagrangian):
     def factorised_minimiser(self, t: int) -> Tensor:
         """Return the minimiser over Z_t, the input of a factorisation, of the two terms of Eq. 9 that contain it.
 
-        They are β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖² + γ/2 ‖Z_t − M S + V‖².
+        They are β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖² + γ/2 ‖Z_t − M S + V‖², the latter less the error that is kept.
         """
         beta, gamma = (broadcast(self.beta[k], self.z[t - 1]) for k in (t - 1, t))
         from_below, from_above = self.output(t), self.product(t + 1)
+        if t + 1 in self.kept_errors:
+            from_above = from_above + self.kept_errors[t + 1]
         if self.u:
             from_below, from_above = from_below - self.u[t - 1], from_above - self.u[t]
         return (beta * from_below + gamma * from_above) / (beta + gamma)
@@ -181,6 +193,9 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     They never raise Eq. 9. The defaults depart from the paper, which has dual_step=1 (Eq. 9) and forward_mixing=0
     (§3.1).
 
+    Without an `error_weight` the blocks before a factorisation are trained to make its error small more than anything
+    else, even by features that are nearly 0: J does not mind that if it takes outputs of length 1.
+
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η_t ≥ 0, the step size of Θ_t; may have a schedule, and one value per replica, and per block.
@@ -200,6 +215,9 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             replica.
         forward_mixing: from 0 to 1, the part of the way to block_t(Z_{t−1}), or to its projection, that each visit
             first moves Z_t and S; as dual_step.
+        error_weight: w ≥ 0 and below 1; of the error Z − M S that there is after the mixing, Z keeps the part 1 − w in
+            its update. With 0, only what J changes in S trains the blocks before a factorisation, by M (S − S_now).
+            None keeps nothing, as in Eq. 9.
         slice_size: samples that are evaluated at a time outside of mini-batches, at least 1.
 
     Raises:
@@ -225,13 +243,14 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     theta_update: UpdateRule = field(default_factory=Adam)
     dual_step: Value = 0.0
     forward_mixing: Value = 1.0
+    error_weight: float | None = None
     slice_size: int = 2000
 
     def init(self, problem: Problem, seeds: Sequence[int]) -> DeepFactoState:
         """Return Θ by the problem's initialisation, M by the warm start, Z and S by a forward pass, and duals 0."""
         seeds = whole_seeds(seeds)
         schedules = self._schedules(len(problem.blocks), len(seeds))
-        self._check(problem)
+        self._check(problem, seeds)
         problem.refuse_augmentation("DeepFacto")
         theta = problem.initial(seeds)
         factors = factorisations(problem.blocks, theta)
@@ -283,7 +302,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         trained: Sequence[int],
     ) -> None:
         """Update Z and S, Θ of the blocks in `trained`, and the duals of a mini-batch, in place."""
-        lagrangian = _lagrangian(problem, state, factors, beta, batch, visit)
+        lagrangian = _lagrangian(problem, state, factors, beta, batch, visit, self.error_weight)
         z_update = FactorisedZUpdate("gradient", score_sweeps=self.score_sweeps)
 
         def update(lagrangian: AugmentedLagrangian, h: Hyperparameters) -> None:
@@ -349,6 +368,7 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         `residual_t` is ‖Z_t − block_t(Z_{t−1})‖/‖Z_t‖, or ‖Z − M S‖/‖Z‖ for a factorisation. `lagrangian` is Eq. 9
         divided by N, with J evaluated on slices of `slice_size` samples.
         """
+        same_samples(problem, state.z[0])
         factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
         square, norm = problem.like.new_zeros(2, len(state.z), len(state.seeds))
         value = torch.zeros_like(square[0])
@@ -364,13 +384,15 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
         relative = {f"residual_{t}": r for t, r in enumerate((square / norm).sqrt(), start=1)}
         return relative | {"lagrangian": value / problem.n_samples}
 
-    def _check(self, problem: Problem) -> None:
-        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size)
+    def _check(self, problem: Problem, seeds: Sequence[int]) -> None:
+        check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size)
         sweeps = ("score_sweeps", "basis_sweeps", "warm_rounds")
         for name in ("group_size", "primal_rounds", *sweeps, "slice_size"):
             at_least_one(name, getattr(self, name))
         check_last_part(problem, "slice_size", self.slice_size)
         in_range("frozen", self.frozen, self.iterations)
+        if self.error_weight is not None:
+            in_range("error_weight", self.error_weight, 1.0)
         self._groups(problem)
 
     def _penalties(self, problem: Problem, state: DeepFactoState) -> Tensor:
@@ -417,11 +439,17 @@ def by_block(blocks: Blocks, theta: Parameters) -> list[list[Tensor]]:
 
 
 def _lagrangian(
-    problem: Problem, state: DeepFactoState, factors: Factors, beta: Tensor, batch: Tensor | slice, visit: Visit
+    problem: Problem,
+    state: DeepFactoState,
+    factors: Factors,
+    beta: Tensor,
+    batch: Tensor | slice,
+    visit: Visit,
+    error_weight: float | None = None,
 ) -> FactorisedLagrangian:
     """Return Eq. 9 for a visit of the samples `batch`, see `gather`."""
     z, u = gather(problem, batch, [state.z, state.u])
-    return FactorisedLagrangian(problem, state.theta, factors, beta, visit, z, u)
+    return FactorisedLagrangian(problem, state.theta, factors, beta, visit, z, u, error_weight)
 
 
 def _warm_scores(z: Tensor, basis: Tensor, rounds: int) -> Tensor:

@@ -55,6 +55,8 @@ class DLADMMState:
         accepted_theta, accepted_tau: of W_1..W_L and A_1..A_{L−1}, [S, 2] each: the backward and the forward sweep's.
     """
 
+    of_samples = ("z", "a", "u", "error")
+
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
@@ -136,6 +138,8 @@ class DLADMM(Options, Optimizer[DLADMMState]):
     True
     """
 
+    parallel = ("samples",)
+
     rho: Number = 1e-6
     theta: Number = 1.0
     tau: Number = 1.0
@@ -191,6 +195,8 @@ class DLADMM(Options, Optimizer[DLADMMState]):
         for name, variables in (("z", z), ("a", a), ("u", u)):
             set_initial_values(name, variables, start)
 
+        gram = (x.T @ x)[None]
+        problem.parallel.add_up(gram)
         rho, theta_start, tau_start = (self._number(name, z[0]) for name in ("rho", "theta", "tau"))
         state = DLADMMState(
             seeds=seeds,
@@ -200,7 +206,7 @@ class DLADMM(Options, Optimizer[DLADMMState]):
             a=a,
             u=u,
             error=[torch.empty_like(v) for v in z],
-            gram=[(x.T @ x)[None]],
+            gram=[gram],
             rho=rho,
             theta_start=theta_start,
             tau_start=tau_start,
@@ -240,13 +246,16 @@ class DLADMM(Options, Optimizer[DLADMMState]):
     def diagnostics(self, problem: Problem, state: DLADMMState) -> dict[str, Tensor]:
         """Return `residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖, where the last constraint is the one with a dual;
         `theta_l` and `tau_l`, accepted in the last forward sweep; and `rho`."""
+        same_samples(problem, state.z[0])
         values = {"rho": state.rho.clone()}
         layers = linear_layers(problem, state.theta, "DLADMM")
         for number, (z, error) in enumerate(zip(state.z, state.error, strict=True), start=1):
             if number == len(state.z):  # its error contains the dual
                 layer_input = state.a[-1] if state.a else problem.whole("DLADMM")[0].flatten(1).expand(len(z), -1, -1)
                 error = pre_activation(layers[-1], layer_input) - z
-            values[f"residual_{number}"] = (_square(error) / _square(z)).sqrt()
+            squares = _square(error), _square(z)
+            problem.parallel.add_up(*squares)
+            values[f"residual_{number}"] = (squares[0] / squares[1]).sqrt()
         for name, accepted in (("theta", state.accepted_theta), ("tau", state.accepted_tau)):
             for number, curvature in enumerate(accepted, start=1):
                 values[f"{name}_{number}"] = curvature[:, _FORWARD].clone()
@@ -315,11 +324,11 @@ class _Sweep:
         layer_input = self._layer_input(layer)
         if layer == 1:
             # G and ‖X Gᵀ‖² = ⟨G XᵀX, G⟩ of both sweeps by one pass over the data: nothing else moves in between.
-            gradient = torch.bmm(error.mT, layer_input) if sweep == _BACKWARD else self._first_gradient
+            gradient = self._gradient(error, layer_input) if sweep == _BACKWARD else self._first_gradient
             image = torch.bmm(gradient, self.state.gram[0].expand(len(gradient), -1, -1))
             square = (image.flatten(1) * gradient.flatten(1)).sum(1)
         else:
-            gradient = torch.bmm(error.mT, layer_input)
+            gradient = self._gradient(error, layer_input)
             image = self.scratch.take("image", error.shape)
             square = self._product_square(layer_input, gradient, image)
         theta = _doubled(self.state.theta_start, self.state.rho * square / _square(gradient))
@@ -334,6 +343,12 @@ class _Sweep:
             self.evaluate_error(1)
             if len(self.state.z) == 1:
                 self.add_dual_to_error()
+
+    def _gradient(self, error: Tensor, layer_input: Tensor) -> Tensor:
+        """Return Eᵀ A, summed over all samples."""
+        gradient = torch.bmm(error.mT, layer_input)
+        self.problem.parallel.add_up(gradient)
+        return gradient
 
     def update_a(self, layer: int, sweep: int) -> None:
         """Take one step of 1/τ for A_l on φ_{l+1} + ρ/2 ‖A_l − relu(Z_l)‖²; G here is the gradient over ρ."""
@@ -357,6 +372,7 @@ class _Sweep:
                 # G WᵀW gives ‖G Wᵀ‖² too, and corrects E_{l+1} W, in which nothing else moves before the forward sweep.
                 square += torch.linalg.vecdot(g.flatten(1), torch.bmm(g, gram, out=image[:, part]).flatten(1))
                 self._error_w[layer][:, part] = error_w
+        self.problem.parallel.add_up(gradient_square, square)
         if not (narrows or is_backward):
             square = self._square_of_image(gradient, gradient_square, weight)
         tau = _doubled(self.state.tau_start, self.state.rho * (square / gradient_square + 1.0))
@@ -384,12 +400,14 @@ class _Sweep:
         square = torch.zeros_like(self.state.rho)
         for part in self.slices:
             square += _square(torch.bmm(samples[:, part], weight.mT, out=None if out is None else out[:, part]))
+        self.problem.parallel.add_up(square)
         return square
 
     def update_b(self, layer: int) -> None:
         """Set b_l to b_l − (mean over the samples of ∇φ)/ρ."""
         error = self.state.error[layer - 1]
-        mean = error.mean(1)
+        mean = error.mean(1).mul_(self.problem.n_held / self.problem.n_samples)
+        self.problem.parallel.add_up(mean)
         self.layers[layer - 1]["bias"].sub_(mean)
         error.sub_(mean.unsqueeze(1))
 
@@ -431,6 +449,7 @@ class _Sweep:
             for views in self.layers[1:]:
                 z = pre_activation(views, z.relu_())
             total += self.problem.loss.value(z, expand(take(self.y, part), len(z))).sum(1)
+        self.problem.parallel.add_up(total)
         return total.div_(self.problem.n_samples)
 
     def _fista(self, z: Tensor, target: Tensor) -> Tensor:
@@ -452,6 +471,7 @@ class _Sweep:
         for _ in range(options.fista_steps):
             value, gradient = _value_and_gradient(loss, z, y, mass)
             value += 0.5 * self.state.rho * squared_norm(z - target)
+            self.problem.parallel.add_up(value)
             # A replica stops by itself and goes on without effect; one that has diverged stops too.
             stops = running & ~((value - last_value).abs() >= tolerance)
             if stops.any():

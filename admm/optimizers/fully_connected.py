@@ -86,19 +86,26 @@ def sample_initial_values(
     seeds: Sequence[int],
     spread: Tensor,
     distribution: Literal["normal", "uniform"],
+    of_samples: Problem | None = None,
 ) -> None:
     """Overwrite replica s of each variable by samples of N(0, spread_s²) or U(0, spread_s).
 
     Each replica of a variable has its own generator, which follows from the seed, the name and the variable's place.
+    For variables [S, n, ...] `of_samples` is the problem, of whose samples n are held here; without any, a variable is
+    left out.
     """
     for number, variable in enumerate(variables, start=1):
         for replica, seed, width in zip(variable, seeds, spread.tolist(), strict=True):
-            rng, values = stateless_rng(seed, name, number), torch.empty_like(replica, device="cpu")
+            if not len(replica):
+                continue
+            n = len(replica) if of_samples is None else of_samples.n_samples
+            rng = stateless_rng(seed, name, number)
+            values = torch.empty(n, *replica.shape[1:], dtype=replica.dtype, device="cpu")
             if distribution == "normal":
                 values.normal_(0.0, width, generator=rng)
             else:
                 values.uniform_(0.0, width, generator=rng)
-            replica.copy_(values)
+            replica.copy_(values if of_samples is None else values[of_samples.part])
 
 
 def pre_activation(layer: ParamDict, a: Tensor, out: Tensor | None = None) -> Tensor:
@@ -137,11 +144,12 @@ def squared_norm(values: Tensor) -> Tensor:
 
 
 def square_residuals(
-    x: Tensor, layers: Sequence[ParamDict], z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int
+    problem: Problem, x: Tensor, layers: Sequence[ParamDict], z: Sequence[Tensor], a: Sequence[Tensor], slice_size: int
 ) -> tuple[Tensor, Tensor]:
     """Return ‖Z_l − A_{l−1} W_lᵀ − b_l‖² [L, S] and ‖A_l − relu(Z_l)‖² [len(a), S], in float64.
 
-    If there is an A_L, its residual is ‖A_L − Z_L‖². x is [S, N, d_0], z has L tensors, and a has L − 1 or L.
+    If there is an A_L, its residual is ‖A_L − Z_L‖². x is [S, N, d_0], z has L tensors, and a has L − 1 or L, of the
+    samples that are held here; the sums are over all samples of the problem.
     """
     affine, activation = (torch.zeros(len(v), len(x), dtype=torch.float64, device=x.device) for v in (z, a))
     for part in slices(x.shape[1], slice_size):
@@ -150,17 +158,30 @@ def square_residuals(
             affine[number] += squared_norm(z_l - pre_activation(layer, layer_input[:, part]))
             if number < len(a):
                 activation[number] += squared_norm(a[number][:, part] - (z_l.relu() if number + 1 < len(z) else z_l))
+    problem.parallel.add_up(affine, activation)
     return affine, activation
 
 
 def relative_residuals(
-    affine: Tensor, activation: Tensor, z: Sequence[Tensor], a: Sequence[Tensor]
+    problem: Problem, affine: Tensor, activation: Tensor, z: Sequence[Tensor], a: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Return `residual_l` = ‖Z_l − A_{l−1} W_lᵀ − b_l‖/‖Z_l‖ and `activation_residual_l` = ‖A_l − relu(Z_l)‖/‖A_l‖, [S]
     each, from what `square_residuals` has returned."""
     named = {"residual": (affine, z), "activation_residual": (activation, a)}
     return {
-        f"{name}_{number}": (square / squared_norm(variable)).sqrt()
+        f"{name}_{number}": (square / whole_square(problem, variable)).sqrt()
         for name, (squares, variables) in named.items()
         for number, (square, variable) in enumerate(zip(squares, variables, strict=True), start=1)
     }
+
+
+def whole_square(problem: Problem, variable: Tensor) -> Tensor:
+    """Return ‖·‖² [S] of a variable [S, n, d] of all samples, of which n are held here, summed in float64."""
+    square = squared_norm(variable)
+    problem.parallel.add_up(square)
+    return square
+
+
+def root_mean_square(problem: Problem, variable: Tensor) -> Tensor:
+    """Return the root mean square [S] of the entries of a variable [S, n, d] of all samples; n are held here."""
+    return (whole_square(problem, variable) / (problem.n_samples * variable.shape[2])).sqrt()

@@ -91,6 +91,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
         https://infoscience.epfl.ch/entities/publication/b76600f5-d0cb-49d4-926f-c0df48f3471f
     """
 
+    parallel = ("samples",)
+
     iterations: int
     theta_step: Value
     z_step: BlockValue = 0.01
@@ -108,7 +110,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
         """
         seeds = whole_seeds(seeds)
         check_initial_names(start, ("theta",))
-        self._check(problem, len(seeds))
+        self._check(problem, seeds)
         theta = problem.initial(seeds)
         flat = theta.flat()
         set_initial_values("theta", [flat], start)
@@ -134,10 +136,10 @@ class Gotmare(Options, Optimizer[GotmareState]):
         terms = GluingTerms(problem, state.theta, rho, visit)  # z by a forward pass
         self._update_z(terms, h)
         for t in range(1, len(problem.blocks) + 1):
-            terms.vjp(t, terms.coupling_gradient(t).div_(-terms.n_samples), grad_params=gradient)
+            terms.vjp(t, terms.coupling_gradient(t).div_(-visit.n), grad_params=gradient)
         (step,) = h.theta_steps
         stacks = [*state.theta.stacks.values()]
-        self.theta_update.update(stacks, problem.blocks.total(gradient), state.moments, step)
+        self.theta_update.update(stacks, problem.total_gradient(gradient), state.moments, step)
 
     def diagnostics(self, problem: Problem, state: GotmareState) -> dict[str, Tensor]:
         """Return the spectral norms `sigma_t`, and for more than one block `loss_forward` and `loss_moved` (see
@@ -175,8 +177,9 @@ class Gotmare(Options, Optimizer[GotmareState]):
         """Return ρ for each block, [T, S]."""
         return positive("rho", self.rho, n_replicas).to(problem.like).expand(len(problem.blocks), -1)
 
-    def _check(self, problem: Problem, n_replicas: int) -> None:
-        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
+    def _check(self, problem: Problem, seeds: Sequence[int]) -> None:
+        n_replicas = len(seeds)
+        check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         at_least_one("z_rounds", self.z_rounds)
         has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
         z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)

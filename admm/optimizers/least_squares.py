@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from admm.minibatches import slices
+from admm.optimizers.protocol import Problem
 
 _EPSILON = 64.0 * torch.finfo(torch.float64).eps  # the precision of sums of many products
 _PANEL = 256  # columns of a symmetric product at a time: of 1500, 0.58 of its entries are computed
@@ -104,17 +105,18 @@ def cholesky_with_ridge(gram: Tensor, ridge: Tensor, epsilon: float = _EPSILON) 
 
 
 def input_factor(
-    x: Tensor, ridge: Tensor, slice_size: int, intercept: bool = False, epsilon: float = _EPSILON
+    problem: Problem, x: Tensor, ridge: Tensor, slice_size: int, intercept: bool = False, epsilon: float = _EPSILON
 ) -> Tensor:
     """Return the Cholesky factors [S, m, m] in float64 of XᵀX + ridge I for the inputs [N, ...] of all replicas.
 
     `ridge` is [S, 1]; m is the number of a sample's entries and, with an intercept, one more. For singular
-    inputs see `cholesky_with_ridge`.
+    inputs see `cholesky_with_ridge`. x may be those samples of a problem that are held here, the factors are of all.
     """
     x = x.flatten(1)
     gram, scratch = zero_gram(1, x.shape[1] + intercept, x), Scratch(x)
     for part in slices(len(x), slice_size):
         add_gram(gram, x[None, part], scratch)
+    problem.parallel.add_up(gram)
     return cholesky_with_ridge(gram.expand(len(ridge), -1, -1), ridge, epsilon)
 
 

@@ -75,7 +75,9 @@ class ScalarDuals(AugmentedLagrangian):
     def update_duals(self, step: StepSize) -> None:
         """Update u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ in place, with α = `step` (Algorithm 2, line 12)."""
         for t, u in enumerate(self.u, start=1):
-            u.add_(self._norm(t).mean(1).mul_(step))
+            growth = self._norm(t).sum(1).mul_(step).div_(self.visit.n)
+            self.problem.parallel.add_up(growth)
+            u.add_(growth)
 
     def _norm(self, t: int) -> Tensor:
         """Return ‖z_t − block_t(z_{t−1})‖₂ of each sample, [S, n]."""
@@ -126,6 +128,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         https://arxiv.org/abs/2105.00339
     """
 
+    parallel = ("samples",)
+
     iterations: int
     theta_step: Value
     z_step: BlockValue = 0.01
@@ -141,7 +145,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     def init(self, problem: Problem, seeds: Sequence[int]) -> OnlineBlockADMMState:
         """Return Θ by the problem's initialisation, and u = 0."""
         seeds = whole_seeds(seeds)
-        self._check(problem)
+        self._check(problem, seeds)
         theta = problem.initial(seeds)
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
         self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
@@ -220,8 +224,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
             z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
         )
 
-    def _check(self, problem: Problem) -> None:
-        check_minibatch_options(problem, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
+    def _check(self, problem: Problem, seeds: Sequence[int]) -> None:
+        check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
         at_least_one("curvature_every", self.curvature_every)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,22 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
-from admm.checks import has_type
-from admm.comparison import outputs_of, suited
+from admm.checks import has_type, shown
+from admm.comparison import forward_costs, outputs_of, samples_are_independent, suited
 from admm.crossings import Crossing
+from admm.layers import ParamDict
 from admm.losses import CrossEntropy, FunctionLoss, Loss, SampleWeighted, is_one_hot, unweighted
 from admm.minibatches import expand, minibatches, stateless_rng
+from admm.models import as_constructed, initialiser
 from admm.numbers import plain
+from admm.parallel import ALONE, Kind, Parallel, balanced
 from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, take_rows
 from admm.visits import Visit
+
+# What else is done with an entry of Z_t in an iteration, some twenty passes over memory, takes as long as so many
+# floating-point operations of products (measured for ten layers of 128 on a Xeon).
+_FLOPS_PER_ENTRY = 1000
+_MAKERS: tuple[Any, ...] = (initialiser, as_constructed)  # which make an `initialise`, and are none
 
 
 class Compiled(dict[Any, Any]):
@@ -70,16 +78,22 @@ class Problem:
         stream_to: the device to compute on, for samples that are elsewhere, such as tensors in the host's memory. None
             is the device of the tensors, and for other samples that on which PyTorch makes tensors.
         weights: numbers [N] ≥ 0 that J of each sample is multiplied by, see `admm.losses.SampleWeighted`.
+        parallel: how the run is shared out to several processes, each of which gives all samples here, see
+            `admm.parallel.Parallel`.
 
     Attributes:
         x, y: of samples on the device, tensors as the network and the loss take them; else as they were given.
         data: all samples, as they are read.
+        part: which of them this process holds; all, unless samples are shared out.
+        cut: with parallel="blocks" the numbers of the blocks, counted from 1, that each process holds, whose updates
+            take about the same time; else all.
         compiled: what has been compiled for optimizers on this problem.
 
     Raises:
         ValueError: for an argument of another type, inputs or targets that the network or the loss cannot take, a loss
             that has no value per sample or no gradient in the shape of the outputs, and as
-            `admm.comparison.outputs_of` does.
+            `admm.comparison.outputs_of` does; if samples are shared out, for a network in which they depend on one
+            another, a stream and `compile=True`.
 
     >>> from admm.blocks import split
     >>> from admm.losses import SquaredError
@@ -107,7 +121,10 @@ class Problem:
     augmentation: Augmentation | None = None
     stream_to: str | torch.device | None = None
     weights: Any = None
+    parallel: Parallel = ALONE
     data: Samples = field(init=False, repr=False)
+    part: slice = field(init=False, repr=False)
+    cut: list[range] = field(init=False, repr=False)
     compiled: Compiled = field(init=False, repr=False, compare=False, default_factory=Compiled)
 
     def __post_init__(self) -> None:
@@ -115,8 +132,14 @@ class Problem:
             raise ValueError(
                 f"blocks: a {type(self.blocks).__name__}, where admm.blocks.split makes blocks of a network"
             )
-        if not callable(self.initialise):
-            raise ValueError(f"initialise: {self.initialise!r} is no function, such as admm.models.as_given")
+        if not callable(self.initialise) or isinstance(self.initialise, nn.Module):
+            raise ValueError(f'initialise: {shown(self.initialise)} is no function, such as initialiser("pytorch")')
+        if self.initialise in _MAKERS:
+            raise ValueError(
+                f"initialise: {self.initialise.__name__} makes a function, which is what is needed; take "
+                'initialiser("pytorch") or as_constructed(build)'
+            )
+        has_type("parallel", self.parallel, Parallel, 'admm.Parallel.join("samples")')
         object.__setattr__(self, "loss", _weighted(as_loss(self.loss), self.weights))
         if self.augmentation is not None:
             has_type("augmentation", self.augmentation, Augmentation, "admm.augmentation.CropAndFlip()")
@@ -131,6 +154,19 @@ class Problem:
             object.__setattr__(self, "y", kept.y if self.weights is None else kept.y[0])
         object.__setattr__(self, "data", data)
         self._check_loss()
+        is_shared = self.parallel.shares("samples")
+        object.__setattr__(self, "part", self.parallel.share(data.n) if is_shared else slice(0, data.n))
+        object.__setattr__(self, "cut", [range(1, len(self.blocks) + 1)] * self.parallel.size)
+        if is_shared:
+            self._check_shared_samples()
+        elif self.parallel.shares("blocks"):
+            self._share_blocks()
+
+    def __repr__(self) -> str:
+        x, (loss, y, weights) = self.data.examples[0], unweighted(self.loss, self.data.examples[1])
+        weighted = "" if weights is None else "weighted "
+        first = f"Problem of {self.n_samples} {weighted}samples on {self.device}, with {type(loss).__name__}:"
+        return f"{first}\n  x: {_in_short(x)}\n  y: {_in_short(y)}\n{self.blocks}"
 
     def samples(self, x: Any, y: Any = None) -> Samples:
         """Return other samples, such as a test set, in the form of the training samples, and on their device.
@@ -233,7 +269,8 @@ class Problem:
         y = tree_map(lambda leaf: leaf[:2].expand(2, *leaf[:2].shape), y)
         outputs = outputs_of(self.blocks, x)
         z = outputs.new_zeros(*tree_leaves(y)[0].shape[:2], *outputs.shape[1:])
-        shapes = f"outputs {list(z.shape)} and targets {tree_map(lambda leaf: list(leaf.shape), y)}"
+        of_targets = tree_map(lambda leaf: list(leaf.shape), y)
+        shapes = f"outputs {list(z.shape)} and targets {of_targets} (2 seeds, 2 samples)"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
         except Exception as error:  # whatever the caller's function raises
@@ -246,6 +283,79 @@ class Problem:
         if gradient.shape != z.shape:
             raise ValueError(f"loss: the gradient for {shapes} is {list(gradient.shape)}, expected the outputs'")
 
+    def _share_blocks(self) -> None:
+        """Cut the blocks into one part per process. Raises ValueError where they depend on more than Z and Θ."""
+        if self.blocks.shared_parameters:
+            raise ValueError("parallel: 'blocks' needs blocks without shared parameters; take parallel='samples'")
+        # Z takes a forward pass and the product with the Jacobian by Z_{t−1}, and Θ a forward pass and that by Θ.
+        costs = [
+            flops * (4 if t > 1 else 3) + _FLOPS_PER_ENTRY * entries
+            for t, (flops, entries) in enumerate(forward_costs(self.blocks, self.data.examples[0]), start=1)
+        ]
+        places = balanced(costs, self.parallel.size)
+        object.__setattr__(self, "cut", [range(part.start + 1, part.stop + 1) for part in places])
+        for part in self.cut[1:]:
+            if not self.blocks.crossings[part.start - 2].is_plain:
+                raise ValueError(
+                    f"parallel: 'blocks' needs one tensor between two processes, but more crosses the cut before block "
+                    f"{part.start}, {list(self.blocks.names[part.start - 1])}; take parallel='samples'"
+                )
+
+    @property
+    def held_blocks(self) -> range:
+        """The numbers of the blocks, counted from 1, that this process holds."""
+        return self.cut[self.parallel.rank]
+
+    def held_stacks(self, theta: Parameters) -> list[Tensor]:
+        """Return all parameters [S, *shape], with tensors [S, 0] for those of blocks that other processes hold."""
+        if not self.parallel.shares("blocks"):
+            return [*theta.stacks.values()]
+        return [
+            stack if name in self._held_parameters else stack.new_empty(len(stack), 0)
+            for name, stack in theta.stacks.items()
+        ]
+
+    @cached_property
+    def _held_parameters(self) -> set[str]:
+        return {name for name, t in self.blocks.numbers_of_parameters().items() if t in self.held_blocks}
+
+    def of_all_blocks(self, variables: list[Tensor], count: int) -> list[Tensor]:
+        """Return variables of `count` samples with those that other processes hold, one [S, count, d_t] per block."""
+        if not self.parallel.shares("blocks"):
+            return variables
+        whole = [v if len(v[0]) else v.new_empty(len(v), count, *v.shape[2:]) for v in variables]
+        for owner, numbers in enumerate(self.cut):
+            self.parallel.give(owner, *[whole[t - 1] for t in numbers])
+        return whole
+
+    def give_theta(self, theta: Parameters) -> None:
+        """Overwrite the parameters and buffers of all blocks by those of the processes that hold them."""
+        if self.parallel.shares("blocks"):
+            for owner, numbers in enumerate(self.cut):
+                self.parallel.give(owner, *self.blocks.tensors_of(theta, numbers))
+
+    def _check_shared_samples(self) -> None:
+        """Raise ValueError unless this process can evaluate its samples without those of the others."""
+        if not isinstance(self.data, Tensors):
+            raise ValueError("parallel: samples that are read as they are needed cannot be shared out; give tensors")
+        if self.n_samples < self.parallel.size:
+            raise ValueError(
+                f"parallel: {self.parallel.size} processes, but there are {self.n_samples} samples to share out"
+            )
+        if self.blocks.execution.compile is True:
+            raise ValueError("compile: True, but with parallel='samples' mini-batches have no fixed size; take False")
+        if self.augmentation is not None and self.augmentation.mixes_samples:
+            name = type(self.augmentation).__name__
+            raise ValueError(
+                f"augmentation: {name} may mix samples, of which other processes hold some; take another one"
+            )
+        if not self.blocks.are_known_layers and not samples_are_independent(self.blocks, self.data.examples[0]):
+            raise ValueError(
+                "parallel: 'samples' needs a network whose output for a sample does not depend on the others of its "
+                "mini-batch, which is not so with batch normalisation, dropout, running statistics and the like; take "
+                "parallel='blocks'"
+            )
+
     def initial(self, seeds: Sequence[int]) -> Parameters:
         """Return initial parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
         return self.blocks.initial(whole_seeds(seeds), self.initialise, like=self.like)
@@ -254,6 +364,11 @@ class Problem:
     def n_samples(self) -> int:
         """The number N of training samples."""
         return self.data.n
+
+    @property
+    def n_held(self) -> int:
+        """The number of training samples that this process holds."""
+        return len(range(self.n_samples)[self.part])
 
     @property
     def device(self) -> torch.device:
@@ -266,7 +381,7 @@ class Problem:
         return torch.empty(0, dtype=self.blocks.dtype, device=self.device)
 
     def whole(self, optimizer: str) -> tuple[Tensor, Any]:
-        """Return all inputs [N, ...], and targets.
+        """Return all inputs [N, ...] that this process holds, and targets.
 
         Raises ValueError that names the optimizer, for a stream, with the bytes that it would need, and for several
         inputs.
@@ -280,11 +395,45 @@ class Problem:
             )
         if not isinstance(self.data.x, Tensor):
             raise ValueError(f"x: {optimizer} takes one tensor, not {_described(self.data.x)}")
-        return self.data.examples
+        x, y = next(self.data.read([self.part]))
+        return x, y
+
+    def owned(self, batch: Tensor) -> Tensor:
+        """Return which samples of a mini-batch this process holds.
+
+        Args:
+            batch: indices [S, B] among all samples.
+
+        Returns:
+            Their places [S, n] among the samples that are held here.
+        """
+        if not self.parallel.shares("samples"):
+            return batch
+        places: Tensor = self._held(batch) - self.part.start
+        return places
+
+    def _held(self, batch: Any) -> Any:
+        """Return the indices among all samples of those of a batch that this process holds, see `visits`."""
+        if not self.parallel.shares("samples"):
+            return batch
+        if isinstance(batch, slice):
+            places = range(self.part.start, self.part.stop)[batch]
+            return slice(places.start, places.stop)
+        is_held = (batch >= self.part.start) & (batch < self.part.stop)
+        return batch[is_held].view(len(batch), int(is_held[0].sum()))
 
     def visit(self, seeds: Sequence[int], batch: Tensor | slice, counter: tuple[int, ...] = ()) -> Visit:
         """Return a visit of some samples, in training mode; see `visits`."""
         return next(self.visits(seeds, [batch], [counter]))
+
+    def total_gradient(self, gradient: Sequence[Sequence[ParamDict]]) -> list[Tensor]:
+        """Return the gradient by parameter, in the order of `Parameters.stacks`, from that by block and layer.
+
+        To it is added that of the samples which other processes hold.
+        """
+        total = self.blocks.total(gradient)
+        self.parallel.add_up(*total, over="samples")
+        return total
 
     def evenly_spaced(self, count: int, replicas: int) -> Tensor:
         """Return the indices [S, count] of samples from evenly spaced places, the same for all replicas."""
@@ -297,12 +446,17 @@ class Problem:
 
         Args:
             seeds: S whole numbers.
-            batches: indices [S, B], or a slice of samples, the same for all replicas, for which x and y are views.
+            batches: indices [S, B] among all samples, of which those that are held here are visited; or a slice of the
+                latter, the same for all replicas, for which x and y are views.
             counters: tell the visits of a run apart, see `Visit`.
         """
-        for batch, counter, pair in zip(batches, counters, self.data.read(batches), strict=True):
-            x, y = expand(pair, len(seeds)) if isinstance(batch, slice) else pair
-            yield Visit(seeds, counter, True, x, y)
+        held = map(self._held, batches)
+        for batch, counter, pair in zip(batches, counters, self.data.read([*held]), strict=True):
+            if isinstance(batch, slice):
+                x, y = expand(pair, len(seeds))
+                yield Visit(seeds, counter, True, x, y)
+            else:
+                yield Visit(seeds, counter, True, *pair, count=batch.shape[1])
 
     def minibatches(
         self, batch_size: int, seeds: Sequence[int], iteration: int, parts: int | None
@@ -329,12 +483,14 @@ class Problem:
         epoch, augmentation = iteration // (parts or 1), self.augmentation
         if augmentation is not None:
             draws = self._draws(augmentation, distinct, epoch)
-        for number, (batch, pair) in enumerate(zip(batches, self.data.read(batches, distinct, epoch), strict=True)):
+        held = [self._held(batch) for batch in batches]
+        pairs = zip(batches, held, self.data.read(held, distinct, epoch), strict=True)
+        for number, (whole, batch, pair) in enumerate(pairs):
             if augmentation is not None:
                 at = batch.unsqueeze(2)
                 pair = augmentation.change(*pair, tree_map(lambda drawn, at=at: drawn.take_along_dim(at, 1), draws))
             x, y = take_rows(pair, place) if len(distinct) < len(seeds) else pair
-            yield Visit(seeds, (iteration, number), True, x, y)
+            yield Visit(seeds, (iteration, number), True, x, y, count=whole.shape[1])
 
     def _draws(self, augmentation: Augmentation, seeds: Sequence[int], epoch: int) -> Any:
         """Return what an augmentation draws for all samples in an epoch, [S, N, k]."""
@@ -361,6 +517,10 @@ class State(Protocol):
         seeds: one whole number per replica, from which all its random numbers follow.
         iteration: the number of finished iterations; `Optimizer.step` counts it.
         theta: the blocks' parameters [S, P], which `Optimizer.step` changes in place; `Blocks.export` makes a copy.
+
+    A state of an optimizer with `parallel` has a tuple `of_samples` of the names of the fields, such as "z" or
+    "z_state.moments", whose tensors [S, n, ...] are of the samples that a process holds; all others are the same in all
+    processes.
     """
 
     seeds: tuple[int, ...]
@@ -376,7 +536,13 @@ class Optimizer(ABC, Generic[StateT]):
 
     Replica s of a state depends on seeds[s] alone, so that a stack of replicas equals runs of one seed each. An
     optimizer never prints, logs, evaluates or reads a clock.
+
+    Attributes:
+        parallel: in which ways a run can be shared out to several processes, see `admm.parallel.Parallel`. In `step`
+            the samples are those that the process holds; sums over samples are to be added up over the processes.
     """
+
+    parallel: ClassVar[tuple[Kind, ...]] = ()
 
     @abstractmethod
     def init(self, problem: Problem, seeds: Sequence[int]) -> StateT:
@@ -405,14 +571,25 @@ def _of_several(function: Callable[[Any, Any], Tensor], crossing: Crossing, z: T
     return function(crossing.outputs(z)[0], y)
 
 
-def check_state(optimizer: object, state: Any) -> None:
-    """Raise TypeError that names the first field of `State` which an optimizer's state lacks."""
+def check_state(problem: Problem, optimizer: object, state: Any) -> None:
+    """Raise TypeError that names the first field of `State` which an optimizer's state lacks, and ValueError for one of
+    another network."""
     for name, kind in (("seeds", tuple), ("iteration", int), ("theta", Parameters)):
         if not isinstance(getattr(state, name, None), kind):
             raise TypeError(
                 f"state: a {type(state).__name__}, the state of {type(optimizer).__name__}, has no field {name!r} that "
                 f"is a {kind.__name__}; a state has seeds, iteration and theta, see admm.optimizers.protocol.State"
             )
+    problem.blocks.check_parameters("state", state.theta)
+    if not state.theta.stacks:
+        raise ValueError("blocks: no parameter of the network is trained; all are frozen (requires_grad=False)")
+
+
+def check_parallel(optimizer: Optimizer[Any], problem: Problem) -> None:
+    """Raise ValueError if an optimizer's run cannot be shared out as the problem says."""
+    if problem.parallel.size > 1 and (kind := problem.parallel.kind) not in optimizer.parallel:
+        ways = f"parallel={' or '.join(map(repr, optimizer.parallel))}" if optimizer.parallel else "one process"
+        raise ValueError(f"parallel: {type(optimizer).__name__} has no {kind!r}; it runs with {ways}")
 
 
 def as_loss(loss: Any) -> Loss:
@@ -435,6 +612,13 @@ def _described(tree: Any) -> str:
     if isinstance(tree, Tensor):
         return "a tensor"
     return str(list(tree)) if isinstance(tree, dict) else f"a {type(tree).__name__} of {len(tree)}"
+
+
+def _in_short(tree: Any) -> str:
+    """Return what samples are, of a tensor its type and shape, such as float32 [n, 8]."""
+    if not isinstance(tree, Tensor):
+        return _described(tree)
+    return f"{str(tree.dtype).removeprefix('torch.')} [{', '.join(['n', *map(str, tree.shape[1:])])}]"
 
 
 def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:

@@ -24,6 +24,11 @@ Moments = list[list[Tensor]]  # lists of tensors, each with the replicas in fron
 class UpdateRule(ABC):
     """A first-order method: how parameters follow their gradient. It is immutable; its moments are the caller's."""
 
+    @property
+    def is_separable(self) -> bool:
+        """Whether each parameter depends on its own gradient alone, so that they can be shared out to processes."""
+        return False
+
     @abstractmethod
     def init(self, theta: Stacks) -> Moments:
         """Return the moments before the first update of parameters [S, *shape]; the first axis of each is S."""
@@ -104,6 +109,10 @@ class Adam(Options, UpdateRule):
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf), ("weight_decay", math.inf)):
             in_range(name, getattr(self, name), below)
 
+    @property
+    def is_separable(self) -> bool:
+        return True
+
     def init(self, theta: Stacks) -> Moments:
         return [zeros(theta), zeros(theta), [torch.zeros(len(p), device=p.device) for p in theta[:1]]]
 
@@ -172,6 +181,10 @@ class SGD(Options, UpdateRule):
         super().__post_init__()
         in_range("momentum", self.momentum, 1.0)
         in_range("weight_decay", self.weight_decay)
+
+    @property
+    def is_separable(self) -> bool:
+        return True
 
     def init(self, theta: Stacks) -> Moments:
         return [zeros(theta)] if self.momentum else []
@@ -324,6 +337,10 @@ class Grouped(Options, UpdateRule):
             places.append(tuple(free.pop(name) for name in _chosen(group, free, block_of)))
         object.__setattr__(self, "places", (*places, tuple(free.values())))
 
+    @property
+    def is_separable(self) -> bool:
+        return all(rule.is_separable for rule in (self.rest, *(group.rule for group in self.groups)))
+
     def init(self, theta: Stacks) -> Moments:
         needed = sum(map(len, self.places))
         if len(theta) != needed:
@@ -419,6 +436,10 @@ class Averaged(Options, UpdateRule):
         super().__post_init__()
         has_type("rule", self.rule, UpdateRule, "admm.optimizers.Adam()")
         in_range("decay", self.decay, 1.0)
+
+    @property
+    def is_separable(self) -> bool:
+        return self.rule.is_separable
 
     def init(self, theta: Stacks) -> Moments:
         return [*self.rule.init(theta), [p.clone() for p in theta], [p.new_ones(len(p)) for p in theta[:1]]]

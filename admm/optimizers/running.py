@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from admm.layers import compiler_error
 from admm.optimizers.coupling import Schedules
 from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import Moments, UpdateRule
+from admm.user_warnings import warn
 from admm.visits import Visit
 
 AUTO_STEPS = 100_000  # visits of a run from which on compile="auto" compiles; docs/performance.md has what it gains
@@ -68,7 +66,8 @@ class Runner:
         self.progress = [(variables[0].iteration + n / count) / optimizer.iterations for n in range(count)]
         self.rounds, choice = rounds, problem.blocks.execution.compile
         is_asked_for = optimizer.iterations * count >= AUTO_STEPS if choice == "auto" else choice
-        self.is_compiled = is_asked_for and problem.blocks.are_known_layers
+        has_fixed_sizes = not problem.parallel.shares("samples")
+        self.is_compiled = is_asked_for and has_fixed_sizes and problem.blocks.are_known_layers
         self._tensors = list({id(v): v for v in _tensors(variables)}.values()) if self.is_compiled else []
         self._numbers: tuple[list[Any], Any] = [], None  # the constants of a row, None for a tensor; and its structure
 
@@ -114,12 +113,14 @@ class Runner:
             variables = _replaced(self.variables, own)
             self.optimizer.visit(self.problem, *variables, samples, self._as_given(numbers), **others)
 
+        from torch.fx.experimental.proxy_tensor import make_fx  # which takes a second to import, as the compiler does
+
         tensors = [*self._tensors, *(leaves[place] for place in places)]
         start = time.perf_counter()
         try:
             function = inductor(make_fx(of_tensors, tracing_mode="fake")(*tensors), tensors)
         except Exception as error:  # whatever the compiler raises
-            warnings.warn(f"compile: mini-batches are visited eagerly; {compiler_error(error)}", stacklevel=4)
+            warn(f"compile: mini-batches are visited eagerly; {compiler_error(error)}")
             function = None
         self.problem.compiled.seconds += time.perf_counter() - start
         return function
@@ -137,6 +138,8 @@ def inductor(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[...
     `torch.compile` would find the same graph once more, and look at each call for what has changed since, which takes
     0.1 to 0.2 ms (PyTorch 2.14.1).
     """
+    import torch._inductor  # which takes longer to import than the rest of PyTorch
+
     options = {"cpp_wrapper": True} if tensors[0].device.type == "cpu" else {}
     inputs: list[Any] = [*tensors]
     with torch.no_grad():

@@ -23,10 +23,10 @@ from admm.optimizers.fully_connected import (
     pre_activation,
     relative_residuals,
     relu_prox_,
+    root_mean_square,
     sample_initial_values,
     set_initial_values,
     square_residuals,
-    squared_norm,
 )
 from admm.optimizers.least_squares import (
     Scratch,
@@ -55,6 +55,8 @@ class StandardADMMState:
         a, v: activations A_l and their scaled duals V_l, L − 1 tensors [S, N, d_l] each.
         factor: the Cholesky factor of W_1's ridge regression, [S, d_0 + 1, d_0 + 1] in float64, which never changes.
     """
+
+    of_samples = ("z", "a", "u", "v")
 
     seeds: tuple[int, ...]
     iteration: int
@@ -100,6 +102,8 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
     True
     """
 
+    parallel = ("samples",)
+
     beta: Number = 10.0
     gamma: Number = 10.0
     weight_decay: Number = 5e-5
@@ -133,12 +137,13 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
         variables |= {"z": z, "a": a, "u": u, "v": v}
         if self.start_from == "uniform":
             for name, tensors in variables.items():
-                sample_initial_values(f"standard_admm {name}", tensors, seeds, spread, "uniform")
+                owner = None if name in ("weight", "bias") else problem
+                sample_initial_values(f"standard_admm {name}", tensors, seeds, spread, "uniform", owner)
         else:
             forward(layers, x, z, a, self.slice_size)
         for name, tensors in variables.items():
             set_initial_values(name, tensors, start)
-        factor = input_factor(x, self._ridge(replicas), self.slice_size, intercept=True)
+        factor = input_factor(problem, x, self._ridge(replicas), self.slice_size, intercept=True)
         return StandardADMMState(seeds, 0, theta, z, a, u, v, factor)
 
     def step(self, problem: Problem, state: StandardADMMState) -> StandardADMMState:
@@ -147,7 +152,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
         layers = linear_layers(problem, state.theta, _NAME)
         x = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
         scratch = Scratch(x)
-        self._update_weights(x, layers, state, scratch)
+        self._update_weights(problem, x, layers, state, scratch)
         beta, gamma = (broadcast(per_replica(n, getattr(self, n), len(x)), x) for n in ("beta", "gamma"))
         gains = [ridge_gain(layer["weight"], gamma / beta) for layer in layers[1:]]
         for part in slices(x.shape[1], self.slice_size):
@@ -158,16 +163,19 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
     def diagnostics(self, problem: Problem, state: StandardADMMState) -> dict[str, Tensor]:
         """Return `residual_l` and `activation_residual_l` (see `relative_residuals`), `dual_rms_l` = rms(U_l) and
         `activation_dual_rms_l` = rms(V_l) by layer; `sigma_t`."""
+        same_samples(problem, state.z[0])
         layers = linear_layers(problem, state.theta, _NAME)
         x = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
-        squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
-        values = relative_residuals(*squares, state.z, state.a)
+        squares = square_residuals(problem, x, layers, state.z, state.a, self.slice_size)
+        values = relative_residuals(problem, *squares, state.z, state.a)
         for name, duals in (("dual_rms", state.u), ("activation_dual_rms", state.v)):
             for number, dual in enumerate(duals, start=1):
-                values[f"{name}_{number}"] = (squared_norm(dual) / dual[0].numel()).sqrt()
+                values[f"{name}_{number}"] = root_mean_square(problem, dual)
         return values | spectral_norms(problem, state.theta)
 
-    def _update_weights(self, x: Tensor, layers: list[ParamDict], state: StandardADMMState, scratch: Scratch) -> None:
+    def _update_weights(
+        self, problem: Problem, x: Tensor, layers: list[ParamDict], state: StandardADMMState, scratch: Scratch
+    ) -> None:
         """Set all W_l, b_l to argmin β/2 ‖Z_l + U_l − [A_{l−1} 1][W_l b_l]ᵀ‖² + λ‖[W_l b_l]‖² (Alg. 3, first loop)."""
         inputs, replicas = [x, *state.a], len(state.seeds)
         cross = [
@@ -181,6 +189,7 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
                 add_cross(cross_l, a[:, part], torch.add(z[:, part], u[:, part], out=target), scratch)
             for gram, a in zip(grams, state.a, strict=True):
                 add_gram(gram, a[:, part], scratch)
+        problem.parallel.add_up(*cross, *grams)
         factors = [state.factor, *(cholesky_with_ridge(gram, self._ridge(replicas)) for gram in grams)]
         for layer, factor, cross_l in zip(layers, factors, cross, strict=True):
             solve_ridge(factor, cross_l, layer["weight"], layer["bias"])

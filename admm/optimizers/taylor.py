@@ -22,10 +22,10 @@ from admm.optimizers.fully_connected import (
     linear_layers,
     relative_residuals,
     relu_prox_,
+    root_mean_square,
     sample_initial_values,
     set_initial_values,
     square_residuals,
-    squared_norm,
 )
 from admm.optimizers.least_squares import (
     Scratch,
@@ -56,6 +56,8 @@ class TaylorState:
         multiplier: Λ [S, N, d_L].
         factor: the Cholesky factor of XᵀX, [S, d_0, d_0] in float64, which never changes.
     """
+
+    of_samples = ("z", "a", "multiplier")
 
     seeds: tuple[int, ...]
     iteration: int
@@ -104,6 +106,8 @@ class Taylor(Options, Optimizer[TaylorState]):
     True
     """
 
+    parallel = ("samples",)
+
     beta: Number = 1.0
     gamma: Number = 10.0
     warm_start: int = 10
@@ -141,10 +145,11 @@ class Taylor(Options, Optimizer[TaylorState]):
         spread = replica_values("spread", self.spread, len(seeds))
         for name, tensors in ({"z": z, "a": a} | ({} if is_gaussian else {"weight": w})).items():
             distribution: Literal["normal", "uniform"] = "normal" if is_gaussian else "uniform"
-            sample_initial_values(f"taylor {name}", tensors, seeds, spread, distribution)
+            owner = None if name == "weight" else problem
+            sample_initial_values(f"taylor {name}", tensors, seeds, spread, distribution, owner)
         for name, tensors in {"weight": w, "z": z, "a": a, "multiplier": [multiplier]}.items():
             set_initial_values(name, tensors, start)
-        factor = input_factor(x, self._ridge(replicas), self.slice_size, epsilon=torch.finfo(x.dtype).eps)
+        factor = input_factor(problem, x, self._ridge(replicas), self.slice_size, epsilon=torch.finfo(x.dtype).eps)
         return TaylorState(seeds, 0, theta, z, a, multiplier, factor)
 
     def step(self, problem: Problem, state: TaylorState) -> TaylorState:
@@ -155,9 +160,10 @@ class Taylor(Options, Optimizer[TaylorState]):
         factor, cross, scratch = state.factor, _zero_cross(layer_input, state.z[0]), Scratch(layer_input)
         for part in slices(layer_input.shape[1], self.slice_size):
             add_cross(cross, layer_input[:, part], state.z[0][:, part], scratch)
+        problem.parallel.add_up(cross)
         for number, (layer, next_layer) in enumerate(pairwise(layers)):
             solve_ridge(factor, cross, layer["weight"])  # W_l = Z_l A†_{l−1}
-            factor, cross = self._update_hidden(layer_input, layer, next_layer, state, number, scratch)
+            factor, cross = self._update_hidden(problem, layer_input, layer, next_layer, state, number, scratch)
             layer_input = state.a[number]
         solve_ridge(factor, cross, layers[-1]["weight"])
         self._update_last(problem, layer_input, layers[-1], state)
@@ -167,18 +173,19 @@ class Taylor(Options, Optimizer[TaylorState]):
     def diagnostics(self, problem: Problem, state: TaylorState) -> dict[str, Tensor]:
         """Return `residual_l` and `activation_residual_l` (see `relative_residuals`) by layer; `multiplier_rms` =
         rms(Λ); `sigma_t`."""
+        same_samples(problem, state.z[0])
         layers = linear_layers(problem, state.theta, _NAME, biases=False)
         x = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
-        squares = square_residuals(x, layers, state.z, state.a, self.slice_size)
-        multiplier_rms = (squared_norm(state.multiplier) / state.multiplier[0].numel()).sqrt()
+        squares = square_residuals(problem, x, layers, state.z, state.a, self.slice_size)
         return {
-            **relative_residuals(*squares, state.z, state.a),
-            "multiplier_rms": multiplier_rms,
+            **relative_residuals(problem, *squares, state.z, state.a),
+            "multiplier_rms": root_mean_square(problem, state.multiplier),
             **spectral_norms(problem, state.theta),
         }
 
     def _update_hidden(
         self,
+        problem: Problem,
         layer_input: Tensor,
         layer: ParamDict,
         next_layer: ParamDict,
@@ -201,6 +208,7 @@ class Taylor(Options, Optimizer[TaylorState]):
             relu_prox_(z, a, ratio, activation, scratch.take("gap", z.shape))
             add_gram(gram, a, scratch)
             add_cross(cross, a, next_z, scratch)
+        problem.parallel.add_up(gram, cross)
         return cholesky_with_ridge(gram, self._ridge(len(gram)), torch.finfo(gram.dtype).eps), cross
 
     def _update_last(self, problem: Problem, layer_input: Tensor, layer: ParamDict, state: TaylorState) -> None:

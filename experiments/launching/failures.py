@@ -81,8 +81,10 @@ class Failures(Callback):
 
 def note_failure(folder: Path, error: Exception, verbose: Any) -> None:
     """Log the failure of a sweep's job, and leave a note in the job's folder. Raises OSError."""
-    hidden = isinstance(error, FOR_USERS) and not verbose
-    log.error("%s failed: %s", folder, in_words(error), exc_info=None if hidden else error)
+    if isinstance(error, FOR_USERS) and not verbose:
+        log.error("%s failed; the cause is below, at the launch's end", folder)
+    else:
+        log.error("%s failed: %s", folder, in_words(error), exc_info=error)
     (folder / FAILED).write_text(in_words(error), encoding="utf-8")
 
 
@@ -102,4 +104,4 @@ def causes_of_failures(config: DictConfig) -> list[str]:
     number = sum(map(len, jobs.values()))
     lines = [line for cause, places in jobs.items() for line in (f"error: {cause}", *places)]
     total = f"{number} job{'s' if number > 1 else ''} failed, whose logs are in these folders"
-    return [*lines, f"{total}; the same command makes what is missing."]
+    return [*lines, f"{total}. When the cause is mended, the same command makes what is missing."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from experiments.launching.failures import failures_end_the_program
+from experiments.provenance import changed_files, first_few
 from experiments.reports.base import report_on
 from experiments.reports.text import print_table
 from experiments.reports.writing import write_report
@@ -19,8 +21,8 @@ from experiments.store import Run, Store, failed_writes_in_words, launched_runs
 class Report(Callback):
     """At the end of a launch: writes the experiment's figures and table, and prints the table.
 
-    They show the results store, and are in `<results>/figures` and `<results>/tables`. But if the command line has
-    changed a run's numbers, they show only the launch's runs, and are in the launch's folder.
+    They show the results store, and are in `<results>/figures` and `<results>/tables`. But if some run is not of a
+    committed row, they show only the launch's runs, and are in the launch's folder.
     """
 
     @failures_end_the_program()
@@ -40,10 +42,25 @@ class Report(Callback):
 
     def _report_of(self, config: DictConfig, launch: Path, runs: list[Run]) -> None:
         report, figures, tables = report_on(runs[-1]), launch, launch
-        if not any(run.record.overrides for run in runs):
-            root = Path(config.results)
+        root = Path(config.results)
+        if all(run.folder.is_relative_to(root.absolute() / "runs") and not run.record.overrides for run in runs):
             runs, figures, tables = Store(root).runs(report.experiment), root / "figures", root / "tables"
         with failed_writes_in_words("The runs are in the store; the same command draws them."):
             print_table(write_report(report, runs, figures, tables), report.title(runs))
+        if note := note_of_other_code(runs):
+            Console().print(note, soft_wrap=True, markup=False)
         place = tables / f"{report.experiment}.csv"
         Console().print(f"figures: {figures}, table: {place}", soft_wrap=True, markup=False)
+
+
+def note_of_other_code(runs: Sequence[Run]) -> str:
+    """Return a line that names the runs which other code of this project has made, and the files that have changed
+    since; empty if there are none."""
+    changed = {run.folder.name: files for run in runs if (files := changed_files(run.record.sources))}
+    if not changed:
+        return ""
+    files = list(dict.fromkeys(name for of_run in changed.values() for name in of_run))
+    return (
+        f"made by other code: {first_few(list(changed))}; changed since: {first_few(files)}; "
+        "other_code=rerun trains again"
+    )

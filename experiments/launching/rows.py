@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -9,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from experiments.errors import user_errors
+from experiments.errors import meant, user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
 from experiments.overrides import ROW_FILTERS, key_of, parse
@@ -34,6 +36,7 @@ class Rows(Callback):
             return
         methods, settings = (values(by_key.get(key)) for key in ROW_FILTERS)
         with user_errors():
+            check_names(methods, conf_folders(config.hydra))
             chosen = choices(rows_of_launch(config, by_key, settings), methods, settings)
         with read_write(config), open_dict(config):
             overrides.task = [*chosen, *(o for o in overrides.task if key_of(o) not in ROW_FILTERS)]
@@ -46,6 +49,15 @@ def check_matches(by_key: dict[str, Override]) -> None:
     for key in ("row", *ROW_FILTERS):
         if not values(by_key.get(key)):
             raise ValueError(f"{by_key[key].input_line}: matches nothing")
+
+
+def check_names(methods: list[str | None], conf: Sequence[Path]) -> None:
+    """Raises ValueError for an optimizer that has no file in these folders of configuration. (Of a single one, Hydra
+    tells.)"""
+    there = sorted(path.stem for folder in conf for path in folder.glob("optimizer/*.yaml"))
+    for name in methods:
+        if name and "/" not in name and name not in there:
+            raise ValueError(f"optimizer: no {name!r}{meant(name, there)}; there are {', '.join(there)}")
 
 
 def values(override: Override | None) -> list[str | None]:
@@ -73,9 +85,15 @@ def choices(table: TableRows, methods: list[str | None], settings: list[str | No
     found = [(method, table.chosen(method, setting)) for method in methods for setting in settings]
     rows = dict.fromkeys(row.name for _, own in found for row in own)
     without = dict.fromkeys(method for method, own in found if not own)
+    if rows and without and DEFAULT in settings:
+        raise ValueError(f"setting: {DEFAULT} and rows do not go together in one launch; {table.in_words()}")
     if rows and without:
-        alone = f"setting={DEFAULT}" if DEFAULT in settings else f"optimizer={','.join(map(str, without))}"
-        raise ValueError(f"{alone}: default values cannot be mixed with rows in one launch; {table.in_words()}")
+        alone = ",".join(map(str, without))
+        raise ValueError(
+            f"optimizer={alone} has no row in experiment={table.experiment}, the others have. setting={DEFAULT} takes "
+            "the default values of all; or a file "
+            f"conf/row/{table.experiment}/{next(iter(without))}-<setting>.yaml gives it a row"
+        )
     if rows:
         return [f"row={','.join(rows)}"]
     every = without if None not in without else dict.fromkeys(row.method for row in table.listed)

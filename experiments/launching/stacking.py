@@ -10,22 +10,23 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import psutil
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from admm.checkpoints import History, Row, save, size
 from admm.optimizers.protocol import Optimizer, Problem
+from experiments.checks import TASK, hyperparameters
 from experiments.device import find_device
 from experiments.errors import FOR_USERS, in_words
-from experiments.jobs import TASK, Job, find_job, load_dataset
+from experiments.jobs import Job, find_job, load_dataset
 from experiments.launch import Launch
 from experiments.loggers import Guarded, Logger
 from experiments.store import Slot
-from experiments.training import Observer, build_problem, end_record, logger_of, train_or_resume
+from experiments.training import Observer, build_problem, end_record, logger_of, prepared, train_or_resume
 
 log = logging.getLogger(__name__)
 SOME = 1000  # samples for which a cell's variables are allocated, to extrapolate their bytes to all samples
@@ -84,11 +85,12 @@ def check_limits(replicas: Any, memory: Any) -> None:
 def as_cell(config: DictConfig, load: Callable[..., Any]) -> Cell | None:
     """Return a job as a cell, or None if it should not be stacked.
 
-    It should not if it does not train a classifier, is forced, or fails already here (its own run will say why); nor if
-    the network's replicas are evaluated one after the other, as a stack then takes more memory and no less time.
+    It should not if it does not train a classifier, is forced, is shared out to several processes, or fails already
+    here (its own run will say why); nor if the network's replicas are evaluated one after the other, as a stack then
+    takes more memory and no less time.
     """
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    if task.task != TASK or task.force:
+    if task.task != TASK or task.force or task.parallel is not None:
         return None
     try:
         job = find_job(task, Launch.of(config.hydra), load)
@@ -126,26 +128,18 @@ def template(job: Job) -> str:
     seeds = len(config.pop("seeds"))
     del config["note"]
     for name in hyperparameters(config["optimizer"]):
-        config["optimizer"][name] = with_blanks(config["optimizer"][name], seeds)
+        config["optimizer"][name] = with_blanks(config["optimizer"][name])
     own = [job.info[key] for key in ("experiment", "method", "dataset")]
     return json.dumps([config, seeds, *own, str(job.slot.root)], sort_keys=True)
 
 
-def hyperparameters(optimizer: dict[str, Any]) -> list[str]:
-    """Return the keys of an optimizer's configuration whose value may be one number per replica (`admm.schedules`)."""
-    hints = get_type_hints(get_class(optimizer["_target_"]))
-    return [name for name in optimizer if Sequence[float] in get_args(hints.get(name))]
-
-
-def with_blanks(value: Any, seeds: int) -> Any:
-    """Return a value with a blank for each number, or one number per replica, also in schedules and {blocks: […]}."""
+def with_blanks(value: Any) -> Any:
+    """Return a value with a blank for each number, also in schedules and {blocks: […]}."""
     match value:
         case {"blocks": list(parts)}:
-            return {"blocks": [with_blanks(part, seeds) for part in parts]}
+            return {"blocks": [with_blanks(part) for part in parts]}
         case dict():
-            return {key: with_blanks(part, seeds) for key, part in value.items()}
-        case list():
-            return "a number" if len(value) == seeds else value
+            return {key: with_blanks(part) for key, part in value.items()}
     return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -156,9 +150,9 @@ def join_values(values: Sequence[Any], seeds: int) -> Any:
             return {"blocks": [join_values(parts, seeds) for parts in zip(*(v["blocks"] for v in values), strict=True)]}
         case dict() as first:
             return {key: join_values([value[key] for value in values], seeds) for key in first}
-        case first if not isinstance(first, list) and all(value == first for value in values):
+        case first if all(value == first for value in values):
             return first
-    return [number for value in values for number in (value if isinstance(value, list) else [value] * seeds)]
+    return [number for number in values for _ in range(seeds)]
 
 
 def cut(cells: list[Cell], replicas: int | None, memory: float | None) -> Iterator[list[Cell]]:
@@ -237,7 +231,7 @@ def train_and_store(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> 
     }
     log.info("%s: %d cells, %d replicas, as one stack", slot.name, len(stack), len(config.seeds))
     job, data = Job(first.dataset, slot, info, first.config), first.dataset
-    problem = build_problem(config, data)
+    start = prepared(config, data, config.seeds)
     names = [
         f"seed {seed} of {cell.job.slot.identity} ({' '.join(cell.job.info['overrides'])})"
         for cell in stack
@@ -245,7 +239,7 @@ def train_and_store(stack: Sequence[Cell], todo: Sequence[Cell], slot: Slot) -> 
     ]
     test = data.x_test, data.y_test
     with Guarded(CellLoggers(shares, [logger_of(config) for _ in stack])) as logger:  # closed after all is in its place
-        _, history = train_or_resume(config, job, problem, test, Observer(logger, names=names), keep_last=True)
+        history = train_or_resume(config, job, start, test, Observer(logger, names=names), keep_last=True)
         for share in shares:
             if share.cell in todo:
                 part, cell = share.of(history), share.cell.job

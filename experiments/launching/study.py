@@ -20,6 +20,7 @@ from experiments.errors import BadInput
 from experiments.identity import identity
 from experiments.launching.failures import failures_end_the_program
 from experiments.overrides import chooses_row, parse
+from experiments.provenance import own_code, sources
 from experiments.reports.scores import is_of_a_search
 from experiments.reports.searches import rankings, write_ranking
 from experiments.store import failed_writes_in_words, launched_runs
@@ -92,12 +93,12 @@ class Study(Callback):
 
 def search_hash(config: DictConfig) -> str:
     """Return eight hexadecimal digits of a hash of what is searched: the configuration without its neutral keys, the
-    row, and the space, of search=… and of the command line."""
+    row, the user's own code, and the space, of search=… and of the command line."""
     task: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     row = [override for override in config.hydra.overrides.task if chooses_row(override)]
     searched_by = row, space(config), str(config.hydra.sweeper.direction)
     values: Any = OmegaConf.to_container(task, resolve=True)
-    content = [identity(values, {}, ""), *searched_by]
+    content = [identity(values | {"own_code": own_code(sources(values)) or None}, {}, ""), *searched_by]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 

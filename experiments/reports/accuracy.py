@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,14 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
 from experiments.reports.curves import Curve, curves, ordered_settings, place
-from experiments.reports.methods import method_of
+from experiments.reports.drawing import caption_below, colours_of, legend_above
 from experiments.reports.metrics import ACCURACY, in_percent, metric_of
 from experiments.reports.paired import Scored, insert_differences
 from experiments.reports.text import in_figure
 from experiments.store import Run
+
+WIDTH = 7.5  # inches of a figure, at least
+PANEL = 5.0, 3.4  # inches of each of several panels
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,28 @@ class Accuracy(ExperimentReport):
     def figure(self, curves: list[Curve]) -> Figure:
         """Draw mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
 
-        One panel for each setting and score, with the legend below it. Overrides of all curves are in the caption.
+        One panel for each setting and score, with common axes where the score is the same. Remarks on all curves are
+        in the caption.
         """
         order, groups = ordered_settings(self), dict[tuple[str, str], list[Curve]]()
         for curve in sorted(curves, key=lambda curve: (place(curve.record.setting, order), curve.metric.name)):
             groups.setdefault((curve.record.setting, curve.metric.name), []).append(curve)
-        shared = shared_overrides(curves)
-        size = 6.0 * len(groups) + 1.5, 4.6 + 0.2 * max(legend_lines(group, shared) for group in groups.values())
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, len(groups), squeeze=False)[0]
-        for axes, ((setting, _), group) in zip(panels, groups.items(), strict=True):
-            _plot_panel(axes, group, shared)
-            title = in_figure(self.panels.get(setting, setting))
-            axes.set(title=title, xlabel="iteration", ylabel=score_label(group), ylim=score_range(group))
+        figure = Figure(figsize=(max(PANEL[0] * len(groups), WIDTH), PANEL[1]), layout="constrained")
+        xlim = int(is_log := lengths_differ(curves)), max(curve.record.iterations for curve in curves)
+        of_one_metric = len({metric for _, metric in groups}) == 1
+        panels = figure.subplots(1, len(groups), sharex=True, sharey=of_one_metric, squeeze=False)[0]
+        for axes, ((setting, metric), group) in zip(panels, groups.items(), strict=True):
+            compared = [curve for curve in curves if curve.metric.name == metric]
+            _plot_panel(axes, group, is_log, shared_remarks(curves))
+            axes.set(xlabel="iteration", ylabel=score_label(compared), ylim=score_range(compared), xlim=xlim)
+            axes.set_title(in_figure(self.panels.get(setting, setting)), fontsize=11)
+            if of_one_metric:
+                axes.label_outer()
         remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in curves) else ""
         disagree = any(curve.seeds_disagree for curve in curves)
         remark += "; thin: the seeds of a method in which they disagree" if disagree else ""
-        figure.supxlabel(caption(self, curves, remark), fontsize=8)
+        legend_above(figure)
+        caption_below(figure, caption(self, curves, remark))
         return figure
 
 
@@ -111,16 +118,15 @@ def score_label(curves: Sequence[Curve]) -> str:
     return curves[0].metric.label("held-out" if held_out else "test")
 
 
-def shared_overrides(rows: Sequence[Curve | Run]) -> list[str]:
-    """Return the overrides that all rows have, if there are several rows."""
-    first, *others = [row.record.overrides for row in rows]
-    return [override for override in first if all(override in other for other in others)] if others else []
+def shared_remarks(curves: Sequence[Curve]) -> list[str]:
+    """Return the remarks that all curves have, if there are several curves."""
+    return shared([curve.remarks for curve in curves])
 
 
-def colours(curves: Sequence[Curve]) -> list[str]:
-    """Return a colour for each curve: its method's; or other colours in turn if a method has several curves."""
-    one_each = len({curve.record.method for curve in curves}) == len(curves)
-    return [(one_each and method_of(curve.record.method).colour) or f"C{n}" for n, curve in enumerate(curves)]
+def shared(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the texts that all rows have, if there are several rows."""
+    first, *others = rows
+    return [text for text in first if all(text in other for other in others)] if others else []
 
 
 def lengths_differ(curves: Sequence[Curve]) -> bool:
@@ -150,15 +156,10 @@ def plot_curve(
     axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
 
 
-def legend_lines(curves: Sequence[Curve], shared: Sequence[str] = ()) -> int:
-    """Return how many lines the legends of these curves take. shared: overrides that they leave out."""
-    return sum(1 + curve.legend_beside(shared).count("\n") for curve in curves)
-
-
-def _plot_panel(axes: Axes, curves: Sequence[Curve], shared: Sequence[str]) -> None:
-    metric = curves[0].metric
-    highest, is_log = 100.0 if metric.unit else np.inf, lengths_differ(curves)
-    for whole, colour in zip(curves, colours(curves), strict=True):
+def _plot_panel(axes: Axes, curves: Sequence[Curve], is_log: bool, shared: Sequence[str]) -> None:
+    metric, colours = curves[0].metric, colours_of([curve.record.method for curve in curves])
+    highest = 100.0 if metric.unit else np.inf
+    for whole, colour in zip(curves, colours, strict=True):
         curve = whole.after_training() if is_log else whole  # no 0 on a logarithmic axis
         plot_curve(axes, curve, metric.column, colour, curve.legend_beside(shared), highest=highest)
         if curve.seeds_disagree:
@@ -167,25 +168,25 @@ def _plot_panel(axes: Axes, curves: Sequence[Curve], shared: Sequence[str]) -> N
         if curve.reference is not None:
             axes.axhline(curve.reference, color=colour, linestyle=":", linewidth=1.0)
     if is_log:
-        axes.set(xscale="log", xlim=(1, max(curve.record.iterations for curve in curves)))
+        axes.set_xscale("log")
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     else:
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def score_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """Return the range to show of curves of one metric: from below the worst final score, or 0 if that is at most 50,
-    to above the best. None shows all."""
+    """Return the range to show of curves of one metric: from below the worst final score, and what a curve has after a
+    tenth of its iterations, or 0 if a final score is at most 50; to above the best. None shows all."""
     metric = curves[0].metric
     if not metric.unit or metric.column not in curves[0].history:
         return None
-    finals = [float(curve.by_iteration(metric.column)["mean"].iloc[-1]) for curve in curves]
+    means = [curve.by_iteration(metric.column)["mean"] for curve in curves]
+    finals = [float(mean.iloc[-1]) for mean in means]
     finals += [curve.reference for curve in curves if curve.reference is not None]
     missing = 100.0 - min(finals)
-    lowest = 99.0 - 1.4 * missing if missing < 50.0 else min(0.0, 1.1 * min(finals))
+    early = [score for mean in means for score in mean.loc[mean.index[-1] / 10 :].head(1)]
+    lowest = max(0.0, min(99.0 - 1.4 * missing, *early)) if missing < 50.0 else min(0.0, 1.1 * min(finals))
     return lowest, min(100.3, max(finals) + 0.25 * missing)
 
 
@@ -197,5 +198,5 @@ def caption(report: ExperimentReport, curves: Sequence[Curve], remark: str = "")
     several = f"Mean over {' or '.join(map(str, seeds))} seeds, shaded ±1 standard deviation"
     mean, machines = "One seed" if seeds == [1] else several, sorted({curve.record.machine for curve in curves})
     shows = report.caption if of_the_paper else report.experiment
-    shows = in_figure(", ".join([shows, *shared_overrides(curves)]))
-    return textwrap.fill(f"{source}{shows}. {mean}{remark}. {', '.join(machines)}.", 120)
+    shows = in_figure(", ".join([shows, *shared_remarks(curves)]))
+    return f"{source}{shows}. {mean}{remark}. {', '.join(machines)}."

@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.reports.accuracy import Accuracy, caption, colours, plot_curve
+from experiments.reports.accuracy import Accuracy, caption, plot_curve, shared_remarks
 from experiments.reports.curves import Curve, curves, ordered_settings
+from experiments.reports.drawing import caption_below, colours_of, legend_above
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
@@ -48,23 +49,23 @@ class Angle(Accuracy):
         names = max(map(cosine_names, curves), key=len)
         across = min(len(names), ACROSS)
         down = -(-len(names) // across)
-        figure = Figure(figsize=(max(3.0 * across, 9.0), 2.4 * down + 2.0), layout="constrained")
+        figure = Figure(figsize=(max(2.1 * across, 9.0), 2.0 * down + 0.4), layout="constrained")
         panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+        colours = colours_of([curve.record.method for curve in curves])
         for t, (axes, name) in enumerate(zip(panels, names, strict=False), start=1):
             axes.axhline(0.0, color="#000000", linewidth=0.6)
-            for curve, colour in zip(curves, colours(curves), strict=True):
+            for curve, colour in zip(curves, colours, strict=True):
                 if name in curve.history:
-                    plot_curve(axes, curve, name, colour, curve.label, highest=1.0)
-            axes.set(title=f"block {t}", xlabel="iteration", ylabel="cosine")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                    plot_curve(axes, curve, name, colour, curve.legend_beside(shared_remarks(curves)), highest=1.0)
+            axes.set(xlabel="iteration", ylabel="cosine")
+            axes.set_title(f"block {t}", fontsize=11)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
             axes.grid(alpha=0.3)
             axes.label_outer()
         for axes in list(panels)[len(names) :]:
             axes.set_visible(False)
-        lines, labels = figure.axes[0].get_legend_handles_labels()
-        title = in_figure(self.panels.get(setting, setting))
-        figure.legend(lines, labels, title=title, fontsize=8, loc="outside upper center", ncols=5)
-        figure.supxlabel(caption(self, curves), fontsize=8)
+        legend_above(figure, in_figure(self.panels.get(setting, setting)))
+        caption_below(figure, caption(self, curves))
         return figure
 
 

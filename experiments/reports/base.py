@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from functools import cache
+from inspect import isclass
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pandas as pd
-from hydra.utils import instantiate
+import yaml
+from hydra.utils import get_object
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
+from admm.files import atomic_write
 from experiments.errors import user_errors
 from experiments.records import RunRecord
 from experiments.reports.paper import PaperEntry, entry_of
@@ -132,12 +136,38 @@ def score_by_seed(record: RunRecord, by_replica: pd.Series[float]) -> dict[int, 
 def report_of(experiment: str, kind: str = "") -> ExperimentReport:
     """Return the report that conf/experiment/<experiment>.yaml declares. An experiment that is not in conf gets a
     report of this kind, accuracy by default, with its name as the caption."""
-    return declared_reports().get(experiment) or _make(experiment, {"_target_": _target(kind or "accuracy")})
+    return declared_reports().get(experiment) or make_report(experiment, {"_target_": _target(kind or "accuracy")})
 
 
 def report_on(run: Run) -> ExperimentReport:
-    """Return the report of a run's experiment."""
-    return report_of(run.record.experiment, run.record.kind)
+    """Return the report of a run's experiment: the one that `note_report` has noted, or the committed one.
+
+    Raises BadInput for a wrong note."""
+    note, record = note_of(run), run.record
+    if not note.exists():
+        return report_of(record.experiment, record.kind)
+    with user_errors():
+        try:
+            return make_report(record.experiment, yaml.safe_load(note.read_text(encoding="utf-8")))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{note}: {error}; a launch of {record.experiment} writes it again") from error
+
+
+def note_report(run: Run, report: Mapping[str, Any] | None) -> None:
+    """Note beside the runs of an experiment of the user's which report it declares, for figures and tables that are
+    drawn without its file. None removes the note. Raises WriteError."""
+    note = note_of(run)
+    if report is None:
+        with suppress(FileNotFoundError):
+            note.unlink()
+        return
+    with atomic_write(note, "the note of the experiment's report") as part:
+        part.write_text(yaml.safe_dump(dict(report), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def note_of(run: Run) -> Path:
+    """Return the file of a store that has the report of a run's experiment, if the experiment is the user's."""
+    return run.folder.parent / "report.yaml"
 
 
 def declared_reports() -> Mapping[str, ExperimentReport]:
@@ -153,12 +183,29 @@ def _read(folder: Path) -> Mapping[str, ExperimentReport]:
     with user_errors():
         for experiment, content in contents.items():
             TableRows.of(experiment, content.get("rows"), [folder.parent]).check_baseline(content.get("report"))
-    reports = [_make(name, content.report) for name, content in contents.items() if "report" in content]
+        declared = [(name, content.report) for name, content in contents.items() if "report" in content]
+        reports = [make_report(name, OmegaConf.to_container(node)) for name, node in declared]
     return {report.experiment: report for report in sorted(reports, key=lambda report: report.order or inf)}
 
 
-def _make(experiment: str, node: Any) -> ExperimentReport:
-    return instantiate({"caption": experiment, **node}, experiment=experiment, _convert_="all")  # type: ignore[no-any-return]
+def make_report(experiment: str, node: Any) -> ExperimentReport:
+    """Return the report that a key `report` of an experiment describes; without a class it is one of accuracies.
+
+    Raises ValueError for what is no mapping, for a class that is not there or is no report, and for wrong keys."""
+    if not isinstance(node, Mapping):
+        raise ValueError(f"report: {node!r} is no mapping, such as {{caption: Mine}}")
+    values = {"_target_": _target("accuracy"), "caption": experiment, **node}
+    target = values.pop("_target_")
+    try:
+        found = get_object(target)
+    except ImportError as error:
+        raise ValueError(f"report._target_: {error}") from error
+    if not (isclass(found) and issubclass(found, ExperimentReport)):
+        raise ValueError(f"report._target_: {target} is no subclass of experiments.reports.base.ExperimentReport")
+    keys = [key.name for key in fields(found) if key.name != "experiment"]
+    if unknown := [key for key in values if key not in keys]:
+        raise ValueError(f"report: no key {unknown[0]!r}; the keys are {', '.join(keys)}")
+    return found(experiment, **values)
 
 
 def _target(kind: str) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from experiments.overrides import is_comparable_with_paper, reduces
 from experiments.records import RunRecord
-from experiments.reports.base import ExperimentReport, report_of
+from experiments.reports.base import ExperimentReport, report_on
 from experiments.reports.methods import method_of, methods
 from experiments.reports.metrics import ACCURACY, Metric, in_percent, metric_of
 from experiments.reports.paper import PaperEntry
@@ -20,21 +20,18 @@ from experiments.store import Run
 
 @dataclass(frozen=True)
 class Curve:
-    """One run, or several runs that differ in their seeds alone. runs: their names in the store, the newest first."""
+    """One run, or several runs that differ in their seeds alone. runs: their names in the store, the newest first.
+    report: of their experiment."""
 
     runs: tuple[str, ...]
     record: RunRecord
     history: pd.DataFrame
+    report: ExperimentReport
 
     @property
     def run(self) -> str:
         """The name of the newest run."""
         return self.runs[0]
-
-    @property
-    def report(self) -> ExperimentReport:
-        """The report of its experiment."""
-        return report_of(self.record.experiment, self.record.kind)
 
     @property
     def label(self) -> str:
@@ -49,34 +46,26 @@ class Curve:
     @property
     def setting(self) -> str:
         """The setting's name, whether it is reduced (less than the paper's), note, overrides, and missing seeds."""
-        return self.setting_beside(())
-
-    def setting_beside(self, said: Collection[str]) -> str:
-        """Return `setting` without the overrides that are said elsewhere."""
-        record, seeds = self.record, self.history["replica"].nunique()
+        record = self.record
         is_reduced = self.report.reduced or (self.report.paper.source and any(map(reduces, record.overrides)))
         name = f"{'reduced ' if is_reduced else ''}{record.setting}"
-        overrides = [override for override in record.overrides if override not in said]
-        parts = [f"{name}: {record.note}" if record.note else name, *overrides]
-        parts += [f"{seeds} of {record.of_seeds} seeds"] if seeds < record.of_seeds else []
-        diverged = seeds - len(self._final())
-        return ", ".join([*parts, f"{diverged} of {seeds} seeds diverged"] if diverged else parts)
+        return ", ".join([f"{name}: {record.note}" if record.note else name, *self.remarks])
+
+    def legend_beside(self, said: Collection[str], several: bool = False) -> str:
+        """Return the method's name. The setting follows if there are several, or if the curve has remarks that are not
+        said elsewhere."""
+        remarks = ", ".join(remark for remark in self.remarks if remark not in said)
+        named = f"{self.label}, {self.record.setting}"
+        return textwrap.fill(f"{named}: {remarks}" if remarks else named if several else self.label, 60)
 
     @property
-    def legend(self) -> str:
-        """Method, setting, last accuracy and published ones, in words."""
-        return self.legend_beside(())
-
-    def legend_beside(self, said: Collection[str]) -> str:
-        """Return `legend` without the overrides that are said elsewhere."""
-        row = self.row()
-        published = {"paper": self.reference, "its authors": self.authors}
-        others = ", ".join(f"{who} {value}" for who, value in published.items() if value is not None)
-        others = f" ({others})" if others else ""
-        spread = f" ± {row['std']:.2f}" if row["seeds"] > 1 else ""
-        remark = self.setting_beside(said).removeprefix(self.record.setting).lstrip(":, ")
-        score = f"{row['mean']:.2f}{spread} {self.metric.unit}".rstrip()
-        return textwrap.fill(f"{self.label}{f', {remark}' if remark else ''}: {score}{others}", 100)
+    def remarks(self) -> list[str]:
+        """The overrides, and in words the seeds that are missing or have diverged."""
+        seeds = self.history["replica"].nunique()
+        missing = [f"{seeds} of {self.record.of_seeds} seeds"] if seeds < self.record.of_seeds else []
+        remarks = [*self.record.overrides, *missing]
+        diverged = seeds - len(self._final())
+        return [*remarks, f"{diverged} of {seeds} seeds diverged"] if diverged else remarks
 
     @property
     def reference(self) -> float | None:
@@ -171,7 +160,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 def _joined(runs: list[Run]) -> Curve:
     """The curve of the last of these runs, with the seeds of earlier runs that differ from it in their seeds alone."""
     *former, newest = runs
-    curve = Curve((newest.name,), newest.record, in_percent(newest.history))
+    curve = Curve((newest.name,), newest.record, in_percent(newest.history), report_on(newest))
     for run in reversed(former):
         history, present = in_percent(run.history), curve.history
         more = history[~history["seed"].isin(present["seed"])] if "seed" in history else history[:0]
@@ -179,7 +168,8 @@ def _joined(runs: list[Run]) -> Curve:
             more = more.assign(replica=more["replica"] + present["replica"].max() + 1)
             machines = dict.fromkeys((curve.record.machine, run.record.machine))
             record = replace(curve.record, machine=", ".join(machines))
-            curve = Curve((*curve.runs, run.name), record, pd.concat([present, more]))
+            runs_of_row = *curve.runs, run.name
+            curve = replace(curve, runs=runs_of_row, record=record, history=pd.concat([present, more]))
     return curve
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,8 +13,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from experiments.reports.accuracy import shared_overrides
+from experiments.reports.accuracy import shared
 from experiments.reports.base import Comparison, ExperimentReport, score_by_seed
+from experiments.reports.drawing import caption_below
 from experiments.reports.methods import method_of
 from experiments.reports.paired import Scored, insert_differences
 from experiments.reports.text import in_figure
@@ -135,24 +135,28 @@ class Faces(ExperimentReport):
     def bars(self, runs: list[Run]) -> Figure:
         """Draw mean balanced accuracy by method and rank."""
         runs, table = in_order(runs), self._of_runs(runs)
-        figure = Figure(figsize=(7.5, 1.4 + 0.32 * len(runs)), layout="constrained")
+        figure = Figure(figsize=(7.5, 0.9 + 0.3 * len(runs)), layout="constrained")
         axes = figure.subplots()
-        shared = shared_overrides(runs)  # the caption has them
-        own = [[override for override in run.record.overrides if override not in shared] for run in runs]
+        said = shared([run.record.overrides for run in runs])  # in the caption
+        own = [[override for override in run.record.overrides if override not in said] for run in runs]
         labels = [
             ", ".join([method, run.record.setting, *overrides])
             for method, run, overrides in zip(table["method"], runs, own, strict=True)
         ]
         colours = [method_of(run.record.method).colour or "C0" for run in runs]
         values, places = table["balanced accuracy"], range(len(runs))  # two runs may have the same label
-        axes.barh(places, values, xerr=table["std"].fillna(0.0), color=colours, height=0.7)
-        for place, value in zip(places, values, strict=True):
-            axes.text(max(50.0, value), place, f" {value:.1f}", va="center", fontsize=8)
+        spread = table["std"].fillna(0.0)
+        axes.barh(places, values, xerr=spread, color=colours, height=0.7)
+        for place, value, end in zip(places, values, values + spread, strict=True):
+            axes.annotate(
+                f"{value:.1f}", (max(50.0, end), place), (4, 0), textcoords="offset points", va="center", fontsize=9
+            )
         axes.set_yticks(places, map(in_figure, labels))
-        axes.set(xlabel="balanced accuracy, mean over the attributes (%)", xlim=(50, 100))
+        axes.set(xlabel="balanced accuracy, mean over the attributes (%); chance: 50", xlim=(50, 100))
         axes.invert_yaxis()
         axes.grid(alpha=0.3, axis="x")
-        figure.supxlabel(self._caption(runs, "Bars: mean over the seeds, ±1 standard deviation"), fontsize=8)
+        axes.set_axisbelow(True)
+        caption_below(figure, self._caption(runs, "Bars: mean over the seeds, ±1 standard deviation"))
         return figure
 
     def heat_maps(self, run: Run, factors: Sequence[int] | None = None) -> Figure:
@@ -170,7 +174,7 @@ class Faces(ExperimentReport):
             remark += "largest mean"
         faces, maps = arrays["faces"].transpose(0, 2, 3, 1), torch.from_numpy(arrays["maps"][list(factors)])
         large = functional.interpolate(maps, faces.shape[1:3], mode="bilinear", align_corners=False).numpy()
-        figure = Figure(figsize=(1.1 * len(faces) + 0.6, 1.15 * (len(factors) + 1) + 0.7), layout="constrained")
+        figure = Figure(figsize=(1.1 * len(faces) + 0.6, 1.15 * (len(factors) + 1) + 0.22), layout="constrained")
         panels = figure.subplots(len(factors) + 1, len(faces), squeeze=False)
         for column, face in enumerate(faces):
             panels[0, column].imshow(face)
@@ -183,14 +187,14 @@ class Faces(ExperimentReport):
             panels[row, 0].set_ylabel(f"factor {factor}\n{arrays['consistency'][factor]:.2f}", fontsize=8)
         of_run = f"Factors of {run.record.setting}, seed {arrays['seed']}"
         text = self._caption([run], f"{of_run}: {remark}; below its number, a factor's consistency")
-        figure.supxlabel(text, fontsize=8)
+        caption_below(figure, text)
         return figure
 
     def _caption(self, runs: list[Run], remark: str) -> str:
         labels = " and ".join(sorted({run.record.labels for run in runs}))
         machines = ", ".join(sorted({run.record.machine for run in runs}))
-        shows = in_figure(", ".join([self.caption, *shared_overrides(runs)]))
-        return textwrap.fill(f"{shows}; {labels}. {remark}. {machines}.", 120)
+        shows = in_figure(", ".join([self.caption, *shared([run.record.overrides for run in runs])]))
+        return f"{shows}; {labels}. {remark}. {machines}."
 
 
 def in_order(runs: list[Run]) -> list[Run]:

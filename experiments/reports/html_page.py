@@ -20,15 +20,15 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 from plotly.offline import get_plotlyjs
 
 from experiments.records import RunRecord
-from experiments.reports.accuracy import colours, lengths_differ, score_label, score_range
+from experiments.reports.accuracy import lengths_differ, score_label, score_range
 from experiments.reports.base import Comparison, ExperimentReport, declared_reports, report_on
 from experiments.reports.curves import Curve, curves
+from experiments.reports.drawing import colours_of
 from experiments.reports.interrupted import interrupted_row
 from experiments.reports.methods import method_of, methods
 from experiments.reports.results_page import (
@@ -285,10 +285,14 @@ def run_summary(run: Run, of_row: Sequence[str] = ()) -> dict[str, Any]:
 def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
     """Return every measured quantity of the curves, for the page's script to plot."""
     settings = list(dict.fromkeys(curve.record.setting for curve in curves))
-    groups = {name: [curve for curve in curves if curve.record.setting == name] for name in settings}
-    colour_of = {id(c): colour for group in groups.values() for c, colour in zip(group, colours(group), strict=True)}
+    groups = [[curve for curve in curves if curve.record.setting == name] for name in settings]
+    colour_of = {
+        id(curve): colour
+        for group in groups
+        for curve, colour in zip(group, colours_of([curve.record.method for curve in group]), strict=True)
+    }
     plotted = [
-        curve_data(curve, to_hex(colour_of[id(curve)]), DASHES[settings.index(curve.record.setting) % len(DASHES)])
+        curve_data(curve, colour_of[id(curve)], DASHES[settings.index(curve.record.setting) % len(DASHES)])
         for curve in curves
     ]
     score = curves[0].metric.column

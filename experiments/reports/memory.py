@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
@@ -13,7 +12,8 @@ from matplotlib.figure import Figure
 
 from admm.files import MIB
 from experiments.reports.base import Comparison, ExperimentReport
-from experiments.reports.methods import PALETTE, method_of
+from experiments.reports.drawing import caption_below, legend_above, sequence
+from experiments.reports.methods import method_of
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
@@ -64,12 +64,12 @@ class Memory(ExperimentReport):
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
         """Draw a stacked bar for each run, with its total and the process's peak in numbers."""
         table = self.table(runs)
-        figure = Figure(figsize=(8.0, 1.6 + 0.6 * len(table)), layout="constrained")
+        figure = Figure(figsize=(8.0, 0.8 + 0.55 * len(table)), layout="constrained")
         axes = figure.subplots()
         names = zip(table["method"], table["setting"], strict=True)
         labels = [in_figure(f"{method}\n{setting}") for method, setting in names]
         left = 0.0 * table["total"]
-        for colour, name in zip(PALETTE, VARIABLES.values(), strict=False):
+        for colour, name in zip(sequence(len(VARIABLES)), VARIABLES.values(), strict=True):
             axes.barh(labels, table[name], left=left, color=colour, label=name)
             left = left + table[name]
         for height, row in enumerate(table.to_dict("records")):
@@ -78,11 +78,11 @@ class Memory(ExperimentReport):
             axes.text(row["total"], height, text, va="center", fontsize=8)
         axes.set(xlabel="training variables of one seed (MiB)", xlim=(0, 1.6 * table["total"].max()))
         axes.invert_yaxis()
-        axes.legend(fontsize=8, loc="lower right")
+        legend_above(figure)
         remark = "process: the most that an iteration takes beyond the data"
         if online := self.stated.get("online_block_admm"):
             remark += f"; the paper: {online:g} times less online"
-        figure.supxlabel(textwrap.fill(f"{self.caption}; {remark}.", 120), fontsize=8)
+        caption_below(figure, f"{self.caption}; {remark}.")
         return {self.experiment: figure}
 
 

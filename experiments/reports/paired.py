@@ -18,7 +18,7 @@ from experiments.records import RunRecord
 from experiments.reports.methods import method_of
 
 CONFIDENCE = 0.95
-BASELINE, NO_ROW = "baseline", "– (no such row)"
+BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,14 @@ class Scored:
         others = [override for override in self.record.overrides if not is_comparable_with_paper(override)]
         return self.record.dataset, sorted(others)
 
-    def is_baseline_of(self, row: Scored, baseline: str) -> bool:
-        """Return whether the row is compared with this one. baseline: see `ExperimentReport`."""
-        method, _, setting = baseline.partition("-")
-        own = self.record
-        return (own.method, own.setting) == (method, setting or row.record.setting) and self.task == row.task
+    @property
+    def name(self) -> str:
+        """Its method and setting."""
+        return f"{self.record.method}-{self.record.setting}"
+
+    def baseline_name(self, baseline: str) -> str:
+        """Return the `name` of the row that this one is compared with. baseline: see `ExperimentReport`."""
+        return baseline if "-" in baseline else f"{baseline}-{self.record.setting}"
 
 
 def insert_differences(table: pd.DataFrame, rows: Sequence[Scored], baseline: str) -> None:
@@ -47,20 +50,27 @@ def insert_differences(table: pd.DataFrame, rows: Sequence[Scored], baseline: st
 
     rows: of the table, in its order. baseline: see `ExperimentReport`.
     """
-    cells = [_cell(row, rows, baseline) for row in rows]
-    if not {BASELINE, NO_ROW}.issuperset(cells):
+    others = [_baselines(row, rows, baseline) for row in rows]
+    if any(found and row not in found for row, found in zip(rows, others, strict=True)):
         method, _, setting = baseline.partition("-")
         words = ["minus", method_of(method).label, setting, f"[{100 * CONFIDENCE:g} %]"]
+        cells = [_cell(row, found, baseline) for row, found in zip(rows, others, strict=True)]
         table.insert(list(table.columns).index("std") + 1, " ".join(filter(None, words)), cells)
 
 
-def _cell(row: Scored, rows: Sequence[Scored], baseline: str) -> str:
-    found = [other for other in rows if other.is_baseline_of(row, baseline)]
+def _baselines(row: Scored, rows: Sequence[Scored], baseline: str) -> list[Scored]:
+    """The rows that a row could be compared with."""
+    name = row.baseline_name(baseline)
+    return [other for other in rows if other.name == name and other.task == row.task]
+
+
+def _cell(row: Scored, found: Sequence[Scored], baseline: str) -> str:
     if row in found:
         return BASELINE
     found = [other for other in found if other.record.overrides == row.record.overrides] or found
     if len(found) != 1:
-        return f"– ({len(found)} such rows)" if found else NO_ROW
+        name = row.baseline_name(baseline)
+        return f"– ({len(found)} rows {name})" if found else f"– (no row {name})"
     return difference(row.scores, found[0].scores)
 
 

@@ -46,9 +46,10 @@ def sections(root: Path) -> Iterator[str]:
     yield "# Results"
     yield (
         "Written by `make results-page` from the runs in this folder. Accuracies are test accuracies in percent after "
-        "the last iteration, mean and standard deviation over seeds. On settings, see the [README](../README.md): "
-        "*reduced* is less than the paper's experiment, *default* has no row in `conf/row`, and `1 of 3 seeds` counts "
-        "those run so far. The commit is that of the code which made a row's runs; one with + had uncommitted changes."
+        "the last iteration, mean and standard deviation over seeds. [docs/reproduction.md](../docs/reproduction.md) "
+        "explains the settings: *reduced* is less than the paper's experiment, *default* has no row in `conf/row`, and "
+        "`1 of 3 seeds` counts those run so far. The commit is that of the code which made a row's runs; one with + "
+        "had uncommitted changes."
     )
     yield (
         "[docs/fidelity.md](../docs/fidelity.md) lists where these experiments depart from the paper, what it leaves "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import json
 from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
@@ -13,12 +13,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from admm.files import atomic_write
-from experiments.overrides import is_searched
+from experiments.overrides import is_searched, key_of
+from experiments.reports.drawing import caption_below, legend_above, sequence
 from experiments.reports.scores import scores
 from experiments.reports.text import in_figure
 from experiments.store import Run
 
 RESULTS = ("held-out", "seeds", "iterations", "samples held out")  # columns after those of the hyperparameters
+NOTHING = object()
 FEW = 6  # values of a hyperparameter, which its axis names
 WIDE = 4.0  # the quotient of a hyperparameter's largest and smallest value from which on its axis is logarithmic
 
@@ -32,26 +34,57 @@ def rankings(runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
 
 
 def ranking(runs: Iterable[Run]) -> pd.DataFrame:
-    """Return a table with a row for each configuration of a search, the best first. The runs of a configuration may
-    differ in their seeds; the index has the name of the last of them."""
+    """Return a table with a row for each configuration of a search, the best first; equally good ones are in the order
+    of their values. The runs of a configuration may differ in their seeds; the index has the name of the last of
+    them."""
     rows: dict[tuple[str, ...], dict[Path, Run]] = {}
     for run in runs:
         rows.setdefault((run.folder.parent.as_posix(), run.row), {})[run.folder] = run
     of_row = [list(row.values()) for row in rows.values()]
-    table = pd.DataFrame([_ranked(row) for row in of_row], index=[row[-1].name for row in of_row])
-    searched = [key for key in table if key not in RESULTS]  # one that only some runs have is last in `table`
-    return table[[*searched, *RESULTS]].sort_values("held-out", ascending=False)
+    overrides = [override for row in of_row for run in row for override in run.record.overrides]
+    keys = list(dict.fromkeys(key_of(override) for override in overrides if is_searched(override)))
+    ranked = sorted((_ranked(row, keys) for row in of_row), key=_rank)
+    return pd.DataFrame(ranked).set_index("run")[["setting", *keys, *RESULTS]].rename_axis(None)
 
 
-def _ranked(row: Sequence[Run]) -> dict[str, Any]:
-    """A configuration: its setting, the values searched over, its score, and how many seeds have not diverged."""
-    record, by_seed = row[-1].record, scores(row)
-    searched = filter(is_searched, record.overrides)
-    values: dict[str, Any] = {key: value for key, _, value in (override.partition("=") for override in searched)}
+def _ranked(row: Sequence[Run], keys: Sequence[str]) -> dict[str, Any]:
+    """A configuration: its setting, the values of `keys`, its score, and how many seeds have not diverged."""
+    run, by_seed = row[-1], scores(row)
     diverged = {run.record.seeds[replica] for run in row for replica in run.record.diverged}
-    seeds = len(by_seed.keys() - diverged)
+    record, seeds = run.record, len(by_seed.keys() - diverged)
     results = fmean(by_seed.values()), seeds, record.iterations, record.dataset.holdout
-    return {"setting": record.setting} | values | dict(zip(RESULTS, results, strict=True))
+    values = {"run": run.name, "setting": record.setting} | {key: value_of(run, key) for key in keys}
+    return values | dict(zip(RESULTS, results, strict=True))
+
+
+def _rank(row: dict[str, Any]) -> list[Any]:
+    """A key that sorts configurations."""
+    values = [value or "" for key, value in sorted(row.items()) if key not in ("run", *RESULTS)]
+    return [-row["held-out"], *((words_first(value), value) for value in values), row["run"]]
+
+
+def value_of(run: Run, key: str) -> str | None:
+    """Return a value of a run's configuration as the command line would give it. For a key that the configuration does
+    not have, and for a group, it is what the run's overrides say, or None."""
+    node: Any = run.config
+    for name in key.split("."):
+        node = node.get(name, NOTHING) if isinstance(node, dict) else NOTHING
+    if node is NOTHING or (isinstance(node, dict) and "_target_" in node):
+        said = {key_of(override): override.partition("=")[2] for override in run.record.overrides}
+        return said.get(key)
+    return as_override(node)
+
+
+def as_override(value: Any) -> str:
+    """Return a value of a configuration as an override has it, without spaces."""
+    match value:
+        case dict():
+            return f"{{{','.join(f'{key}:{as_override(part)}' for key, part in value.items())}}}"
+        case list():
+            return f"[{','.join(map(as_override, value))}]"
+        case None | bool():
+            return json.dumps(value)
+    return str(value)
 
 
 def read_ranking(path: Path, dtype: type | None = None) -> pd.DataFrame:
@@ -82,15 +115,17 @@ def plot_ranking(path: Path) -> None:
     ranked = read_ranking(path)
     keys = list(ranked.columns[1 : ranked.columns.get_loc("held-out")])
     searched = [key for key in keys if ranked[key].nunique(dropna=False) > 1] or keys
-    width = max(4.5, 3.4 * len(searched))  # inches
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
+    settings = ranked["setting"].unique()
+    colour_of = dict(zip(settings, sequence(len(settings)), strict=True))
+    figure = Figure(figsize=(max(4.5, 3.4 * len(searched)), 3.0), layout="constrained")
     panels = figure.subplots(1, max(1, len(searched)), sharey=True, squeeze=False)[0]
     for axes, key in zip(panels, searched, strict=False):
         if not (is_number := pd.api.types.is_numeric_dtype(ranked[key])):
             ranked[key] = ranked[key].fillna("the setting's")
             axes.xaxis.update_units(sorted(ranked[key].unique(), key=words_first))
         for setting, tried in ranked.dropna(subset=[key]).groupby("setting", sort=False):
-            axes.scatter(tried[key], tried["held-out"], s=18, alpha=0.7, label=in_figure(str(setting)))
+            colour = colour_of[setting]
+            axes.scatter(tried[key], tried["held-out"], s=24, alpha=0.7, color=colour, label=in_figure(str(setting)))
         values = ranked[key].dropna()
         if is_number and values.min() > 0 and values.max() >= WIDE * values.min():
             axes.set_xscale("log")
@@ -102,12 +137,14 @@ def plot_ranking(path: Path) -> None:
             for label in axes.get_xticklabels():
                 label.set_parse_math(False)
                 label.set(rotation=20, ha="right", rotation_mode="anchor", fontsize=8)
+        axes.margins(x=0.12)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out score (%)")
-    if ranked["setting"].nunique() > 1:
-        panels[0].legend(fontsize=7.5, title="setting")
+    figure.align_xlabels(panels)
+    if len(settings) > 1:
+        legend_above(figure, "setting")
     samples, seeds = (", ".join(map(str, sorted(ranked[key].unique()))) for key in ("samples held out", "seeds"))
     text = f"{path.stem}: {len(ranked)} configurations, {samples} training samples held out; seeds: {seeds}"
-    figure.supxlabel(textwrap.fill(text, int(13 * width)), fontsize=8)
+    caption_below(figure, text)
     with atomic_write(path.with_suffix(".png"), "the figure") as part:
         figure.savefig(part, dpi=150)

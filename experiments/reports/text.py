@@ -38,12 +38,15 @@ def in_figure(text: str) -> str:
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """Print a table to the terminal."""
+    """Print a table to the terminal, without empty columns; a machine that all rows share is in the title."""
+    shown = table.dropna(axis="columns", how="all")
+    if "machine" in shown and shown["machine"].nunique() == 1:
+        title, shown = f"{title} ({shown['machine'].iloc[0]})", shown.drop(columns="machine")
     printed = Table(title=escape(title))
-    for column in table.columns:
+    for column in shown.columns:
         printed.add_column(
-            escape(column), justify="right" if is_numeric_dtype(table[column]) else "left", overflow="fold"
+            escape(column), justify="right" if is_numeric_dtype(shown[column]) else "left", overflow="fold"
         )
-    for row in cells(table):
+    for row in cells(shown):
         printed.add_row(*map(escape, row))
     Console(width=None if Console().is_terminal else 140).print(printed)

@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from experiments.reports.accuracy import Accuracy, caption, legend_lines, plot_curve
+from experiments.reports.accuracy import PANEL, WIDTH, Accuracy, caption, plot_curve, score_range, shared_remarks
 from experiments.reports.curves import Curve, curves
-from experiments.reports.methods import method_of
+from experiments.reports.drawing import caption_below, colours_of, legend_above
 from experiments.store import Run
 
 TARGETS = (90, 93, 95, 97)  # test accuracy, percent
@@ -33,19 +33,20 @@ class Walltime(Accuracy):
 
     def figures(self, runs: list[Run]) -> dict[str, Figure]:
         by_method = curves(runs)
-        figure = Figure(figsize=(7.5, 4.6 + 0.2 * legend_lines(by_method)), layout="constrained")
+        said, several = shared_remarks(by_method), len({curve.record.setting for curve in by_method}) > 1
+        figure = Figure(figsize=(WIDTH, PANEL[1]), layout="constrained")
         axes = figure.subplots()
-        for number, curve in enumerate(by_method):
-            trained = curve.after_training()  # no 0 on a logarithmic axis
-            colour = method_of(curve.record.method).colour or f"C{number}"
-            plot_curve(axes, trained, "test_accuracy", colour, curve.legend, "seconds", highest=100.0)
-        axes.set(xlabel="training time of one seed (s)", ylabel="test accuracy (%)", xscale="log", ylim=(70, 100.3))
+        for curve, colour in zip(by_method, colours_of([curve.record.method for curve in by_method]), strict=True):
+            label, trained = curve.legend_beside(said, several), curve.after_training()  # no 0 on a logarithmic axis
+            plot_curve(axes, trained, "test_accuracy", colour, label, "seconds", highest=100.0)
+        limits = score_range(by_method)
+        axes.set(xlabel="training time of one seed (s)", ylabel="test accuracy (%)", xscale="log", ylim=limits)
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        legend_above(figure)
         remark = ". Set-up, data and evaluation excluded; the optimizers take turns in one process"
-        figure.supxlabel(caption(self, by_method, remark), fontsize=8)
+        caption_below(figure, caption(self, by_method, remark))
         return {self.experiment: figure}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from experiments.errors import user_errors
 from experiments.jobs import Job, run_once
 from experiments.launch import Launch
+from experiments.processes import alike, call
 from experiments.reports.scores import mean_score
 from experiments.store import Run
-from experiments.training import Observer, build_problem, end_record, logger_of, train_or_resume
+from experiments.training import Observer, end_record, logger_of, prepared, train_or_resume
 
 
 def run(config: DictConfig, launch: Launch) -> float | None:
@@ -19,9 +19,10 @@ def run(config: DictConfig, launch: Launch) -> float | None:
 
 def execute(config: DictConfig, job: Job) -> Run:
     """Train, from the last checkpoint if there is one, and put the result into the store."""
-    with user_errors(config):
-        problem = build_problem(config, job.dataset)
     with logger_of(config) as logger:  # closed when the result is in its place
-        test = job.dataset.x_test, job.dataset.y_test
-        _, history = train_or_resume(config, job, problem, test, Observer(logger))
-        return job.slot.complete(job.config, history.rows, job.info | end_record(history))
+        parallel = call(config, job)
+        with alike(parallel):
+            start = parallel.together(lambda: prepared(config, job.dataset, job.info["seeds"], parallel))
+            test = job.dataset.x_test, job.dataset.y_test
+            history = train_or_resume(config, job, start, test, Observer(logger))
+        return job.slot.complete(job.config, history.rows, job.info | end_record(history, parallel))

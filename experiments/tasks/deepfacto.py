@@ -47,6 +47,7 @@ from experiments.training import (
     execution,
     logger_of,
     train_or_resume,
+    with_optimizer,
     write_start_record,
 )
 
@@ -288,8 +289,10 @@ def train_jointly(
         problem = build_problem(config, features)
     test = (features, features.frozen[task.images], task)
     observer = Observer(logger, quantity="verification")
-    state, history = train_or_resume(config, job, problem, test, observer, measure=measure_faces, keep_last=True)
-    blocks, theta, seeds = problem.blocks, state.theta, state.seeds  # all else of the state is not kept meanwhile
+    start = with_optimizer(config, problem, job.info["seeds"])
+    history = train_or_resume(config, job, start, test, observer, measure=measure_faces, keep_last=True)
+    blocks, theta, seeds = problem.blocks, start.state.theta, start.state.seeds
+    del start  # all else of the state is not kept meanwhile
 
     def represented() -> Iterator[Represented]:
         for replica, seed in enumerate(seeds):

@@ -80,7 +80,7 @@ def run(config: DictConfig, launch: Launch) -> None:
         else:
             machine = runs[0].record.machine
             log.info("%s is there already, timed on %s; force=true times again", slots[0].experiment, machine)
-        record_in_launch(runs, launch)
+        record_in_launch(runs, launch, config)
         for job in jobs.values():
             supersede(job, config)
 

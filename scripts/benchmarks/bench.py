@@ -68,13 +68,16 @@ def main(path: Path) -> None:
     print(f"written: {path}")
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Replaces the rows of these names, keeps the others as they are; at once, or not at all."""
-    here = machine(torch.device("cpu"))
+def write(path: Path, rows: list[Row], here: str | None = None, replaced: Sequence[str] = ("name",)) -> None:
+    """Replaces the rows that have the same `replaced`, keeps the others as they are; at once, or not at all.
+
+    here: the machine; None is this processor.
+    """
+    here = here or machine(torch.device("cpu"))
     table = pd.DataFrame([(name, f"{value:.5g}", unit, here) for name, value, unit in rows], columns=COLUMNS)
     if path.exists():
         old = pd.read_csv(path, dtype=str, keep_default_na=False)
-        table = pd.concat([old[~old["name"].isin(table["name"])], table])
+        table = pd.concat([old, table]).drop_duplicates([*replaced], keep="last")
     with atomic_write(path, "what was measured") as part:
         table.to_csv(part, index=False)
 
@@ -102,7 +105,7 @@ def grid() -> list[Row]:
     paying = worthwhile_on_cpu(config.optimizer.batch_size)
     per_stack = min(45, paying // len(SEEDS) * len(SEEDS))
     one, five, stacked = (_epoch(config, [*SEEDS * 9][:n]) for n in (1, len(SEEDS), per_stack))
-    needed = {"single": _flops(one), "stacked": _flops(stacked)}
+    needed = {"single": flops_of(one), "stacked": flops_of(stacked)}
     times = turns(one, five, stacked, _large_product())
     few = worthwhile_on_cpu(large.optimizer.batch_size)
     of_large = turns(_epoch(large, SEEDS[:1]), _epoch(large, [*SEEDS * 9][:few]))
@@ -251,10 +254,10 @@ def cifar() -> list[Row]:
     which may exceed 1, as PyTorch's convolutions and products on a CPU come from different libraries, and what
     `cifar_flops` counts."""
     narrow = [
-        _step(config_of(method, experiment="cifar10_resnet18_narrow"), SEEDS[:1], _images(20))
+        _step(config_of(method, experiment="cifar10_resnet18_narrow"), SEEDS[:1], generated_images(20 * IMAGES))
         for method in METHODS.values()
     ]
-    needed = [_flops(task) for task in narrow]
+    needed = [flops_of(task) for task in narrow]
     times = turns(*narrow, _large_product())
     rows: list[Row] = [("cifar_online_over_sgd", ratio(times, 0, 1), "ratio")]
     for name, flops, seconds in zip(METHODS, needed, times, strict=False):
@@ -280,19 +283,19 @@ def cifar_flops() -> list[Row]:
     """Of an epoch of CIFAR-10 by ResNet-18 at full width, one seed, and of the evaluation on all 60,000 images."""
     rows: list[Row] = []
     for name, method in METHODS.items():
-        step = _flops(_step(config_of(method, experiment="cifar10_resnet18"), SEEDS[:1], _images(1)))
+        step = flops_of(_step(config_of(method, experiment="cifar10_resnet18"), SEEDS[:1], generated_images(IMAGES)))
         rows.append((f"cifar_{name}_flops", step / IMAGES * 50_000 / 1e12, "TFLOP/epoch"))
-    images = _images(1)
+    images = generated_images(IMAGES)
     problem = build_problem(config_of("sgd", experiment="cifar10_resnet18"), images)
     theta = problem.initial(SEEDS[:1])
-    forward = _flops(lambda: evaluate(problem, theta, (images.x_train, images.y_train)))
+    forward = flops_of(lambda: evaluate(problem, theta, (images.x_train, images.y_train)))
     return [*rows, ("cifar_evaluation_flops", forward / (2 * IMAGES) * 60_000 / 1e12, "TFLOP/epoch")]
 
 
-def _images(batches: int) -> Dataset:
-    """Of the shape of CIFAR-10's, in so many mini-batches."""
+def generated_images(count: int) -> Dataset:
+    """Of the shape of CIFAR-10's."""
     random = torch.Generator().manual_seed(0)
-    x = torch.rand(batches * IMAGES, 3, 32, 32, generator=random)
+    x = torch.rand(count, 3, 32, 32, generator=random)
     y = torch.randint(CLASSES, (len(x),), generator=random)
     return Dataset("generated", x, y, x[:1], y[:1], CLASSES, "")
 
@@ -312,7 +315,7 @@ class _Counter(TorchDispatchMode):
         return output
 
 
-def _flops(task: Task) -> int:
+def flops_of(task: Task) -> int:
     counter = _Counter()
     with counter:
         task()

@@ -1,4 +1,7 @@
-"""Write the tables of docs/performance.md from results/bench.csv: python -m scripts.benchmarks.performance_page
+"""Write the tables of docs/performance.md, parallel.md and gpu.md: python -m scripts.benchmarks.performance_page
+
+Those of measurements are from results/bench.csv and, on a GPU, results/bench_gpu.csv; that of docs/parallel.md's model
+is from its formulas.
 
 They stand between `<!-- table: name -->` and `<!-- end -->`. What has not been measured leaves its cell empty.
 """
@@ -10,12 +13,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.reports.methods import method_of, methods
 from experiments.reports.writing import update_tables
 from experiments.store import failed_writes_in_words
+from scripts.benchmarks import parallel_model
 from scripts.benchmarks.contestants.profiled import PARTS, REST
+from scripts.benchmarks.gpu_check import RESNET, STACKED, Sizes
 from scripts.benchmarks.races import ROOT
 
-PAGE, BENCH = ROOT / "docs" / "performance.md", ROOT / "results" / "bench.csv"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "parallel.md", "gpu.md")]
+BENCH, BENCH_GPU, PARALLEL = (ROOT / "results" / name for name in ("bench.csv", "bench_gpu.csv", "tables/parallel.csv"))
 RACES = {
     "online1": "online Block-ADMM, 1 seed, B = 128",
     "online5": "the same, 5 seeds",
@@ -58,7 +65,12 @@ TABLES: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
     "compiling": (
         "seconds that the first epoch takes longer",
         RACES,
-        {"first time": "compiled_{}_compile_seconds", "from the cache": "compiled_{}_compile_seconds_cached"},
+        {
+            "first time": "compiled_{}_compile_seconds",
+            "from the cache": "compiled_{}_compile_seconds_cached",
+            "mini-batches until it pays": "compiled_{}_pays_after",
+            "the same from the cache": "compiled_{}_pays_after_cached",
+        },
     ),
     "peak": (
         "of a mini-batch",
@@ -85,21 +97,86 @@ TABLES: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
         {f"online{n}": str(n) for n in (1, 5, 10, 20, 45)},
         {"seconds of an epoch, per seed": "compiled_{}_seconds_per_replica"},
     ),
+    "processes": (
+        "two processes of one thread",
+        {
+            "blocks": "Block-ADMM as printed, 784–128⁹–10, by blocks",
+            "samples_standard": "Standard ADMM, 784–128–128–10, by samples",
+            "samples_bcd": "BCD, 784–128–128–10, by samples",
+        },
+        {
+            "s an iteration": "seconds_parallel_{}",
+            "times as fast as one process": "parallel_{}_over_1",
+            "as one process with two threads": "parallel_{}_over_2_threads",
+            "variables of a process, times smaller": "parallel_{}_memory",
+            "MiB told in an iteration": "parallel_{}_told",
+        },
+    ),
     "waiting": (
         "times as fast as by default",
         WAITS,
         {
             "seconds by default": "default_wait_{}_seconds",
             "OMP_WAIT_POLICY=passive": "passive_wait_{}",
-            "GOMP_SPINCOUNT=0": "spincount0_wait_{}",
+            "GOMP_SPINCOUNT=30000": "spincount30000_wait_{}",
+        },
+    ),
+}
+
+LABELS = {name: method_of(method).label for name, method in (STACKED | RESNET).items()}
+OPTIMIZERS = {name: method.label for name, method in methods().items() if name not in ("nmf", "pca", "raw")}
+GPU_TABLES: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
+    "gpu_correctness": (
+        "largest difference",
+        OPTIMIZERS,
+        {
+            "fully connected": "difference_{}",
+            "the same, compiled": "difference_{}_compiled",
+            "ResNet-18": "difference_{}_resnet",
+        },
+    ),
+    "gpu_processes": (
+        "two processes and one",
+        {"samples": "parallel=samples", "blocks": "parallel=blocks"},
+        {"largest difference": "difference_parallel_{}"},
+    ),
+    "gpu_speed": (
+        "seconds of an epoch",
+        {f"{name}{n}": f"{LABELS[name]}, {n} in a stack" for name in STACKED for n in Sizes.stacks},
+        {
+            "eager": "eager_{}_seconds",
+            "compiled": "compiled_{}_seconds",
+            "times as fast": "compiled_{}_over_eager",
+            "seconds of compiling": "compiled_{}_compile_seconds",
+        },
+    ),
+    "gpu_resnet": (
+        "ResNet-18",
+        {name: LABELS[name] for name in RESNET},
+        {
+            "seconds of an epoch": "resnet_{}_seconds",
+            "images a second": "resnet_{}_images",
+            "TFLOP of an epoch": "resnet_{}_flops",
+            "share of peak": "resnet_{}_share_of_peak",
+            "peak, TFLOP/s": "resnet_{}_peak",
+            "memory, MiB": "resnet_{}_memory",
+            "test accuracy, %": "resnet_{}_accuracy",
+            "after epochs": "resnet_{}_epochs",
         },
     ),
 }
 
 
 def main() -> None:
-    update_tables(PAGE, tables(BENCH))
-    print(f"written: {PAGE}")
+    for page in PAGES:
+        update_tables(page, all_tables())
+        print(f"written: {page}")
+
+
+def all_tables() -> dict[str, pd.DataFrame]:
+    """Return the pages' tables by name: what has been measured, the model on paper, and that of experiment=parallel."""
+    of_experiment = pd.read_csv(PARALLEL).drop(columns="machine")
+    return tables(BENCH) | {"model": parallel_model.table(), "parallel": of_experiment} | gpu_tables(BENCH_GPU)
 
 
 def tables(bench: Path) -> dict[str, pd.DataFrame]:
@@ -109,15 +186,37 @@ def tables(bench: Path) -> dict[str, pd.DataFrame]:
     return {name: table(values, *parts) for name, parts in TABLES.items()}
 
 
+def gpu_tables(bench: Path) -> dict[str, pd.DataFrame]:
+    """Return the tables of docs/gpu.md by name, with the rows of one card after the other."""
+    if not bench.exists():
+        return {name: pd.DataFrame({corner: ["not measured yet"]}) for name, (corner, *_) in GPU_TABLES.items()}
+    cards = {
+        card: dict(zip(rows["name"], rows["value"], strict=True))
+        for card, rows in pd.read_csv(bench).groupby("machine")
+    }
+    return {
+        name: pd.concat({card: table(values, *parts) for card, values in cards.items()}, names=["card"])
+        .reset_index("card")
+        .reset_index(drop=True)
+        for name, parts in GPU_TABLES.items()
+    }
+
+
 def table(
     values: Mapping[str, float], corner: str, rows: Mapping[str, str], columns: Mapping[str, str]
 ) -> pd.DataFrame:
     """Return a table of the values whose names are a column's with a row's in it."""
     cells = {
-        header: [f"{values[name]:.3g}" if (name := pattern.format(row)) in values else "" for row in rows]
+        header: [number(values[name]) if (name := pattern.format(row)) in values else "" for row in rows]
         for header, pattern in columns.items()
     }
     return pd.DataFrame({corner: list(rows.values()), **cells})
+
+
+def number(value: float) -> str:
+    """Return a value with three digits, without an exponent."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:.3g}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from experiments.identity import FORMER_NAMES
 from scripts.benchmarks.bench import CLASSES, FEATURES, SAMPLES, SEEDS, config_of, ratio
 
 Chunk = Callable[[], float]  # returns its seconds
-LARGEST = 0.5  # input: with it samples are as long as those of MNIST, and SGD does not diverge
+LARGEST = 1.0  # input: with it samples are no longer than those of MNIST, so that SGD does not diverge
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 
 
@@ -36,12 +37,14 @@ class Options:
     turns: int = 15
     threads: int = 2
     samples: int = SAMPLES
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Contestant:
     """method: an optimizer as tuned for experiment=mnist_shallow. batch_size: None is the tuned one. kind: a file of
-    `contestants/`. checkout: where `admm` is imported from. environment: variables beside this process's."""
+    `contestants/`. checkout: where `admm` is imported from. environment: variables beside this process's,
+    None for one that it shall not have."""
 
     method: str
     replicas: int = 1
@@ -50,7 +53,7 @@ class Contestant:
     compile: bool = False
     checkout: Path = ROOT
     python: str = sys.executable
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def parts(self) -> int:
@@ -68,9 +71,9 @@ class Contestant:
             **{key: config[key] for key in ("model", "loss", "init")},
             **{"split": split, "optimizer": config["optimizer"] | epochs, "method": self.method},
             **{"samples": options.samples, "features": FEATURES, "classes": CLASSES, "threads": options.threads},
-            **{"batch_size": config["optimizer"]["batch_size"], "seeds": list(SEEDS * 9)[: self.replicas]},
+            **{"batch_size": config["optimizer"]["batch_size"], "seeds": [*islice(cycle(SEEDS), self.replicas)]},
             **{"parts": self.parts, "warm_up": self.parts, "compile": self.compile, "former": FORMER_NAMES},
-            **{"largest": LARGEST},
+            **{"largest": LARGEST, "device": options.device, "flush": self.checkout == ROOT},
         }
 
 
@@ -115,7 +118,8 @@ def started(contestant: Contestant, options: Options, cache: str) -> Iterator[tu
     """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
     places = {"PYTHONPATH": str(contestant.checkout), "TORCHINDUCTOR_CACHE_DIR": cache}
-    environment = os.environ | threads | places | contestant.environment
+    variables = os.environ | threads | places | contestant.environment
+    environment = {name: value for name, value in variables.items() if value is not None}
     file = str(HERE / "contestants" / f"{contestant.kind}.py")
     command = [contestant.python, str(HERE / "worker.py"), file, json.dumps(contestant.spec(options))]
     pipe = subprocess.PIPE

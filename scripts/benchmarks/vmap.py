@@ -34,7 +34,7 @@ def ours(network: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], Gra
     gradient = blocks.gradient()
 
     def step() -> Gradients:
-        _, saved = blocks[0].linearize(theta.blocks[0], x, Visit([0]))
+        _, saved = blocks[0].linearize(theta.blocks[0], x, Visit(range(len(x))))
         grad_input = blocks[0].vjp(theta.blocks[0], saved, grad_output, gradient[0])
         assert grad_input is not None
         return flattened(blocks.total(gradient)), grad_input

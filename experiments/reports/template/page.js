@@ -1,5 +1,7 @@
 "use strict";
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const touched = matchMedia("(pointer: coarse)").matches;
+const LOG_TICKS = [-3, -2, -1, 0, 1, 2, 3, 4, 5].flatMap((k) => [1, 2, 5].map((n) => Number(`${n}e${k}`)));
 const filters = document.getElementById("filters");
 const textOfRun = new Map(all("details.run").map((run) => [run.id, run.textContent.toLowerCase()]));
 const figures = all("figure.plot").map((figure) => ({
@@ -70,13 +72,15 @@ function draw({ canvas, content, chosen }, isWanted) {
     traces(curve, number, quantity, against, isLog, isScore).map((trace) => ({ ...trace, visible: isWanted(curve) })),
   );
   const range = isScore && content.range && !isLog.y ? { range: content.range.slice() } : {};
+  const ticks = isLog.x ? { tickvals: LOG_TICKS } : {};
   const layout = {
     uirevision: [quantity, against, type("x"), type("y")].join(), // zoomed until another plot is asked for
     legend: { uirevision: "kept", font: { size: 11 }, x: 0, y: -0.2, maxheight: 0.3, yanchor: "top", orientation: "h" },
     margin: { l: 65, r: 15, t: 15, b: 50 },
     font: { family: "system-ui, sans-serif", color: "#1b1f24" },
-    paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", hovermode: "closest", dragmode: "zoom",
-    xaxis: { title: { text: chosen("against").selectedOptions[0].text }, type: type("x"), gridcolor: "#e5e8eb" },
+    paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", hovermode: "closest",
+    dragmode: touched ? false : "zoom", // a finger scrolls the page
+    xaxis: { title: { text: chosen("against").selectedOptions[0].text }, type: type("x"), gridcolor: "#e5e8eb", ...ticks },
     yaxis: { title: { text: content.quantities[quantity] }, type: type("y"), gridcolor: "#e5e8eb", ...range },
   };
   const buttons = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "autoScale2d", "resetScale2d"]]; // none that sends

@@ -26,10 +26,13 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]
 
 def build(spec: dict[str, Any]) -> tuple[Any, Problem, Any]:
     """Return the optimizer, the problem, with generated data, and the state before the first chunk."""
+    torch.set_flush_denormal(spec["flush"])  # before anything that is parallel, as the experiments do
     former, features, classes = spec["former"], spec["features"], spec["classes"]
     random = torch.Generator().manual_seed(0)
     x = spec["largest"] * torch.rand(spec["samples"], features, generator=random)
+    x *= torch.rand(x.shape, generator=random) < 10 ** torch.linspace(-5, 0, features)  # as in digits, most are rare
     y = one_hot(torch.randint(classes, (len(x),), generator=random), classes, x)
+    x, y = x.to(spec["device"]), y.to(spec["device"])
     network = make(spec["model"], former, input_shape=features, classes=classes)
     blocks = split(network, **spec["split"], execution=Execution(compile=spec["compile"]))
     problem = Problem(x, y, blocks, make(spec["loss"], former), make(spec["init"], former))

@@ -27,7 +27,9 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]
     import jax
 
     random = np.random.default_rng(0)
-    x = jax.numpy.asarray(random.random((spec["samples"], spec["features"]), np.float32) * np.float32(spec["largest"]))
+    shape = spec["samples"], spec["features"]
+    lit = random.random(shape) < 10 ** np.linspace(-5, 0, spec["features"])
+    x = jax.numpy.asarray(lit * random.random(shape, np.float32) * np.float32(spec["largest"]))
     labels = random.integers(spec["classes"], size=spec["samples"])
     y = jax.numpy.asarray(np.eye(spec["classes"], dtype=np.float32)[labels])
     widths = [spec["features"], *spec["model"]["hidden"], spec["classes"]]

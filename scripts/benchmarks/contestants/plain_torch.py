@@ -20,6 +20,7 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]
     torch.set_num_threads(spec["threads"])
     samples, classes, hidden = spec["samples"], spec["classes"], spec["model"]["hidden"]
     x, labels = spec["largest"] * torch.rand(samples, spec["features"]), torch.randint(classes, (samples,))
+    x *= torch.rand(x.shape) < 10 ** torch.linspace(-5, 0, spec["features"])
     y = one_hot(labels, classes).float()
     network = mlp([spec["features"], *hidden, classes])
     rule = RULES[spec["method"]](
