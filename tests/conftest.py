@@ -2,8 +2,9 @@
 
 import gc
 import os
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,13 @@ def _convolutional() -> nn.Sequential:
     first = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh())
     second = nn.Sequential(nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 3))
     return nn.Sequential(first, second)
+
+
+@pytest.fixture(autouse=True)
+def denormals_are_kept() -> Iterator[None]:
+    """A test leaves the processor as it found it; Hypothesis, for one, refuses to draw floats from one that flushes."""
+    yield
+    assert sys.float_info.min / 2 > 0, "set_flush_denormal(True) has outlived the test"
 
 
 @pytest.fixture(scope="session")

@@ -19,14 +19,19 @@ from admm.optimizers import Problem
 
 
 def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]:
-    torch.set_num_threads(spec["threads"])
+    ready(spec)
     optimizer, problem, state = build(spec)
     return lambda: optimizer.step(problem, state), {"checkout": admm.__path__[0]}
 
 
+def ready(spec: dict[str, Any]) -> None:
+    """Set the process up as the experiments do, before anything that is parallel."""
+    torch.set_num_threads(spec["threads"])
+    torch.set_flush_denormal(spec["flush"])
+
+
 def build(spec: dict[str, Any]) -> tuple[Any, Problem, Any]:
     """Return the optimizer, the problem, with generated data, and the state before the first chunk."""
-    torch.set_flush_denormal(spec["flush"])  # before anything that is parallel, as the experiments do
     former, features, classes = spec["former"], spec["features"], spec["classes"]
     random = torch.Generator().manual_seed(0)
     x = spec["largest"] * torch.rand(spec["samples"], features, generator=random)

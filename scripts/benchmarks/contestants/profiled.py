@@ -10,7 +10,7 @@ import torch
 import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 
-from scripts.benchmarks.contestants.ours import build
+from scripts.benchmarks.contestants.ours import build, ready
 
 PARTS = {  # of operations, by what their names have in them
     "fused_kernels": ("cpp_fused",),  # of compiled mini-batches
@@ -28,7 +28,7 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]
 
 def profiled(spec: dict[str, Any]) -> tuple[profile, dict[str, float]]:
     """Profile a part of an epoch, after an epoch without. Returns the profiler, and seconds of a mini-batch by part."""
-    torch.set_num_threads(spec["threads"])
+    ready(spec)
     torch._inductor.config.cpp.enable_kernel_profile = True  # name the fused kernels
     optimizer, problem, state = build(spec)
     for _ in range(spec["warm_up"]):
