@@ -164,7 +164,7 @@ def positive(name: str, value: Number, replicas: int) -> Tensor:
 def _number(name: str, value: object) -> float:
     if is_number(value) and value >= 0:
         return float(value)
-    raise ValueError(f"{name}: {value!r} is not a number from 0 up or [one per replica]")
+    raise ValueError(f"{name}: {value!r} is not a number from 0 up; give one, or a list, one per replica")
 
 
 def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:

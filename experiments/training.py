@@ -129,7 +129,8 @@ class Observer:
                 progress.update(int(last[0]["iteration"]), self.measured(last, part), history.seconds)
 
         with bar as progress, warnings_in_log(config):
-            warnings.simplefilter("ignore", DivergenceWarning)  # the callback tells of a replica by its name
+            # Of a replica that has diverged the callback tells, by its name.
+            warnings.filterwarnings("ignore", "seed .* has diverged", DivergenceWarning)
             try:
                 yield observe
             except KeyboardInterrupt as stop:

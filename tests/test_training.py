@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from admm.blocks import Parameters, split
 from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
 from admm.losses import BinaryCrossEntropy, CrossEntropy, Hinge, Loss, SquaredError, one_hot
-from admm.models import initialiser, mlp
+from admm.models import as_given, initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.backprop import BackpropState
 from admm.training import DivergenceWarning, accuracy, evaluate, train
@@ -545,3 +545,23 @@ def test_a_state_that_lacks_a_field_is_told_before_training(problem: Problem, fi
     state = SimpleNamespace(**{name: value for name, value in values.items() if name != field})
     with pytest.raises(TypeError, match=f"state: a SimpleNamespace, the state of Backprop, has no field '{field}'"):
         train(problem, optimizer, state, 1)
+
+
+def test_a_state_of_another_optimizer_is_refused_and_its_parameters_can_be_taken(problem: Problem) -> None:
+    adam, online = OPTIMIZERS["adam"], OPTIMIZERS["online"]
+    state = adam.init(problem, (0,))
+    train(problem, adam, state, 1)
+    with pytest.raises(TypeError, match=r"^state: OnlineBlockADMM goes on with OnlineBlockADMMState, not with B"):
+        train(problem, online, state, 1)
+    blocks = split(problem.blocks.export(state.theta), per_layer=True)
+    goes_on = replace(problem, blocks=blocks, initialise=as_given)
+    assert torch.equal(online.init(goes_on, (1,)).theta.flat(), state.theta.flat())
+
+
+def test_a_subclass_goes_on_with_the_states_of_its_class(problem: Problem) -> None:
+    class Own(Backprop):
+        pass
+
+    state = OPTIMIZERS["sgd"].init(problem, (0,))
+    train(problem, Own(**vars(OPTIMIZERS["sgd"])), state, 1)
+    assert state.iteration == 1

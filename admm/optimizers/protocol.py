@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -572,7 +572,7 @@ def _of_several(function: Callable[[Any, Any], Tensor], crossing: Crossing, z: T
 
 
 def check_state(problem: Problem, optimizer: object, state: Any) -> None:
-    """Raise TypeError that names the first field of `State` which an optimizer's state lacks, and ValueError for one of
+    """Raise TypeError for a state of another optimizer or without a field of `State`, and ValueError for one of
     another network."""
     for name, kind in (("seeds", tuple), ("iteration", int), ("theta", Parameters)):
         if not isinstance(getattr(state, name, None), kind):
@@ -580,9 +580,23 @@ def check_state(problem: Problem, optimizer: object, state: Any) -> None:
                 f"state: a {type(state).__name__}, the state of {type(optimizer).__name__}, has no field {name!r} that "
                 f"is a {kind.__name__}; a state has seeds, iteration and theta, see admm.optimizers.protocol.State"
             )
+    expected = _state_class(type(optimizer))
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"state: {type(optimizer).__name__} goes on with {expected.__name__}, not with {type(state).__name__}; to "
+            "begin with another optimizer's parameters, split(problem.blocks.export(state.theta), …) and take "
+            "initialise=admm.as_given"
+        )
     problem.blocks.check_parameters("state", state.theta)
     if not state.theta.stacks:
         raise ValueError("blocks: no parameter of the network is trained; all are frozen (requires_grad=False)")
+
+
+def _state_class(optimizer: type) -> type:
+    """Return the class of states with which an optimizer is declared, as in Optimizer[BackpropState], or object."""
+    bases = (base for cls in optimizer.__mro__ for base in cls.__dict__.get("__orig_bases__", ()))
+    declared = (get_args(base)[0] for base in bases if get_origin(base) is Optimizer)
+    return next((cls for cls in declared if is_dataclass(cls)), object)
 
 
 def check_parallel(optimizer: Optimizer[Any], problem: Problem) -> None:
