@@ -136,6 +136,10 @@ class Parameters:
     buffers: Tensor
     blocks: list[list[ParamDict]]
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(stack.shape)}" for name, stack in self.stacks.items())
+        return f"Parameters({shapes or 'none is trained'})"
+
     @property
     def replicas(self) -> int:
         """The number S of replicas."""

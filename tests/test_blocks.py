@@ -569,3 +569,9 @@ def test_blocks_show_their_modules_and_what_crosses_each_cut() -> None:
     assert repr(problem.blocks) == shown
     deep = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)))
     assert repr(split(deep, after="6")) == "2 blocks of Sequential:\n  1: 0, 1, 2, …, 6 (7 modules)\n  2: 7, 8"
+
+
+def test_parameters_show_their_names_and_shapes() -> None:
+    blocks = split(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2, bias=False)), per_layer=True)
+    theta = blocks.initial((0, 1, 2), as_given, torch.zeros(()))
+    assert repr(theta) == "Parameters(0.weight [3, 5, 4], 0.bias [3, 5], 1.weight [3, 2, 5])"
