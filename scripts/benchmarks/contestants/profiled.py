@@ -29,10 +29,10 @@ def prepare(spec: dict[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]
 def profiled(spec: dict[str, Any]) -> tuple[profile, dict[str, float]]:
     """Profile a part of an epoch, after an epoch without. Returns the profiler, and seconds of a mini-batch by part."""
     ready(spec)
-    torch._inductor.config.cpp.enable_kernel_profile = True  # name the fused kernels
     optimizer, problem, state = build(spec)
-    for _ in range(spec["warm_up"]):
-        optimizer.step(problem, state)
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):  # name the fused kernels
+        for _ in range(spec["warm_up"]):
+            optimizer.step(problem, state)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         optimizer.step(problem, state)
