@@ -580,8 +580,7 @@ def check_state(problem: Problem, optimizer: object, state: Any) -> None:
                 f"state: a {type(state).__name__}, the state of {type(optimizer).__name__}, has no field {name!r} that "
                 f"is a {kind.__name__}; a state has seeds, iteration and theta, see admm.optimizers.protocol.State"
             )
-    expected = _state_class(type(optimizer))
-    if not isinstance(state, expected):
+    if not issubclass(type(state), expected := _state_class(type(optimizer))):
         raise TypeError(
             f"state: {type(optimizer).__name__} goes on with {expected.__name__}, not with {type(state).__name__}; to "
             "begin with another optimizer's parameters, split(problem.blocks.export(state.theta), …) and take "
@@ -592,7 +591,7 @@ def check_state(problem: Problem, optimizer: object, state: Any) -> None:
         raise ValueError("blocks: no parameter of the network is trained; all are frozen (requires_grad=False)")
 
 
-def _state_class(optimizer: type) -> type:
+def _state_class(optimizer: type) -> Any:
     """Return the class of states with which an optimizer is declared, as in Optimizer[BackpropState], or object."""
     bases = (base for cls in optimizer.__mro__ for base in cls.__dict__.get("__orig_bases__", ()))
     declared = (get_args(base)[0] for base in bases if get_origin(base) is Optimizer)
