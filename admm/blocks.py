@@ -30,6 +30,7 @@ from admm.layers import (
 )
 from admm.layout import Kind, common, converted, layout, restore_frozen_statistics, wide
 from admm.numbers import is_whole
+from admm.random_numbers import seeded
 from admm.splitting import Part, Stages, parts_of
 from admm.visits import Visit, evaluation
 
@@ -328,20 +329,19 @@ class Blocks(Sequence[Block]):
     def initial(self, seeds: Sequence[int], initialise: Callable[[nn.Module], None], like: Tensor) -> Parameters:
         """Return the parameters [S, P] of one freshly initialised network per seed.
 
-        Replica s depends on seeds[s] alone. PyTorch's global random state is left as it was. Frozen parameters, and the
+        Replica s depends on seeds[s] alone. The global random numbers are left as they were. Frozen parameters, and the
         statistics of modules whose parameters are all frozen, stay those of the network.
 
         Args:
             seeds: S whole numbers.
-            initialise: fills a network's parameters in place from PyTorch's global random state, such as
-                `admm.models.initialiser("pytorch")`.
+            initialise: fills a network's parameters in place from the global random numbers of PyTorch, NumPy or
+                Python, such as `admm.models.initialiser("pytorch")`.
             like: a tensor whose dtype and device the parameters get.
         """
         replicas = []
         for seed in seeds:
             network = copy.deepcopy(self.given.network)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 initialise(network)
             restore_frozen_statistics(network, self.given.network)
             replicas.append(network)

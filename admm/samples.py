@@ -6,7 +6,6 @@ Inputs and targets are trees: a tensor, or tuples, lists and dictionaries of ten
 from __future__ import annotations
 
 import math
-import random
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from torch.utils.data import default_collate as join_items
 
 from admm.minibatches import gather_shared
+from admm.random_numbers import random_numbers_kept, seed_all
 
 Pair = tuple[Any, Any]  # inputs and targets
 _EXAMPLES = 64  # samples of a stream that are looked at before training
@@ -265,7 +265,7 @@ class Items:
         return len(self.dataset)
 
     def __getitem__(self, request: Request) -> Pair:
-        with _random_numbers_kept():
+        with random_numbers_kept():
             pairs = [
                 self._joined(row, seed, request.epoch) for row, seed in zip(request.indices, request.seeds, strict=True)
             ]
@@ -276,7 +276,7 @@ class Items:
     def _joined(self, row: Tensor, seed: int, epoch: int) -> Pair:
         items = []
         for index in row.tolist():
-            _seed_all(seed, epoch, index)
+            _seed_item(seed, epoch, index)
             items.append(self.dataset[index])
         with self._explained(f"{len(items)} items"):
             pair = self.join(items)
@@ -530,22 +530,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _seed_all(seed: int, epoch: int, index: int) -> None:
-    """Set the global random numbers of PyTorch (on the processor), NumPy and Python."""
+def _seed_item(seed: int, epoch: int, index: int) -> None:
+    """Let the global random numbers follow from the seed, the epoch and the number of an item."""
     entropy = np.random.SeedSequence((seed, zlib.crc32(b"items"), epoch, index))
-    number = int(entropy.generate_state(1, np.uint64)[0])
-    torch.default_generator.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number % 2**32)
-
-
-@contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Set the global random numbers back at the end to what they were."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+    seed_all(int(entropy.generate_state(1, np.uint64)[0]))

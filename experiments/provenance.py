@@ -6,6 +6,7 @@ import ast
 import hashlib
 import platform
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec, resolve_name
 from inspect import isclass, isfunction, ismodule
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,16 +118,26 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def named_modules(config: dict[str, Any]) -> Iterator[str]:
+def named_modules(config: Any) -> Iterator[str]:
     """Yield the modules of the objects that a configuration names, except those of its logger and its report."""
-    for key, value in config.items():
-        if key in ("logger", "report") or not value:
-            continue
-        if isinstance(value, dict):
+    if isinstance(config, list):
+        for value in config:
             yield from named_modules(value)
-        elif key in ("_target_", "task") and "." in str(value):  # a data set's task is a word
-            with suppress(Exception):  # a wrong name is told where it is used
-                yield str(get_object(value).__module__)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            if key in ("_target_", "task") and "." in str(value):  # a data set's task is a word
+                with suppress(Exception):  # a wrong name is told where it is used
+                    yield module_of(str(value))
+            elif key not in ("logger", "report"):
+                yield from named_modules(value)
+
+
+def module_of(name: str) -> str:
+    """Return the module that defines an object; of an object of another library's class, such as a `functools.partial`,
+    the module in which it is found. Raises an error of Hydra's for a name of nothing."""
+    parents = [*accumulate(name.split(".")[:-1], "{}.{}".format)]
+    places = [str(get_object(name).__module__), *reversed(parents)]
+    return next((place for place in places if place in sys.modules and is_own(place)), places[0])
 
 
 @cache

@@ -30,6 +30,7 @@ from admm.losses import one_hot
 from admm.optimizers import Optimizer, Problem, State
 from admm.optimizers.protocol import check_parallel
 from admm.parallel import ALONE, Parallel
+from admm.random_numbers import seeded
 from admm.training import DivergenceWarning, train
 from experiments.errors import user_errors
 from experiments.jobs import Job
@@ -195,10 +196,12 @@ def build_problem(config: DictConfig, dataset: Dataset, parallel: Parallel = ALO
     y = dataset.y_train
     build = partial(build_network, config.model, dataset)
     with remedies(dataset):
+        with seeded(0):  # for what the seeds of a run do not draw anew, such as frozen parameters
+            network = build()
         return Problem(
             x=dataset.x_train,
             y=one_hot(y, dataset.classes, dataset.x_train) if dataset.task == "classification" else y,
-            blocks=blocks_of(config, build()),
+            blocks=blocks_of(config, network),
             loss=instantiate(config.loss),
             initialise=initialise_of(config.init, build),
             augmentation=instantiate(config.get("augmentation")),

@@ -36,7 +36,7 @@ from experiments.launching.rows import choices
 from experiments.launching.study import search_hash, without_end
 from experiments.paths import expand
 from experiments.progress import show_what_can_be_shown
-from experiments.provenance import sources, sources_changed_since
+from experiments.provenance import own_code, sources, sources_changed_since
 from experiments.reports.accuracy import Accuracy
 from experiments.reports.results_page import best_of_search
 from experiments.reports.searches import rankings, read_ranking, write_ranking
@@ -575,6 +575,13 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
         provenance.read.cache_clear()
 
     return edit
+
+
+def test_own_code_counts_in_a_list_and_behind_an_object_of_another_library(edit: Callable[[str], None]) -> None:
+    edit("from functools import partial\nWIDTH = 4\nnet = partial(dict, WIDTH=WIDTH)\n")
+    chain = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "mylab.networks.network"}]}
+    assert own_code(sources({"model": chain})).keys() == {"mylab/networks.py", "mylab/sizes.py"}
+    assert "mylab/sizes.py" in own_code(sources({"model": {"_target_": "mylab.sizes.net"}}))
 
 
 def test_a_run_is_known_by_its_user_s_own_code(tmp_path: Path, edit: Callable[[str], None]) -> None:

@@ -344,6 +344,32 @@ def test_a_network_of_ones_own_gets_what_it_takes_of_the_data(npz: Any) -> None:
         assert problem.blocks.network[2].weight.shape == (3, 256)
 
 
+class Shuffled(Drawn):
+    """The same with a frozen layer and an order of features, which all seeds share, drawn by PyTorch and NumPy."""
+
+    def __init__(self, input_shape: Any, classes: int) -> None:
+        super().__init__(input_shape, classes)
+        self[1].requires_grad_(False)
+        self.register_buffer("order", torch.from_numpy(np.random.permutation(5)))
+        self[3].bias = nn.Parameter(torch.from_numpy(np.random.randn(classes)).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[3](self[2](self[1](self[0](x)))[:, self.order])
+
+
+def test_what_no_seed_draws_depends_on_nothing_that_was_drawn_before(npz: Any) -> None:
+    def drawn() -> list[torch.Tensor]:
+        problem = problem_of(npz, "Shuffled")
+        network = problem.blocks.network
+        return [network[1].weight, network.order, problem.initial([3]).flat()]
+
+    first = drawn()
+    torch.rand(1), np.random.rand()
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    assert all(map(torch.equal, first, drawn()))
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+
+
 def test_each_seed_has_the_weights_of_a_new_network(npz: Any) -> None:
     problem = problem_of(npz, "Drawn")
     start = problem.initial([3, 4])
