@@ -161,6 +161,8 @@ class Preparation:
         x_train, x_test = (with_channels(x.to(self.device, self.dtype), self.channels) for x in (x_train, x_test))
         y_train, y_test = map(torch.from_numpy, parts[1::2])
         if task == "regression":
+            if bool((y_test == y_test[0]).all()):
+                raise DatasetError(f"{name}: all {len(y_test)} targets to test on are equal; R² needs some that differ")
             normalise(y_train, y_test, self.targets)
         y_train, y_test = (y.to(self.device, None if is_classes else self.dtype) for y in (y_train, y_test))
         return Dataset(name, x_train, y_train, x_test, y_test, classes, sha256, task)

@@ -177,6 +177,11 @@ NAN = np.where(np.arange(48).reshape(12, 4) == 6, np.nan, X)
         ({}, {"task": "multilabel"}, r"my.npz: y_train has numbers from 0 to 2, expected 0 and 1 for dataset.task="),
         ({"y_train": X[:, :, None]}, {"task": "regression"}, r"my.npz: y_train is \[12, 4, 1\], expected \[N\] or"),
         ({"y_train": NAN}, {"task": "regression"}, r"my.npz: y_train has 1 values that are NaN"),
+        (
+            {"y_train": X[:, :2], "y_test": X[[0] * 6, :2]},
+            {"task": "regression"},
+            r"^npz: all 6 targets to test on are equal; R² needs some that differ",
+        ),
         ({}, {"task": "sorting"}, r"dataset.task: 'sorting' is not one of classification, regression, multilabel"),
         ({}, {"normalisation": "log"}, r"dataset.normalisation: 'log' is not one of unit, standard, symmetric, none"),
         ({}, {"targets": "log"}, r"dataset.targets: 'log' is not one of standard, none"),

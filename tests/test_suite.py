@@ -446,3 +446,16 @@ def test_a_terminal_s_table_has_no_empty_column_and_names_a_common_machine_once(
     print_table(pd.DataFrame([*rows, rows[0] | {"machine": "n", "paper": 2.0}]), "own")
     printed = capsys.readouterr().out
     assert "machine" in printed and "paper" in printed
+
+
+def test_ctrl_c_while_pytorch_is_imported_ends_with_one_line() -> None:
+    interrupted = """import sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from experiments.command import main
+main()"""
+    told = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (130, "interrupted; the same command goes on\n")
