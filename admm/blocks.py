@@ -425,7 +425,8 @@ def split(
     Exactly one of `after`, `per_layer` and `n_blocks` says where; a list of modules is cut between them.
 
     A copy of the network is cut. Modules of it that are in evaluation mode, while the network is in training mode, stay
-    in evaluation mode. Parameters with requires_grad=False stay as they are.
+    in evaluation mode. A network that is in evaluation mode itself, or a list whose stages all are, is trained like one
+    in training mode. Parameters with requires_grad=False stay as they are.
 
     A tensor without an axis of samples that trained parameters influence, such as a product of weights or the mean of a
     mini-batch, is part of each sample's coupling variable where it crosses a cut, and the next block gets the mean of
@@ -492,7 +493,8 @@ def split(
 def _own_copy(network: Any) -> nn.Module:
     """Return a copy of a network, or of a list of modules as `Stages`. Raises TypeError, ValueError."""
     if isinstance(network, list | tuple) and network and all(isinstance(stage, nn.Module) for stage in network):
-        network = Stages(*network)
+        network, is_trained = Stages(*network), any(stage.training for stage in network)
+        network.training = is_trained
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: a {type(network).__name__} is no nn.Module, nor a list of them")
     check_modules(network)

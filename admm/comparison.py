@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from admm.blocks import Block, Blocks, Parameters
 from admm.crossings import Crossing
-from admm.layers import ModuleLayer, as_arguments, called_with, pinned_modules, seeded, set_mode, tensors_of
+from admm.layers import ModuleLayer, as_arguments, called_with, has_hooks, pinned_modules, seeded, set_mode, tensors_of
 from admm.tracing import OF_ITS_OWN
 from admm.visits import Visit
 
@@ -520,13 +520,28 @@ def _compared(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
             if wanted is not None and not _same(wanted, found):
                 raise ValueError(
                     f"network: in {expected.mode} mode block {number}, {list(names)}, has other outputs than these "
-                    "layers of the network; a hook, a subclass, a forward that asks for types or numbers of samples, "
-                    "or a change in place of what crosses the cut under two names makes a difference"
+                    f"layers of the network; {_cause(eager)}"
                 )
     layers = [layer for block in eager for layer in block.layers if isinstance(layer, ModuleLayer)]
     if expected.training and not any(layer.learned.recomputes for layer in layers):  # statistics may change once more
         _check_changed(eager.export(theta), expected)
     return z[0]
+
+
+def _cause(blocks: Blocks) -> str:
+    """Say what may make a difference between a network and its blocks."""
+    if len(blocks) > 1 and has_hooks(blocks.network):
+        return "the hooks of the network itself are not called, as it is cut; let modules inside the blocks have them"
+    for number, (block, crossing) in enumerate(zip(blocks[1:], blocks.crossings, strict=False), start=2):
+        layer = block.layers[0]
+        if isinstance(layer, ModuleLayer) and layer.learned.overwrites_inputs and not crossing.is_plain:
+            return (
+                f"block {number} changes in place what crosses the cut before it, perhaps under two names; let it not"
+            )
+    return (
+        "a hook, a subclass, a forward that asks for types or numbers of samples, or a change in place of what has two "
+        "names, as by `+=`, makes a difference"
+    )
 
 
 def _steps(blocks: Blocks, theta: Parameters, z: Any, visit: Visit) -> Iterator[Tensor]:

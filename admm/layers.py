@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ class ModuleLayer(Layer):
     evaluation in training: once per step of Θ, as in back-propagation, however often the block is evaluated before.
 
     Args:
-        module: the block.
+        module: the block, of a network in training mode.
         execution: how it is evaluated.
         number: counts the blocks from 1.
         before, after: what crosses the cuts around the block.
@@ -210,7 +210,8 @@ class ModuleLayer(Layer):
         casts: types of parameters and buffers that are stored in another one, by name.
 
     Attributes:
-        pinned: modules that are in evaluation mode while the network is in training mode; they stay there.
+        pinned: modules that are in evaluation mode while the network is in training mode, perhaps the block itself;
+            they stay there.
         learned: what the module does besides computing its output.
     """
 
@@ -233,7 +234,7 @@ class ModuleLayer(Layer):
         self._settings = _compiler_settings if execution.compile is True else nullcontext
         self._parameter_names = {name for kind, name, _ in tensors_of(module) if kind == "parameters"}
         self._shared: dict[torch.device, ParamDict] = {}
-        self.pinned = pinned_modules(module)
+        self.pinned = [inner for inner in module.modules() if not inner.training]
         self._needs_contiguous = any(map(_is_strided_pointwise, module.modules()))
 
     def forward(self, theta: ParamDict, x: Any, inplace: bool, visit: Visit) -> Tensor:
@@ -507,12 +508,57 @@ def check_modules(network: nn.Module) -> None:
     for name, module in network.named_modules():
         layer = f"layer {name!r} ({type(module).__name__})"
         own = list(module.parameters(recurse=False))
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own):
+        if any(map(nn.parameter.is_lazy, (*own, *module.buffers(recurse=False)))):
             raise ValueError(f"{layer} is lazy; evaluate the network once, on a sample, before it is cut")
         if "forward" in vars(module):
             raise ValueError(f"{layer} has its own `forward`, which its copies would share; make it a subclass")
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in own):
             raise ValueError(f"{layer} has parameters with gradient hooks, which would not be called; remove them")
+    _check_memory(network)
+
+
+class _Place(NamedTuple):
+    """A tensor of a network, its name, and the addresses at which its memory starts and stops."""
+
+    start: int
+    stop: int
+    name: str
+    tensor: Tensor
+
+    def bytes_in(self, memory: Tensor, start: int) -> Tensor:
+        """Return the tensor's bytes as a view of a tensor with one entry per byte from an address on."""
+        size, strides = self.tensor.element_size(), self.tensor.stride()
+        return memory.as_strided((*self.tensor.shape, size), (*(size * s for s in strides), 1), self.start - start)
+
+
+def _check_memory(network: nn.Module) -> None:
+    """Raise ValueError where a trained parameter shares memory with another parameter, or with a buffer."""
+    before = list[_Place]()
+    for place in sorted(_places(network), key=lambda place: place.start):
+        before = [other for other in before if other.stop > place.start]
+        for other in before:
+            if (place.tensor.requires_grad or other.tensor.requires_grad) and _overlap(place, other):
+                raise ValueError(
+                    f"network: {other.name!r} and {place.name!r} share memory, as by `.data`, which their copies for "
+                    "the seeds would not; give both modules one parameter, `second.weight = first.weight`, or for its "
+                    "transpose call torch.nn.functional.linear(x, first.weight.T)"
+                )
+        before.append(place)
+
+
+def _places(network: nn.Module) -> Iterator[_Place]:
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.layout == torch.strided and tensor.numel() and (start := tensor.data_ptr()):
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            yield _Place(start, start + (last + 1) * tensor.element_size(), name, tensor)
+
+
+def _overlap(one: _Place, other: _Place) -> bool:
+    """Whether two tensors have a byte in common, which two columns of one matrix, for example, have not."""
+    start, stop = min(one.start, other.start), max(one.stop, other.stop)
+    memory = torch.zeros(stop - start, dtype=torch.bool)
+    one.bytes_in(memory, start).fill_(True)
+    return bool(other.bytes_in(memory, start).any())
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[Literal["parameters", "buffers"], str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
@@ -143,9 +143,13 @@ def converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def restore_frozen_statistics(network: nn.Module, former: nn.Module) -> None:
     """Give the buffers of modules whose parameters are all frozen their former values."""
-    for module, other in zip(network.modules(), former.modules(), strict=True):
+    for name in frozen_statistics(network):
+        network.get_buffer(name).copy_(former.get_buffer(name))
+
+
+def frozen_statistics(network: nn.Module) -> Iterator[str]:
+    """Yield the names of the buffers of modules whose parameters are all frozen."""
+    for path, module in network.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        is_frozen = bool(own) and not any(p.requires_grad for p in own.values())
-        for name, buffer in module.named_buffers(recurse=False):
-            if is_frozen:
-                buffer.copy_(other.get_buffer(name))
+        if own and not any(p.requires_grad for p in own.values()):
+            yield from (f"{path}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False))

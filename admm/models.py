@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
+
+from admm.layers import tensors_of
+from admm.layout import frozen_statistics
+from admm.user_warnings import warn
 
 
 def mlp(input_shape: int | Sequence[int], hidden: Sequence[int], classes: int) -> nn.Sequential:
@@ -185,12 +189,41 @@ def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Mod
 
 
 def as_constructed(build: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
-    """Return a function that gives a module the parameters and buffers of a new one, which `build` makes."""
+    """Return a function that gives a module the parameters and buffers of a new one, which `build` makes.
+
+    Of these `Blocks.initial` takes trained parameters and statistics. All else stays that of the network that was
+    split, and is the same for all seeds: frozen parameters, the buffers of modules whose parameters are all frozen, and
+    those of whole numbers or truth values, except for single ones. So do buffers with persistent=False. The function
+    warns where the new module has others, once of each name.
+    """
+    told = set[str]()
 
     def initialise(network: nn.Module) -> None:
-        network.load_state_dict(build().state_dict())
+        new = build()
+        names = [name for name in _left_out(network, new) if name not in told]
+        network.load_state_dict(new.state_dict())
+        told.update(names)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warn(
+                f"as_constructed: build() has made other values of {', '.join(names[:3])}{more}, but all seeds have "
+                "those of the network that was split, as of all that is neither trained nor a statistic; split a "
+                "network that has the values which all seeds are to have"
+            )
 
     return initialise
+
+
+def _left_out(network: nn.Module, new: nn.Module) -> Iterator[str]:
+    """Yield the names of tensors which all replicas of a network have, where those of a new network are others."""
+    statistics = new.state_dict().keys() - {*frozen_statistics(network)}
+    taken = {name for kind, name, _ in tensors_of(network) if kind == "parameters" or name in statistics}
+    former = dict((*network.named_parameters(), *network.named_buffers()))
+    for name, tensor in (*new.named_parameters(), *new.named_buffers()):
+        if name in former and name not in taken:
+            one, other = former[name].to_dense(), tensor.to_dense()
+            if not torch.equal(one, other.to(one)):
+                yield name
 
 
 def as_given(network: nn.Module) -> None:

@@ -157,7 +157,7 @@ def cases() -> dict[tuple[str, str], Optimizer[Any]]:
 def trained(
     case: tuple[str, str], parallel: Parallel, iterations: int = ITERATIONS, checkpoint: Path | None = None
 ) -> dict[str, Any]:
-    """Train an optimizer; return Θ and the history without its seconds."""
+    """Train an optimizer; return Θ, the average of it if there is one, and the history without its seconds."""
     kind, name = case
     optimizer = cases()[case]
     network = NETWORKS[name]() if name in NETWORKS else None
@@ -176,7 +176,10 @@ def trained(
         angle_samples=7 if name in ("sgd", "majorised") else None,
     )
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in history.rows]
-    return {"theta": state.theta.flat(), "rows": rows, "state": own.cut if kind == "blocks" else own.part}
+    rule = getattr(optimizer, "theta_update", None)
+    average = rule.average(own, state).flat() if isinstance(rule, Averaged) else state.theta.flat()
+    parts = own.cut if kind == "blocks" else own.part
+    return {"theta": state.theta.flat(), "average": average, "rows": rows, "state": parts}
 
 
 def told(case: tuple[str, str], parallel: Parallel) -> tuple[int, int]:
@@ -263,7 +266,7 @@ def main(folder: Path, checkpoints: Path) -> None:
         if case in INTERRUPTED:
             trained(case, parallel, SPLIT_AT, folder / file_of(case))
             found["resumed", case] = trained(case, parallel, checkpoint=checkpoints / file_of(case))
-        parts = parallel.all((found[case]["state"], found[case]["theta"]))
+        parts = parallel.all((found[case]["state"], torch.cat([found[case]["theta"], found[case]["average"]])))
         found[case]["parts"] = [part for part, _ in parts]
         found[case]["same"] = all(torch.equal(theta, parts[0][1]) for _, theta in parts)
     for name in ("standard", "taylor", "bcd", "gotmare"):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from admm import comparison
 from admm.blocks import split
+from admm.layers import check_modules
 from admm.losses import CrossEntropy, SquaredError
 from admm.models import as_given, initialiser
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem
@@ -433,6 +434,60 @@ class Asking(nn.Module):
         return self.last(h) if self.training else self.last(2.0 * h)
 
 
+def tied(of_first: Callable[[nn.Parameter], nn.Parameter] | None = None) -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
+    if of_first is None:
+        network[2].weight.data = network[0].weight.data.T
+    else:
+        network[2].weight = of_first(network[0].weight)
+    return network
+
+
+def with_buffer() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(4, 2))
+    network[0].register_buffer("diagonal", network[0].weight.data.diagonal())
+    return network
+
+
+def in_one_storage() -> nn.Sequential:
+    """As an LSTM's weights on a GPU."""
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(network.parameters()), network.parameters())
+    return network
+
+
+def in_columns() -> nn.Sequential:
+    network, columns = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), torch.randn(3, 8)
+    network[0].weight.data, network[1].weight.data = columns[:, :4], columns[:, 4:]
+    return network
+
+
+def expanded_and_empty() -> nn.Sequential:
+    network, row = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), torch.randn(2, 4)
+    network[0].weight.data, network[1].weight.data = row[0].expand(3, 4), row[1].expand(3, 4)
+    for layer in network:
+        layer.register_buffer("none", row[:, :0])
+    return network
+
+
+def frozen_and_tied() -> nn.Sequential:
+    return tied().requires_grad_(False)
+
+
+def the_same_parameter() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    network[1].weight = network[0].weight
+    return network
+
+
+SHARING_NO_MEMORY = [in_one_storage, in_columns, expanded_and_empty, frozen_and_tied, the_same_parameter]
+
+
+@pytest.mark.parametrize("make", SHARING_NO_MEMORY)
+def test_what_is_trained_as_pytorch_does_is_not_refused_for_its_memory(make):
+    check_modules(make())
+
+
 # By what is wrong, a network and what is said.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a forward of an instance": (
@@ -445,6 +500,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a gradient hook": (with_gradient_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),
     "a hook of accumulation": (with_accumulation_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),
+    "a lazy layer without parameters": (
+        lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False), nn.Linear(4, 2)),
+        r"layer '0' \(LazyBatchNorm1d\) is lazy",
+    ),
+    "a weight tied by its data": (
+        tied,
+        r"network: '0.weight' and '2.weight' share memory, .*functional.linear",
+    ),
+    "a parameter that is a view of another": (
+        lambda: tied(lambda p: nn.Parameter(p[:2, 1:])),
+        r"network: '0.weight' and '2.weight' share memory",
+    ),
+    "a buffer that is a view of a parameter": (with_buffer, r"network: '0.weight' and '0.diagonal' share memory"),
     "what cannot be copied": (old_weight_norm, r"network: cannot be copied, as each seed needs it: "),
     "a failed assertion": (
         lambda: nn.Sequential(Of(lambda x: (_ for _ in ()).throw(AssertionError("even sizes only")))),
@@ -586,6 +654,27 @@ def test_later_changes_of_the_network_are_none_of_the_blocks():
     nn.init.zeros_(network[0].weight)
     assert torch.equal(task.initial([0]).flat(), before)
     assert not task.blocks.export(task.initial([0]))[1]._forward_hooks
+
+
+def test_hooks_of_a_network_that_is_cut_are_named():
+    network = hooked("register_forward_hook", nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))
+    problem(network, after=[])
+    with pytest.raises(ValueError, match=r"block 2, .*; the hooks of the network itself are not called, as it is cut"):
+        problem(network, after=["1"])
+
+
+def test_a_block_that_changes_what_it_gets_in_place_is_named():
+    blocks = split([Of(lambda x: (x, x)), Twice(4, 2), nn.Tanh()])
+    with pytest.raises(ValueError, match=r"block 3, .*; block 2 changes in place what crosses the cut before it"):
+        Problem(samples(4, dtype=torch.float32), LABELS, blocks, CrossEntropy(), as_given)
+
+
+class Twice(nn.Linear):
+    """Changes one of two arguments, and takes the other."""
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        one.add_(1.0)
+        return super().forward(other)
 
 
 def test_hooks_of_all_modules_are_seen():

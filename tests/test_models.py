@@ -1,5 +1,8 @@
 """Networks and initialisations."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -130,6 +133,56 @@ def test_as_constructed_draws_every_parameter_and_buffer():
     torch.manual_seed(7)
     expected = build().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+class Fixed(nn.Module):
+    """Besides two layers, what is neither trained nor a statistic, and what a module that is frozen has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.randperm(40))
+        self.register_buffer("mask", torch.rand(40) > 0.5)
+        self.register_buffer("scale", torch.rand(40), persistent=False)
+        self.register_buffer("offset", torch.rand(40))
+        self.features, self.norm = nn.Linear(40, 8).requires_grad_(False), nn.BatchNorm1d(8).requires_grad_(False)
+        nn.init.normal_(self.norm.running_mean)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, self.order] * self.mask * self.scale + self.offset
+        return self.last(self.norm(self.features(x)))
+
+
+def test_what_as_constructed_leaves_out_is_told_once_and_by_name():
+    blocks, start = split(Fixed(), after=["features"]), as_constructed(Fixed)
+    like = torch.zeros(0)
+    with pytest.warns(
+        UserWarning, match=r"other values of features.weight, features.bias, order and 3 more, but"
+    ) as told:
+        theta = blocks.initial([0, 1], start, like)
+        blocks.initial([2], start, like)
+    assert len(told) == 1 and told[0].filename == __file__
+    ours = blocks.export(theta, 1).state_dict()
+    torch.manual_seed(1)
+    new = Fixed().state_dict()
+    given = blocks.network.state_dict()
+    taken = {name for name in ours if name.startswith("last.") or name == "offset"}
+    assert all(torch.equal(value, (new if name in taken else given)[name]) for name, value in ours.items())
+
+
+def test_as_constructed_says_nothing_where_all_seeds_are_to_have_the_same():
+    given = Fixed()
+
+    def build() -> nn.Module:
+        new = copy.deepcopy(given)
+        new.last.reset_parameters()
+        new.offset.uniform_()
+        new.get_buffer("scale").data = new.get_buffer("scale").double()  # a type alone makes no difference
+        return new
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split(given, after=[]).initial([0, 1], as_constructed(build), torch.zeros(0))
 
 
 PARAMETRISATIONS = [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal]

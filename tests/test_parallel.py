@@ -65,8 +65,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[Any,
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Assert that Θ and all rows agree to 1e-10."""
-    torch.testing.assert_close(found["theta"], expected["theta"], rtol=1e-10, atol=1e-10)
+    """Assert that Θ, its average and all rows agree to 1e-10."""
+    for name in ("theta", "average"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10)
     assert [row.keys() for row in found["rows"]] == [row.keys() for row in expected["rows"]]
     for row, other in zip(found["rows"], expected["rows"], strict=True):
         assert row == pytest.approx(other, rel=1e-9, abs=1e-10, nan_ok=True)

@@ -579,6 +579,54 @@ def test_a_list_of_modules_is_cut_between_them():
         split(stages, after=["0"])
 
 
+def stages_for_evaluation() -> list[nn.Module]:
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Tanh()).double()
+    nn.init.constant_(backbone[1].running_mean, 0.5)
+    return [backbone, nn.Sequential(nn.Linear(4, 3)).double()]
+
+
+def stepped(network: Any, **cut: Any) -> tuple[Tensor, Tensor]:
+    """Θ and the buffers after a step."""
+    task = Problem(gaussian(6, 4), LABELS, split(network, **cut), CrossEntropy(), as_given)
+    state = (optimizer := Backprop(1, SGD(), 0.1, batch_size=6)).init(task, [0])
+    optimizer.step(task, state)
+    return state.theta.flat(), state.theta.buffers
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_stage_in_evaluation_mode_stays_there(is_frozen: bool):
+    torch.manual_seed(0)
+    backbone, head = stages_for_evaluation()
+    backbone.requires_grad_(not is_frozen).eval()
+    (theta, buffers), before = stepped([backbone, head]), backbone[1].running_mean.clone()
+    assert torch.equal(buffers[0, :4], before) and not backbone.training
+    network = nn.Sequential(backbone, head)
+    assert all(map(torch.equal, (theta, buffers), stepped(network, after=["0"])))
+    functional.cross_entropy(network(gaussian(6, 4)), LABELS).backward()
+    torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1).step()
+    expected = nn.utils.parameters_to_vector(p for p in network.parameters() if p.requires_grad)
+    torch.testing.assert_close(theta[0], expected)
+
+
+def test_a_part_of_a_stage_in_evaluation_mode_may_be_in_training_mode():
+    torch.manual_seed(0)
+    backbone, head = stages_for_evaluation()
+    backbone.eval()[1].train()
+    _, buffers = stepped([backbone, head])
+    hidden = backbone[0](gaussian(6, 4)).detach()
+    torch.testing.assert_close(buffers[0, :4], 0.9 * 0.5 + 0.1 * hidden.mean(0))
+
+
+def test_what_is_in_evaluation_mode_as_a_whole_is_trained_as_in_training_mode():
+    torch.manual_seed(0)
+    stages = stages_for_evaluation()
+    expected = stepped(stages)
+    for stage in stages:
+        stage.eval()
+    assert all(map(torch.equal, stepped(stages), expected))
+    assert all(map(torch.equal, stepped(nn.Sequential(*stages).eval(), after=["0"]), expected))
+
+
 class Fourier(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.b(torch.fft.fft(self.a(x)).abs()))

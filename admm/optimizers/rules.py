@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from admm.blocks import Blocks, flattened
+from admm.blocks import Blocks, Parameters
 from admm.checks import check_positive, has_type, in_range
 from admm.numbers import Options
+from admm.optimizers.protocol import Problem
 from admm.schedules import Number, broadcast, per_replica
 
 Stacks = list[Tensor]  # parameters of S replicas, or moments or a gradient of them, each [S, *shape]
@@ -421,12 +423,11 @@ class Averaged(Options, UpdateRule):
     >>> moments = rule.init(theta)
     >>> for _ in range(2):
     ...     rule.apply(theta, [torch.ones(1, 1)], moments, step=1.0)
-    >>> theta, rule.average(moments)
-    ([tensor([[-2.]])], tensor([[-1.1000]]))
+    >>> theta, moments[-2]
+    ([tensor([[-2.]])], [tensor([[-1.1000]])])
 
-    Of a state of an optimizer with this `theta_update`, `problem.blocks.parameters(rule.average(state.moments),
-    state.theta.buffers)` are the averaged networks, to be measured by `admm.training.evaluate` or exported. Running
-    statistics of batch normalisation stay those of the parameters that move.
+    Of a state of an optimizer with this `theta_update`, `rule.average(problem, state)` are the averaged networks, to be
+    measured by `admm.training.evaluate` or exported.
     """
 
     rule: UpdateRule
@@ -464,9 +465,17 @@ class Averaged(Options, UpdateRule):
                 average.lerp_(p, broadcast(weight, p))
             weight.fill_(1.0 - self.decay)
 
-    def average(self, moments: Moments) -> Tensor:
-        """Return the averaged parameters [S, P] among the moments of this rule, or of a `Clipped` one around it."""
-        return flattened(moments[-2])
+    def average(self, problem: Problem, state: Any) -> Parameters:
+        """Return the averaged parameters of a state whose `moments` are of this rule, or of a `Clipped` one around it.
+
+        Running statistics of batch normalisation are those of the parameters that move. Of a run that is shared out,
+        all processes call this.
+        """
+        theta = problem.blocks.copied(state.theta)
+        for stack, average in zip(problem.held_stacks(theta), state.moments[-2], strict=True):
+            stack.copy_(average)
+        problem.give_theta(theta)
+        return theta
 
 
 def by_step(kinds: Sequence[Stacks], step: float | Tensor) -> Iterator[tuple[list[Stacks], float]]:
