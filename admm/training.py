@@ -244,7 +244,8 @@ def train(
 
     A replica whose parameters or `train_loss` are not finite at an evaluation has diverged, of which a
     `DivergenceWarning` tells. The others go on. A replica whose `train_loss` is more than a thousand times the first
-    one of the history goes on, too, with a `DivergenceWarning`.
+    one of the history goes on, too, with a `DivergenceWarning`. A warning tells of a state that has no iterations left,
+    such as one that has been trained before.
 
     Args:
         problem: what is trained on.
@@ -364,6 +365,11 @@ def train(
             load_checkpoint(path, made_by, problem, state, history, iterations, callbacks)
             written, rows = state.iteration, history.rows
         else:
+            if state.iteration >= iterations:
+                warn(
+                    f"state: is after iteration {state.iteration} of {iterations}, so nothing is trained; "
+                    "optimizer.init(problem, seeds) makes a new one, and a larger iterations=… goes on with this one"
+                )
             written, rows = -1, evaluation(former())
         stopped = parallel.together(partial(stops, rows))
         last_write = time.monotonic()

@@ -143,8 +143,18 @@ def test_training_goes_on_with_a_state_as_if_it_had_not_ended(problem: Problem, 
     for later in (state, restored, stepped):
         history = train(problem, optimizer, later, test=samples(1))
         same((later, history), (whole_state, History([row for row in whole.rows if row["iteration"] >= 2])))
-        again = train(problem, optimizer, later, test=samples(1))
+        with pytest.warns(UserWarning, match=r"^state: is after iteration 6 of 6, so nothing is trained; ") as told:
+            again = train(problem, optimizer, later, test=samples(1))
         assert without_time(again.rows) == without_time(history.rows[-2:])
+        assert [warning.filename for warning in told] == [__file__]
+
+
+def test_a_resume_at_the_end_is_not_warned_of(problem: Problem, tmp_path: Path) -> None:
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            state, _ = run(problem, SGD6, checkpoint=tmp_path / "c.pt", keep_last=True)
+        assert state.iteration == 6
 
 
 # --- Interrupted
