@@ -474,7 +474,10 @@ def _horizon(optimizer: object) -> int:
     """Return an optimizer's own number of iterations. Raises ValueError if it has none."""
     if isinstance(found := getattr(optimizer, "iterations", None), int):
         return found
-    raise ValueError(f"iterations: None, but {type(optimizer).__name__} has no number of its own; give one")
+    raise ValueError(
+        f"iterations: None, but {type(optimizer).__name__} has no number of its own; give one here, as in "
+        "train(…, iterations=50)"
+    )
 
 
 def _all_diverged(history: History, state: State) -> bool:

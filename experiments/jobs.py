@@ -89,6 +89,8 @@ def run_once(
         if finished is not None and not job.rerun:
             log.info("%s is there already, made by %s: %s", job.slot.name, finished.record.commit, finished.folder)
         else:
+            if finished is None:
+                log.info("%s: seeds %s are not in the store, and are made now", job.slot.name, job.info["seeds"])
             finished = make(config, job)
     runs = [*job.reused, finished]
     record_in_launch(runs, launch, config)

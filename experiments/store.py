@@ -282,7 +282,9 @@ class Slot:
                         shutil.rmtree(place / folder.name, ignore_errors=True)
                         os.replace(copied, place / folder.name)
                     slot_of(folder).remove()
-                log.warning("%s: is replaced by %s, and moved to %s", folder.name, self.folder.name, place / folder.name)
+                log.warning(
+                    "%s: is replaced by %s, and moved to %s", folder.name, self.folder.name, place / folder.name
+                )
 
     def remove(self) -> None:
         """Delete the finished run. Raises OSError."""

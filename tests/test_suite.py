@@ -104,10 +104,11 @@ def test_a_launch_draws_its_figure_and_prints_its_table(
 
 
 def test_what_is_finished_is_not_run_again(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, _ = launched
+    folder, first = launched
     before = {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)}
     again = launch(folder, "threads=1", "checkpoint_seconds=7")  # neutral keys do not change the identity
-    assert again.count("is there already") == 9
+    assert again.count("is there already") == first.stdout.count(" are not in the store, and are made now") == 9
+    assert "not in the store" not in again
     assert {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)} == before
     launch(folder, "optimizer=sgd", "force=true")
     changed = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
