@@ -576,6 +576,19 @@ class Hinge(Options, ProximalLoss):
         return torch.where(y == 1, up, down)
 
 
+_OF_TORCH = {  # by name, the loss of this package that does more with the same outputs and targets
+    ("CrossEntropyLoss", "cross_entropy"): "CrossEntropy(), which also measures accuracy",
+    ("BCEWithLogitsLoss", "binary_cross_entropy_with_logits"): "BinaryCrossEntropy(), which also measures accuracy",
+    ("MSELoss", "mse_loss"): "SquaredError(), which also measures mse and r2",
+}
+
+
+def _instead_of(function: object) -> str:
+    """Return in words the loss of this package to take in place of one of PyTorch's; empty for another function."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return next((f", or admm.{loss}" for names, loss in _OF_TORCH.items() if name in names), "")
+
+
 @dataclass(frozen=True)
 class FunctionLoss(Loss):
     """A loss from a plain function, with the gradient of autograd and without a proximal operator.
@@ -603,7 +616,7 @@ class FunctionLoss(Loss):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
                 f"{self.function!r} returns {shape} for {samples} samples; expected J of each sample, [n] or "
-                '[n, ...], as with reduction="none"'
+                f'[n, ...], as with reduction="none"{_instead_of(self.function)}'
             )
         return values.unflatten(0, z.shape[:2])  # type: ignore[no-any-return]
 

@@ -105,6 +105,8 @@ def schedule(name: str, value: Value, replicas: int) -> Schedule:
     if not isinstance(value, Mapping):
         number = per_replica(name, value, replicas)
         return Schedule(number, number)
+    if "blocks" in value:
+        raise ValueError(f"{name}: takes no values per block, got {dict(value)}; z_step and beta do")
     if set(value) != {"start", "end"}:
         raise ValueError(f"{name}: a schedule is {{'start': …, 'end': …}}, got {dict(value)}")
     return Schedule(*(per_replica(f"{name}.{k}", value[k], replicas) for k in ("start", "end")))

@@ -244,7 +244,8 @@ def train(
 
     A replica whose parameters or `train_loss` are not finite at an evaluation has diverged, of which a
     `DivergenceWarning` tells. The others go on. A replica whose `train_loss` is more than a thousand times the first
-    one of the history goes on, too, with a `DivergenceWarning`.
+    one of the history goes on, too, with a `DivergenceWarning`. A warning tells of a state that has no iterations left,
+    such as one that has been trained before.
 
     Args:
         problem: what is trained on.
@@ -364,6 +365,11 @@ def train(
             load_checkpoint(path, made_by, problem, state, history, iterations, callbacks)
             written, rows = state.iteration, history.rows
         else:
+            if state.iteration >= iterations:
+                warn(
+                    f"state: is after iteration {state.iteration} of {iterations}, so nothing is trained; "
+                    "optimizer.init(problem, seeds) makes a new one, and a larger iterations=… goes on with this one"
+                )
             written, rows = -1, evaluation(former())
         stopped = parallel.together(partial(stops, rows))
         last_write = time.monotonic()
@@ -468,7 +474,10 @@ def _horizon(optimizer: object) -> int:
     """Return an optimizer's own number of iterations. Raises ValueError if it has none."""
     if isinstance(found := getattr(optimizer, "iterations", None), int):
         return found
-    raise ValueError(f"iterations: None, but {type(optimizer).__name__} has no number of its own; give one")
+    raise ValueError(
+        f"iterations: None, but {type(optimizer).__name__} has no number of its own; give one here, as in "
+        "train(…, iterations=50)"
+    )
 
 
 def _all_diverged(history: History, state: State) -> bool:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -98,3 +99,9 @@ def meant(name: str, names: Iterable[str]) -> str:
     """Return a question whether the nearest of these names was meant; empty if none is near."""
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def found_here(group: str, name: str) -> str:
+    """Return in words how a file of configuration is found that is in a folder of the current one; empty for none."""
+    found = next(Path().glob(f"*/{group}/{escape(name)}.yaml"), None)
+    return f"; --config-dir {found.parts[0]} finds {found}" if found else ""

@@ -16,7 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from admm.files import ADVICE, WriteError, explain_write_errors
-from experiments.errors import meant
+from experiments.errors import found_here, meant
 from experiments.implied import with_implied
 from experiments.launch import conf_folders
 from experiments.launching import failures
@@ -24,6 +24,8 @@ from experiments.overrides import key_of, parse
 from experiments.rows import CONF, TableRows
 
 LIST_FOR_KEYS = re.compile(r"Cannot merge DictConfig with ListConfig\s+full_key: (\S+)")
+STEPS = ("step_size", "theta_step")
+ELSEWHERE = {"lr": STEPS, "learning_rate": STEPS, "epochs": ("iterations",)}  # what other libraries call a key
 OWN = {  # by group, how a user's own is given
     "dataset": "your own: dataset=npz dataset.path={} (x_train, y_train, …), or dataset=image_folder dataset.path={}",
     "model": "your own: model._target_={}, a function that returns an nn.Module",
@@ -49,7 +51,8 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     group, _, name = _missing_file(error).partition("/")
     if group and group != "row":
         own = f"; {OWN[group].replace('{}', name)}" if group in OWN else ""
-        return [f"no {group} {name!r} in conf/{group}{meant(name, _options(error))}{own}"]
+        near = found_here(group, name) or meant(name, _options(error))
+        return [f"no {group} {name!r} in experiments/conf/{group}{near}{own}"]
     if merged := LIST_FOR_KEYS.search(str(error and error.__cause__)):
         return [f"{merged[1]} has keys here, as the schedule {{start: 0.1, end: 0.0}} has; give such keys, or a number"]
     row = name if group == "row" else ""
@@ -125,7 +128,7 @@ def _row_hint(row: str, config: DictConfig, hydra: DictConfig) -> str:
     experiment = hydra.runtime.choices.experiment
     table = TableRows.of(experiment, config.rows, conf_folders(hydra))
     names = ", ".join(row.name for row in (*table.listed, *table.others))
-    return f"no row {row!r}: experiment={experiment} has {names or 'no rows'}"
+    return f"no row {row!r}: experiment={experiment} has {names or 'no rows'}{found_here('row', row)}"
 
 
 def _write_hint(error: OSError) -> str:
@@ -143,4 +146,5 @@ def _key_hint(config: DictConfig, key: str) -> str | None:
         return None
     where = f"{'.'.join(parents)} has" if parents else "the keys are"
     names = sorted(map(str, node))
-    return f"no key {key!r}: {where} {', '.join(names)}{meant(name, names)}"
+    near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
+    return f"no key {key!r}: {where} {', '.join(names)}{near or meant(name, names)}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from omegaconf import DictConfig, OmegaConf, open_dict
+
 from experiments.rows import CONF
 
 OWN_DATA = ("npz", "image_folder")  # options of the group dataset
@@ -31,6 +33,19 @@ def with_implied(overrides: Sequence[str]) -> list[str]:
     added = [f"{key}={value}" for key, value in implied.items() if key not in given]
     is_open = [o.startswith("dataset.channels=") or (is_own and o.startswith("model.")) for o in overrides]
     return [*added, *(f"++{o}" if opened else o for o, opened in zip(overrides, is_open, strict=True))]
+
+
+def drop_other_cuts(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Remove from `split` what an experiment or a row has set there for another way to cut than `split=…` of the
+    overrides, such as the `activation` that does not go with `split=after`. What the overrides give stays."""
+    values = dict(override.partition("=")[::2] for override in overrides)
+    options = {path.stem: set(OmegaConf.load(path)) for path in CONF.glob("split/*.yaml")} if "split" in values else {}
+    if (chosen := values.get("split")) not in options:
+        return
+    given = {key.lstrip("+").removeprefix("split.") for key in values}
+    with open_dict(config.split):
+        for key in set().union(*options.values()) - options[chosen] - given:
+            config.split.pop(key, None)
 
 
 def as_given(overrides: Sequence[str]) -> list[str]:

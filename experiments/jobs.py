@@ -89,6 +89,8 @@ def run_once(
         if finished is not None and not job.rerun:
             log.info("%s is there already, made by %s: %s", job.slot.name, finished.record.commit, finished.folder)
         else:
+            if finished is None:
+                log.info("%s: seeds %s are not in the store, and are made now", job.slot.name, job.info["seeds"])
             finished = make(config, job)
     runs = [*job.reused, finished]
     record_in_launch(runs, launch, config)
@@ -209,10 +211,11 @@ def is_reusable(run: Run, origin: dict[str, Any], other_code: str) -> bool:
     if not files:
         return True
     commits = f", {record.commit}, now {origin['commit']}" if record.commit != origin["commit"] else ""
-    message = f"{run.folder.name}: made by other code{commits}: {first_few(files)}"
+    made = f"made by other code{commits}: {first_few(files)}"
     if is_hashed and other_code == "refuse":
-        raise ValueError(f"other_code=refuse: {message}")
+        raise ValueError(f"other_code=refuse: {run.folder.name}: {made}")
     is_kept = not (is_hashed and other_code == "rerun")
+    what = f"kept and used, though {made}; force=true makes it again" if is_kept else f"{made}; it is made again"
     level = logging.WARNING if is_hashed else logging.INFO  # the oldest can be told by git alone, and are always kept
-    log.log(level, "%s; %s", message, "kept, force=true makes it again" if is_kept else "it is made again")
+    log.log(level, "%s: %s", run.folder.name, what)
     return is_kept

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import InterpolationResolutionError
 
-from experiments.implied import with_implied
+from experiments.implied import drop_other_cuts, with_implied
 
 IN_OVERRIDE = re.compile(r"(?<=[=,])~(?=/|$)")
 IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
@@ -38,7 +39,8 @@ def expand(node: DictConfig | ListConfig) -> None:
 
 
 def expand_in_configurations() -> None:
-    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply.
+    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, and
+    without what goes with another cut.
 
     Hydra has no hook for this: it makes the folders of a launch and of a sweep's jobs before a callback, or the task,
     sees their configuration."""
@@ -47,7 +49,13 @@ def expand_in_configurations() -> None:
     @wraps(load)
     def load_expanded(self: Any, config_name: Any, overrides: list[str], **how: Any) -> DictConfig:
         home = Path.home().as_posix()
-        config = load(self, config_name, with_implied([IN_OVERRIDE.sub(lambda _: home, o) for o in overrides]), **how)
+        overrides = with_implied([IN_OVERRIDE.sub(lambda _: home, o) for o in overrides])
+        try:
+            config = load(self, config_name, overrides, **how)
+        except ConfigCompositionException as error:  # after it `experiments.hints` has better advice than a +
+            error.args = (str(error).partition("\nTo append to your config")[0],)
+            raise
+        drop_other_cuts(config, overrides)
         expand(config)
         return config
 

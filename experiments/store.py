@@ -268,7 +268,7 @@ class Slot:
 
     def supersede(self, place: Path) -> None:
         """Move the runs that this run replaces to `place`: those of its experiment and name that have other values, or
-        only seeds that this run has too. Raises WriteError."""
+        only seeds that this run has too. Logs a warning for each. Raises WriteError."""
         own = Run(self.folder)
         for other in runs_named(self.folder.parent, self.name):
             folder = other.folder
@@ -282,6 +282,9 @@ class Slot:
                         shutil.rmtree(place / folder.name, ignore_errors=True)
                         os.replace(copied, place / folder.name)
                     slot_of(folder).remove()
+                log.warning(
+                    "%s: is replaced by %s, and moved to %s", folder.name, self.folder.name, place / folder.name
+                )
 
     def remove(self) -> None:
         """Delete the finished run. Raises OSError."""

@@ -105,6 +105,29 @@ def test_a_tilde_is_expanded_where_a_value_begins_with_it(monkeypatch: pytest.Mo
         assert derived.removeprefix("sqlite:///").startswith("/home/me/o/")
 
 
+# --- What overrides imply
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cut"),
+    [
+        (["split.after=[fc1]"], {"after": ["fc1"]}),
+        (["split=after", "split.after=[fc1]"], {"after": ["fc1"]}),
+        (["split.after=[fc1]", "++split.activation=end"], {"after": ["fc1"], "activation": "end"}),
+        (["split.n_blocks=3"], {"n_blocks": 3, "activation": "start"}),
+        ([], {"per_layer": True, "activation": "start"}),
+        (["experiment=cifar10_resnet18", "split=per_layer"], {"per_layer": True, "activation": "start"}),
+    ],
+)
+def test_a_chosen_cut_drops_what_a_row_or_an_experiment_has_set_for_another(
+    overrides: list[str], cut: dict[str, Any]
+) -> None:
+    """Such as the row's `activation`, which split=after refuses."""
+    with initialize_config_dir(str(ROOT / "experiments/conf"), version_base="1.3"):
+        config = compose("config", ["row=digits_shallow/block_admm-tuned", *overrides])
+    assert {key: value for key, value in config.split.items() if key != "_target_"} == cut
+
+
 # --- Rows
 
 
@@ -619,8 +642,9 @@ def test_a_run_of_other_code_is_named_under_the_table_and_kept_or_made_again(
     former = found.info | {"sources": found.info["sources"] | {"admm/blocks.py": "0"}, "finished": "2001"}
     (found.folder / "run.json").write_text(json.dumps(former))
     printed = launch_with_report(*few)
-    assert f"{found.folder.name}: made by other code: admm/blocks.py; kept, force=true makes it again" in printed
-    note = f"made by other code: {found.folder.name}; changed since: admm/blocks.py; other_code=rerun trains again"
+    kept = "kept and used, though made by other code"
+    assert f"{found.folder.name}: {kept}: admm/blocks.py; force=true makes it again" in printed
+    note = f"{kept} (docs/troubleshooting.md): {found.folder.name}; changed since: admm/blocks.py; other_code=rerun tr"
     assert note in printed.split("digits_shallow: ")[-1] and found.info == former
     with pytest.raises(ValueError, match=r"^other_code=refuse: sgd-.*: made by other code: admm/blocks.py$"):
         is_reusable(found, found.info | {"sources": found.info["sources"] | {"admm/blocks.py": "1"}}, "refuse")
@@ -668,7 +692,7 @@ def test_of_a_run_before_sources_were_hashed_git_tells_what_has_changed(
     caplog.set_level("INFO")
     for other_code in ("keep", "rerun", "refuse"):
         assert is_reusable(run, origin, other_code)
-    assert caplog.text.count(f"made by other code, {first}, now now: b.py, a.py; kept") == 3
+    assert caplog.text.count(f": kept and used, though made by other code, {first}, now now: b.py, a.py; force=") == 3
     unknown_run = add_run(tmp_path, "adam-tuned", [90.0], run_json("adam", "tuned", "2001", seeds=[0], commit="c+"))
     assert (
         is_reusable(unknown_run, origin, "refuse") and "the sources of c+, which made it, were not kept" in caplog.text

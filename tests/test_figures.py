@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -15,6 +17,7 @@ from experiments.reports.base import report_of, report_on
 from experiments.reports.drawing import colours_of
 from experiments.reports.methods import methods
 from experiments.reports.searches import plot_ranking
+from experiments.reports.writing import FONT_TAG, with_fixed_tags, write_report
 from experiments.store import Run, Slot, Store
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -80,6 +83,22 @@ def made_up(root: Path, experiment: str) -> list[Run]:
 def test_figures_show_all_that_they_say(tmp_path: Path, experiment: str) -> None:
     for figure in report_of(experiment).figures(made_up(tmp_path, experiment)).values():
         check(figure)
+
+
+def test_a_pdf_has_the_same_bytes_in_each_process(tmp_path: Path) -> None:
+    """Matplotlib tags the fonts by Python's hashes of texts, which are others in each process."""
+    figure = Figure()
+    figure.text(0.5, 0.5, "90 % → θ")  # in two parts of a font
+    report: Any = SimpleNamespace(
+        experiment="drawn",
+        table=lambda runs: pd.DataFrame(),
+        further_tables=lambda runs: {},
+        figures=lambda runs: {"drawn": figure},
+    )
+    write_report(report, [], tmp_path, tmp_path)
+    pdf = (tmp_path / "drawn.pdf").read_bytes()
+    assert sorted(set(FONT_TAG.findall(pdf))) == [b"/AAAAAA+", b"/AAAAAB+"]
+    assert with_fixed_tags(pdf.replace(b"/AAAAAB+", b"/QKXYZW+")) == pdf
 
 
 def test_the_figure_of_a_search_shows_all_that_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,19 @@ except DatasetError as error:
     assert rows == "2" and "scikit-learn" in message and "block-admm[suite]" in message
 
 
+def test_in_a_clone_a_command_without_its_packages_names_the_environment() -> None:
+    code = """
+import sys
+sys.modules["omegaconf"] = None
+try:
+    import experiments
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    way = "which `source .venv/bin/activate` finds after `make env`, or is installed by: pip install '.[suite]'"
+    assert run(code) == f"omegaconf is missing, {way}"
+
+
 def examples() -> Iterator[str]:
     """The code of README, docs and notebooks; that of docs/extending.md is for those who write an optimizer."""
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):

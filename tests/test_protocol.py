@@ -432,6 +432,22 @@ def test_spectral_norms_are_right_whatever_the_size_of_one_replica(mlp_problem, 
                 assert not norms[f"sigma_{t}"][s].isfinite()
 
 
+def test_a_state_is_shown_without_its_numbers(case, problem):
+    shown = repr(case.optimizer.init(problem, SEEDS))
+    assert "tensor(" not in shown and "\n" not in shown and f"seeds={SEEDS}, iteration=0, theta=Parameters(" in shown
+
+
+def test_a_state_shows_types_and_shapes_and_of_a_long_list_its_beginning(mlp_problem):
+    optimizer = BlockADMM(8, 0.01, batch_size=7, theta_update=SGD(0.9))
+    assert repr(optimizer.init(mlp_problem(), (3, 4))).partition("], ")[2] == (
+        "fc1.linear.bias [2, 5], fc2.linear.weight [2, 4, 5], fc2.linear.bias [2, 4], fc3.linear.weight [2, 3, 4], "
+        "fc3.linear.bias [2, 3]), moments=[[float64 [2, 5, 6], float64 [2, 5], float64 [2, 4, 5], … 3 more]], "
+        "z=[float64 [2, 24, 5], float64 [2, 24, 4], float64 [2, 24, 3]], "
+        "u=[float64 [2, 24, 5], float64 [2, 24, 4], float64 [2, 24, 3]], "
+        "z_state=ZState(moments=[], count=0, power_vectors=[], inverse_curvature=[]), beta=float64 [3, 2])"
+    )
+
+
 def test_another_seed_s_checkpoint_is_refused(case, problem):
     saved = save(case.optimizer.init(problem, SEEDS))
     with pytest.raises(ValueError, match=r"checkpoint: seeds is \[5, 0, 11\], expected \[5, 0, 12\]"):
@@ -531,14 +547,20 @@ def test_bf16_of_other_inputs_is_refused() -> None:
     [
         (object(), "loss: object is neither an object of a subclass of admm.losses.Loss nor a function"),
         (CrossEntropy, "loss: CrossEntropy is neither an object"),
-        (nn.functional.mse_loss, r"loss: .*mse_loss.* returns \[\] for 4 samples"),
+        (
+            nn.functional.mse_loss,
+            r'loss: .*mse_loss.* returns \[\] for 4 samples; .*="none", or admm.SquaredError\(\), which also ',
+        ),
+        (nn.CrossEntropyLoss(), r"returns \[\] .*, or admm.CrossEntropy\(\), which also measures accuracy$"),
+        (nn.BCEWithLogitsLoss(), r"returns \[\] .*, or admm.BinaryCrossEntropy\(\), which also measures accuracy$"),
+        (nn.L1Loss(), r'L1Loss\(\) returns \[\] .*, as with reduction="none"$'),
         (
             lambda z, y: z @ y,
             r"loss: cannot be evaluated on outputs \[2, 2, 3\] and .* \(2 seeds, 2 samples\): RuntimeError",
         ),
         (Mean(), r"loss: the value for .* is \[2\]; expected J of each sample, \[2, 2\]"),
     ],
-    ids=["an object", "a class", "a mean", "an error", "a value of a replica"],
+    ids=["an object", "a class", "a mean", "of classes", "of labels", "of no loss", "an error", "a value of a replica"],
 )
 def test_a_loss_without_a_value_per_sample_is_refused(
     mlp_problem: Callable[..., Problem], loss: Any, message: str

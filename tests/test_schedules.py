@@ -56,6 +56,10 @@ def test_ends_of_a_schedule_may_differ_by_replica():
         ([1.0, None, 2.0], "zeta: None is not a number"),
         ({"start": 1.0}, "zeta: a schedule is"),
         ({"start": 1.0, "stop": 0.0}, "zeta: a schedule is"),
+        (
+            {"blocks": [1.0, 2.0]},
+            r"zeta: takes no values per block, got \{'blocks': \[1.0, 2.0\]\}; z_step and beta do",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(value, message):

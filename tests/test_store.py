@@ -106,14 +106,17 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 # --- Identity, places
 
 
-def test_runs_of_former_settings_are_moved_away(tmp_path: Path) -> None:
+def test_runs_of_former_settings_are_moved_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     former = add_run(tmp_path, "sgd-tuned", [10.0, 20.0], run_json("sgd", "tuned", "2001"))
     other = add_run(tmp_path, "sgd-faithful", [10.0, 20.0], run_json("sgd", "faithful", "2001"))
     newest = add_run(tmp_path, "sgd-tuned", [90.0, 92.0], run_json("sgd", "tuned", "2002"))
     Slot(tmp_path, "mnist_shallow", "sgd-tuned", newest.folder.name.removeprefix("sgd-tuned-")).supersede(
         tmp_path / "s"
     )
-    assert not former.folder.exists() and (tmp_path / "s" / former.folder.name / "run.json").exists()
+    moved = tmp_path / "s" / former.folder.name
+    assert not former.folder.exists() and (moved / "run.json").exists()
+    told = f"{former.folder.name}: is replaced by {newest.folder.name}, and moved to {moved}"
+    assert [record.getMessage() for record in caplog.records] == [told]
     assert {run.folder for run in Store(tmp_path).runs("mnist_shallow")} == {other.folder, newest.folder}
 
 

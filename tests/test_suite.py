@@ -104,10 +104,11 @@ def test_a_launch_draws_its_figure_and_prints_its_table(
 
 
 def test_what_is_finished_is_not_run_again(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, _ = launched
+    folder, first = launched
     before = {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)}
     again = launch(folder, "threads=1", "checkpoint_seconds=7")  # neutral keys do not change the identity
-    assert again.count("is there already") == 9
+    assert again.count("is there already") == first.stdout.count(" are not in the store, and are made now") == 9
+    assert "not in the store" not in again
     assert {run.folder: run.folder.stat().st_mtime_ns for run in stored(folder)} == before
     launch(folder, "optimizer=sgd", "force=true")
     changed = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
@@ -263,13 +264,18 @@ def test_bad_input_names_the_key_and_what_would_be_right(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("optimizer.step_siz=2", r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?"),
+        (
+            "optimizer.step_siz=2",
+            r"^Could not override 'optimizer.step_siz'.\nKey 'step_siz' is not in struct(?s:.*)"
+            r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?",
+        ),
+        ("optimizer.lr=2", r"no key 'optimizer.lr': optimizer has .*did you mean step_size\?"),
         ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
         ("+baseline=sgd", r"^no key 'baseline': the keys are angle_samples,.*\n\+ adds no such key"),
         ("logger=wandbb", r"Could not find 'logger/wandbb'"),
         ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
         ("experiment=digits", r"Available options in 'experiment':\s+angle\s"),
-        ("loss=crossentropy", r"\nno loss 'crossentropy' in conf/loss; did you mean cross_entropy\?\n$"),
+        ("loss=crossentropy", r"\nno loss 'crossentropy' in experiments/conf/loss; did you mean cross_entropy\?\n$"),
         ("optimizer=sdg", r"Available options in 'optimizer':\s+adam\s"),
         ("optimizer=adamm,sgd", r"^error: optimizer: no 'adamm'; did you mean adam\?; there are adam, bcd, "),
         (
@@ -294,6 +300,21 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
     assert "could not be written" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert stored(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "file"),
+    [
+        ("optimizer=mine", "conf/optimizer/mine.yaml"),
+        ("optimizer=mine,sgd", "conf/optimizer/mine.yaml"),
+        ("row=digits_shallow/sgd-mine", "conf/row/digits_shallow/sgd-mine.yaml"),
+    ],
+)
+def test_a_file_of_one_s_own_that_is_not_searched_for_is_told(tmp_path: Path, argument: str, file: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    done = Launch(argument, folder=tmp_path).wait()
+    assert done.returncode == 1 and f"; --config-dir conf finds {file}" in done.stderr
 
 
 @pytest.mark.parametrize(("optimizer", "key"), [("sgd", "batch_size"), ("block_admm", "slice_size")])

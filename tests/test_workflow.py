@@ -143,8 +143,18 @@ def test_training_goes_on_with_a_state_as_if_it_had_not_ended(problem: Problem, 
     for later in (state, restored, stepped):
         history = train(problem, optimizer, later, test=samples(1))
         same((later, history), (whole_state, History([row for row in whole.rows if row["iteration"] >= 2])))
-        again = train(problem, optimizer, later, test=samples(1))
+        with pytest.warns(UserWarning, match=r"^state: is after iteration 6 of 6, so nothing is trained; ") as told:
+            again = train(problem, optimizer, later, test=samples(1))
         assert without_time(again.rows) == without_time(history.rows[-2:])
+        assert [warning.filename for warning in told] == [__file__]
+
+
+def test_a_resume_at_the_end_is_not_warned_of(problem: Problem, tmp_path: Path) -> None:
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            state, _ = run(problem, SGD6, checkpoint=tmp_path / "c.pt", keep_last=True)
+        assert state.iteration == 6
 
 
 # --- Interrupted
@@ -593,7 +603,7 @@ def test_an_optimizer_without_a_number_of_iterations_is_given_one(problem: Probl
 
     optimizer = Endless(6, SGD(), 0.05, batch_size=16)
     object.__delattr__(optimizer, "iterations")
-    with pytest.raises(ValueError, match="iterations: None, but Endless has no number of its own; give one"):
+    with pytest.raises(ValueError, match=r"^iterations: None, but Endless has no number .*train\(…, iterations=50\)"):
         train(problem, optimizer, SGD6.init(problem, SEEDS))
 
 

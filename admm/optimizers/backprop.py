@@ -12,15 +12,15 @@ from admm.blocks import Parameters
 from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import Hyperparameters, Schedules
-from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.optimizers.rules import Moments, UpdateRule
 from admm.optimizers.running import Runner
 from admm.schedules import Value, schedule
 from admm.visits import Visit
 
 
-@dataclass
-class BackpropState:
+@dataclass(repr=False)
+class BackpropState(ShortRepr):
     """Back-propagation's variables for S replicas.
 
     Attributes:

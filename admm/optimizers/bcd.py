@@ -27,7 +27,7 @@ from admm.optimizers.fully_connected import (
     square_residuals,
 )
 from admm.optimizers.least_squares import Scratch, add_gram, cholesky_with_ridge, input_factor, ridge_gain, zero_gram
-from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.samples import take
 from admm.schedules import Number, positive
 
@@ -35,8 +35,8 @@ _SLICE = 2000  # samples that are visited at a time: their temporaries stay in t
 Penalties = tuple[Tensor, Tensor, Tensor]  # γ, ρ and α, [S, 1, 1] each
 
 
-@dataclass
-class BCDState:
+@dataclass(repr=False)
+class BCDState(ShortRepr):
     """BCD's variables for L layers, N samples, S replicas.
 
     Attributes:

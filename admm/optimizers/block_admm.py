@@ -33,7 +33,7 @@ from admm.optimizers.coupling import (
 )
 from admm.optimizers.fully_connected import sample_initial_values
 from admm.optimizers.pipeline import Part, Pipeline, pass_down
-from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
 from admm.placement import PLACES, Place, allocate
@@ -44,8 +44,8 @@ _Z, _THETA, _DUALS = range(3)  # what a batch sweep visits the samples for, in t
 BatchT = TypeVar("BatchT", Tensor, slice)  # indices [S, B] of a mini-batch, or consecutive samples
 
 
-@dataclass
-class BlockADMMState:
+@dataclass(repr=False)
+class BlockADMMState(ShortRepr):
     """Block-ADMM's variables for T blocks, N samples, S replicas.
 
     Attributes:

@@ -25,7 +25,7 @@ from admm.minibatches import flat_indices, gather_per_replica, scatter_per_repli
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import cholesky_with_ridge
-from admm.optimizers.protocol import Problem
+from admm.optimizers.protocol import Problem, ShortRepr
 from admm.optimizers.rules import Moments, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
 from admm.user_warnings import warn
@@ -405,8 +405,8 @@ def update_theta(
     lagrangian.forget_all()
 
 
-@dataclass
-class ZState:
+@dataclass(repr=False)
+class ZState(ShortRepr):
     """The state that a `ZUpdate` carries from step to step; a list is empty if the update does not need it.
 
     Attributes:

@@ -29,7 +29,7 @@ from admm.optimizers.coupling import (
     penalties,
     scatter,
 )
-from admm.optimizers.protocol import Optimizer, Problem, largest_singular_value, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, largest_singular_value, whole_seeds
 from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
@@ -38,8 +38,8 @@ from admm.visits import Visit
 Factors = dict[int, Tensor]  # the basis M [R, C, r] of a factorisation, by the number t of its block
 
 
-@dataclass
-class DeepFactoState:
+@dataclass(repr=False)
+class DeepFactoState(ShortRepr):
     """DeepFacto's variables for T blocks, N samples, R replicas; each factorisation is a block.
 
     Attributes:

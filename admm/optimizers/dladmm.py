@@ -28,7 +28,7 @@ from admm.optimizers.fully_connected import (
     squared_norm,
 )
 from admm.optimizers.least_squares import Scratch
-from admm.optimizers.protocol import Optimizer, Problem, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, whole_seeds
 from admm.samples import take
 from admm.schedules import Number, positive, replica_values
 
@@ -36,8 +36,8 @@ _BACKWARD, _FORWARD = 0, 1  # the two sweeps of an iteration
 _SLICE = 1000  # samples that are visited at a time: their temporaries stay in the CPU's cache
 
 
-@dataclass
-class DLADMMState:
+@dataclass(repr=False)
+class DLADMMState(ShortRepr):
     """dlADMM's variables for L layers, N samples, S replicas.
 
     Attributes:

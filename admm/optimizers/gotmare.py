@@ -15,15 +15,15 @@ from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
 from admm.optimizers.coupling import AugmentedLagrangian, Hyperparameters, Schedules, label_leak, warn_of_lost_signal
 from admm.optimizers.fully_connected import Start, check_initial_names, set_initial_values
-from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
 from admm.schedules import BlockValue, Number, Value, block_schedules, positive, schedule
 from admm.visits import Visit
 
 
-@dataclass
-class GotmareState:
+@dataclass(repr=False)
+class GotmareState(ShortRepr):
     """BlockProp's variables for S replicas.
 
     Attributes:

@@ -25,15 +25,15 @@ from admm.optimizers.coupling import (
     penalties,
     update_theta,
 )
-from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
 from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
 
 
-@dataclass
-class OnlineBlockADMMState:
+@dataclass(repr=False)
+class OnlineBlockADMMState(ShortRepr):
     """Online Block-ADMM's variables for T blocks, S replicas.
 
     Attributes:

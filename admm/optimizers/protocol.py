@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
 
@@ -29,6 +29,7 @@ from admm.visits import Visit
 # What else is done with an entry of Z_t in an iteration, some twenty passes over memory, takes as long as so many
 # floating-point operations of products (measured for ten layers of 128 on a Xeon).
 _FLOPS_PER_ENTRY = 1000
+_FEW = 3  # entries of a list in the text of a state
 _MAKERS: tuple[Any, ...] = (initialiser, as_constructed)  # which make an `initialise`, and are none
 
 
@@ -526,6 +527,24 @@ class State(Protocol):
     seeds: tuple[int, ...]
     iteration: int
     theta: Parameters
+
+
+class ShortRepr:
+    """The base of a dataclass, declared with repr=False, that shows of a tensor its type and its shape alone."""
+
+    def __repr__(self) -> str:
+        values = (f"{f.name}={_shown_in_short(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+def _shown_in_short(value: Any) -> str:
+    """Return a value as text, of tensors the type and the shape, of a longer list the first `_FEW` entries."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, list):
+        more = [f"… {len(value) - _FEW} more"] if len(value) > _FEW else []
+        return f"[{', '.join([*map(_shown_in_short, value[:_FEW]), *more])}]"
+    return repr(value)
 
 
 StateT = TypeVar("StateT", bound=State)

@@ -38,15 +38,15 @@ from admm.optimizers.least_squares import (
     solve_ridge,
     zero_gram,
 )
-from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.samples import take
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "StandardADMM"
 
 
-@dataclass
-class StandardADMMState:
+@dataclass(repr=False)
+class StandardADMMState(ShortRepr):
     """The variables of Eq. 11 for L layers, N samples, S replicas.
 
     Attributes:

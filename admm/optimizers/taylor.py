@@ -37,15 +37,15 @@ from admm.optimizers.least_squares import (
     solve_ridge,
     zero_gram,
 )
-from admm.optimizers.protocol import Optimizer, Problem, spectral_norms, whole_seeds
+from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.samples import take
 from admm.schedules import Number, broadcast, per_replica, positive, replica_values
 
 _NAME = "Taylor"
 
 
-@dataclass
-class TaylorState:
+@dataclass(repr=False)
+class TaylorState(ShortRepr):
     """The variables for L layers, N samples, S replicas.
 
     Attributes:

@@ -61,6 +61,6 @@ def note_of_other_code(runs: Sequence[Run]) -> str:
         return ""
     files = list(dict.fromkeys(name for of_run in changed.values() for name in of_run))
     return (
-        f"made by other code: {first_few(list(changed))}; changed since: {first_few(files)}; "
-        "other_code=rerun trains again"
+        f"kept and used, though made by other code (docs/troubleshooting.md): {first_few(list(changed))}; "
+        f"changed since: {first_few(files)}; other_code=rerun trains again"
     )

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from experiments.errors import meant, user_errors
+from experiments.errors import found_here, meant, user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
 from experiments.overrides import ROW_FILTERS, key_of, parse
@@ -57,7 +57,8 @@ def check_names(methods: list[str | None], conf: Sequence[Path]) -> None:
     there = sorted(path.stem for folder in conf for path in folder.glob("optimizer/*.yaml"))
     for name in methods:
         if name and "/" not in name and name not in there:
-            raise ValueError(f"optimizer: no {name!r}{meant(name, there)}; there are {', '.join(there)}")
+            near = found_here("optimizer", name) or meant(name, there)
+            raise ValueError(f"optimizer: no {name!r}{near}; there are {', '.join(there)}")
 
 
 def values(override: Override | None) -> list[str | None]:

@@ -14,6 +14,8 @@ from experiments.reports.base import ExperimentReport
 from experiments.reports.text import markdown
 from experiments.store import Run
 
+FONT_TAG = re.compile(rb"/[A-Z]{6}\+(?=[A-Za-z]{2})")
+
 
 def write_report(report: ExperimentReport, runs: list[Run], figures: Path, tables: Path) -> pd.DataFrame:
     """Write the experiment's `<tables>/<experiment>.csv`, its further tables, and its figures, `<figures>/<name>.png`
@@ -31,9 +33,17 @@ def write_report(report: ExperimentReport, runs: list[Run], figures: Path, table
             frame.to_csv(new(tables / f"{name}.csv"), index=False)
         for name, figure in report.figures(runs).items():
             figure.savefig(new(figures / f"{name}.png"), dpi=150)
-            # without its date, the same bytes each time
-            figure.savefig(new(figures / f"{name}.pdf"), metadata={"CreationDate": None})
+            pdf = new(figures / f"{name}.pdf")  # the same bytes each time
+            figure.savefig(pdf, metadata={"CreationDate": None})
+            pdf.write_bytes(with_fixed_tags(pdf.read_bytes()))
     return table
+
+
+def with_fixed_tags(pdf: bytes) -> bytes:
+    """Return a PDF with the tags AAAAAA, AAAAAB, … before the names of its fonts. Those of Matplotlib are made of
+    Python's hashes of texts, which are others in each process."""
+    tags = {tag: b"/AAAAA%c+" % letter for letter, tag in enumerate(dict.fromkeys(FONT_TAG.findall(pdf)), ord("A"))}
+    return FONT_TAG.sub(lambda found: tags[found[0]], pdf)
 
 
 def update_tables(page: Path, tables: Mapping[str, pd.DataFrame]) -> None:
