@@ -1,5 +1,6 @@
 """Block-ADMM against the literal Algorithm 1 (`scripts.literal`), and against what theory says."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -653,6 +654,20 @@ def test_the_multiplier_is_continuous_when_beta_changes(mlp_problem, sweep):
         torch.testing.assert_close(adaptive.beta[t], constant.beta[t] / 0.7, rtol=1e-12, atol=0.0)
         multiplier = [state.beta[t].view(-1, 1, 1) * state.u[t] for state in (constant, adaptive)]
         torch.testing.assert_close(multiplier[0], multiplier[1], rtol=1e-12, atol=1e-14)
+
+
+def test_a_state_goes_on_with_the_optimizers_penalties_and_its_own_multipliers(mlp_problem):
+    problem, plain, penalties = mlp_problem(), replace(BASE, dual_step=0.5), (0.5, 2.0, 1.5)
+    state, other = plain.init(problem, SEEDS), replace(plain, beta={"blocks": list(penalties)})
+    plain.step(problem, state)
+    expected = copy.deepcopy(state)
+    for t, beta in enumerate(penalties):
+        expected.u[t] *= (expected.beta[t] / beta).view(-1, 1, 1)
+        expected.beta[t] = beta
+    other.step(problem, state)
+    other.step(problem, expected)
+    assert torch.equal(state.beta, expected.beta)
+    torch.testing.assert_close(state.theta.flat(), expected.theta.flat(), rtol=1e-12, atol=1e-14)
 
 
 def test_beta_stays_below_its_largest_value(mlp_problem):

@@ -126,6 +126,13 @@ def update_minibatch(
     lagrangian.update_duals(rounds[0].dual_step)  # line 12: U
 
 
+def _set_penalties(state: BlockADMMState, beta: Tensor, factor: Tensor) -> None:
+    """Give β [T, S] its new values. U is divided by their factor, so that λ = β U stays the same (Eq. 5b, 6)."""
+    state.beta.copy_(beta)
+    for u, f in zip(state.u, factor, strict=True):
+        u.div_(broadcast(f, u))
+
+
 @dataclass(frozen=True)
 class BlockADMM(Options, Optimizer[BlockADMMState]):
     """Stochastic Block-ADMM, the paper's Algorithm 1, with options for what it leaves open and for departures from it.
@@ -242,15 +249,16 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     def step(self, problem: Problem, state: BlockADMMState) -> BlockADMMState:
         """Do one iteration of Algorithm 1, and update β by Eq. 6."""
         same_samples(problem, state.z[problem.held_blocks[-1] - 1])
+        if self.penalty is None:
+            beta = penalties(self.beta, *state.beta.shape, like=state.beta)
+            if not torch.equal(beta, state.beta):  # the state was trained with other penalties
+                _set_penalties(state, beta, beta / state.beta)
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
         residual = sweep(problem, state, self._schedules(*state.beta.shape), self.rounds(state.iteration))
         state.iteration += 1
         if self.penalty is not None:
-            # U is divided by the factor of β, so that λ = β U stays the same (Eq. 5b, 6).
             factor = self.penalty.factor(state.beta, residual, state.iteration)
-            state.beta *= factor
-            for u, f in zip(state.u, factor, strict=True):
-                u.div_(broadcast(f, u))
+            _set_penalties(state, state.beta * factor, factor)
         return state
 
     def _batch_sweep(self, problem: Problem, state: BlockADMMState, schedules: Schedules, rounds: int) -> Tensor:
