@@ -643,22 +643,17 @@ def test_an_optimizer_without_a_number_of_iterations_is_given_one(problem: Probl
 # --- Checkpoints and copies
 
 
-class Activation(nn.Module):
-    """Shown alike, whatever it computes."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+def activation(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A module that is shown alike, whatever it computes."""
+    made: nn.Module = type("Activation", (nn.Module,), {"forward": lambda self, x: function(x)})()
+    return made
 
 
 @pytest.mark.parametrize(
     ("activations", "message"),
     [
         ((nn.Tanh(), nn.Sigmoid()), r"network was \(1\): Tanh\(\), is \(1\): Sigmoid\(\)"),
-        ((Activation(torch.tanh), Activation(torch.sigmoid)), "it is of another run: outputs was"),
+        ((activation(torch.tanh), activation(torch.sigmoid)), "it is of another run: outputs was"),
     ],
 )
 def test_networks_of_the_same_shapes_are_told_apart(activations: Any, message: str, tmp_path: Path) -> None:
@@ -784,17 +779,23 @@ def large(value: float) -> Any:
 
 
 OBJECTS: dict[str, tuple[Callable[[float], dict[str, Any]], str]] = {
-    "a schedule": (lambda v: {"optimizer": sgd(Constant(v))}, r"optimizer.step_size was .value = 0.1, is .value = 1;"),
-    "a method": (lambda v: {"optimizer": sgd(Constant(v).at)}, r"optimizer.step_size was .*value = 0.1, is .* = 1;"),
-    "a global": (lambda v: {"optimizer": sgd(by_global(v))}, r"optimizer.step_size was .RATE = 0.1, is .RATE = 1;"),
+    "a schedule": (
+        lambda v: {"optimizer": sgd(Constant(v))},
+        r"optimizer.step_size was .*{value: 0.1}, is .*{value: 1}",
+    ),
+    "a method": (
+        lambda v: {"optimizer": sgd(Constant(v).at)},
+        r"optimizer.step_size was .*{value: 0.1}, is .*{value: 1}",
+    ),
+    "a global": (lambda v: {"optimizer": sgd(by_global(v))}, r"optimizer.step_size was .*{RATE: 0.1}, is .*{RATE: 1}"),
     "a rule": (
         lambda v: {"optimizer": sgd(rule=Rule(v))},
-        r"optimizer.theta_update was .factor = 0.1, is .factor = 1;",
+        r"optimizer.theta_update was .*factor=0.1\), is .*factor=1\)",
     ),
-    "a loss": (lambda v: {"loss": Scaled(v)}, r"loss was .scale = 0.1, is .scale = 1;"),
-    "a layer": (lambda v: {"blocks": network(Dropped(v / 2))}, r"network was .2.p = 0.05, is .2.p = 0.5;"),
-    "an augmentation": (lambda v: {"augmentation": Noise(v)}, r"augmentation was .size = 0.1, is .size = 1;"),
-    "a test set": (lambda v: {"test": large(v)}, r"test was \[0\] = float32 \[1000, 6\] \w+, is .*;"),
+    "a loss": (lambda v: {"loss": Scaled(v)}, r"loss was .*{scale: 0.1}, is .*{scale: 1}"),
+    "a layer": (lambda v: {"blocks": network(Dropped(v / 2))}, r"network was 2.p = 0.05, is 2.p = 0.5"),
+    "an augmentation": (lambda v: {"augmentation": Noise(v)}, r"augmentation was .*{size: 0.1}, is .*{size: 1}"),
+    "a test set": (lambda v: {"test": large(v)}, r"test was \(float32 \[1000, 6\] \w+, .*, is .*"),
 }
 
 
@@ -809,35 +810,8 @@ def test_what_is_inside_of_objects_makes_another_run(
 
     again(0.1)
     again(0.1)
-    with pytest.raises(CheckpointError, match=f"it is of another run: inside {message}"):
+    with pytest.raises(CheckpointError, match=f"it is of another run: {message};"):
         again(1.0)
-
-
-def test_the_code_of_a_class_makes_another_run(problem: Problem, tmp_path: Path) -> None:
-    def gradient(step: float) -> Any:
-        class Stepped(Backprop):
-            def step(self, problem: Problem, state: Any) -> Any:
-                state.theta.fill(state.theta.flat() * step)
-                return super().step(problem, state)
-
-        return Stepped(**vars(SGD6))
-
-    options: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "keep_last": True}
-    run(problem, gradient(1.0), **options)
-    run(problem, gradient(1.0), **options)
-    with pytest.raises(CheckpointError, match=r"inside optimizer was \.step\.step = 1, is \.step\.step = 0\.5;"):
-        run(problem, gradient(0.5), **options)
-
-
-def test_what_cannot_be_compared_is_told(problem: Problem, tmp_path: Path) -> None:
-    schedule = Constant(0.1)
-    with (tmp_path / "log").open("w") as file:
-        schedule.file = file  # type: ignore[attr-defined]
-        with pytest.warns(
-            UserWarning, match=r"nothing tells whether optimizer\.step_size\.file, a TextIOWrapper, is"
-        ) as told:
-            run(problem, sgd(schedule), checkpoint=tmp_path / "c.pt")
-    assert len(told) == 1 and told[0].filename == __file__
 
 
 def test_what_was_saved_stays_when_a_restored_state_goes_on() -> None:
