@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,15 +16,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from admm.blocks import Blocks, Parameters
+from admm.blocks import Parameters
 from admm.files import atomic_write
-from admm.optimizers.protocol import Optimizer, Problem, State
+from admm.fingerprints import START, digest
+from admm.optimizers.protocol import Problem, State
 
 Row = dict[str, float]  # one evaluation of one replica
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or of another run."""
+
+
+_STARTS: dict[Path, tuple[str, dict[str, str]]] = {}  # by checkpoint, a hash of parameters and the start of their run
 
 
 @dataclass
@@ -181,72 +183,6 @@ def _unflattened(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(-1, *v.shape[1:]) for part, v in zip(columns.split(sizes, 1), like, strict=True)]
 
 
-def fingerprint(problem: Problem, optimizer: Optimizer[Any], state: State, **others: Any) -> dict[str, str]:
-    """Return what determines the numbers of a run besides its seeds, as text by name.
-
-    That is the optimizer and its hyperparameters, the network, the cuts, the loss, the augmentation, the data (of a
-    stream the number of samples and the first ones), and `others`; to three digits, the mean and the mean size of the
-    initial parameters, and the mean size of the outputs of the first network for two samples, which tells of what its
-    modules compute.
-    """
-    names: list[str] = [f.name for f in fields(optimizer)] if is_dataclass(optimizer) else []
-    values = {f"optimizer.{name}": getattr(optimizer, name) for name in names}
-    values |= {"network": problem.blocks.network, "blocks": problem.blocks.names}
-    values |= {"loss": problem.loss, "augmentation": problem.augmentation, "samples": problem.n_samples}
-    values |= dict(zip(("x", "y"), problem.data.examples, strict=True)) | others
-    flat = state.theta.flat().double()
-    start = ", ".join(f"{value:.3g}" for value in (*flat.mean(1).tolist(), *flat.abs().mean(1).tolist()))
-    few = tree_map(lambda leaf: leaf[None, :2].expand(len(flat), *leaf[:2].shape), problem.data.examples[0])
-    outputs = problem.blocks.forward(state.theta, few)[0].abs().double().mean().item()
-    texts = {name: _text(value) for name, value in values.items()} | {"seeds": _text(state.seeds)}
-    return {"optimizer": type(optimizer).__name__} | texts | {"initialisation": start, "outputs": f"{outputs:.3g}"}
-
-
-def digest(tensor: Tensor) -> str:
-    """Return a hash of a tensor's numbers."""
-    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(numbers.data).hexdigest()[:12]
-
-
-def _text(value: Any) -> str:
-    """Return a value as text without addresses in memory: of a tensor its type, its shape and a hash of its numbers, of
-    a function a hash of its code and what it refers to; of this library's functions the name stands for the code."""
-    match value:
-        case Tensor():
-            return f"{value.dtype} {list(value.shape)} {digest(value)}"
-        case int() | float() if not isinstance(value, bool):
-            return str(float(value))
-        case list() | tuple():
-            return f"({', '.join(map(_text, value))})"
-        case Mapping():
-            return f"{{{', '.join(f'{key}: {_text(item)}' for key, item in value.items())}}}"
-        case Blocks():  # whose own text changes as it is used
-            return "<admm.blocks.Blocks object>"
-        case partial():
-            return f"partial({_text((value.func, value.args, value.keywords))})"
-        case FunctionType():
-            cells, named = [cell.cell_contents for cell in value.__closure__ or ()], value.__kwdefaults__
-            referred = (cells, value.__defaults__, *([named] if named else []))
-            if value.__module__.startswith("admm."):
-                return f"{value.__qualname__} {_text(referred)}"
-            codes = list(_codes(value.__code__))
-            code = b"".join(part.co_code + repr(part.co_names).encode() for part in codes)
-            constants = [c for part in codes for c in part.co_consts if not isinstance(c, CodeType)]
-            return f"{value.__qualname__} {hashlib.sha256(code).hexdigest()[:12]} {_text((constants, referred))}"
-    if is_dataclass(value) and not isinstance(value, type):
-        items = (f"{f.name}={_text(getattr(value, f.name))}" for f in fields(value))
-        return f"{type(value).__name__}({', '.join(items)})"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of a function and of those defined in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 def write_checkpoint(
     path: Path, made_by: dict[str, str], problem: Problem, state: Any, history: History, callbacks: Sequence[Any] = ()
 ) -> None:
@@ -303,6 +239,18 @@ def _held(problem: Problem, saved: Any, like: Any) -> Any:
     return saved[:, problem.part] if saved.shape[1] == problem.n_samples else saved
 
 
+def start_of(path: Path, state: State) -> dict[str, str]:
+    """Return how a state began that has been trained in this process with this checkpoint, if nothing else has changed
+    it since then; see `note_start`."""
+    parameters, start = _STARTS.get(path.absolute(), ("", {}))
+    return start if parameters == digest(state.theta.flat()) else {}
+
+
+def note_start(path: Path, state: State, made_by: dict[str, str]) -> None:
+    """Note what a run's fingerprint says of the parameters that it began with: the state has others now."""
+    _STARTS[path.absolute()] = digest(state.theta.flat()), {name: made_by[name] for name in START}
+
+
 def callback_states(callbacks: Sequence[Any]) -> dict[str, Any]:
     """Return the `state_dict` of each callback that has one, as `save` does, by its class and its place among them."""
     return {name: _storable(callback.state_dict(), name) for name, callback in _stateful(callbacks)}
@@ -311,6 +259,31 @@ def callback_states(callbacks: Sequence[Any]) -> dict[str, Any]:
 def _stateful(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     with_state = (callback for callback in callbacks if hasattr(callback, "state_dict"))
     return ((f"{type(callback).__name__} {place}", callback) for place, callback in enumerate(with_state))
+
+
+def _owned(callbacks: Sequence[Any], saved: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Return callbacks with the states that a checkpoint has of them.
+
+    A state belongs to the callbacks of its class and, where it has an entry `of`, to those with the same one; of these
+    in their order. Raises ValueError for another number of them; none of them is right, and so is a new one.
+    """
+    now = list(zip(map(_kind, callback_states(callbacks).items()), dict(_stateful(callbacks)).values(), strict=True))
+    owned = list[tuple[Any, Any]]()
+    for kind in dict.fromkeys(map(_kind, saved.items())):
+        owners = [callback for its, callback in now if its == kind]
+        states = [item[1] for item in saved.items() if _kind(item) == kind]
+        if owners and len(owners) != len(states):
+            raise ValueError(
+                f"callbacks: {len(owners)} of {kind}, where it has the states of {len(states)}; give as many, or none"
+            )
+        owned += zip(owners, states, strict=False)
+    return owned
+
+
+def _kind(saved: tuple[str, Any]) -> str:
+    """Return whose state this is: the class, and of what it is."""
+    (name, _), state = saved[0].split(" "), saved[1]
+    return f"{name} of {state['of']}" if isinstance(state, Mapping) and "of" in state else name
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -363,16 +336,18 @@ def load_checkpoint(
         maker = content.get("made_by") or {"optimizer": content.get("optimizer", made_by["optimizer"])}
         for name, was in maker.items():
             if (now := made_by.get(name, "nothing")) != was:
-                raise ValueError(f"it is of another run: {_difference(name, was, now)}")
+                is_trained = name in START and state.iteration
+                hint = " after training; give the state that optimizer.init returns" if is_trained else ""
+                raise ValueError(f"it is of another run: {_difference(name, was, now)}{hint}")
         if (done := content["state"].get("iteration", 0)) > iterations:
             raise ValueError(f"it is after iteration {done}, of {iterations} that are asked for")
+        owned = _owned(callbacks, content.get("callbacks", {}))
         restore(state, _held(problem, content["state"], save(state)))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; delete the file to start again, or give another path") from None
     vars(history).update(content["history"])
-    for name, callback in _stateful(callbacks):
-        if name in content.get("callbacks", ()):  # a callback may be new, and one of before may be left out
-            callback.load_state_dict(content["callbacks"][name])
+    for callback, saved in owned:
+        callback.load_state_dict(saved)
 
 
 def _difference(name: str, was: str, now: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
@@ -23,14 +24,15 @@ from admm.checkpoints import (
     History,
     Row,
     callback_states,
-    digest,
-    fingerprint,
     load_checkpoint,
+    note_start,
     save,
+    start_of,
     write_checkpoint,
 )
 from admm.checks import at_least_one, has_type, shown
 from admm.files import remove_leftovers
+from admm.fingerprints import digest, fingerprint
 from admm.losses import CrossEntropy, Huber, SquaredError, unweighted
 from admm.minibatches import expand
 from admm.numbers import is_number
@@ -264,7 +266,7 @@ def train(
             in turn; at a resume, at once with all rows so far. They leave the state as it is. One that raises
             `admm.callbacks.StopTraining` ends training when the others have been called and the checkpoint, if any, is
             written. What a callback's `state_dict()` returns is kept in checkpoints, and given to its
-            `load_state_dict` at a resume, before the call.
+            `load_state_dict` at a resume, before the call; of several of a class, to that with the same entry `of`.
         measure: a function that returns `train_loss` and other quantities [S] of the parameters.
         keep_last: whether a checkpoint is written at the end, too.
         angle_samples: the number of training samples on whose mean loss the update of the last iteration before each
@@ -276,7 +278,7 @@ def train(
 
     Raises:
         CheckpointError: if the checkpoint is damaged, after more iterations, or of another run (see
-            `admm.checkpoints.fingerprint`).
+            `admm.fingerprints.fingerprint`).
         ValueError: for an argument of another type, a state of another problem, a network without trained parameters,
             samples or targets that do not fit, no number of iterations, and for a step that does not count its
             iteration.
@@ -360,8 +362,9 @@ def train(
         parallel.check_same({"iterations": str(iterations), "PyTorch": torch.__version__} | made_by)
     if path is not None and parallel.is_first:
         remove_leftovers(path)
-    with _HeldInterrupt(path is not None, 1.0 if parallel.size > 1 else 0.0) as interrupt:
+    with _HeldInterrupt(path is not None, 1.0 if parallel.size > 1 else 0.0) as interrupt, ExitStack() as at_end:
         if path is not None and _exists(path, parallel):
+            made_by |= start_of(path, state)
             load_checkpoint(path, made_by, problem, state, history, iterations, callbacks)
             written, rows = state.iteration, history.rows
         else:
@@ -371,6 +374,8 @@ def train(
                     "optimizer.init(problem, seeds) makes a new one, and a larger iterations=… goes on with this one"
                 )
             written, rows = -1, evaluation(former())
+        if path is not None:
+            at_end.callback(note_start, path, state, made_by)
         stopped = parallel.together(partial(stops, rows))
         last_write = time.monotonic()
         stopped, interrupted = parallel.any(stopped, interrupt.has_come)

@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from simulated_gpu import simulated_gpu
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from admm.augmentation import Augmentation
 from admm.blocks import Parameters, split
 from admm.callbacks import EarlyStopping, StopTraining
 from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
-from admm.losses import BinaryCrossEntropy, CrossEntropy, SquaredError, one_hot
+from admm.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError, one_hot
 from admm.models import as_given, initialiser, mlp, resnet18
 from admm.optimizers import (
     SGD,
@@ -160,11 +161,12 @@ def test_a_resume_at_the_end_is_not_warned_of(problem: Problem, tmp_path: Path) 
 # --- Interrupted
 
 
+@dataclass(frozen=True)
 class Interrupted(Backprop):
     """Whose step `at` gets Ctrl-C in its middle, once or several times. (A checkpoint does not know these options.)"""
 
-    at: int
-    times: int
+    at: int = field(default=0, compare=False)
+    times: int = field(default=1, compare=False)
 
     def step(self, problem: Problem, state: Any) -> Any:
         for _ in range(self.times if state.iteration == self.at else 0):
@@ -176,9 +178,7 @@ class Interrupted(Backprop):
 
 
 def interrupted(at: int, times: int = 1) -> Interrupted:
-    optimizer = Interrupted(**vars(SGD6))
-    vars(optimizer).update(at=at, times=times)
-    return optimizer
+    return Interrupted(**vars(SGD6), at=at, times=times)
 
 
 @pytest.fixture
@@ -226,6 +226,33 @@ def test_a_caller_s_own_handler_of_interrupts_stays(problem: Problem, tmp_path: 
     finally:
         signal.signal(signal.SIGINT, former)
     assert came == [signal.SIGINT] and state.iteration == 6
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@each_optimizer
+def test_the_same_call_goes_on_with_the_state_that_it_has_trained(
+    problem: Problem, optimizer: Any, at: int, tmp_path: Path
+) -> None:
+    """As when a cell of a notebook is run again: after an interrupt, and after an error that the file is behind."""
+    state = optimizer.init(problem, SEEDS)
+    options: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "checkpoint_seconds": 0.0}
+    for stop, error in ((at, KeyboardInterrupt), (at + 1, ZeroDivisionError), (at + 2, ZeroDivisionError)):
+        with pytest.raises(error):
+            train(problem, optimizer, state, callbacks=[StopAt(stop, error)], **options)
+        assert state.iteration == stop
+    same((state, train(problem, optimizer, state, **options)), run(problem, optimizer))
+
+
+def test_a_state_of_another_start_is_refused(problem: Problem, tmp_path: Path) -> None:
+    """Also in place of one that the checkpoint is of; it stays as it is."""
+    state, other = SGD6.init(problem, SEEDS), SGD6.init(replace(problem, initialise=initialiser("normal")), SEEDS)
+    train(problem, SGD6, other, 3)
+    train(problem, SGD6, state, 3, checkpoint=tmp_path / "c.pt", keep_last=True)
+    restore(state, save(other))
+    for trained in (state, other):
+        with pytest.raises(CheckpointError, match=r"initialisation was .*, is .* after training; give the state"):
+            train(problem, SGD6, trained, checkpoint=tmp_path / "c.pt")
+        assert torch.equal(trained.theta.flat(), other.theta.flat())
 
 
 def test_an_interrupt_from_a_callback_loses_nothing(problem: Problem, tmp_path: Path) -> None:
@@ -374,6 +401,22 @@ def test_what_is_best_by_another_quantity_is_not_taken(tmp_path: Path) -> None:
     stopping = EarlyStopping("told", None, "max")
     told([UP_AND_DOWN], callbacks=[stopping], checkpoint=tmp_path / "c.pt")
     assert stopping.rows[0]["iteration"] == 3  # the highest since the resume there
+
+
+def test_one_more_callback_leaves_each_its_own_state(tmp_path: Path) -> None:
+    told([UP_AND_DOWN], callbacks=[EarlyStopping("told", 2, "max")], checkpoint=tmp_path / "c.pt")
+    stopping, other = EarlyStopping("told", None, "max"), EarlyStopping("train_loss", None)
+    task, _, _ = told([UP_AND_DOWN], callbacks=[other, stopping], checkpoint=tmp_path / "c.pt")
+    assert stopping.rows[0]["iteration"] == 0 == stopping.best(task).flat()[0, 0].item()
+    assert other.rows[0]["iteration"] == 2  # the first that it has seen
+
+
+def test_states_that_may_be_of_several_callbacks_are_refused(tmp_path: Path) -> None:
+    told([UP_AND_DOWN], callbacks=[EarlyStopping("told", 2, "min")], checkpoint=tmp_path / "c.pt")
+    message = r"callbacks: 2 of EarlyStopping of \['told', 'min'\], where it has the states of 1; give as many, or none"
+    with pytest.raises(CheckpointError, match=message):
+        callbacks = [EarlyStopping("told", patience, "min") for patience in (3, 4)]
+        told([UP_AND_DOWN], callbacks=callbacks, checkpoint=tmp_path / "c.pt")
 
 
 def test_a_diverged_replica_is_not_waited_for(problem: Problem) -> None:
@@ -610,22 +653,17 @@ def test_an_optimizer_without_a_number_of_iterations_is_given_one(problem: Probl
 # --- Checkpoints and copies
 
 
-class Activation(nn.Module):
-    """Shown alike, whatever it computes."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+def activation(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A module that is shown alike, whatever it computes."""
+    made: nn.Module = type("Activation", (nn.Module,), {"forward": lambda self, x: function(x)})()
+    return made
 
 
 @pytest.mark.parametrize(
     ("activations", "message"),
     [
         ((nn.Tanh(), nn.Sigmoid()), r"network was \(1\): Tanh\(\), is \(1\): Sigmoid\(\)"),
-        ((Activation(torch.tanh), Activation(torch.sigmoid)), "it is of another run: outputs was"),
+        ((activation(torch.tanh), activation(torch.sigmoid)), "it is of another run: outputs was"),
     ],
 )
 def test_networks_of_the_same_shapes_are_told_apart(activations: Any, message: str, tmp_path: Path) -> None:
@@ -662,6 +700,128 @@ def test_schedules_that_differ_are_told_apart(problem: Problem, tmp_path: Path) 
         else:
             with pytest.raises(CheckpointError, match=r"optimizer\.step_size was .*0\.1.*, is .*0\.2"):
                 run(problem, optimizer, checkpoint=tmp_path / "c.pt")
+
+
+class Constant:
+    """A schedule."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, progress: float) -> float:
+        return self.value
+
+    def at(self, progress: float) -> float:
+        return self.value
+
+
+class Scaled(Loss):
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def value(self, z: Tensor, y: Any) -> Tensor:
+        return self.scale * CrossEntropy().value(z, y)
+
+    def gradient(self, z: Tensor, y: Any) -> Tensor:
+        return self.scale * CrossEntropy().gradient(z, y)
+
+    def targets(self, y: Any, outputs: Any, like: Tensor) -> Any:
+        return CrossEntropy().targets(y, outputs, like)
+
+
+class Dropped(nn.Module):
+    """With a list of its own parameters, as PyTorch's recurrent networks have it."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p, self.weight = p, nn.Parameter(torch.randn(1))
+        self.parts = [self.weight]
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * nn.functional.dropout(x, self.p, self.training)
+
+
+class Rule(SGD):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "factor", factor)
+
+    def apply(self, theta: Any, gradient: Any, moments: Any, step: Any) -> None:
+        super().apply(theta, [self.factor * g for g in gradient], moments, step)  # type: ignore[attr-defined]
+
+
+class Noise(Augmentation):
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(samples, 6, generator=generator)
+
+    def apply(self, x: Tensor, changes: Tensor) -> Tensor:
+        return x + self.size * changes
+
+
+RATE = 0.1
+
+
+def by_global(value: float) -> Any:
+    global RATE
+    RATE = value
+    return lambda progress: RATE
+
+
+def sgd(step_size: Any = 0.05, rule: Any = None) -> Any:
+    return Backprop(6, rule or SGD(), step_size, batch_size=16)
+
+
+def network(*layers: nn.Module) -> Any:
+    return split(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), *layers, nn.Linear(4, 3)), after=["1"])
+
+
+def large(value: float) -> Any:
+    """Arrays that are shown alike."""
+    x = np.zeros((1000, 6), np.float32)
+    x[500] = value
+    return x, np.arange(1000) % 3
+
+
+OBJECTS: dict[str, tuple[Callable[[float], dict[str, Any]], str]] = {
+    "a schedule": (
+        lambda v: {"optimizer": sgd(Constant(v))},
+        r"optimizer.step_size was .*{value: 0.1}, is .*{value: 1}",
+    ),
+    "a method": (
+        lambda v: {"optimizer": sgd(Constant(v).at)},
+        r"optimizer.step_size was .*{value: 0.1}, is .*{value: 1}",
+    ),
+    "a global": (lambda v: {"optimizer": sgd(by_global(v))}, r"optimizer.step_size was .*{RATE: 0.1}, is .*{RATE: 1}"),
+    "a rule": (
+        lambda v: {"optimizer": sgd(rule=Rule(v))},
+        r"optimizer.theta_update was .*factor=0.1\), is .*factor=1\)",
+    ),
+    "a loss": (lambda v: {"loss": Scaled(v)}, r"loss was .*{scale: 0.1}, is .*{scale: 1}"),
+    "a layer": (lambda v: {"blocks": network(Dropped(v / 2))}, r"network was 2.p = 0.05, is 2.p = 0.5"),
+    "an augmentation": (lambda v: {"augmentation": Noise(v)}, r"augmentation was .*{size: 0.1}, is .*{size: 1}"),
+    "a test set": (lambda v: {"test": large(v)}, r"test was \(float32 \[1000, 6\] \w+, .*, is .*"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OBJECTS.values(), ids=OBJECTS)
+def test_what_is_inside_of_objects_makes_another_run(
+    problem: Problem, make: Callable[[float], dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    def again(value: float) -> None:
+        options = make(value)
+        optimizer, test = options.pop("optimizer", sgd()), options.pop("test", None)
+        run(replace(problem, **options), optimizer, test=test, checkpoint=tmp_path / "c.pt", keep_last=True)
+
+    again(0.1)
+    again(0.1)
+    with pytest.raises(CheckpointError, match=f"it is of another run: {message};"):
+        again(1.0)
 
 
 def test_what_was_saved_stays_when_a_restored_state_goes_on() -> None:
