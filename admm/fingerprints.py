@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, Dataset
 
 from admm.blocks import Blocks
 from admm.optimizers.protocol import Optimizer, Problem, State
@@ -116,10 +117,12 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes of an object of one's own class, without what is cached or, in a dataclass, not compared."""
+    """Yield the attributes of an object of one's own class, without what is cached or, in a dataclass, not compared.
+
+    A data set has none, as it may change in use."""
     kind = type(value)
     left_out = {f.name for f in fields(kind) if not f.compare} if is_dataclass(kind) else set()
-    if not kind.__module__.startswith(("admm.", "torch.")):
+    if not kind.__module__.startswith(("admm.", "torch.")) and not isinstance(value, Dataset | DataLoader):
         for name, item in getattr(value, "__dict__", {}).items():
             if name not in left_out and not isinstance(getattr(kind, name, None), cached_property):
                 yield name, item
