@@ -250,7 +250,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Do one iteration of Algorithm 1, and update β by Eq. 6."""
         same_samples(problem, state.z[problem.held_blocks[-1] - 1])
         if self.penalty is None:
-            beta = penalties(self.beta, *state.beta.shape, like=state.beta)
+            beta = penalties(self.beta, len(problem.blocks), len(state.seeds), like=state.beta)
             if not torch.equal(beta, state.beta):  # the state was trained with other penalties
                 _set_penalties(state, beta, beta / state.beta)
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
