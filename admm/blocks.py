@@ -30,7 +30,7 @@ from admm.layers import (
 )
 from admm.layout import Kind, common, converted, layout, restore_frozen_statistics, wide
 from admm.numbers import is_whole
-from admm.random_numbers import seeded
+from admm.random_numbers import all_seeded
 from admm.splitting import Part, Stages, parts_of
 from admm.visits import Visit, evaluation
 
@@ -341,7 +341,7 @@ class Blocks(Sequence[Block]):
         replicas = []
         for seed in seeds:
             network = copy.deepcopy(self.given.network)
-            with seeded(seed):
+            with all_seeded(seed):
                 initialise(network)
             restore_frozen_statistics(network, self.given.network)
             replicas.append(network)

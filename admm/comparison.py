@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
-import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -14,7 +12,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -24,6 +21,7 @@ from torch.utils import _pytree as pytree
 from admm.blocks import Block, Blocks, Parameters
 from admm.crossings import Crossing
 from admm.layers import ModuleLayer, as_arguments, called_with, has_hooks, pinned_modules, seeded, set_mode, tensors_of
+from admm.random_numbers import other_random_states
 from admm.tracing import OF_ITS_OWN
 from admm.visits import Visit
 
@@ -208,7 +206,7 @@ class _Evaluation:
         copied = copy.deepcopy(network).to(self.device)
         set_mode(copied, training, pinned_modules(copied))
         parameters = dict(copied.named_parameters())
-        others = _other_random_states()
+        others = other_random_states()
         with _watched(copied) as calls:
             self.outputs = _called(copied, x, calls)
             self.layers, calls.returned = calls.returned, []
@@ -228,7 +226,7 @@ class _Evaluation:
                     "with the same random numbers of PyTorch's global generators; it counts its calls, or draws random "
                     "numbers from another generator, such as one of its own or NumPy's, which a visit cannot repeat"
                 )
-        if others != _other_random_states():
+        if others != other_random_states():
             raise ValueError(
                 f"network: in {self.mode} mode its forward draws random numbers of NumPy's or Python's global "
                 "generator, which a visit cannot repeat; draw them from PyTorch's"
@@ -566,10 +564,6 @@ def _check_changed(ours: nn.Module, expected: _Evaluation) -> None:
 
 def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _other_random_states() -> tuple[Any, ...]:
-    return pickle.dumps(np.random.get_state()), random.getstate()
 
 
 def _same(expected: Any, outputs: Any) -> bool:

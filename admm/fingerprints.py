@@ -81,10 +81,12 @@ def _text(value: Any) -> str:
             return f"{_text(value.__func__)} of {_text(value.__self__)}"
         case FunctionType():
             return _text_of_function(value)
+        case type():
+            return repr(value)
         case nn.Module():
             return "\n".join([repr(value), *_attributes_of_modules(value)])
-    attributes = {} if isinstance(value, type) else dict(_attributes(value))
-    if is_dataclass(value) and not isinstance(value, type):
+    attributes = dict(_attributes(value))
+    if is_dataclass(value):
         attributes = {f.name: getattr(value, f.name) for f in fields(value)} | attributes
         return f"{type(value).__name__}({', '.join(f'{name}={_text(item)}' for name, item in attributes.items())})"
     text = _ADDRESS.sub("", repr(value))

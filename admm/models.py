@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from admm.layers import tensors_of
 from admm.layout import frozen_statistics
+from admm.random_numbers import random_numbers_kept
 from admm.user_warnings import warn
 
 
@@ -176,7 +177,7 @@ def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Mod
     Parameters that it does set may be the same by chance, such as by the seed that the network was constructed with.
     """
     twin = copy.deepcopy(network)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with random_numbers_kept(), torch.no_grad():
         shifted = {path: twin.get_parameter(path).add_(1.0).clone() for path in same}
         draw(twin)
     for path, value in shifted.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, it would refer to the group for ever (PyTorch 2.14.1)
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
@@ -27,9 +29,13 @@ class ProcessError(Exception):
 
 
 def _leave() -> None:
-    """End Gloo's threads: those that still run when a process ends may abort it (PyTorch 2.14.1)."""
+    """End Gloo's threads: those that still run when a process ends may abort it (PyTorch 2.14.1).
+
+    They run as long as anything refers to the group, such as an error that is in a cycle with its traceback.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 @dataclass

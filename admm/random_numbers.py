@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,11 @@ def random_numbers_kept() -> Iterator[None]:
         np.random.set_state(states[2])
 
 
+def other_random_states() -> tuple[Any, ...]:
+    """Return the states of NumPy's and Python's global generators, to be compared."""
+    return pickle.dumps(np.random.get_state()), random.getstate()
+
+
 def seed_all(number: int) -> None:
     """Let all of them follow from a whole number."""
     torch.default_generator.manual_seed(number)
@@ -30,7 +37,7 @@ def seed_all(number: int) -> None:
 
 
 @contextmanager
-def seeded(number: int) -> Iterator[None]:
+def all_seeded(number: int) -> Iterator[None]:
     """Let all of them follow from a whole number until the end, and set them back then."""
     with random_numbers_kept():
         seed_all(number)

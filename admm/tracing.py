@@ -8,8 +8,6 @@ import inspect
 import linecache
 import math
 import operator
-import pickle
-import random
 import sys
 import traceback
 from collections import OrderedDict
@@ -21,12 +19,13 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 from torch.nn import functional
 from torch.nn.modules import transformer
+
+from admm.random_numbers import other_random_states
 
 # Private functions of PyTorch's transformers whose control flow depends on tensors.
 _HELPERS = (
@@ -212,7 +211,7 @@ def _refuse_autocast(context: Any) -> None:
 
 def _random_states() -> tuple[Any, ...]:
     """Return the states of the global generators of PyTorch, NumPy and Python, to be compared."""
-    return torch.get_rng_state().numpy().tobytes(), pickle.dumps(np.random.get_state()), random.getstate()
+    return torch.get_rng_state().numpy().tobytes(), *other_random_states()
 
 
 def _user_line(frame: FrameType | None) -> tuple[str, int]:

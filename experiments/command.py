@@ -2,6 +2,8 @@
 
 import sys
 
+INTERRUPTED = 130  # a program's exit code after Ctrl-C
+
 
 def main() -> None:
     """Import the suite, and call `experiments.run.main`."""
@@ -9,5 +11,5 @@ def main() -> None:
         from experiments.run import main as run
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     run()

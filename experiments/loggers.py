@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from admm.checkpoints import Row
+from experiments.command import INTERRUPTED
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130  # a program's exit code after Ctrl-C
 
 
 class Logger(ABC):

@@ -8,9 +8,9 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from admm.training import GOES_ON
+from experiments.command import INTERRUPTED
 from experiments.launch import Launch
 from experiments.launching.failures import run_task
-from experiments.loggers import INTERRUPTED
 from experiments.processes import follow, is_follower, leading
 from experiments.progress import show_what_can_be_shown
 from experiments.rows import CONF

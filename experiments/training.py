@@ -30,7 +30,7 @@ from admm.losses import one_hot
 from admm.optimizers import Optimizer, Problem, State
 from admm.optimizers.protocol import check_parallel
 from admm.parallel import ALONE, Parallel
-from admm.random_numbers import seeded
+from admm.random_numbers import all_seeded
 from admm.training import DivergenceWarning, train
 from experiments.errors import user_errors
 from experiments.jobs import Job
@@ -196,7 +196,7 @@ def build_problem(config: DictConfig, dataset: Dataset, parallel: Parallel = ALO
     y = dataset.y_train
     build = partial(build_network, config.model, dataset)
     with remedies(dataset):
-        with seeded(0):  # for what the seeds of a run do not draw anew, such as frozen parameters
+        with all_seeded(0):  # for what the seeds of a run do not draw anew, such as frozen parameters
             network = build()
         return Problem(
             x=dataset.x_train,

@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -141,6 +142,7 @@ BY_BLOCKS: dict[str, Optimizer[Any]] = {
 }
 BY_BLOCKS_ALONE: dict[str, Optimizer[Any]] = {"normalised": BlockADMM(**BATCH | {"slice_size": 16})}
 NETWORKS = dict.fromkeys(("mixed", "defaults", "one at a time"), other_network) | {"normalised": normalised_network}
+WORLDS: list[weakref.ref[Any]] = []  # the group that main has left behind in a cycle
 INTERRUPTED = [  # one per form of a state
     *(("samples", name) for name in ("standard", "taylor", "bcd", "dladmm", "adam, clipped", "block")),
     *(("blocks", name) for name in ("as printed", "defaults")),
@@ -277,10 +279,13 @@ def main(folder: Path, checkpoints: Path) -> None:
     found["failed"] = joined["samples"].all(failures(joined["samples"], folder))
     if joined["samples"].is_first:
         torch.save(found, folder / "found.pt")
+    cycle = [dist.group.WORLD]  # as an error's traceback may have it
+    cycle.append(cycle)
+    WORLDS.append(weakref.ref(cycle[0]))
 
 
 def note_whether_joined(file: Path) -> None:
-    file.write_text(str(dist.is_initialized()))
+    file.write_text(str(dist.is_initialized() or WORLDS[0]() is not None))
 
 
 def file_of(case: tuple[str, str]) -> str:
