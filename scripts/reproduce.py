@@ -33,10 +33,12 @@ def main() -> None:
 
 def launches(full: bool = False) -> Iterator[Sequence[str]]:
     """Yield the arguments of each launch. full: replace a reduced experiment by the full-size one."""
-    for report in declared_reports().values():
-        if report.order is None or (report.needs and not (DATA / report.needs).exists()):
-            continue
-        name = report.reduced if full and report.reduced else report.experiment
+    names = (
+        report.reduced if full and report.reduced else report.experiment
+        for report in declared_reports().values()
+        if report.order is not None and (not report.needs or (DATA / report.needs).exists())
+    )
+    for name in dict.fromkeys(names):
         yield (f"experiment={name}",)
         for optimizer, setting in further_rows(name):
             yield f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}"
