@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from admm.blocks import Parameters
 from admm.files import atomic_write
 from admm.fingerprints import START, digest
-from admm.optimizers.protocol import Problem, State
+from admm.optimizers.protocol import Problem, State, check_rules
 
 Row = dict[str, float]  # one evaluation of one replica
 
@@ -102,8 +102,13 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     as it is when training goes on.
 
     Raises:
-        ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds.
+        ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds; and for a state
+            of another update rule.
     """
+    needed = getattr(state, "made_with", {})
+    made_with = needed | saved.get("made_with", {})  # which former versions have not saved
+    check_rules("checkpoint", made_with, needed)
+    saved = saved | {"made_with": made_with}
     for name in [f.name for f in fields(state)]:
         if name not in saved:
             raise ValueError(f"checkpoint: no {name!r}; it was made by another optimizer or version")

@@ -319,7 +319,8 @@ def test_moments_that_a_former_version_has_kept_as_one_tensor_are_read(mlp_probl
     assert [list(moment.shape) for moment in former["moments"]] == [[3, 74], [3, 74], [3]]
     fresh = optimizer.init(problem, (3, 4, 5))
     restore(fresh, former)
-    torch.testing.assert_close(save(fresh), save(state), rtol=0, atol=0)
+    torch.testing.assert_close(fresh.moments, state.moments, rtol=0, atol=0)
+    assert torch.equal(fresh.theta.flat(), state.theta.flat()) and fresh.iteration == 1
     former["moments"][0] = former["moments"][0][:, 1:]
     with pytest.raises(ValueError, match="checkpoint: moments has 1 entries, expected 6"):
         restore(fresh, former)

@@ -103,8 +103,12 @@ def trained(problem: Problem, optimizer: Optimizer[Any], seeds: tuple[int, ...])
     return state
 
 
+def numbers(state: Any) -> dict[str, Any]:
+    return {name: value for name, value in save(state).items() if name != "made_with"}  # which is text
+
+
 def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(save(found), save(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(numbers(found), numbers(expected), rtol=1e-12, atol=1e-12)
 
 
 ALONE = [name if name in ("adam", "online") else pytest.param(name, marks=pytest.mark.long) for name in OPTIMIZERS]
@@ -175,9 +179,9 @@ def test_diagnostics_leave_the_state(mlp_problem: Callable[..., Problem]) -> Non
     problem = mlp_problem()
     for name in ("online, lipschitz", "block"):
         state = trained(problem, OPTIMIZERS[name], (0, 1))
-        before = copy.deepcopy(save(state))
+        before = copy.deepcopy(numbers(state))
         OPTIMIZERS[name].diagnostics(problem, state)
-        torch.testing.assert_close(save(state), before, rtol=0, atol=0)
+        torch.testing.assert_close(numbers(state), before, rtol=0, atol=0)
 
 
 def test_a_visit_that_depends_on_its_data_is_run_eagerly_with_a_warning(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class BackpropState(ShortRepr):
     """Back-propagation's variables for S replicas.
 
     Attributes:
-        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        seeds, iteration, theta, made_with: see `admm.optimizers.protocol.State`.
         moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
     """
 
@@ -32,6 +32,7 @@ class BackpropState(ShortRepr):
     iteration: int
     theta: Parameters
     moments: Moments
+    made_with: dict[str, str] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,16 @@ class Backprop(Options, Optimizer[BackpropState]):
     batch_size: int = 64
     epoch_parts: int | None = None
 
+    @property
+    def keeps(self) -> dict[str, str]:
+        return {"theta_update": self.theta_update.keeps}
+
     def init(self, problem: Problem, seeds: Sequence[int]) -> BackpropState:
         seeds = whole_seeds(seeds)
         check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         theta = problem.initial(seeds)
         schedule("step_size", self.step_size, len(seeds))
-        return BackpropState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]))
+        return BackpropState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]), made_with=self.keeps)
 
     def step(self, problem: Problem, state: BackpropState) -> BackpropState:
         count, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)

@@ -49,7 +49,7 @@ class BlockADMMState(ShortRepr):
     """Block-ADMM's variables for T blocks, N samples, S replicas.
 
     Attributes:
-        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        seeds, iteration, theta, made_with: see `admm.optimizers.protocol.State`.
         moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
         z, u: coupling variables Z_t and scaled duals U_t, T tensors [S, N, d_t] each.
         z_state: see `ZState`; its moments are [S, N, d_t].
@@ -66,6 +66,7 @@ class BlockADMMState(ShortRepr):
     u: list[Tensor]
     z_state: ZState
     beta: Tensor
+    made_with: dict[str, str] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,10 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     slice_size: int = 2000
     sample_storage: Place = "device"
 
+    @property
+    def keeps(self) -> dict[str, str]:
+        return {"theta_update": self.theta_update.keeps, "z_update": self.z_update.keeps(moments=True)}
+
     def init(self, problem: Problem, seeds: Sequence[int]) -> BlockADMMState:
         """Return Z by a forward pass, U uniform, and Θ by the problem's initialisation (Algorithm 1, §4.1)."""
         seeds = whole_seeds(seeds)
@@ -222,6 +227,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
             u=u,
             z_state=self.z_update.init(problem.blocks, theta, zip(*moments, strict=True)),
             beta=beta,
+            made_with=self.keeps,
         )
 
     def _forward_pass(self, problem: Problem, theta: Parameters, seeds: Sequence[int]) -> list[list[Tensor]]:

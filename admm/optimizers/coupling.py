@@ -514,6 +514,14 @@ class ZUpdate(Options):
             ]
         return state
 
+    def keeps(self, moments: bool) -> str:
+        """Return what a `ZState` with moments, or without, keeps, as text; see `Optimizer.keeps`."""
+        if self.name == "adam" and moments:
+            return f"ZUpdate('adam', output_update={self.output_update!r})"  # "prox" leaves those of Z_T at 0
+        if self.name in ("gradient", "adam"):
+            return "a ZUpdate that keeps nothing"
+        return f"ZUpdate({self.name!r})"
+
     @property
     def moments_of_each(self) -> int:
         """The number of moments per coupling variable."""

@@ -43,7 +43,7 @@ class DeepFactoState(ShortRepr):
     """DeepFacto's variables for T blocks, N samples, R replicas; each factorisation is a block.
 
     Attributes:
-        seeds, iteration: see `admm.optimizers.protocol.State`.
+        seeds, iteration, made_with: see `admm.optimizers.protocol.State`.
         theta: parameters [R, P]; the bases M are among its buffers.
         moments: those of `theta_update`, by block.
         z: T tensors [R, N, ...], coupling variables Z_t, or the scores S ≥ 0 of a factorisation.
@@ -56,6 +56,7 @@ class DeepFactoState(ShortRepr):
     moments: list[Moments]
     z: list[Tensor]
     u: list[Tensor]
+    made_with: dict[str, str] = field(default_factory=dict, kw_only=True)
 
 
 class FactorisedLagrangian(AugmentedLagrangian):
@@ -246,6 +247,10 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
     error_weight: float | None = None
     slice_size: int = 2000
 
+    @property
+    def keeps(self) -> dict[str, str]:
+        return {"theta_update": self.theta_update.keeps}
+
     def init(self, problem: Problem, seeds: Sequence[int]) -> DeepFactoState:
         """Return Θ by the problem's initialisation, M by the warm start, Z and S by a forward pass, and duals 0."""
         seeds = whole_seeds(seeds)
@@ -269,12 +274,18 @@ class DeepFacto(Options, Optimizer[DeepFactoState]):
             moments=[self.theta_update.init(stacks) for stacks in by_block(problem.blocks, theta)],
             z=z,
             u=[torch.zeros_like(v) for v in residuals] if schedules.dual_step.largest > 0.0 else [],
+            made_with=self.keeps,
         )
 
     def step(self, problem: Problem, state: DeepFactoState) -> DeepFactoState:
         """Do one epoch: `update_minibatch` for each mini-batch, then the sweeps of M."""
         same_samples(problem, state.z[0])
         schedules = self._schedules(len(state.z), len(state.seeds))
+        if schedules.dual_step.largest > 0.0 and not state.u:
+            raise ValueError(
+                f"dual_step: {self.dual_step}, but the state was made with 0 and keeps no duals; take dual_step=0 "
+                "or a new state"
+            )
         factors, beta = factorisations(problem.blocks, state.theta), self._penalties(problem, state)
         is_frozen = bool(factors) and state.iteration < self.frozen
         first = min(factors) if is_frozen else 1

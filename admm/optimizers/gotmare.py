@@ -27,7 +27,7 @@ class GotmareState(ShortRepr):
     """BlockProp's variables for S replicas.
 
     Attributes:
-        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        seeds, iteration, theta, made_with: see `admm.optimizers.protocol.State`.
         moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
     """
 
@@ -35,6 +35,7 @@ class GotmareState(ShortRepr):
     iteration: int
     theta: Parameters
     moments: Moments
+    made_with: dict[str, str] = field(default_factory=dict, kw_only=True)
 
 
 class GluingTerms(AugmentedLagrangian):
@@ -103,6 +104,10 @@ class Gotmare(Options, Optimizer[GotmareState]):
     z_update: UpdateRule = field(default_factory=SGD)
     theta_update: UpdateRule = field(default_factory=Adam)
 
+    @property
+    def keeps(self) -> dict[str, str]:
+        return {"theta_update": self.theta_update.keeps}
+
     def init(self, problem: Problem, seeds: Sequence[int], start: Start | None = None) -> GotmareState:
         """Return Θ by the problem's initialisation, or `theta` of `start`, one tensor [S, P].
 
@@ -115,7 +120,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
         flat = theta.flat()
         set_initial_values("theta", [flat], start)
         theta.fill(flat)
-        return GotmareState(seeds, 0, theta, self.theta_update.init([*theta.stacks.values()]))
+        moments = self.theta_update.init([*theta.stacks.values()])
+        return GotmareState(seeds, 0, theta, moments, made_with=self.keeps)
 
     def step(self, problem: Problem, state: GotmareState) -> GotmareState:
         """Do one iteration, an epoch or a part of one."""

@@ -37,7 +37,7 @@ class OnlineBlockADMMState(ShortRepr):
     """Online Block-ADMM's variables for T blocks, S replicas.
 
     Attributes:
-        seeds, iteration, theta: see `admm.optimizers.protocol.State`.
+        seeds, iteration, theta, made_with: see `admm.optimizers.protocol.State`.
         moments: lists of those of `theta_update`, in the shapes of the parameters (Adam's count of steps is [S]).
         u: one scalar dual per block, [T, S].
         z_state: see `ZState`; it has no moments, which last for one mini-batch only.
@@ -49,6 +49,7 @@ class OnlineBlockADMMState(ShortRepr):
     moments: Moments
     u: Tensor
     z_state: ZState
+    made_with: dict[str, str] = field(default_factory=dict, kw_only=True)
 
 
 class ScalarDuals(AugmentedLagrangian):
@@ -142,6 +143,10 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     dual_decay: float = 0.9
     curvature_every: int = 1
 
+    @property
+    def keeps(self) -> dict[str, str]:
+        return {"theta_update": self.theta_update.keeps, "z_update": self.z_update.keeps(moments=False)}
+
     def init(self, problem: Problem, seeds: Sequence[int]) -> OnlineBlockADMMState:
         """Return Θ by the problem's initialisation, and u = 0."""
         seeds = whole_seeds(seeds)
@@ -156,6 +161,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
             moments=self.theta_update.init([*theta.stacks.values()]),
             u=torch.zeros_like(beta),
             z_state=self.z_update.init(problem.blocks, theta),
+            made_with=self.keeps,
         )
 
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:

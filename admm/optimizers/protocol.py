@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
 
 import torch
@@ -30,6 +31,7 @@ from admm.visits import Visit
 # floating-point operations of products (measured for ten layers of 128 on a Xeon).
 _FLOPS_PER_ENTRY = 1000
 _FEW = 3  # entries of a list in the text of a state
+_ITS_PARAMETERS = "split(problem.blocks.export(state.theta), …) and take initialise=admm.as_given"  # in a message
 _MAKERS: tuple[Any, ...] = (initialiser, as_constructed)  # which make an `initialise`, and are none
 
 
@@ -519,6 +521,8 @@ class State(Protocol):
         iteration: the number of finished iterations; `Optimizer.step` counts it.
         theta: the blocks' parameters [S, P], which `Optimizer.step` changes in place; `Blocks.export` makes a copy.
 
+    A state of an optimizer with update rules has a field `made_with`, the `Optimizer.keeps` of that which has made it.
+
     A state of an optimizer with `parallel` has a tuple `of_samples` of the names of the fields, such as "z" or
     "z_state.moments", whose tensors [S, n, ...] are of the samples that a process holds; all others are the same in all
     processes.
@@ -563,6 +567,14 @@ class Optimizer(ABC, Generic[StateT]):
 
     parallel: ClassVar[tuple[Kind, ...]] = ()
 
+    @property
+    def keeps(self) -> dict[str, str]:
+        """What a state keeps for rules among the arguments, as text by argument, such as `UpdateRule.keeps`.
+
+        `init` puts it into the state's `made_with`. `train` and `restore` refuse a state that keeps something else.
+        """
+        return {}
+
     @abstractmethod
     def init(self, problem: Problem, seeds: Sequence[int]) -> StateT:
         """Return the state before the first iteration.
@@ -590,9 +602,9 @@ def _of_several(function: Callable[[Any, Any], Tensor], crossing: Crossing, z: T
     return function(crossing.outputs(z)[0], y)
 
 
-def check_state(problem: Problem, optimizer: object, state: Any) -> None:
+def check_state(problem: Problem, optimizer: Optimizer[Any], state: Any) -> None:
     """Raise TypeError for a state of another optimizer or without a field of `State`, and ValueError for one of
-    another network."""
+    another network or another update rule."""
     for name, kind in (("seeds", tuple), ("iteration", int), ("theta", Parameters)):
         if not isinstance(getattr(state, name, None), kind):
             raise TypeError(
@@ -602,12 +614,30 @@ def check_state(problem: Problem, optimizer: object, state: Any) -> None:
     if not issubclass(type(state), expected := _state_class(type(optimizer))):
         raise TypeError(
             f"state: {type(optimizer).__name__} goes on with {expected.__name__}, not with {type(state).__name__}; to "
-            "begin with another optimizer's parameters, split(problem.blocks.export(state.theta), …) and take "
-            "initialise=admm.as_given"
+            f"begin with another optimizer's parameters, {_ITS_PARAMETERS}"
         )
     problem.blocks.check_parameters("state", state.theta)
+    check_rules("state", getattr(state, "made_with", {}), optimizer.keeps)
     if not state.theta.stacks:
         raise ValueError("blocks: no parameter of the network is trained; all are frozen (requires_grad=False)")
+
+
+def check_rules(what: str, made_with: Mapping[str, str], keeps: Mapping[str, str]) -> None:
+    """Raise ValueError, which begins with `what`, where a state that was made with other rules keeps something else.
+
+    Args:
+        what: such as "state".
+        made_with: that of the state; what it does not name is taken as it is, as in states of former versions.
+        keeps: what a state of the optimizer that is given keeps.
+    """
+    for name, now in keeps.items():
+        if (was := made_with.get(name, now)) != now:
+            lines = zip_longest(was.splitlines(), now.splitlines(), fillvalue="nothing")
+            was, now = next(pair for pair in lines if pair[0] != pair[1])
+            raise ValueError(
+                f"{what}: was made with {name}={was}, and {now} cannot go on with what it keeps; give the rule that it "
+                f"was made with, or, to begin anew with its parameters, {_ITS_PARAMETERS}"
+            )
 
 
 def _state_class(optimizer: type) -> Any:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from admm.blocks import Blocks, Parameters
 from admm.checks import check_positive, has_type, in_range
 from admm.numbers import Options
-from admm.optimizers.protocol import Problem
+from admm.optimizers.protocol import Problem, check_rules
 from admm.schedules import Number, broadcast, per_replica
 
 Stacks = list[Tensor]  # parameters of S replicas, or moments or a gradient of them, each [S, *shape]
 Moments = list[list[Tensor]]  # lists of tensors, each with the replicas in front
+_NO_MOMENTS = "a rule without moments"
 
 
 class UpdateRule(ABC):
@@ -30,6 +32,22 @@ class UpdateRule(ABC):
     def is_separable(self) -> bool:
         """Whether each parameter depends on its own gradient alone, so that they can be shared out to processes."""
         return False
+
+    @property
+    def keeps(self) -> str:
+        """What the moments are, as text; a state goes on with a rule of the same text alone, see `Optimizer.keeps`.
+
+        These are the class, the number of moments, and the options but for numbers, which may change as training goes
+        on. A rule whose moments are those of another one returns the text of that.
+        """
+        names = [f.name for f in fields(self)] if is_dataclass(self) else vars(self)
+        options = ", ".join(f"{name}={text}" for name in names if (text := _kept(getattr(self, name))))
+        text = f"{type(self).__name__}({options})"
+        try:
+            count = len(self.init([torch.zeros(1, 1)]))
+        except Exception:  # whatever a rule raises that is for the parameters of one network
+            return text
+        return f"{text} of {count} moment{'s' * (count > 1)}" if count else _NO_MOMENTS
 
     @abstractmethod
     def init(self, theta: Stacks) -> Moments:
@@ -248,6 +266,10 @@ class Clipped(Options, UpdateRule):
         has_type("rule", self.rule, UpdateRule, "admm.optimizers.Adam()")
         check_positive("max_norm", self.max_norm)
 
+    @property
+    def keeps(self) -> str:
+        return self.rule.keeps
+
     def init(self, theta: Stacks) -> Moments:
         return self.rule.init(theta)
 
@@ -342,6 +364,15 @@ class Grouped(Options, UpdateRule):
     @property
     def is_separable(self) -> bool:
         return all(rule.is_separable for rule in (self.rest, *(group.rule for group in self.groups)))
+
+    @property
+    def keeps(self) -> str:
+        """A line for each parameter that has moments, in their order."""
+        names, rules = [*self.blocks.parameter_slices()], [*(group.rule for group in self.groups), self.rest]
+        groups = [(rule.keeps, places) for rule, places in zip(rules, self.places, strict=True) if places]
+        kept = enumerate(((text, places) for text, places in groups if text != _NO_MOMENTS), start=1)
+        lines = [f"group {number}, {names[p]}: {text}" for number, (text, places) in kept for p in places]
+        return "\n".join(["Grouped", *lines]) if lines else _NO_MOMENTS
 
     def init(self, theta: Stacks) -> Moments:
         needed = sum(map(len, self.places))
@@ -469,13 +500,20 @@ class Averaged(Options, UpdateRule):
         """Return the averaged parameters of a state whose `moments` are of this rule, or of a `Clipped` one around it.
 
         Running statistics of batch normalisation are those of the parameters that move. Of a run that is shared out,
-        all processes call this.
+        all processes call this. Raises ValueError for a state of another rule.
         """
+        check_rules("state", getattr(state, "made_with", {}), {"theta_update": self.keeps})
         theta = problem.blocks.copied(state.theta)
         for stack, average in zip(problem.held_stacks(theta), state.moments[-2], strict=True):
             stack.copy_(average)
         problem.give_theta(theta)
         return theta
+
+
+def _kept(option: Any) -> str:
+    """Return the rules, texts and truth values in an option of a rule, as text."""
+    leaves = [leaf for leaf in tree_leaves(option) if isinstance(leaf, UpdateRule | str | bool)]
+    return ", ".join(leaf.keeps if isinstance(leaf, UpdateRule) else repr(leaf) for leaf in leaves)
 
 
 def by_step(kinds: Sequence[Stacks], step: float | Tensor) -> Iterator[tuple[list[Stacks], float]]:
