@@ -1,5 +1,7 @@
 """What the algorithms for fully connected networks share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -106,3 +108,27 @@ def test_networks_that_would_not_be_trained_as_they_are_are_refused(optimizer, n
     task = Problem(x, y, split(network, after=[]), SquaredError(), initialiser("pytorch"))
     with pytest.raises(ValueError, match=message):
         optimizer.init(task, [0])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "penalties", "variables"),
+    [
+        (BCD(), {"alpha": 0.5, "rho": 2.0}, ("bias", "u", "v")),
+        (StandardADMM(spread=1.0), {"weight_decay": 3.0, "beta": 2.0}, ("bias", "z", "a", "u", "v")),
+        (Taylor(warm_start=0), {"weight_decay": 3.0, "beta": 2.0}, ("z", "a", "multiplier")),
+    ],
+)
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_state_goes_on_by_today_s_penalties_and_samples(optimizer, penalties, variables, shift, mlp_problem):
+    """As a state does that begins with its variables: nothing that follows from penalties and samples is kept in it."""
+    problem, changed = mlp_problem(), replace(optimizer, **penalties)
+    state = optimizer.step(problem, optimizer.init(problem, seeds=[5, 0]))
+    other = replace(problem, x=problem.x + shift)
+    layers = [layer for block in state.theta.blocks for layer in block if layer]
+    of_theta = {name: [layer[name] for layer in layers] for name in ("weight", "bias")}
+    values = {name: of_theta.get(name) or getattr(state, name) for name in ("weight", *variables)}
+    start = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    begun = changed.init(other, seeds=[5, 0], start=start)
+    for each in (state, begun):
+        changed.step(other, each)
+    torch.testing.assert_close(state.theta.flat(), begun.theta.flat(), rtol=1e-12, atol=1e-12)

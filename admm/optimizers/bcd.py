@@ -43,7 +43,6 @@ class BCDState(ShortRepr):
         seeds, iteration: see `admm.optimizers.protocol.State`.
         theta: weights W_l [S, d_l, d_{l−1}] and biases b_l [S, d_l].
         u, v: pre-activations U_l and activations V_l, l = 1..L, [S, N, d_l] each.
-        x_factor: the Cholesky factor of α/ρ I + XᵀX, [S, d_0, d_0] in float64, which never changes.
     """
 
     of_samples = ("u", "v")
@@ -53,7 +52,6 @@ class BCDState(ShortRepr):
     theta: Parameters
     u: list[Tensor]
     v: list[Tensor]
-    x_factor: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,8 @@ class BCD(Options, Optimizer[BCDState]):
         v[-1].copy_(u[-1])
         set_initial_values("u", u, start)
         set_initial_values("v", v, start)
-        x_factor = input_factor(problem, x, (alpha / rho).view(-1, 1), _SLICE, epsilon=_epsilon(layers[0]["weight"]))
-        return BCDState(seeds, 0, theta, u, v, x_factor)
+        _input_factor(problem, alpha / rho, layers[0]["weight"])  # which each step asks for
+        return BCDState(seeds, 0, theta, u, v)
 
     def step(self, problem: Problem, state: BCDState) -> BCDState:
         """Update the blocks V_L, U_L, (W_L, b_L), then V_l, U_l, (W_l, b_l) for l = L−1..1, in the authors' order.
@@ -202,8 +200,10 @@ class BCD(Options, Optimizer[BCDState]):
         # W_l = (α W_l + ρ (U_l − b_l)ᵀV_{l−1}) (α I + ρ VᵀV)⁻¹ = W_l + EᵀV_{l−1} (α/ρ I + VᵀV)⁻¹ and
         # b_l = (α b_l + ρ Σ (U_l − W_l V_{l−1}))/(ρ N + α) = b_l + ρ Σ E/(ρ N + α). Both start from the old values: for
         # two blocks of a convex quadratic this never raises the objective either.
-        ridge = (alpha / rho).view(-1, 1)
-        factor = state.x_factor if gram is None else cholesky_with_ridge(gram, ridge, _epsilon(weight))
+        if gram is None:
+            factor = _input_factor(problem, alpha / rho, weight)
+        else:
+            factor = cholesky_with_ridge(gram, (alpha / rho).view(-1, 1), _epsilon(weight))
         weight += torch.cholesky_solve(cross.mT.double(), factor).mT
         bias += (rho / (rho * problem.n_samples + alpha)).squeeze(2) * total
 
@@ -240,6 +240,12 @@ def _update_hidden(
     # U_l = argmin γ/2 ‖V_l − relu(U)‖² + ρ/2 ‖U − W_l V_{l−1} − b_l‖² + α/2 ‖U − U_l‖²
     u.lerp_(affine, rho / (rho + alpha))
     relu_prox_(u, v, gamma / (rho + alpha), hidden, scratch.take("gap", u.shape))
+
+
+def _input_factor(problem: Problem, ridge: Tensor, weight: Tensor) -> Tensor:
+    """Return the Cholesky factor of ridge I + XᵀX, [S, d_0, d_0] in float64; `weight` is W_1."""
+    x, _ = problem.whole("BCD")
+    return input_factor(problem, x, ridge.view(-1, 1), _SLICE, epsilon=_epsilon(weight))
 
 
 def _epsilon(weight: Tensor) -> float:

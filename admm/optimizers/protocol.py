@@ -91,6 +91,7 @@ class Problem:
         cut: with parallel="blocks" the numbers of the blocks, counted from 1, that each process holds, whose updates
             take about the same time; else all.
         compiled: what has been compiled for optimizers on this problem.
+        factors: see `admm.optimizers.least_squares.input_factor`.
 
     Raises:
         ValueError: for an argument of another type, inputs or targets that the network or the loss cannot take, a loss
@@ -129,6 +130,7 @@ class Problem:
     part: slice = field(init=False, repr=False)
     cut: list[range] = field(init=False, repr=False)
     compiled: Compiled = field(init=False, repr=False, compare=False, default_factory=Compiled)
+    factors: dict[Any, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Blocks):

@@ -53,7 +53,6 @@ class StandardADMMState(ShortRepr):
         seeds, iteration, theta: see `admm.optimizers.protocol.State`.
         z, u: pre-activations Z_l and their scaled duals U_l, L tensors [S, N, d_l] each.
         a, v: activations A_l and their scaled duals V_l, L − 1 tensors [S, N, d_l] each.
-        factor: the Cholesky factor of W_1's ridge regression, [S, d_0 + 1, d_0 + 1] in float64, which never changes.
     """
 
     of_samples = ("z", "a", "u", "v")
@@ -65,7 +64,6 @@ class StandardADMMState(ShortRepr):
     a: list[Tensor]
     u: list[Tensor]
     v: list[Tensor]
-    factor: Tensor
 
 
 @dataclass(frozen=True)
@@ -143,8 +141,8 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
             forward(layers, x, z, a, self.slice_size)
         for name, tensors in variables.items():
             set_initial_values(name, tensors, start)
-        factor = input_factor(problem, x, self._ridge(replicas), self.slice_size, intercept=True)
-        return StandardADMMState(seeds, 0, theta, z, a, u, v, factor)
+        self._input_factor(problem, replicas)  # which each step asks for
+        return StandardADMMState(seeds, 0, theta, z, a, u, v)
 
     def step(self, problem: Problem, state: StandardADMMState) -> StandardADMMState:
         """Do one iteration of Algorithm 3."""
@@ -190,7 +188,10 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
             for gram, a in zip(grams, state.a, strict=True):
                 add_gram(gram, a[:, part], scratch)
         problem.parallel.add_up(*cross, *grams)
-        factors = [state.factor, *(cholesky_with_ridge(gram, self._ridge(replicas)) for gram in grams)]
+        factors = [
+            self._input_factor(problem, replicas),
+            *(cholesky_with_ridge(gram, self._ridge(replicas)) for gram in grams),
+        ]
         for layer, factor, cross_l in zip(layers, factors, cross, strict=True):
             solve_ridge(factor, cross_l, layer["weight"], layer["bias"])
 
@@ -232,6 +233,10 @@ class StandardADMM(Options, Optimizer[StandardADMMState]):
                 torch.add(anchor, v, out=a)  # argmin P_{l+1} + Q_l
                 layer_input = a
             torch.sub(z, target, out=u)  # U_l + Z_l − W_l A_{l−1} − b_l
+
+    def _input_factor(self, problem: Problem, replicas: int) -> Tensor:
+        """Return the Cholesky factor of W_1's ridge regression, [S, d_0 + 1, d_0 + 1] in float64."""
+        return input_factor(problem, problem.whole(_NAME)[0], self._ridge(replicas), self.slice_size, intercept=True)
 
     def _ridge(self, replicas: int) -> Tensor:
         """Return 2λ/β, [S, 1]."""

@@ -54,7 +54,6 @@ class TaylorState(ShortRepr):
         z: pre-activations Z_l, L tensors [S, N, d_l].
         a: activations A_l, L − 1 tensors [S, N, d_l].
         multiplier: Λ [S, N, d_L].
-        factor: the Cholesky factor of XᵀX, [S, d_0, d_0] in float64, which never changes.
     """
 
     of_samples = ("z", "a", "multiplier")
@@ -65,7 +64,6 @@ class TaylorState(ShortRepr):
     z: list[Tensor]
     a: list[Tensor]
     multiplier: Tensor
-    factor: Tensor
 
 
 @dataclass(frozen=True)
@@ -149,15 +147,16 @@ class Taylor(Options, Optimizer[TaylorState]):
             sample_initial_values(f"taylor {name}", tensors, seeds, spread, distribution, owner)
         for name, tensors in {"weight": w, "z": z, "a": a, "multiplier": [multiplier]}.items():
             set_initial_values(name, tensors, start)
-        factor = input_factor(problem, x, self._ridge(replicas), self.slice_size, epsilon=torch.finfo(x.dtype).eps)
-        return TaylorState(seeds, 0, theta, z, a, multiplier, factor)
+        self._input_factor(problem, replicas)  # which each step asks for
+        return TaylorState(seeds, 0, theta, z, a, multiplier)
 
     def step(self, problem: Problem, state: TaylorState) -> TaylorState:
         """Do one iteration of Algorithm 1."""
         same_samples(problem, state.z[0])
         layers = linear_layers(problem, state.theta, _NAME, biases=False)
         layer_input = problem.whole(_NAME)[0].flatten(1).expand(len(state.seeds), -1, -1)
-        factor, cross, scratch = state.factor, _zero_cross(layer_input, state.z[0]), Scratch(layer_input)
+        factor = self._input_factor(problem, len(state.seeds))
+        cross, scratch = _zero_cross(layer_input, state.z[0]), Scratch(layer_input)
         for part in slices(layer_input.shape[1], self.slice_size):
             add_cross(cross, layer_input[:, part], state.z[0][:, part], scratch)
         problem.parallel.add_up(cross)
@@ -222,6 +221,11 @@ class Taylor(Options, Optimizer[TaylorState]):
             z.copy_(loss.prox(prediction - multiplier / (2.0 * beta), targets, 2.0 * beta))
             if state.iteration >= self.warm_start:
                 multiplier.add_((z - prediction).mul_(beta))
+
+    def _input_factor(self, problem: Problem, replicas: int) -> Tensor:
+        """Return the Cholesky factor of λ/β I + XᵀX, [S, d_0, d_0] in float64."""
+        x, _ = problem.whole(_NAME)
+        return input_factor(problem, x, self._ridge(replicas), self.slice_size, epsilon=torch.finfo(x.dtype).eps)
 
     def _ridge(self, replicas: int) -> Tensor:
         """Return λ/β, [S, 1]."""
