@@ -249,6 +249,12 @@ class Blocks(Sequence[Block]):
         """Whether all layers are linear, ReLU or flatten, so that none is evaluated by autograd."""
         return not any(block.is_autograd for block in self)
 
+    @property
+    def compile_seconds(self) -> float:
+        """The time that compiling blocks has taken."""
+        layers = (layer for block in self for layer in block.layers)
+        return sum(layer.compile_seconds for layer in layers if isinstance(layer, ModuleLayer))
+
     def with_dtype(self, dtype: torch.dtype) -> Blocks:
         """Return the blocks of a copy of the network with all its tensors of floating point in this type, and complex
         ones in its complex counterpart."""

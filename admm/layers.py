@@ -6,9 +6,10 @@ one per replica, [S, *shape].
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from admm.checks import is_bool, one_of
 from admm.crossings import Crossing, Rest
+from admm.user_warnings import warn
 from admm.visits import Visit
 
 # Parts of PyTorch's error messages without a compiler: for a CPU, and for a GPU (no Triton, no compiler for Triton).
@@ -153,8 +155,9 @@ class Execution:
         precision: "bf16" computes in bfloat16 what PyTorch's autocast deems safe; parameters, buffers, coupling
             variables and gradients keep their type.
         compile: whether PyTorch's compiler is used: for each visit of a mini-batch as a whole where all layers are
-            linear, ReLU and flatten, for the evaluations of blocks where others are among them. "auto" compiles visits
-            alone, in runs of 100,000 mini-batches or more. The compiler takes half a minute (docs/performance.md).
+            linear, ReLU and flatten, for the evaluations of blocks where others are among them. What cannot be compiled
+            is run eagerly, with a warning. "auto" compiles visits, never blocks, in runs of 100,000 mini-batches or
+            more in all, however few are still to come. The compiler takes half a minute (docs/performance.md).
         channels_last: whether images are in that memory format, except on a CPU in blocks with a strided 1×1
             convolution.
         recompute: whether Block-ADMM, its online form and BlockProp evaluate a block once more for its parameters'
@@ -213,6 +216,7 @@ class ModuleLayer(Layer):
         pinned: modules that are in evaluation mode while the network is in training mode, perhaps the block itself;
             they stay there.
         learned: what the module does besides computing its output.
+        compile_seconds: the time that compiling has taken.
     """
 
     def __init__(
@@ -228,10 +232,13 @@ class ModuleLayer(Layer):
         self.module, self.execution, self.number = module, execution, number
         self.before, self.after = before or Crossing(), after or Crossing()
         self.hands_on_arguments, self.casts = hands_on_arguments, casts or {}
-        self.learned = Learned()
-        # fullgraph: what cannot be compiled is an error.
-        self._call = torch.compile(self._evaluate, fullgraph=True) if execution.compile is True else self._evaluate
-        self._settings = _compiler_settings if execution.compile is True else nullcontext
+        self.learned, self.compile_seconds = Learned(), 0.0
+        self._call: Callable[..., Any] = self._evaluate
+        self._settings: Callable[[], AbstractContextManager[None]] = nullcontext
+        if execution.compile is True:
+            # fullgraph: what cannot be compiled is an error.
+            compiled = torch.compile(self._evaluate, fullgraph=True)
+            self._call, self._settings = partial(self._compiled, compiled), self._compiler_settings
         self._parameter_names = {name for kind, name, _ in tensors_of(module) if kind == "parameters"}
         self._shared: dict[torch.device, ParamDict] = {}
         self.pinned = [inner for inner in module.modules() if not inner.training]
@@ -347,6 +354,48 @@ class ModuleLayer(Layer):
             value = functional_call(self.module, views, *self._laid_out(positional, keyword))
         return pytree.tree_map_only(Tensor, lambda v: v.float() if v.dtype == torch.bfloat16 else v, value)
 
+    def _compiled(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a compiled function does; if it cannot be compiled, warn, and evaluate eagerly from now on."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        try:
+            return function(*arguments)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # while compiling, before any evaluation
+            message = f"compile: block {self.number} is evaluated eagerly; {compiler_error(error)}"
+        value = self._evaluate(*arguments)  # raises an error of the network's own
+        warn(message)
+        self._call = self._evaluate
+        return value
+
+    @contextmanager
+    def _compiler_settings(self) -> Iterator[None]:
+        """Set what all calls of a compiled function need, forwards and backwards, and measure the time of compiling.
+
+        Blocks count as one function to be recompiled, an evaluation may be differentiated more than once, whatever
+        number of samples it is compiled for, and its derivatives are compiled with it.
+        """
+        from torch._dynamo import config as dynamo
+        from torch._dynamo.callback import callback_handler
+        from torch._functorch import config as functorch
+
+        callback_handler.register_start_callback(self._compiling_starts)
+        callback_handler.register_end_callback(self._compiling_ends)
+        try:
+            with (
+                dynamo.patch(recompile_limit=1000),
+                functorch.patch(donated_buffer=False, force_non_lazy_backward_lowering=True),
+            ):
+                yield
+        finally:
+            callback_handler.remove_start_callback(self._compiling_starts)
+            callback_handler.remove_end_callback(self._compiling_ends)
+
+    def _compiling_starts(self, _: Any) -> None:
+        self.compile_seconds -= time.perf_counter()
+
+    def _compiling_ends(self, _: Any) -> None:
+        self.compile_seconds += time.perf_counter()
+
     def _laid_out(self, positional: tuple[Any, ...], keyword: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments whose images are in the memory format of `execution`."""
         arguments: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
@@ -366,25 +415,6 @@ class ModuleLayer(Layer):
             tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
             self._shared[device] = {name: v.detach().to(device) for name, v in tensors if name not in own}
         return self._shared[device]
-
-
-@contextmanager
-def _compiler_settings() -> Iterator[None]:
-    """Set what all calls of a compiled function need, forwards and backwards: blocks count as one function to be
-    recompiled, and an evaluation may be differentiated more than once, whatever number of samples it is compiled for.
-
-    Raises ValueError where PyTorch finds no compiler.
-    """
-    from torch._dynamo import config as dynamo
-    from torch._functorch import config as functorch
-
-    try:
-        with dynamo.patch(recompile_limit=1000), functorch.patch(donated_buffer=False):
-            yield
-    except Exception as error:
-        if not any(sign in str(error) for sign in _NO_COMPILER):
-            raise
-        raise ValueError(f"compile: {compiler_error(error)}") from None
 
 
 def compiler_error(error: Exception) -> str:

@@ -38,6 +38,7 @@ from admm.minibatches import expand
 from admm.numbers import is_number
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.optimizers.protocol import Optimizer, Problem, State, StateT, check_parallel, check_state
+from admm.optimizers.running import warn_of_no_effect
 from admm.parallel import ALONE, Parallel
 from admm.samples import Samples, Tensors
 from admm.schedules import warn_beyond_horizon
@@ -312,6 +313,7 @@ def train(
     check_angle_samples(angle_samples, problem.n_samples)
     history, path = History(), None if checkpoint is None else Path(checkpoint).expanduser()
     parallel, reported, grown = problem.parallel, set[int](), set[int]()
+    compiling, runs = problem.compile_seconds, problem.compiled.runs
 
     def evaluation(before: Parameters | None) -> list[Row]:
         if parallel.size > 1:
@@ -379,11 +381,14 @@ def train(
         stopped = parallel.together(partial(stops, rows))
         last_write = time.monotonic()
         stopped, interrupted = parallel.any(stopped, interrupt.has_come)
+        first = state.iteration + 1
         while not (stopped or interrupted) and state.iteration < iterations and not _all_diverged(history, state):
             before = former() if is_evaluated(state.iteration + 1) else None
-            compiling = problem.compiled.seconds
             history.seconds += timed_step(problem, optimizer, state)
-            history.compile_seconds += problem.compiled.seconds - compiling
+            history.compile_seconds += problem.compile_seconds - compiling
+            compiling = problem.compile_seconds
+            if state.iteration == first and parallel.is_first:
+                warn_of_no_effect(problem, optimizer, runs)
             if is_evaluated(state.iteration):
                 stopped = parallel.together(partial(stops, evaluation(before)))
             is_due = parallel.is_first and time.monotonic() - last_write >= checkpoint_seconds
@@ -515,10 +520,10 @@ def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) ->
     Raises TypeError where that is no state, and ValueError where the iteration is not counted.
     """
     synchronize(problem.device)
-    start, iteration, compiling = time.perf_counter(), state.iteration, problem.compiled.seconds
+    start, iteration, compiling = time.perf_counter(), state.iteration, problem.compile_seconds
     returned = optimizer.step(problem, state)
     synchronize(problem.device)
-    seconds = time.perf_counter() - start - (problem.compiled.seconds - compiling)
+    seconds = time.perf_counter() - start - (problem.compile_seconds - compiling)
     if type(returned) is not type(state):
         raise TypeError(
             f"optimizer: the step of {type(optimizer).__name__} returns a {type(returned).__name__}, expected the "

@@ -1,7 +1,9 @@
 """How blocks are evaluated: the options give the same answer, and back-propagation stops at the cuts."""
 
+import warnings
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,13 +12,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from admm.blocks import split
+from admm.checkpoints import save
 from admm.layers import Execution
 from admm.losses import CrossEntropy
 from admm.models import initialiser
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Optimizer, Problem, ZUpdate
-from admm.visits import Visit, evaluation
+from admm.training import train
+from admm.visits import Visit
 from experiments.training import execution
 
 SEEDS = (3, 1)
@@ -79,10 +84,17 @@ def test_channels_last_gives_the_same_answer_in_single_precision(optimizer):
     torch.testing.assert_close(last.buffers, first.buffers, rtol=1e-3, atol=1e-4)
 
 
-def test_compiled_blocks_give_the_same_answer(monkeypatch):
-    """By the graphs that PyTorch compiles, without the minutes that its compiler takes."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets what compiles the graphs that `torch.compile` finds, instead of its own compiler, which takes longer."""
+    compile = torch.compile
     torch._dynamo.reset()
+    yield lambda backend: monkeypatch.setattr(torch, "compile", partial(compile, backend=backend))
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_give_the_same_answer(compiler):
+    compiler("aot_eager")
     torch._dynamo.utils.counters.clear()
     plain, compiled = (two_equal_blocks(1, compile=compile) for compile in (False, True))
     optimizer = replace(OPTIMIZERS["online"], batch_size=6)  # of ten: the last mini-batch is smaller
@@ -106,20 +118,91 @@ def test_a_compiled_block_has_the_same_output_and_gradient():
     torch.testing.assert_close(pulled[1], pulled[0], rtol=1e-12, atol=1e-12)
 
 
-def test_a_compiler_that_is_not_there_is_told_in_words():
+def of_tanh(*between: nn.Module, **options: Any) -> Problem:
+    """Two blocks, with layers before the first Tanh."""
+    network = nn.Sequential(nn.Linear(4, 5), *between, nn.Tanh(), nn.Linear(5, 3), nn.Tanh())
+    x = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    blocks = split(network, n_blocks=2, execution=Execution(**options))
+    return Problem(x, torch.arange(10) % 3, blocks, CrossEntropy(), initialiser("pytorch"))
+
+
+def test_the_time_of_compiling_blocks_is_told_apart(compiler):
+    compiler("aot_eager")
+    problem, optimizer = of_tanh(compile=True), replace(OPTIMIZERS["online"], batch_size=10)
+    history = train(problem, optimizer, optimizer.init(problem, SEEDS))
+    assert history.compile_seconds > 10 * history.seconds
+
+
+def eager_in_spite_of_compile(*between: nn.Module) -> list[str]:
+    """Assert that a run with compile=True is the eager one, and return its warnings."""
+    problems, optimizer = [of_tanh(*between, compile=compile) for compile in (False, True)], OPTIMIZERS["online"]
+    with warnings.catch_warnings(record=True) as caught:
+        eager, other = (save(stepped(problem, optimizer)) for problem in problems)
+    torch.testing.assert_close(other, eager, rtol=0, atol=0)
+    return [str(warning.message) for warning in caught if "compile:" in str(warning.message)]
+
+
+def test_blocks_are_evaluated_eagerly_where_there_is_no_compiler():
     from torch._inductor import config
 
     torch._dynamo.reset()
-    blocks = split(nn.Sequential(nn.Tanh()), after=[], execution=Execution(compile=True))
-    with (
-        torch.compiler.config.patch(force_disable_caches=True),
-        config.patch({"cpp.cxx": ("/nowhere/g++",)}),
-        pytest.raises(
-            ValueError, match=r"compile: torch.compile finds no working compiler; install one, such as g\+\+"
-        ),
-    ):
-        blocks[0].forward([{}], torch.randn(1, 3, 4), evaluation(1))
+    with torch.compiler.config.patch(force_disable_caches=True), config.patch({"cpp.cxx": ("/nowhere/g++",)}):
+        told = eager_in_spite_of_compile(nn.BatchNorm1d(5), nn.Dropout())
     torch._dynamo.reset()
+    assert told == [
+        f"compile: block {t} is evaluated eagerly; torch.compile finds no working compiler; install one, such as g++, "
+        "or take compile=False"
+        for t in (1, 2)
+    ]
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if x.sum() > 0 else x
+
+
+def test_a_block_that_cannot_be_compiled_is_evaluated_eagerly(compiler):
+    compiler("aot_eager")
+    assert eager_in_spite_of_compile(Branch()) == [
+        "compile: block 1 is evaluated eagerly; Unsupported: Data-dependent branching"
+    ]
+
+
+def test_a_block_whose_derivatives_cannot_be_compiled_is_evaluated_eagerly(compiler):
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    compiler(aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=fails))
+    told = eager_in_spite_of_compile()
+    assert told == [
+        f"compile: block {t} is evaluated eagerly; BackendCompilerFailed: backend='compiler_fn' raised:" for t in (2, 1)
+    ]
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_network_s_own_error_is_raised_when_it_is_compiled(place, compiler):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return refuse() if place == "forward" else x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return refuse()
+
+    def refuse() -> Tensor:
+        raise KeyError("the user's own")
+
+    class Refusing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Function.apply(x)
+
+    compiler("aot_eager")
+    blocks = split(nn.Sequential(Refusing()), after=[], execution=Execution(compile=True))
+    with pytest.raises(KeyError, match="the user's own"), warnings.catch_warnings():
+        warnings.simplefilter("ignore" if place == "backward" else "error")
+        output, record = blocks[0].linearize([{}], torch.ones(1, 3, 4), Visit([0]))
+        blocks[0].vjp([{}], record, output)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from admm.blocks import split
+from admm.blocks import flattened, split
 from admm.checkpoints import restore, save
 from admm.layers import Execution, Layer
 from admm.losses import CrossEntropy, Loss, ProximalLoss, SquaredError
@@ -313,6 +313,17 @@ def test_resuming_from_a_checkpoint_is_bit_identical(case, problem):
         assert_replicas_equal(resumed, s, through, None)
     of_blocks = {id(v) for block in resumed.theta.blocks for views in block for v in views.values()}
     assert all(id(stack) in of_blocks for stack in resumed.theta.stacks.values())  # still shared
+
+
+def test_a_checkpoint_of_a_former_version_has_moments_in_one_tensor_each(mlp_problem):
+    problem, optimizer = mlp_problem(), CASES["adam"].optimizer
+    expected, state = trained(optimizer, problem, SEEDS, 2), optimizer.init(problem, SEEDS)
+    *moments, (count,) = expected.moments
+    former = [*map(flattened, moments), count]  # [S, P], [S, P] and [S]
+    restore(state, save(expected) | {"moments": former})
+    torch.testing.assert_close(save(state), save(expected), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="checkpoint: moments has 1 entries, expected 6"):
+        restore(state, save(expected) | {"moments": [v[:, 1:] for v in former[:2]] + [count]})
 
 
 @pytest.mark.parametrize(

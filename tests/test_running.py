@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from admm.checkpoints import save
 from admm.layers import Execution
 from admm.losses import BinaryCrossEntropy, CrossEntropy, Loss, ProximalFunctionLoss
 from admm.optimizers import (
+    BCD,
+    DLADMM,
     SGD,
     Adam,
     AdaptivePenalty,
@@ -22,12 +25,15 @@ from admm.optimizers import (
     Backprop,
     BlockADMM,
     Clipped,
+    DeepFacto,
     Gotmare,
     Group,
     Grouped,
     OnlineBlockADMM,
     Optimizer,
     Problem,
+    StandardADMM,
+    Taylor,
     UpdateRule,
     ZUpdate,
     running,
@@ -66,6 +72,7 @@ OPTIMIZERS = {
     "gotmare": Gotmare(3, FALLS, batch_size=9),
     "gotmare, momentum": Gotmare(3, FALLS, batch_size=9, z_rounds=2, z_update=SGD(momentum=0.5)),
     "gotmare, Adam for Z": Gotmare(3, FALLS, FALLS, batch_size=9, z_rounds=2, z_update=Adam()),
+    "deepfacto": DeepFacto(3, FALLS, batch_size=9, group_size=1, theta_update=SGD(0.9), dual_step=0.5),
 }
 
 
@@ -246,6 +253,21 @@ def test_networks_with_other_layers_compile_their_blocks_instead(resnet_problem:
     assert not running.Runner(problem, OPTIMIZERS["sgd"], (None,), None, 0).is_compiled  # type: ignore[arg-type]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("replicas", [1, 2, 5])
+@pytest.mark.parametrize("name", ["sgd", "adam", "gotmare", "online", "block"])
+def test_inductor_gives_the_eager_iterates(name: str, replicas: int, mlp_problem: Callable[..., Problem]) -> None:
+    """On two thirds of an epoch, with a step size of Θ for each replica."""
+    step = "step_size" if name in ("sgd", "adam") else "theta_step"
+    steps = {"start": [0.02 / s for s in range(1, 1 + replicas)], "end": 0.0}
+    optimizer = replace(OPTIMIZERS[name], epoch_parts=3, **{step: steps})  # type: ignore[type-var]
+    problem, seeds = mlp_problem(), range(replicas)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled = trained(compiling(problem), optimizer, tuple(seeds))
+    close(compiled, trained(problem, optimizer, tuple(seeds)))
+
+
 def test_the_compiler_gives_the_same_numbers_and_its_time_is_told_apart(mlp_problem: Callable[..., Problem]) -> None:
     problem = mlp_problem(CrossEntropy())
     optimizer = OnlineBlockADMM(2, FALLS, batch_size=8, z_update=ZUpdate("gradient", output_update="prox"))
@@ -258,6 +280,43 @@ def test_the_compiler_gives_the_same_numbers_and_its_time_is_told_apart(mlp_prob
     assert history.compile_seconds > 10 * history.seconds and eager.compile_seconds == 0.0
 
 
-def test_deepfacto_runs_by_the_same_runner() -> None:
+def test_deepfacto_compiles_its_blocks_and_not_its_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an NMF is none of the layers whose visits are compiled."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
     problem = problem_of_deepfacto()
-    close(trained(compiling(problem), DEEPFACTO, (0, 1)), trained(problem, DEEPFACTO, (0, 1)))
+    compiled = compiling(problem)
+    close(trained(compiled, DEEPFACTO, (0, 1)), trained(problem, DEEPFACTO, (0, 1)))
+    assert compiled.blocks.compile_seconds and not compiled.compiled
+
+
+BATCH = BlockADMM(3, 0.1, sweep="batch", batch_size=9)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [BATCH, StandardADMM(), Taylor(), DLADMM(), BCD()], ids=lambda optimizer: type(optimizer).__name__
+)
+def test_compiling_without_effect_is_warned_of(optimizer: Optimizer[Any], mlp_problem: Callable[..., Problem]) -> None:
+    problem = compiling(mlp_problem())
+    told = f"compile: True has no effect on this {type(optimizer).__name__}; .* visits of mini-batches are compiled"
+    with pytest.warns(UserWarning, match=told) as caught:
+        train(problem, optimizer, optimizer.init(problem, (0, 1)), iterations=2)
+    assert len(caught) == 1
+
+
+def test_compiling_with_an_effect_is_not_warned_of(
+    mlp_problem: Callable[..., Problem],
+    conv_problem: Callable[..., Problem],
+    graphs: list[nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What another optimizer has compiled on the same problem before does not count."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    known = compiling(mlp_problem())
+    runs = [(known, OPTIMIZERS["sgd"]), (compiling(conv_problem()), BATCH), (compiling(mlp_problem(), "auto"), BATCH)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for problem, optimizer in runs:
+            train(problem, optimizer, optimizer.init(problem, (0, 1)))
+    with pytest.warns(UserWarning, match="no effect on this BlockADMM"):
+        train(known, BATCH, BATCH.init(known, (0, 1)))

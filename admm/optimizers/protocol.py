@@ -40,9 +40,11 @@ class Compiled(dict[Any, Any]):
 
     Attributes:
         seconds: the time that compiling has taken.
+        runs: the iterations so far that were to compile their visits, or to run compiled ones.
     """
 
     seconds = 0.0
+    runs = 0
 
 
 @dataclass(frozen=True)
@@ -360,6 +362,11 @@ class Problem:
                 "mini-batch, which is not so with batch normalisation, dropout, running statistics and the like; take "
                 "parallel='blocks'"
             )
+
+    @property
+    def compile_seconds(self) -> float:
+        """The time that compiling visits and blocks has taken."""
+        return self.compiled.seconds + self.blocks.compile_seconds
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
         """Return initial parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""

@@ -68,6 +68,7 @@ class Runner:
         is_asked_for = optimizer.iterations * count >= AUTO_STEPS if choice == "auto" else choice
         has_fixed_sizes = not problem.parallel.shares("samples")
         self.is_compiled = is_asked_for and has_fixed_sizes and problem.blocks.are_known_layers
+        problem.compiled.runs += self.is_compiled
         self._tensors = list({id(v): v for v in _tensors(variables)}.values()) if self.is_compiled else []
         self._numbers: tuple[list[Any], Any] = [], None  # the constants of a row, None for a tensor; and its structure
 
@@ -145,6 +146,17 @@ def inductor(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[...
     with torch.no_grad():
         function: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=options)
     return function
+
+
+def warn_of_no_effect(problem: Problem, optimizer: object, runs: int) -> None:
+    """Warn of compile=True where a step, before which there were so many compiled `runs`, has compiled nothing."""
+    blocks = problem.blocks
+    if blocks.execution.compile is True and blocks.are_known_layers and problem.compiled.runs == runs:
+        warn(
+            f"compile: True has no effect on this {type(optimizer).__name__}; where all layers are linear, ReLU and "
+            "flatten, visits of mini-batches are compiled: those of Backprop, Gotmare, OnlineBlockADMM and BlockADMM "
+            "with sweep='minibatch'"
+        )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
