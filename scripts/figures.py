@@ -13,7 +13,7 @@ import pandas as pd
 from experiments.launching.failures import failures_end_the_program
 from experiments.reports.base import report_on
 from experiments.reports.headlines import headlines
-from experiments.reports.searches import plot_ranking
+from experiments.reports.searches import best_of_each, plot_ranking
 from experiments.reports.text import print_table
 from experiments.reports.writing import update_tables, write_report
 from experiments.store import Store, failed_writes_in_words
@@ -46,9 +46,11 @@ def redraw(root: Path) -> None:
 
 
 def tables_of_pages(store: Store, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return what pages have of a store by name: the experiments' tables without their machines, and the headlines."""
+    """Return what pages have of a store by name: the experiments' tables without their machines, the headlines, and the
+    best of Figure 7's equal search."""
     shown = {name: table.drop(columns="machine", errors="ignore") for name, table in tables.items()}
-    return shown | {"headlines": headlines(store)}
+    equal = best_of_each(store.root / "searches", "cifar10_resnet18_narrow_equal")
+    return shown | {"headlines": headlines(store), "equal_search": equal}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 python -m scripts.reproduce [--full] [key=value ...]
 
 Each is `run.py experiment=<name> key=value ...`, and the rows of it that its sweep does not have. The order is
-`report.order` of conf/experiment/*.yaml; an experiment whose data (`report.needs`) are not there is left out.
+`report.order` of conf/experiment/*.yaml; an experiment of whose data (`report.needs`) none are there is left out.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def main() -> None:
 
 def launches(full: bool = False) -> Iterator[Sequence[str]]:
     """Yield the arguments of each launch. full: replace a reduced experiment by the full-size one."""
-    names = (
-        report.reduced if full and report.reduced else report.experiment
-        for report in declared_reports().values()
-        if report.order is not None and (not report.needs or (DATA / report.needs).exists())
-    )
-    for name in dict.fromkeys(names):
-        yield (f"experiment={name}",)
+    arguments: dict[str, Sequence[str]] = {}
+    for report in declared_reports().values():
+        there = [given for file, given in report.needs.items() if (DATA / file).exists()]
+        if report.order is not None and (there or not report.needs):
+            arguments[report.reduced if full and report.reduced else report.experiment] = there[0] if there else ()
+    for name, given in arguments.items():
+        yield f"experiment={name}", *given
         for optimizer, setting in further_rows(name):
-            yield f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}"
+            yield f"experiment={name}", f"optimizer={optimizer}", f"setting={setting}", *given
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from io import StringIO
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +34,7 @@ from experiments.reports.headlines import headlines
 from experiments.reports.memory import VARIABLES
 from experiments.reports.methods import method_of, methods
 from experiments.reports.paper import entry_of, paper
-from experiments.reports.results_page import best_of_search, missing_rows, papers_numbers, sections
+from experiments.reports.results_page import below_paper, best_of_search, missing_rows, papers_numbers, sections
 from experiments.reports.walltime import seconds_to
 from experiments.reports.writing import with_tables
 from experiments.store import Run, Slot, Store, seal
@@ -267,30 +267,42 @@ def raw(run: Run) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-@pytest.mark.parametrize("name", Store(RESULTS).experiments())
-def test_a_cell_of_every_table_from_the_raw_history(name: str) -> None:
-    """Of the newest run, with those of other seeds, without the report's code."""
-    runs = Store(RESULTS).runs(name)
-    run, label = runs[-1], method_of(runs[-1].record.method).label
-    rows = [row for same in runs if same.row == run.row for row in raw(same)]
-    table = pd.read_csv(RESULTS / "tables" / f"{name}.csv", dtype=str)
-    line = table[table["method"] == label] if "method" in table else table
-    if name == "parallel":
-        seconds = [float(r["seconds"]) for r in rows]
-        assert float(table["times faster"].iloc[-1]) == pytest.approx(seconds[0] / seconds[-1], rel=1e-6)
-        return
-    settings = line["setting"].str.removeprefix("reduced ").str.split("[:,]", regex=True).str[0]
-    line = line[settings == run.info["setting"]].iloc[0]
-    if name == "memory":
+def by_hand(runs: list[Run]) -> dict[str, Any]:
+    """The numbers of a row by column, of its runs' files, without the report's code. runs: they differ in their seeds
+    alone."""
+    info, rows = runs[-1].info, [row for run in runs for row in raw(run)]
+    if info["experiment"] == "memory":
         total = sum(float(r["bytes"]) for r in rows if r["quantity"] != "peak") / 2**20
-        assert float(line["total"]) == pytest.approx(total, rel=1e-6)
-    elif (run.folder / "probes.csv").exists():  # all runs have probed the same attributes
-        probes = list(csv.DictReader((run.folder / "probes.csv").open()))
+        return {"total": pytest.approx(total, rel=1e-6)}
+    if (runs[-1].folder / "probes.csv").exists():  # all runs have probed the same attributes
+        probes = [probe for run in runs for probe in csv.DictReader((run.folder / "probes.csv").open())]
         found = mean(float(probe["balanced_accuracy"]) for probe in probes)
-        assert float(line["balanced accuracy"]) == pytest.approx(found, rel=1e-6)
-    else:
-        last = [float(r["test_accuracy"]) for r in rows if int(r["iteration"]) == run.info["iterations"]]
-        assert float(line["mean"]) == pytest.approx(mean(last), abs=0.006)
+        return {"balanced accuracy": pytest.approx(found, rel=1e-6)}
+    last = [float(r["test_accuracy"]) for r in rows if int(r["iteration"]) == info["iterations"]]
+    std = {"std": pytest.approx(stdev(last), abs=0.006)} if len(last) > 1 else {}
+    return std | {"mean": pytest.approx(mean(last), abs=0.006), "seeds": len(last), "iterations": info["iterations"]}
+
+
+@pytest.mark.parametrize("name", Store(RESULTS).experiments())
+def test_every_row_of_every_table_from_the_raw_histories(name: str) -> None:
+    rows: dict[tuple[str, ...], list[Run]] = {}
+    for run in Store(RESULTS).runs(name):
+        rows.setdefault((method_of(run.info["method"]).label, run.info["setting"]), []).append(run)
+    table = pd.read_csv(RESULTS / "tables" / f"{name}.csv", dtype=str)
+    if name == "parallel":
+        table["setting"] = table["setting"].str.removeprefix("by ").str.replace(", ", "_")
+        for (method, setting), (run,) in rows.items():
+            seconds = [float(r["seconds"]) for r in raw(run)]
+            lines = table[(table["method"] == method) & (table["setting"] == setting)]
+            assert lines["s per iteration"].astype(float).tolist() == pytest.approx(seconds, rel=1e-6)
+            assert lines["times faster"].astype(float).tolist() == pytest.approx([seconds[0] / s for s in seconds])
+        assert len(table) == sum(len(raw(run)) for (run,) in rows.values())
+        return
+    assert len(table) == len(rows)
+    for line in table.to_dict("records"):
+        setting = re.split("[:,]", line["setting"].removeprefix("reduced "))[0]
+        expected = by_hand(rows.pop((line.get("method", "Stochastic Block-ADMM"), setting)))
+        assert {column: float(line[column]) for column in expected} == expected, line
 
 
 def test_the_page_sets_every_number_of_the_paper_beside_ours() -> None:
@@ -306,6 +318,14 @@ def test_the_page_sets_every_number_of_the_paper_beside_ours() -> None:
     last = mean(float(r["test_accuracy"]) for r in raw(run) if int(r["iteration"]) == run.info["iterations"])
     line = numbers[(numbers["method"] == "SGD") & (numbers["setting"] == "faithful")].iloc[0]
     assert line["difference"] == pytest.approx(last - 95.29, abs=0.006)
+    assert line[["machine", "commit"]].tolist() == [run.info["machine"], run.info["commit"]]
+    narrow = numbers[(numbers["experiment"] == "cifar10_resnet18_narrow") & (numbers["method"] == "SGD")].iloc[0]
+    commits = [run.info["commit"] for run in found["cifar10_resnet18_narrow"] if run.info["method"] == "sgd"]
+    assert len(commits) > 1 and narrow["commit"] == ", ".join(commits)
+    ratios = numbers[numbers["unit"] == "times less"]
+    assert (ratios["ours"] > 10).all() and ratios["difference"].isna().all() and set(ratios["seeds"]) == {1}
+    worse = numbers.assign(ours=numbers["paper"] / 2)
+    assert {"memory", "mnist_shallow"} <= set(below_paper(worse)["experiment"])
 
 
 def test_the_page_is_written_of_any_store(race: Path, measured: dict[str, Run], tmp_path: Path) -> None:
@@ -395,6 +415,8 @@ def test_what_reproduces_everything_is_launched_in_order(tmp_path: Path, monkeyp
     names = [name for (name, *more) in (first, *rest) if not more]
     assert len(names) == 15 and rest[-1] == ("experiment=parallel",)
     (tmp_path / "lfwa").mkdir()
+    (tmp_path / "lfwa/lfw_attributes.txt").touch()
+    assert [*reproduce.launches()][-1] == ("experiment=lfw_proxy", "dataset.attributes=lfw_attributes.txt")
     (tmp_path / "lfwa/lfw_attributes_proxy.csv.gz").touch()
     full = (tuple(re.sub("_narrow(_30)?", "", argument) for argument in launch) for launch in reproduce.launches())
     found = list(reproduce.launches(full=True))

@@ -20,9 +20,11 @@ from scripts.benchmarks.bench import config_of
 from scripts.benchmarks.bench_speed import rows
 from scripts.benchmarks.contestants import floor, ours, plain_jax, plain_torch, profiled
 from scripts.benchmarks.performance_page import (
+    AIMS,
     PAGES,
     TABLES,
     all_tables,
+    table,
 )
 from scripts.benchmarks.races import ROOT, Contestant, Lane, Options, race, started
 
@@ -206,6 +208,13 @@ def test_the_pages_tables_have_every_row_of_a_race() -> None:
     lanes |= {"floor": lane(0.4, flops=3e6, batches=2), "product": lane(0.1)}
     lanes["compiled"].again = {"warm_up": [1.0] * 4}
     assert {name for name, _, _ in rows("sgd1", lanes, replace(SMALL, against=ROOT))} <= names
+
+
+def test_each_aim_stands_beside_what_is_reached() -> None:
+    reached = dict.fromkeys(AIMS, 1.25) | {"jax_sgd1_seconds": 0.5}
+    shown = [cell for parts in TABLES.values() for cell in table(reached, *parts).to_numpy().ravel()]
+    assert sorted(cell for cell in shown if "1.25" in cell) == sorted(f"1.25 ({aim:g})" for aim in AIMS.values())
+    assert shown.count("0.5") == 1
 
 
 def test_the_pages_example_profiles_a_step(capsys: pytest.CaptureFixture[str]) -> None:

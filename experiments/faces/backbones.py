@@ -58,7 +58,7 @@ class Affine(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """To the identity."""
+        """Set the layer to the identity."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from experiments.store import Run
 
 WIDTH = 7.5  # inches of a figure, at least
 PANEL = 5.0, 3.4  # inches of each of several panels
+TITLE = 55  # characters of a line of a panel's title, at most
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Accuracy(ExperimentReport):
         """Draw mean test accuracy against iteration, ±1 standard deviation shaded, the paper's final numbers dotted.
 
         One panel for each setting and score, with common axes where the score is the same. Remarks on all curves are
-        in the caption.
+        in the caption, those on all curves of a panel in its title.
         """
         order, groups = ordered_settings(self), dict[tuple[str, str], list[Curve]]()
         for curve in sorted(curves, key=lambda curve: (place(curve.record.setting, order), curve.metric.name)):
@@ -84,9 +86,12 @@ class Accuracy(ExperimentReport):
         panels = figure.subplots(1, len(groups), sharex=True, sharey=of_one_metric, squeeze=False)[0]
         for axes, ((setting, metric), group) in zip(panels, groups.items(), strict=True):
             compared = [curve for curve in curves if curve.metric.name == metric]
-            _plot_panel(axes, group, is_log, shared_remarks(curves))
+            said = shared_remarks(curves)
+            of_panel = [text for text in in_all([curve.remarks for curve in group]) if text not in said]
+            _plot_panel(axes, group, is_log, [*said, *of_panel])
             axes.set(xlabel="iteration", ylabel=score_label(compared), ylim=score_range(compared), xlim=xlim)
-            axes.set_title(in_figure(self.panels.get(setting, setting)), fontsize=11)
+            title = textwrap.fill(", ".join([self.panels.get(setting, setting), *of_panel]), TITLE)
+            axes.set_title(in_figure(title), fontsize=11)
             if of_one_metric:
                 axes.label_outer()
         remark = "; dotted: the paper's final accuracy" if any(c.reference is not None for c in curves) else ""
@@ -125,8 +130,12 @@ def shared_remarks(curves: Sequence[Curve]) -> list[str]:
 
 def shared(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the texts that all rows have, if there are several rows."""
-    first, *others = rows
-    return [text for text in first if all(text in other for other in others)] if others else []
+    return in_all(rows) if len(rows) > 1 else []
+
+
+def in_all(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the texts that all rows have."""
+    return [text for text in rows[0] if all(text in row for row in rows)]
 
 
 def lengths_differ(curves: Sequence[Curve]) -> bool:

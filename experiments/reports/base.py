@@ -49,8 +49,9 @@ class ExperimentReport(ABC):
     """The figures and tables of an experiment, functions of its runs.
 
     caption: what the figures show. quantity: what the table holds. panels: titles of the settings, in their order.
-    reduced: the full-size experiment that this one scales down, or None. needs: a file in the data sets'
-    folder without which the experiment cannot be reproduced. order: when `make reproduce` launches it; None: never.
+    reduced: the full-size experiment that this one scales down, or None. needs: files in the data sets'
+    folder, of which `make reproduce` takes the first that is there, each with the arguments of its launch; without any
+    of them the experiment is left out. order: when `make reproduce` launches it; None: never.
     baseline: what the table's rows are compared with: a method in each row's own setting, such as sgd, or a row, such
     as sgd-tuned.
     """
@@ -60,7 +61,7 @@ class ExperimentReport(ABC):
     quantity: str = TEST_ACCURACY
     panels: Mapping[str, str] = field(default_factory=dict)
     reduced: str | None = None
-    needs: str | None = None
+    needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
     order: int | None = None
     baseline: str = "sgd"
 

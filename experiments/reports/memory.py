@@ -48,6 +48,7 @@ class Memory(ExperimentReport):
                 ", ".join([run.record.setting, *run.record.overrides]),
                 ours=batch.get(run.record.setting, nan) / total(run),
                 paper=self.stated.get(run.record.method, 1.0),
+                seeds=1,
             )
             for run in sorted(runs, key=lambda run: (run.record.setting, run.record.method))
         ]

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from admm.files import atomic_write
+from experiments.records import RunRecord
 from experiments.reports.base import TEST_ACCURACY, ExperimentReport, report_of, report_on
 from experiments.reports.curves import place
 from experiments.reports.methods import method_of
@@ -25,7 +26,7 @@ from experiments.store import Run, Store
 
 RunsByExperiment = Mapping[str, list[Run]]  # from the oldest to the newest
 COLUMNS = ["in the paper", "experiment", "method", "setting", "unit", "paper", "ours", "difference"]
-COLUMNS += ["std", "seeds", "iterations"]
+COLUMNS += ["std", "seeds", "iterations", "machine", "commit"]
 BELOW = ["experiment", "method", "setting", "paper", "ours", "difference"]  # columns
 GPU_TFLOPS = 14.0  # assumed in `estimate`
 
@@ -49,7 +50,7 @@ def sections(root: Path) -> Iterator[str]:
         "the last iteration, mean and standard deviation over seeds. [docs/reproduction.md](../docs/reproduction.md) "
         "explains the settings: *reduced* is less than the paper's experiment, *default* has no row in `conf/row`, and "
         "`1 of 3 seeds` counts those run so far. The commit is that of the code which made a row's runs; one with + "
-        "had uncommitted changes."
+        "had uncommitted changes. Some commits are of a branch that was not kept, and are not in the repository."
     )
     yield (
         "[docs/fidelity.md](../docs/fidelity.md) lists where these experiments depart from the paper, what it leaves "
@@ -73,7 +74,10 @@ def sections(root: Path) -> Iterator[str]:
     searches = sorted((root / "searches").glob("*.csv"))
     if searches:
         yield "## Searches"
-        yield "Grids, scored on held-out training data; `searches/` has all of their configurations."
+        yield (
+            "Grids, scored on held-out training data; `searches/` has all of their configurations. Machine and commit "
+            "of a search are not stored."
+        )
         yield markdown(pd.DataFrame([row for path in searches for row in best_of_search(path)]))
         yield "\n".join(f"![{path.stem}](searches/{path.stem}.png)" for path in searches)
 
@@ -94,19 +98,20 @@ def papers_numbers(runs: RunsByExperiment) -> pd.DataFrame:
         report, of_name = report_of(name), runs.get(name, [])
         if not (entry.source and report.stated):
             continue
-        compared = [asdict(row) for row in report.compare(of_name) if row.paper is not None]
+        origins = origins_of(of_name)
+        compared = [asdict(row) | origins[row.run] for row in report.compare(of_name) if row.paper is not None]
         for method, value in report.stated.items():
             stated = {"in the paper": entry.source, "experiment": name, "unit": report.unit, "paper": float(value)}
             ours = [row for row in compared if row["method"] == method] or [{"setting": "not run"}]
             rows += [row | stated | {"method": method_of(method).label} for row in ours]
     table = pd.DataFrame(rows, columns=["run", *COLUMNS]).set_index("run")
-    table["difference"] = table["ours"] - table["paper"]
+    table["difference"] = (table["ours"] - table["paper"]).where(table["unit"] == "%")
     return table.astype({"seeds": "Int64", "iterations": "Int64"})
 
 
 def below_paper(numbers: pd.DataFrame) -> pd.DataFrame:
     """Return our numbers that are below the paper's, the largest difference first."""
-    return numbers[numbers["difference"] < 0].sort_values("difference")[BELOW]
+    return numbers[numbers["ours"] < numbers["paper"]].sort_values("difference")[BELOW]
 
 
 def missing_rows(runs: RunsByExperiment) -> pd.DataFrame:
@@ -156,11 +161,20 @@ def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[st
 
 def with_commits(table: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
     """Return a report's table with the commits that made each row's runs."""
-    made_by: dict[str, dict[str, None]] = {}
+    origins = origins_of(runs)
+    return table.assign(commit=[origins[name]["commit"] if name in origins else "–" for name in table.index])
+
+
+def origins_of(runs: list[Run]) -> dict[str, dict[str, str]]:
+    """Return the machines and the commits of all runs that make a row of a table, by the name of each of them."""
+    rows: dict[str, list[Run]] = {}
     for run in runs:
-        made_by.setdefault(run.row, {})[str(run.record.commit)] = None
-    of_run = {run.name: ", ".join(made_by[run.row]) for run in runs}
-    return table.assign(commit=[of_run.get(str(name), "–") for name in table.index])
+        rows.setdefault(run.row, []).append(run)
+    return {run.name: _origin([run.record for run in row]) for row in rows.values() for run in row}
+
+
+def _origin(records: list[RunRecord]) -> dict[str, str]:
+    return {key: ", ".join(dict.fromkeys(str(getattr(r, key)) for r in records)) for key in ("machine", "commit")}
 
 
 def provenance_sentence(runs: list[Run]) -> str:
@@ -190,7 +204,7 @@ def estimate(runs: RunsByExperiment, bench: pd.Series[float]) -> Iterator[str]:
         "setting=faithful: "
         f"{each[0]:.0f} h each for SGD and Adam, {each[1]:.0f} h each for online Block-ADMM and Gotmare et al., "
         f"{2 * sum(each):.0f} h for all of the command below, by the FLOPs of an epoch (`bench.csv`: {sgd:.0f} and "
-        f"{online:.0f} TFLOP a seed, and {evaluation:.0f} for the evaluation after it)."
+        f"{online:.0f} TFLOP per seed, and {evaluation:.0f} for the evaluation after it)."
     )
     yield "    python run.py experiment=cifar10_resnet18 device=cuda"
 

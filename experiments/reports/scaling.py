@@ -19,7 +19,7 @@ from experiments.store import Run
 @dataclass(frozen=True)
 class Scaling(ExperimentReport):
     """The table has a row per run and number of processes: seconds of an iteration, how many times faster than one
-    process, MiB of variables and the peak per process, MiB that all processes tell one another. There is no score, and
+    process, MiB of variables and the peak per process, MiB that all processes exchange. There is no score, and
     the paper has no numbers."""
 
     unit: ClassVar[str] = "×"
@@ -96,11 +96,11 @@ def _rows(run: Run) -> list[dict[str, Any]]:
             "method": method_of(run.record.method).label,
             "setting": ", ".join([setting_of(run), *run.record.overrides]),
             "processes": int(row["processes"]),
-            "s an iteration": row["seconds"],
+            "s per iteration": row["seconds"],
             "times faster": times,
             "variables (MiB)": row["variables"] / MIB,
             "peak of a process (MiB)": row["peak"] / MIB,
-            "told (MiB)": (row["added"] + row["sent"]) / MIB,
+            "exchanged (MiB)": (row["added"] + row["sent"]) / MIB,
             "machine": run.record.machine,
         }
         for row, times in zip(run.history.to_dict("records"), speed(run), strict=True)

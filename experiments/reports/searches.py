@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from admm.files import atomic_write
 from experiments.overrides import is_searched, key_of
 from experiments.reports.drawing import caption_below, legend_above, sequence
+from experiments.reports.methods import method_of
 from experiments.reports.scores import scores
 from experiments.reports.text import in_figure
 from experiments.store import Run
@@ -90,6 +91,22 @@ def as_override(value: Any) -> str:
 def read_ranking(path: Path, dtype: type | None = None) -> pd.DataFrame:
     """Read a ranking from its file. null, none and the like are values in it; only an empty cell is missing."""
     return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""])
+
+
+def best_of_each(folder: Path, experiment: str) -> pd.DataFrame:
+    """Return a table of the best configuration of each method, the best first, of the files <experiment>_<method>.csv
+    in a folder."""
+    paths = {path.stem.removeprefix(f"{experiment}_"): path for path in sorted(folder.glob(f"{experiment}_*.csv"))}
+    rows = [{"method": method_of(name).label} | _best(read_ranking(path, dtype=str)) for name, path in paths.items()]
+    return pd.DataFrame(rows).sort_values("best held-out accuracy", ascending=False, kind="stable")
+
+
+def _best(ranked: pd.DataFrame) -> dict[str, Any]:
+    """The first row of a ranking. A value that all of its configurations share is left out."""
+    keys = [key for key in ranked.columns[1 : ranked.columns.get_loc("held-out")] if ranked[key].nunique() > 1]
+    values = [f"{key.removeprefix('optimizer.')}={ranked[key].iloc[0]}" for key in keys]
+    score = float(ranked["held-out"].iloc[0])
+    return {"configurations": len(ranked), "best held-out accuracy": score, "with": ", ".join(values)}
 
 
 def words_first(value: str) -> float:

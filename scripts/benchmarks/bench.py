@@ -71,7 +71,7 @@ def main(path: Path) -> None:
 def write(path: Path, rows: list[Row], here: str | None = None, replaced: Sequence[str] = ("name",)) -> None:
     """Replaces the rows that have the same `replaced`, keeps the others as they are; at once, or not at all.
 
-    here: the machine; None is this processor.
+    here: the machine; None is this CPU.
     """
     here = here or machine(torch.device("cpu"))
     table = pd.DataFrame([(name, f"{value:.5g}", unit, here) for name, value, unit in rows], columns=COLUMNS)
@@ -280,7 +280,8 @@ def networks() -> list[Row]:
 
 
 def cifar_flops() -> list[Row]:
-    """Of an epoch of CIFAR-10 by ResNet-18 at full width, one seed, and of the evaluation on all 60,000 images."""
+    """Count the FLOPs of an epoch of CIFAR-10 by ResNet-18 at full width, one seed, and of an evaluation on all 60,000
+    images."""
     rows: list[Row] = []
     for name, method in METHODS.items():
         step = flops_of(_step(config_of(method, experiment="cifar10_resnet18"), SEEDS[:1], generated_images(IMAGES)))
@@ -293,7 +294,7 @@ def cifar_flops() -> list[Row]:
 
 
 def generated_images(count: int) -> Dataset:
-    """Of the shape of CIFAR-10's."""
+    """Generate images of the shape of CIFAR-10's."""
     random = torch.Generator().manual_seed(0)
     x = torch.rand(count, 3, 32, 32, generator=random)
     y = torch.randint(CLASSES, (len(x),), generator=random)

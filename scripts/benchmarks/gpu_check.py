@@ -1,8 +1,8 @@
-"""Whether a GPU computes what the processor does, and how fast it is: make gpu-check
+"""Whether a GPU computes what the CPU does, and how fast it is: make gpu-check
 
 It writes results/bench_gpu.csv, from which `make figures` writes docs/gpu.md. Its parts are:
 
-- correctness: a few iterations of every optimizer in float64, on the GPU and on the processor;
+- correctness: a few iterations of every optimizer in float64, on the GPU and on the CPU;
 - processes: two processes with a GPU each against one;
 - speed: an epoch of stacks of the network and the optimizers of `scripts.benchmarks.races`, eager and compiled;
 - resnet: the rows of experiment=cifar10_resnet18 in bf16, compiled. Without CIFAR-10 in the data folder the images are
@@ -120,7 +120,7 @@ class TimeIsUp(BaseException):
 
 
 class Differs(Exception):
-    """The GPU's numbers are not the processor's."""
+    """The GPU's numbers are not the CPU's."""
 
 
 def main() -> None:
@@ -272,7 +272,7 @@ def judged(name: str, difference: float) -> Iterator[bench.Row]:
 
 
 def numbers(problem: Problem, optimizer: Optimizer[Any]) -> list[Tensor]:
-    """Return the variables after some iterations of two replicas, and the scores, in the processor's memory."""
+    """Return the variables after some iterations of two replicas, and the scores, in the CPU's memory."""
     state = optimizer.init(problem, [0, 1])
     for _ in range(ITERATIONS):
         timed_step(problem, optimizer, state)
