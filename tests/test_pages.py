@@ -177,12 +177,15 @@ def check_job(arguments: list[str]) -> None:
         plugins = [requirement for extra in EXTRAS.values() for requirement in extra]
         assert (CONF / f"hydra/launcher/{launcher}.yaml").exists() or any(f"-{launcher}-" in name for name in plugins)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", first_cell(given), return_hydra_config=True)
+        cell = first_cell(given)
+        of_optimizer = [o for o in cell if o.startswith("optimizer.")]  # which change what a row has set
+        config = compose("config", [o for o in cell if o not in of_optimizer], return_hydra_config=True)
         Rows().on_multirun_start(config)
-        chosen = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
-        rows = next((values(o) for o in chosen if o.key_or_group == "row"), [])
-        for row in rows if any(o.key_or_group.startswith("optimizer.") for o in chosen) else ():
-            compose("config", [*first_cell([o.input_line for o in chosen if o.key_or_group != "row"]), f"row={row}"])
+        chosen = OverridesParser.create().parse_overrides([*config.hydra.overrides.task, *of_optimizer])
+        others = first_cell([o.input_line for o in chosen if o.key_or_group != "row"])
+        rows = [f"row={row}" for o in chosen if o.key_or_group == "row" for row in values(o)]
+        for row in ([[row] for row in rows] or [[]]) if of_optimizer else ():
+            compose("config", [*others, *row])
 
 
 def first_cell(overrides: list[str]) -> list[str]:
