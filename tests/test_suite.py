@@ -313,7 +313,7 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
 def test_a_file_of_one_s_own_that_is_not_searched_for_is_told(tmp_path: Path, argument: str, file: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).touch()
-    done = Launch(argument, folder=tmp_path).wait()
+    done = Launch("experiment=digits_shallow", argument, folder=tmp_path).wait()
     assert done.returncode == 1 and f"; --config-dir conf finds {file}" in done.stderr
 
 
@@ -341,8 +341,11 @@ def test_flags_between_the_overrides_are_refused_in_words(tmp_path: Path) -> Non
     assert done.stderr == "error: setting=default: flags, such as --config-dir, go before all key=value or after them\n"
 
 
-def test_a_command_without_arguments_lists_the_experiments_and_trains_nothing(tmp_path: Path) -> None:
-    done = Launch(folder=tmp_path).wait()
+@pytest.mark.parametrize("arguments", [[], ["optimizer=sgd"], ["-m", "dataset=mnist", "row=digits_shallow/sgd-tuned"]])
+def test_a_command_without_an_experiment_lists_the_experiments_and_trains_nothing(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    done = Launch(*arguments, folder=tmp_path).wait()
     assert done.returncode == 1 and "|mnist_shallow|" in done.stderr and not list(tmp_path.iterdir())
 
 
