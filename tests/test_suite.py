@@ -20,12 +20,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hydra.errors import MissingConfigException
 from launches import Launch, multirun, places, single
 from omegaconf import OmegaConf
 from stores import add_run, run_json
 
 from experiments import jobs
 from experiments.errors import BadInput
+from experiments.hints import hints
 from experiments.reports.base import report_of
 from experiments.reports.curves import curves
 from experiments.reports.results_page import below_paper, papers_numbers
@@ -270,6 +272,10 @@ def test_bad_input_names_the_key_and_what_would_be_right(
             r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?",
         ),
         ("optimizer.lr=2", r"no key 'optimizer.lr': optimizer has .*did you mean step_size\?"),
+        ("optimizer.step_size.strt=1", r"no key 'optimizer.step_size.strt': optimizer.step_size has end, start; did "),
+        ("optimizer.step_size={begin: 1}", r"no key 'optimizer.step_size.begin': optimizer.step_size has end, start\n"),
+        ("optimizer.update.a=1", r"no key 'optimizer.update': optimizer has .*; did you mean theta_update\?"),
+        ("iterations.x=3", r"no key 'iterations.x': iterations is a value, without keys"),
         ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
         ("+baseline=sgd", r"^no key 'baseline': the keys are angle_samples,.*\n\+ adds no such key"),
         ("logger=wandbb", r"Could not find 'logger/wandbb'"),
@@ -300,6 +306,25 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
     assert "could not be written" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert stored(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (
+            "launcher/submitit_slurm",
+            "submitit_slurm needs the extra 'cluster': .*; without it there are basic, .*stacked$",
+        ),
+        ("launcher/ray", "ray needs the extra 'cluster': pip install '.\\[cluster]';"),
+        ("sweeper/optuna", "optuna needs the extra 'sweeps': pip install '.\\[sweeps]'; without it there are basic$"),
+        ("launcher/stackd", "no hydra/launcher 'stackd'; did you mean stacked\\?$"),
+    ],
+)
+def test_a_launcher_or_sweeper_that_is_not_there_is_told_with_its_extra_or_the_nearest(
+    file: str, expected: str
+) -> None:
+    (line,) = hints([], MissingConfigException("", f"hydra/{file}", ["basic", "stacked"]))
+    assert re.search(expected, line) and "slurm," not in line
 
 
 @pytest.mark.parametrize(
