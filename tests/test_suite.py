@@ -233,7 +233,7 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
     ("argument", "message"),
     [
         ("iterations=many", r"error: iterations: 'many' is not a whole number"),
-        ("device=abacus", r"error: device: 'abacus' cannot be used here"),
+        ("device=abacus", r"error: device: 'abacus' is not one of auto, cpu, cuda, cuda:1, …$"),
         ("precision=tf32", r"error: precision: tf32 is for GPUs; this is cpu"),
         ("precision=bf16", r"error: precision: bf16 is for other layers than linear, ReLU and flatten"),
         ("compile=always", r"error: compile: 'always' is not true, false or auto"),
