@@ -180,7 +180,7 @@ NAN = np.where(np.arange(48).reshape(12, 4) == 6, np.nan, X)
         (
             {"y_train": X[:, :2], "y_test": X[[0] * 6, :2]},
             {"task": "regression"},
-            r"^npz: all 6 targets to test on are equal; R² needs some that differ",
+            r"^dataset.path: npz: all 6 targets to test on are equal; R² needs some that differ",
         ),
         ({}, {"task": "sorting"}, r"dataset.task: 'sorting' is not one of classification, regression, multilabel"),
         ({}, {"normalisation": "log"}, r"dataset.normalisation: 'log' is not one of unit, standard, symmetric, none"),
@@ -280,7 +280,7 @@ def test_folders_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         load_image_folder(str(tmp_path / "nowhere"))
     with pytest.raises(
         DatasetError,
-        match=r"^dataset.path: .*Couldn't find any class folder in .*; expected <class>/<image>, or train/",
+        match=r"^dataset.path: .*Couldn't find any class .*; expected <class>/<image>, or train/",
     ):
         load_image_folder(str(tmp_path), holdout=1)
     (tmp_path / "a").mkdir()

@@ -706,7 +706,8 @@ def test_compare_shows_what_differs_and_the_numbers(tmp_path: Path, command: Com
 
 
 def test_numbers_of_a_hold_out_are_called_held_out(tmp_path: Path, command: Command) -> None:
-    run = trained_run(tmp_path, "dataset.holdout=20")
+    run = trained_run(tmp_path)
+    (run.folder / "run.json").write_text(json.dumps(run.info | {"dataset": {"holdout": 20}}))
     listed, compared = (command(*what, "--store", tmp_path)[1] for what in (["list"], ["compare", *2 * [run.folder]]))
     assert "held-out" in listed and "held_out_accuracy" in compared and "test_accuracy" not in compared
 

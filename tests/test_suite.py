@@ -497,6 +497,15 @@ def test_a_terminal_s_table_has_no_empty_column_and_names_a_common_machine_once(
     assert "machine" in printed and "paper" in printed
 
 
+def test_a_terminal_s_table_says_overrides_of_all_rows_in_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not those that a comma divides, nor notes."""
+    settings = [f"{name}: a, b, seeds=[0], x={{c: 1, d: 2}}, y={name}" for name in ("tuned", "faithful")]
+    print_table(pd.DataFrame({"setting": settings}), "own")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("own, seeds=[0] ") and printed.count("seeds") == 1
+    assert "tuned: a, b, x={c: 1, d: 2}, y=tuned" in printed
+
+
 def test_ctrl_c_while_pytorch_is_imported_ends_with_one_line() -> None:
     interrupted = """import sys
 class Finder:
