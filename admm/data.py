@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,12 @@ def _find(name: str, root: Path, download: bool) -> Arrays:
         ways = [f"put {npz} there, with {', '.join(KEYS)} as uint8"]
         if DATASETS[name].torchvision:
             ways.append(f"put torchvision's unpacked files into {unpacked}")
-            ways.append("load with download=True, torchvision installed and a connection to the internet")
+            needs = ["an internet connection"]
+            if find_spec("torchvision") is None:
+                needs.append("torchvision (pip install '.[vision]')")
+            if not download:
+                needs.append("download=True (in the suite, dataset.download=true)")
+            ways.append(f"load with {' and '.join(needs)}")
         listed = ";\n".join(f"  {number}. {way}" for number, way in enumerate(ways, start=1))
         raise DatasetError(
             f"{error}\nWays to provide {name}, once any wrong or damaged file is deleted:\n{listed}."

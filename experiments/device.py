@@ -53,7 +53,11 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # whose message lists all that PyTorch can be built for
+        raise ValueError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:1, …") from None
+    try:
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used here ({error}); auto, cpu, cuda, cuda:1, …") from None
-    return torch.device(name)
+    return device

@@ -63,8 +63,9 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
         if isinstance(cause, (ValueError, ImportError, *FOR_USERS)) and str(cause):
             raise BadInput(with_key_path(str(cause), config, key)) from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
-        what = f"{in_words(cause)}{arguments_of(place, cause)}"
-        raise BadInput(f"{place} {what}; hydra.verbose=true shows where") from error
+        if refused := refused_argument(place, cause):
+            raise BadInput(f"{key}.{refused}".lstrip(".")) from error
+        raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error
 
 
 def missing_name(message: str) -> str:
@@ -86,13 +87,15 @@ def missing_name(message: str) -> str:
     return "" if name in names else f"{module} has no {name!r}{meant(name, names)}"
 
 
-def arguments_of(place: str, cause: BaseException) -> str:
-    """Return in words the arguments that a target takes, if the cause is that it has got another one."""
+def refused_argument(place: str, cause: BaseException) -> str:
+    """Return in words that a target does not take an argument, and which it takes; empty for another cause."""
     target = re.search(r"target '([\w.]+)'", place)
     name = target[1].rpartition(".")[2] if target else ""
-    if not target or not re.match(rf"{name}(\.__init__)?\(\) got an unexpected keyword argument", str(cause)):
+    refused = re.match(rf"{name}(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(cause))
+    if not (target and refused):
         return ""
-    return f"; it takes {', '.join(signature(get_object(target[1])).parameters) or 'none'}"
+    takes = list(signature(get_object(target[1])).parameters)
+    return f"{refused[1]}: {name}() takes {', '.join(takes) or 'no arguments'}{meant(refused[1], takes)}"
 
 
 def meant(name: str, names: Iterable[str]) -> str:

@@ -26,6 +26,10 @@ from experiments.rows import CONF, TableRows
 LIST_FOR_KEYS = re.compile(r"Cannot merge DictConfig with ListConfig\s+full_key: (\S+)")
 STEPS = ("step_size", "theta_step")
 ELSEWHERE = {"lr": STEPS, "learning_rate": STEPS, "epochs": ("iterations",)}  # what other libraries call a key
+EXTRAS = {  # by option of hydra/launcher and hydra/sweeper, the extra that has its plugin
+    **dict.fromkeys(("slurm", "submitit_slurm", "submitit_local", "ray"), "cluster"),
+    **dict.fromkeys(("joblib", "optuna", "study"), "sweeps"),
+}
 OWN = {  # by group, how a user's own is given
     "dataset": "your own: dataset=npz dataset.path={} (x_train, y_train, …), or dataset=image_folder dataset.path={}",
     "model": "your own: model._target_={}, a function that returns an nn.Module",
@@ -36,8 +40,8 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     """Return lines for the user after Hydra has ended with an error.
 
     They say which jobs of an unfinished sweep have failed, and what to do about an error in writing. Otherwise they say
-    how own data and networks are given, if such a file is missing, or which rows the experiment has, if the chosen row
-    is; or they name the overrides whose keys are missing.
+    how own data and networks are given, if such a file is missing, which extra has a plugin that is, or which rows the
+    experiment has, if the chosen row is; or they name the overrides whose keys are missing.
 
     Args:
         arguments: The command line, without the program's name.
@@ -48,7 +52,9 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
         return [*failed, _write_hint(error)]
     if failed:
         return failed
-    group, _, name = _missing_file(error).partition("/")
+    group, name = _missing_file(error)
+    if group.startswith("hydra/"):
+        return [_plugin_hint(group, name) or f"no {group} {name!r}{meant(name, _options(error))}"]
     if group and group != "row":
         own = f"; {OWN[group].replace('{}', name)}" if group in OWN else ""
         near = found_here(group, name) or meant(name, _options(error))
@@ -67,7 +73,8 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
         return []
     if row:
         return [_row_hint(row, config, hydra)]
-    return [line for o, key in keys.items() if o not in groups if (line := _key_hint(config, key))]
+    lines = [line for o, key in keys.items() if o not in groups if (line := _key_hint(config, key))]
+    return lines or _refused_key(error)
 
 
 def unknown_additions(arguments: Sequence[str]) -> list[str]:
@@ -98,14 +105,28 @@ def _top_level(override: Override) -> str:
     return re.split("[./]", place)[0]
 
 
-def _missing_file(error: BaseException | None) -> str:
-    """The file in conf that Hydra has not found; empty for another error."""
-    return str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
+def _missing_file(error: BaseException | None) -> tuple[str, str]:
+    """The group and the name of the file that Hydra has not found; both are empty for another error."""
+    file = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
+    inner = "hydra/" if file.startswith("hydra/") else ""  # Hydra's groups are folders in one
+    group, _, name = file.removeprefix(inner).partition("/")
+    return inner + group, name
 
 
 def _options(error: BaseException | None) -> Sequence[str]:
     """The files that there are in place of one that Hydra has not found."""
     return (isinstance(error, MissingConfigException) and error.options) or ()
+
+
+def _plugin_hint(group: str, name: str) -> str:
+    """The line on an option of a plugin that is not installed; empty for another name."""
+    if not (extra := EXTRAS.get(name)):
+        return ""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        options = GlobalHydra.instance().config_loader().get_group_options(group)
+    there = ", ".join(option for option in options if EXTRAS.get(option) != extra)
+    return f"{group}: {name} needs the extra {extra!r}: pip install '.[{extra}]'; without it there are {there}"
 
 
 def _search_path(options: Namespace) -> list[str]:
@@ -139,12 +160,26 @@ def _write_hint(error: OSError) -> str:
         return f"error: {told}."
 
 
+def _refused_key(error: BaseException | None) -> list[str]:
+    """The line on a key that Hydra has refused where a row, or the override itself, has its group."""
+    cause = error and error.__cause__
+    key, node = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
+    return [_no_key(key, node)] if key and isinstance(node, DictConfig) else []
+
+
 def _key_hint(config: DictConfig, key: str) -> str | None:
     *parents, name = key.split(".")
     node = OmegaConf.select(config, ".".join(parents)) if parents else config
     if not isinstance(node, DictConfig) or name in node or (CONF / key).is_dir():
         return None
-    where = f"{'.'.join(parents)} has" if parents else "the keys are"
+    return _no_key(key, node)
+
+
+def _no_key(key: str, node: DictConfig) -> str:
+    parents, _, name = key.rpartition(".")
     names = sorted(map(str, node))
+    if not names:
+        return f"no key {key!r}: {parents} is a value, without keys"
+    where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
     return f"no key {key!r}: {where} {', '.join(names)}{near or meant(name, names)}"

@@ -130,6 +130,13 @@ def with_todays_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def todays_key(path: str) -> str:
+    """Return the path of a key, such as "optimizer.update.weight_decay", with the names of today. It does not say which
+    class has the key, and need not: no name that a key had is another's today."""
+    names = {name: line.rpartition(".")[2] for line, names in FORMER_NAMES.items() for name in names}
+    return ".".join(names.get(part, part) for part in path.split("."))
+
+
 def _translated(node: Any, to_former: bool, group: str = "") -> Any:
     """A part of a configuration with other names. group: its path, with the names of today."""
     match node:

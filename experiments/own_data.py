@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,22 @@ FEWEST = 3  # samples of a class, on average: with fewer, numbers have been take
 GRAY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes
 
 
+@contextmanager
+def key_named() -> Iterator[None]:
+    """Let what is wrong with a file begin with the key that names it."""
+    try:
+        yield
+    except DatasetError as error:
+        named = str(error) if str(error).startswith("dataset") else f"dataset.path: {error}"
+        raise DatasetError(named) from error.__cause__
+
+
+def here(place: Path) -> str:
+    """Return a path in words that say where a relative one was looked for."""
+    return f"{place}" if place.is_absolute() else f"{place} in {Path.cwd()}"
+
+
+@key_named()
 def load_npz(
     path: str | None,
     *,
@@ -80,6 +97,7 @@ def load_npz(
     return preparation.dataset(arrays, name=name, classes=classes, sha256=sha256_of(stored), task=task)
 
 
+@key_named()
 def load_image_folder(
     path: str | None,
     *,
@@ -242,7 +260,7 @@ def read_npz(file: Path) -> dict[str, Array]:
                 )
             return {key: read_array(file, key, archive) for key in there}
     except FileNotFoundError:
-        raise DatasetError(f"dataset.path: there is no file {file}") from None
+        raise DatasetError(f"dataset.path: there is no file {here(file)}") from None
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         cause = "pickles are not read, as that can run code" if "pickle" in str(error) else str(error)
         raise DatasetError(f"{file}: is no npz file as numpy.savez writes it, or is damaged ({cause})") from error
@@ -345,7 +363,7 @@ def listed_images(folder: Path) -> tuple[dict[str, list[str]], dict[str, Array],
             f"dataset=image_folder needs torchvision ({error}): pip install 'block-admm[vision]'"
         ) from None
     if not folder.is_dir():
-        raise DatasetError(f"dataset.path: there is no folder {folder}")
+        raise DatasetError(f"dataset.path: there is no folder {here(folder)}")
     is_divided = (folder / "train").is_dir()
     places = {part: folder / part for part in PARTS if (folder / part).is_dir()} if is_divided else {}
     try:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from admm.training import GOES_ON
 from experiments.command import INTERRUPTED
+from experiments.implied import with_implied
 from experiments.launch import Launch
 from experiments.launching.failures import run_task
 from experiments.processes import follow, is_follower, leading
@@ -20,6 +21,7 @@ USAGE = f"""Which experiment? Give one of these, or your own data:
   experiment=digits_shallow          the smallest: nine optimizers on the embedded digits, a few minutes
   dataset=npz dataset.path=my.npz    your own arrays
 --help shows what else can be given, and examples."""
+WITHOUT_A_RUN = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun", "config_name")  # flags
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -47,11 +49,14 @@ def main() -> None:
 def launch() -> None:
     """Run the jobs, in the only process or in process 0 of several."""
     show_what_can_be_shown()
-    if len(sys.argv) == 1:
-        sys.exit(USAGE)
-    _, others = get_args_parser().parse_known_args(sys.argv[1:])
+    options, others = get_args_parser().parse_known_args(sys.argv[1:])
     if any("=" in argument for argument in others if not argument.startswith("-")):
         sys.exit(f"error: {' '.join(others)}: flags, such as --config-dir, go before all key=value or after them")
+    overrides = with_implied(options.overrides)
+    if not any(getattr(options, flag) for flag in WITHOUT_A_RUN) and not any(
+        override.lstrip("+").startswith("experiment=") for override in overrides
+    ):
+        sys.exit(USAGE)
     if any(a.split("=")[0] in ("--cfg", "-c") for a in sys.argv) and any(a.startswith("setting=") for a in sys.argv):
         sys.exit(
             "error: --cfg shows a single job, before rows are chosen: in place of optimizer=… setting=… give row=…"

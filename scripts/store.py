@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.errors import meant
 from experiments.identity import without_nulls
 from experiments.integrity import UNREADABLE, problems_of
 from experiments.migration import migrate
@@ -33,6 +34,8 @@ def main() -> None:
     options = parser().parse_args()
     if not (options.store / "runs").is_dir():
         sys.exit(f"error: {options.store} has no runs/; {another(options.store)}")
+    if name := getattr(options, "experiment", None):
+        check_experiment(Store(options.store), name)
     try:
         sys.exit(options.command(options))
     except OSError as error:
@@ -65,6 +68,13 @@ def parser() -> argparse.ArgumentParser:
     removed.add_argument("--interrupted", action="store_true", help="what interrupted runs have left, instead")
     removed.add_argument("--yes", action="store_true", help="do not ask")
     return parser
+
+
+def check_experiment(store: Store, name: str) -> None:
+    """End the program if a store has no runs of an experiment, finished or interrupted."""
+    there = sorted({*store.experiments(), *(slot.experiment for slot in store.interrupted() if slot.experiment)})
+    if name not in there:
+        sys.exit(f"error: no runs of {name} in {store.root}; it has {', '.join(there) or 'none'}{meant(name, there)}")
 
 
 def find_folder(name: str, folders: list[Path], store: Path) -> Path:
@@ -114,7 +124,7 @@ def finished_row(folder: Path) -> dict[str, str]:
             "identity": record.identity,
             "finished": record.finished[:16].replace("T", " "),
             "seeds": str(len(record.seeds) - len(record.diverged)),
-            "final": f"{value:.2f} {unit}",
+            "final": f"{value:.2f} {unit}{', held-out' if record.dataset.holdout else ''}",
             "seconds": "–" if record.seconds is None else f"{record.seconds:.0f}",
             "overrides": " ".join(record.overrides),
         }
@@ -130,9 +140,6 @@ def check(options: argparse.Namespace) -> int:
     """Whether every run is whole and what was written; exit code 1 and a line for each problem."""
     store = Store(options.store)
     folders = store.folders(options.experiment)
-    if options.experiment and not folders:
-        print(f"no runs of {options.experiment} in {options.store}; it has {', '.join(store.experiments())}")
-        return 1
     problems = list(problems_of(store, options.experiment))
     print(*problems, f"{len(folders)} runs, {len(problems)} problems", sep="\n")
     without = sum(not (folder / SUMS).exists() for folder in folders)
@@ -194,7 +201,8 @@ def flat(node: dict[str, Any]) -> dict[str, Any]:
 
 def numbers(run: Run) -> dict[str, str]:
     """Return what was measured at the end of a run, as text by name."""
-    return {name: f"{value:.5g}" for name, value in report_on(run).numbers(run).items()}
+    test = "held_out_" if run.record.dataset.holdout else "test_"
+    return {name.replace("test_", test): f"{value:.5g}" for name, value in report_on(run).numbers(run).items()}
 
 
 def origin(run: Run) -> dict[str, Any]:

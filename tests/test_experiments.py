@@ -34,7 +34,14 @@ from experiments.reports.headlines import headlines
 from experiments.reports.memory import VARIABLES
 from experiments.reports.methods import method_of, methods
 from experiments.reports.paper import entry_of, paper
-from experiments.reports.results_page import below_paper, best_of_search, missing_rows, papers_numbers, sections
+from experiments.reports.results_page import (
+    below_paper,
+    best_of_search,
+    command,
+    missing_rows,
+    papers_numbers,
+    sections,
+)
 from experiments.reports.walltime import seconds_to
 from experiments.reports.writing import with_tables
 from experiments.store import Run, Slot, Store, seal
@@ -545,6 +552,26 @@ def test_an_experiment_is_a_file_and_the_paper_s_numbers(tmp_path: Path, monkeyp
     page = "\n".join(sections(tmp_path))
     assert "| Figure 99 | new | SGD | mine | % | 93.00 | 91.50 | -1.50 |" in page
     assert "| new | SGD | mine | 93.00 | 91.50 | -1.50 |" in page and "| new | Adam | mine |" in page
+
+
+@pytest.mark.parametrize(
+    ("experiment", "there", "expected"),
+    [
+        ("fashion_mnist", "block_admm-tuned dladmm-tuned block_admm-faithful", ""),
+        ("fashion_mnist", "block_admm-tuned dladmm-tuned", " setting=tuned"),
+        ("fashion_mnist", "block_admm-tuned", " optimizer=block_admm setting=tuned"),
+        (
+            "fashion_mnist",
+            "block_admm-faithful dladmm-tuned",
+            " row=fashion_mnist/block_admm-faithful,fashion_mnist/dladmm-tuned",
+        ),
+        ("mine", "sgd-tuned", ""),
+    ],
+)
+def test_a_table_s_command_makes_its_rows_and_no_others(experiment: str, there: str, expected: str) -> None:
+    rows = [dict(zip(("method", "setting"), row.split("-"), strict=True)) for row in there.split()]
+    runs: Any = [SimpleNamespace(record=SimpleNamespace(**row)) for row in rows]
+    assert command(experiment, runs) == f"python run.py experiment={experiment}{expected}"
 
 
 def test_an_experiment_that_is_not_committed_has_a_report_of_its_runs_kind() -> None:

@@ -1,6 +1,7 @@
 """A run's identity: what counts, what a rename costs, and how runs of schema 1 are brought up to date."""
 
 import json
+import re
 import shutil
 from inspect import signature
 from pathlib import Path
@@ -20,10 +21,13 @@ from experiments.identity import (
     identity,
     identity_config,
     row_identity,
+    todays_key,
     with_former_names,
     with_todays_names,
 )
 from experiments.migration import migrate
+from experiments.reports.searches import read_ranking
+from experiments.rows import CONF
 from experiments.store import SUMS, Run, Slot, sums
 from experiments.tasks import deepfacto
 
@@ -104,7 +108,9 @@ def test_a_second_rename_costs_no_run_either(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_names_of_today_exist() -> None:
-    """And those that they had belong to nothing else of the same class."""
+    """And those that they had belong to nothing else, of the same class or, as a ranking has keys alone, of another."""
+    files = [file.read_text(encoding="utf-8") for file in CONF.glob("optimizer/*.yaml")]
+    configured = {key for text in files for key in re.findall(r"^ *(\w+):", text, re.MULTILINE)}
     for line, former_names in FORMER_NAMES.items():
         owner, _, name = line.rpartition(".")
         if name[0].isupper():
@@ -112,7 +118,13 @@ def test_names_of_today_exist() -> None:
         elif owner[0].isupper():
             (own,) = {getattr(module, owner) for module in MODULES if hasattr(module, owner)}
             fields = signature(own).parameters
-            assert name in fields and not fields.keys() & set(former_names)
+            assert name in fields and not (fields.keys() | configured) & set(former_names)
+
+
+def test_a_ranking_s_keys_have_the_names_of_today(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("setting,optimizer.update.weight_decay,loss.scale,held-out\ntuned,1.0,0.3,98.0\n")
+    columns = ["setting", "optimizer.theta_update.weight_decay", "loss.scale", "held-out"]
+    assert list(read_ranking(tmp_path / "a.csv")) == columns == list(map(todays_key, columns))
 
 
 # The configuration and the identity that a run of the paper's Figure 3 had by schema 1.

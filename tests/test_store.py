@@ -527,8 +527,9 @@ def test_the_committed_store_checks_clean(command: Command) -> None:
 
 def test_an_experiment_that_has_no_runs_is_named(tmp_path: Path, command: Command) -> None:
     trained_run(tmp_path)
-    told = f"no runs of digits_deep in {tmp_path}; it has digits_shallow\n"
-    assert command("check", "--experiment", "digits_deep", "--store", tmp_path) == (1, told)
+    told = f"error: no runs of digits_shallo in {tmp_path}; it has digits_shallow; did you mean digits_shallow?"
+    for name in ("check", "list", "remove"):
+        assert command(name, "--experiment", "digits_shallo", "--store", tmp_path) == (1, told)
 
 
 def edited(name: str, former: str, new: str) -> Callable[[Path], None]:
@@ -702,6 +703,13 @@ def test_compare_shows_what_differs_and_the_numbers(tmp_path: Path, command: Com
         assert f"{last['test_accuracy'].mean():.5g}" in rest
     code, printed = command("compare", "f" * 12, second.folder, "--store", tmp_path)
     assert code == 1 and f"'ffffffffffff' is no run of {tmp_path}; --store <folder> names" in printed
+
+
+def test_numbers_of_a_hold_out_are_called_held_out(tmp_path: Path, command: Command) -> None:
+    run = trained_run(tmp_path)
+    (run.folder / "run.json").write_text(json.dumps(run.info | {"dataset": {"holdout": 20}}))
+    listed, compared = (command(*what, "--store", tmp_path)[1] for what in (["list"], ["compare", *2 * [run.folder]]))
+    assert "held-out" in listed and "held_out_accuracy" in compared and "test_accuracy" not in compared
 
 
 def test_remove_asks(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

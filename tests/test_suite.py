@@ -20,12 +20,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hydra.errors import MissingConfigException
 from launches import Launch, multirun, places, single
 from omegaconf import OmegaConf
 from stores import add_run, run_json
 
 from experiments import jobs
 from experiments.errors import BadInput
+from experiments.hints import hints
 from experiments.reports.base import report_of
 from experiments.reports.curves import curves
 from experiments.reports.results_page import below_paper, papers_numbers
@@ -231,7 +233,7 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
     ("argument", "message"),
     [
         ("iterations=many", r"error: iterations: 'many' is not a whole number"),
-        ("device=abacus", r"error: device: 'abacus' cannot be used here"),
+        ("device=abacus", r"error: device: 'abacus' is not one of auto, cpu, cuda, cuda:1, …$"),
         ("precision=tf32", r"error: precision: tf32 is for GPUs; this is cpu"),
         ("precision=bf16", r"error: precision: bf16 is for other layers than linear, ReLU and flatten"),
         ("compile=always", r"error: compile: 'always' is not true, false or auto"),
@@ -270,6 +272,10 @@ def test_bad_input_names_the_key_and_what_would_be_right(
             r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?",
         ),
         ("optimizer.lr=2", r"no key 'optimizer.lr': optimizer has .*did you mean step_size\?"),
+        ("optimizer.step_size.strt=1", r"no key 'optimizer.step_size.strt': optimizer.step_size has end, start; did "),
+        ("optimizer.step_size={begin: 1}", r"no key 'optimizer.step_size.begin': optimizer.step_size has end, start\n"),
+        ("optimizer.update.a=1", r"no key 'optimizer.update': optimizer has .*; did you mean theta_update\?"),
+        ("iterations.x=3", r"no key 'iterations.x': iterations is a value, without keys"),
         ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
         ("+baseline=sgd", r"^no key 'baseline': the keys are angle_samples,.*\n\+ adds no such key"),
         ("logger=wandbb", r"Could not find 'logger/wandbb'"),
@@ -303,6 +309,25 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
 
 
 @pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (
+            "launcher/submitit_slurm",
+            "submitit_slurm needs the extra 'cluster': .*; without it there are basic, .*stacked$",
+        ),
+        ("launcher/ray", "ray needs the extra 'cluster': pip install '.\\[cluster]';"),
+        ("sweeper/optuna", "optuna needs the extra 'sweeps': pip install '.\\[sweeps]'; without it there are basic$"),
+        ("launcher/stackd", "no hydra/launcher 'stackd'; did you mean stacked\\?$"),
+    ],
+)
+def test_a_launcher_or_sweeper_that_is_not_there_is_told_with_its_extra_or_the_nearest(
+    file: str, expected: str
+) -> None:
+    (line,) = hints([], MissingConfigException("", f"hydra/{file}", ["basic", "stacked"]))
+    assert re.search(expected, line) and "slurm," not in line
+
+
+@pytest.mark.parametrize(
     ("argument", "file"),
     [
         ("optimizer=mine", "conf/optimizer/mine.yaml"),
@@ -313,7 +338,7 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
 def test_a_file_of_one_s_own_that_is_not_searched_for_is_told(tmp_path: Path, argument: str, file: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).touch()
-    done = Launch(argument, folder=tmp_path).wait()
+    done = Launch("experiment=digits_shallow", argument, folder=tmp_path).wait()
     assert done.returncode == 1 and f"; --config-dir conf finds {file}" in done.stderr
 
 
@@ -341,8 +366,11 @@ def test_flags_between_the_overrides_are_refused_in_words(tmp_path: Path) -> Non
     assert done.stderr == "error: setting=default: flags, such as --config-dir, go before all key=value or after them\n"
 
 
-def test_a_command_without_arguments_lists_the_experiments_and_trains_nothing(tmp_path: Path) -> None:
-    done = Launch(folder=tmp_path).wait()
+@pytest.mark.parametrize("arguments", [[], ["optimizer=sgd"], ["-m", "dataset=mnist", "row=digits_shallow/sgd-tuned"]])
+def test_a_command_without_an_experiment_lists_the_experiments_and_trains_nothing(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    done = Launch(*arguments, folder=tmp_path).wait()
     assert done.returncode == 1 and "|mnist_shallow|" in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -467,6 +495,15 @@ def test_a_terminal_s_table_has_no_empty_column_and_names_a_common_machine_once(
     print_table(pd.DataFrame([*rows, rows[0] | {"machine": "n", "paper": 2.0}]), "own")
     printed = capsys.readouterr().out
     assert "machine" in printed and "paper" in printed
+
+
+def test_a_terminal_s_table_says_overrides_of_all_rows_in_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not those that a comma divides, nor notes."""
+    settings = [f"{name}: a, b, seeds=[0], x={{c: 1, d: 2}}, y={name}" for name in ("tuned", "faithful")]
+    print_table(pd.DataFrame({"setting": settings}), "own")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("own, seeds=[0] ") and printed.count("seeds") == 1
+    assert "tuned: a, b, x={c: 1, d: 2}, y=tuned" in printed
 
 
 def test_ctrl_c_while_pytorch_is_imported_ends_with_one_line() -> None:

