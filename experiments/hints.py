@@ -179,7 +179,9 @@ def _no_key(key: str, node: DictConfig) -> str:
     parents, _, name = key.rpartition(".")
     names = sorted(map(str, node))
     if not names:
-        return f"no key {key!r}: {parents} is a value, without keys"
+        is_of_optimizer = parents.startswith("optimizer.")  # whose rows may have schedules
+        whole = "; give all of it, as {start: 0.1, end: 0.0}, or row=… of one with keys" if is_of_optimizer else ""
+        return f"no key {key!r}: {parents} is a value here, without keys{whole}"
     where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
     return f"no key {key!r}: {where} {', '.join(names)}{near or meant(name, names)}"

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-OVERRIDE, BRACKETS = re.compile(r"[\w./@+~]+="), ("[]", "{}", "()")
+OVERRIDE = re.compile(r"[\w./@+~]+=")
+BRACKETS = (("[", "]"), ("{", "}"), ("(", ")"))
 
 
 def cells(table: pd.DataFrame) -> list[list[str]]:
@@ -66,7 +67,10 @@ def shared_overrides(table: pd.DataFrame) -> list[str]:
     if "setting" not in table or len(table) < 2 or table["setting"].isna().any():
         return []
     first, *others = (setting.split(", ") for setting in table["setting"])
-    whole = [
-        part for part in first if OVERRIDE.match(part) and all(part.count(a) == part.count(b) for a, b in BRACKETS)
-    ]
+    whole = [part for part in first if OVERRIDE.match(part) and is_closed(part)]
     return [part for part in whole if all(part in parts for parts in others)]
+
+
+def is_closed(text: str) -> bool:
+    """Return whether a text has as many closing brackets as opening ones."""
+    return all(text.count(opening) == text.count(closing) for opening, closing in BRACKETS)
