@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_orig
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+from torch.utils._pytree import tree_leaves, tree_leaves_with_path, tree_map, tree_map_with_path
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
@@ -236,10 +236,12 @@ class Problem:
     def _like_training(self, x: Any) -> Any:
         """Return inputs of floating point in the type of training. Raises ValueError for inputs of another kind."""
         trained = self.data.examples[0]
-        if tree_structure(x) != tree_structure(trained):
+        given = dict(tree_leaves_with_path(x))
+        if given.keys() != dict(tree_leaves_with_path(trained)).keys():
             raise ValueError(f"x: inputs of the form {_described(x)}, where training has {_described(trained)}")
 
-        def converted(leaf: Tensor, like: Tensor) -> Tensor:
+        def converted(path: Any, like: Tensor) -> Tensor:
+            leaf: Tensor = given[path]
             is_same = leaf.dtype == like.dtype or (leaf.is_floating_point() and like.is_floating_point())
             if leaf.shape[1:] != like.shape[1:] or not is_same:
                 raise ValueError(
@@ -248,7 +250,7 @@ class Problem:
                 )
             return leaf.to(like.dtype)
 
-        return tree_map(converted, x, trained)
+        return tree_map_with_path(converted, trained)  # a dictionary's keys in the order of training
 
     def _check_precision(self) -> None:
         types = {leaf.dtype for leaf in tree_leaves(self.data.examples[0]) if leaf.is_floating_point()}
