@@ -215,7 +215,9 @@ class Blocks(Sequence[Block]):
         self.dtype = self._layout.dtype
         self._blocks = tuple(self._block(t, part) for t, part in enumerate(parts, start=1))
         if self.execution.precision == "bf16" and self.are_known_layers:
-            raise ValueError("precision: bf16 is for other layers than linear, ReLU and flatten; there are none")
+            raise ValueError(
+                "precision: bf16 is for other layers than linear, ReLU and flatten; this network has none: take fp32"
+            )
 
     def _block(self, t: int, part: Part) -> Block:
         if part.layers:

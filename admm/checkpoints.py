@@ -110,6 +110,8 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     check_rules("checkpoint", made_with, needed)
     saved = saved | {"made_with": made_with}
     for name in [f.name for f in fields(state)]:
+        if name not in saved and {"state", "history"} <= saved.keys():
+            raise ValueError("checkpoint: this is one of train(…, checkpoint=…); give the path of its file to train")
         if name not in saved:
             raise ValueError(f"checkpoint: no {name!r}; it was made by another optimizer or version")
         value = getattr(state, name)

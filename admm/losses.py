@@ -589,6 +589,14 @@ def _instead_of(function: object) -> str:
     return next((f", or admm.{loss}" for names, loss in _OF_TORCH.items() if name in names), "")
 
 
+def outputs_and_targets(z: Tensor, y: Any) -> str:
+    """Return in words the shapes of outputs and targets [n, ...], and how targets of as many numbers get the former."""
+    of_z, of_y = (str(tree_map(lambda v: ["n", *v.shape[1:]], tree)).replace("'n'", "n") for tree in (z, y))
+    fits = isinstance(y, Tensor) and y.shape != z.shape and y.numel() == z.numel()
+    way = "y[:, None]" if z.shape[1:] == (1,) else f"y.reshape({', '.join(map(str, (-1, *z.shape[1:])))})"
+    return f"outputs {of_z} and targets {of_y}{f': give {way}' if fits else ''}"
+
+
 @dataclass(frozen=True)
 class FunctionLoss(Loss):
     """A loss from a plain function, with the gradient of autograd and without a proximal operator.
@@ -599,7 +607,8 @@ class FunctionLoss(Loss):
             `partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="none")`. Targets are of any type
             and shape; they may be a tuple, list or dictionary of tensors, which the function gets as such.
 
-    `value` raises ValueError for a function that returns another shape. Outputs and targets are [S, n, ...] here.
+    J of a sample must depend on no other sample. `value` raises ValueError for a function that returns another shape.
+    Outputs and targets are [S, n, ...] here.
 
     >>> loss = FunctionLoss(lambda z, y: (z - y).abs().sum(1))
     >>> z, y = torch.tensor([[[1.0, -2.0]]]), torch.zeros(1, 1, 2)
@@ -614,9 +623,11 @@ class FunctionLoss(Loss):
         values, samples = self.function(z.flatten(0, 1), targets), z.shape[0] * z.shape[1]
         if not isinstance(values, Tensor) or values.shape[:1] != (samples,) or values.numel() > z.numel():
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            is_pairwise = isinstance(values, Tensor) and values.shape[:1] == (samples,)
+            way = outputs_and_targets(z[0], tree_map(lambda leaf: leaf[0], y)) if is_pairwise else 'reduction="none"'
             raise ValueError(
                 f"{self.function!r} returns {shape} for {samples} samples; expected J of each sample, [n] or "
-                f'[n, ...], as with reduction="none"{_instead_of(self.function)}'
+                f"[n, ...], {'here of' if is_pairwise else 'as with'} {way}{_instead_of(self.function)}"
             )
         return values.unflatten(0, z.shape[:2])  # type: ignore[no-any-return]
 
@@ -629,7 +640,7 @@ class ProximalFunctionLoss(FunctionLoss, ProximalLoss):
     """A loss from a plain function, with the gradient of autograd and Newton's method as the proximal operator.
 
     Args:
-        function: as for `FunctionLoss`; J of a sample must depend on no other sample, and be twice differentiable.
+        function: as for `FunctionLoss`; J must be twice differentiable.
         max_steps: the most steps of Newton's method in the proximal operator.
         tolerance: the largest entry of its objective's gradient at the end, relative to penalty (1 + max |v|): so for a
             convex J the result is exact to the tolerance, relative to 1 + max |v|.

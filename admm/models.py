@@ -7,6 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -161,7 +162,8 @@ def initialiser(name: str, bias: float | None = 0.0, **options: float) -> Callab
     try:
         fill(torch.empty(1, 1), **options)
     except TypeError as error:
-        raise ValueError(f"init: {error}") from None
+        taken = [option for option in list(signature(fill).parameters)[1:] if option != "generator"]
+        raise ValueError(f"name: {name!r}: {error}; it takes {', '.join(taken) or 'no options'}") from None
     return initialise
 
 
@@ -184,8 +186,9 @@ def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Mod
         # A factor of a parametrised weight may stay as it was, such as one that is the identity.
         if torch.equal(twin.get_parameter(path), value) and ".parametrizations." not in f".{path}":
             raise ValueError(
-                f"init: parameter {path!r} is set by the network's constructor alone, and if it is drawn there, all "
-                "seeds would share it; give its module a method reset_parameters, or take admm.models.as_constructed"
+                f"initialise: parameter {path!r} is set by the network's constructor alone, and if it is drawn there, "
+                f"all seeds would share it; give its module a method reset_parameters, or take "
+                "admm.as_constructed(build), where build() makes a new network"
             )
 
 
@@ -276,6 +279,6 @@ def _draw_parametrised(module: nn.Module, fill: Callable[..., Any], options: dic
                         part.load_state_dict(fresh.state_dict())
     except (RuntimeError, NotImplementedError) as error:  # there is no inverse
         raise ValueError(
-            f"init: the parametrised {name!r} of a {kind.__name__} cannot be drawn ({error}); take "
-            "admm.models.as_constructed"
+            f"initialise: the parametrised {name!r} of a {kind.__name__} cannot be drawn ({error}); take "
+            "admm.as_constructed(build), where build() makes a new network"
         ) from None

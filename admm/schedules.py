@@ -103,7 +103,7 @@ def schedule(name: str, value: Value, replicas: int) -> Schedule:
         at = partial(_value_at, name, value, replicas)
         return OwnSchedule(at(0.0), at(1.0), at)
     if not isinstance(value, Mapping):
-        number = per_replica(name, value, replicas)
+        number = per_replica(name, value, replicas, or_else=", a schedule {'start': …, 'end': …}")
         return Schedule(number, number)
     if "blocks" in value:
         raise ValueError(f"{name}: takes no values per block, got {dict(value)}; z_step and beta do")
@@ -127,9 +127,12 @@ def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     value = plain(value)
     if not isinstance(value, Mapping) or "blocks" not in value:
         return [value] * blocks
-    if set(value) != {"blocks"} or not isinstance(value["blocks"], Sequence) or len(value["blocks"]) != blocks:
+    of_blocks = value["blocks"]
+    if set(value) == {"blocks"} and isinstance(of_blocks, Sequence) and len(of_blocks) != blocks:
+        raise ValueError(f"{name}: has {len(of_blocks)} values for blocks, the network has {blocks} blocks")
+    if set(value) != {"blocks"} or not isinstance(of_blocks, Sequence):
         raise ValueError(f"{name}: {dict(value)} is not {{'blocks': [{blocks} values, one per block]}}")
-    return list(value["blocks"])
+    return list(of_blocks)
 
 
 def block_schedules(name: str, value: BlockValue, blocks: int, replicas: int) -> list[Schedule]:
@@ -137,17 +140,17 @@ def block_schedules(name: str, value: BlockValue, blocks: int, replicas: int) ->
     return [schedule(name, block_value, replicas) for block_value in block_values(name, value, blocks)]
 
 
-def per_replica(name: str, value: Number, replicas: int) -> float | Tensor:
+def per_replica(name: str, value: Number, replicas: int, or_else: str = "") -> float | Tensor:
     """Return a number as a float, or S numbers as a tensor [S] in float64.
 
-    Raises ValueError for another length, or a number below 0.
+    Raises ValueError for another length, or a number below 0; `or_else` is what the message offers, too.
     """
     value = plain(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != replicas:
             raise ValueError(f"{name}: {len(value)} values for {replicas} replicas (seeds)")
-        return torch.tensor([_number(name, v) for v in value], dtype=torch.float64)
-    return _number(name, value)
+        return torch.tensor([_number(name, v, or_else) for v in value], dtype=torch.float64)
+    return _number(name, value, or_else)
 
 
 def replica_values(name: str, value: Number, replicas: int) -> Tensor:
@@ -163,10 +166,10 @@ def positive(name: str, value: Number, replicas: int) -> Tensor:
     return numbers
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: object, or_else: str) -> float:
     if is_number(value) and value >= 0:
         return float(value)
-    raise ValueError(f"{name}: {value!r} is not a number from 0 up; give one, or a list, one per replica")
+    raise ValueError(f"{name}: {value!r} is not a number from 0 up; give one{or_else}, or a list, one per replica")
 
 
 def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:

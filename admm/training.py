@@ -477,7 +477,10 @@ class _HeldInterrupt:
         if self.has_come:
             return
         self.has_come, self._came = True, time.monotonic()
-        warn("interrupted; this iteration is finished and the checkpoint written first. Interrupt again to end at once")
+        warn(
+            "interrupted: this iteration will be finished and the checkpoint written, then training ends. Interrupt "
+            "again to end at once"
+        )
 
 
 def _horizon(optimizer: object) -> int:

@@ -13,6 +13,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
+IN_THE_SUITE = {  # what the library's messages say, in words of the command line
+    "initialise: ": "init: ",
+    "admm.as_constructed(build), where build() makes a new network": "init=as_constructed",
+}
 
 
 @contextmanager
@@ -38,6 +42,8 @@ def with_key_path(message: str, config: DictConfig, first: str = "") -> str:
     among groups of one level, the one that has it, or else the one that has the value in the message. Any other message
     stays as it is.
     """
+    for words, ours in IN_THE_SUITE.items():
+        message = message.replace(words, ours)
     name, colon, value = message.partition(": ")
     if not colon or not (match := re.match(r"\w+(?=[.\[]|$)", name)):
         return message

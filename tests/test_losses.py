@@ -296,7 +296,10 @@ def test_a_function_of_all_samples_is_refused():
 
 def test_a_function_that_compares_each_sample_with_all_targets_is_refused():
     z, y = torch.zeros(2, 3, 1), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"returns \[6, 6\] for 6 samples"):
+    with pytest.raises(
+        ValueError,
+        match=r"returns \[6, 6\] for 6 samples; .* of outputs \[n, 1\] and targets \[n\]: give y\[:, None\]$",
+    ):
         FunctionLoss(lambda z, y: (z - y) ** 2).value(z, y)
 
 

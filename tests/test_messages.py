@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from admm.models import initialiser
 from experiments import messages
 from experiments.errors import BadInput, user_errors
 from experiments.messages import warnings_in_log, with_key_path
@@ -52,6 +55,16 @@ def config(**changes: Any) -> DictConfig:
 )
 def test_the_name_of_an_argument_becomes_the_path_of_its_key(message: str, group: str, expected: str) -> None:
     assert with_key_path(message, config(), group) == expected
+
+
+def test_what_a_constructor_alone_draws_is_told_in_words_of_the_command_line() -> None:
+    network = nn.Linear(2, 2)
+    network.positions = nn.Parameter(torch.randn(3))
+    with (
+        pytest.raises(BadInput, match=r"^init: parameter 'positions' is .*, or take init=as_constructed$"),
+        user_errors(),
+    ):
+        initialiser("pytorch")(network)
 
 
 def test_a_warning_at_a_line_of_the_suite_is_logged_with_the_path_of_its_key(caplog: pytest.LogCaptureFixture) -> None:

@@ -91,9 +91,18 @@ def test_an_unknown_initialisation_lists_the_names():
         initialiser("xavier")
 
 
-@pytest.mark.parametrize("name", ["normal", "uniform", "kaiming_normal", "kaiming_uniform", "pytorch"])
-def test_an_unknown_option_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=r"init: .*'stdd'"):
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("normal", "mean, std"),
+        ("uniform", "a, b"),
+        ("kaiming_normal", "a, mode, nonlinearity"),
+        ("kaiming_uniform", "a, mode, nonlinearity"),
+        ("pytorch", "no options"),
+    ],
+)
+def test_an_unknown_option_is_refused_by_name(name, taken):
+    with pytest.raises(ValueError, match=rf"^name: '{name}': .*'stdd'.*; it takes {taken}$"):
         initialiser(name, stdd=1.0)
 
 
@@ -110,7 +119,10 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize("name", ["pytorch", "kaiming_normal", "normal"])
 def test_what_a_constructor_alone_draws_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=r"init: parameter '1.position' is set by the network's constructor alone"):
+    told = (
+        r"^initialise: parameter '1.position' is set by .* or take admm.as_constructed\(build\), where build\(\) makes"
+    )
+    with pytest.raises(ValueError, match=told):
         initialiser(name)(nn.Sequential(nn.Linear(4, 4), Positions()))
 
 
@@ -256,7 +268,7 @@ def test_a_parametrisation_without_an_inverse_is_refused():
 
     layer = nn.Linear(3, 3)
     nn.utils.parametrize.register_parametrization(layer, "weight", Squared())
-    with pytest.raises(ValueError, match=r"init: the parametrised 'weight' of a Linear cannot be drawn"):
+    with pytest.raises(ValueError, match=r"^initialise: the parametrised 'weight' of a Linear cannot be drawn"):
         initialiser("pytorch")(layer)
 
 

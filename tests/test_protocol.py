@@ -1,6 +1,7 @@
 """What every optimizer promises: independent replicas, exact resumption, and the same result each time."""
 
 import io
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -559,16 +560,16 @@ def test_bf16_of_other_inputs_is_refused() -> None:
         (CrossEntropy, "loss: CrossEntropy is neither an object"),
         (
             nn.functional.mse_loss,
-            r'loss: .*mse_loss.* returns \[\] for 4 samples; .*="none", or admm.SquaredError\(\), which also ',
+            r'loss: .*mse_loss.* returns \[\] for 6 samples; .*="none", or admm.SquaredError\(\), which also ',
         ),
         (nn.CrossEntropyLoss(), r"returns \[\] .*, or admm.CrossEntropy\(\), which also measures accuracy$"),
         (nn.BCEWithLogitsLoss(), r"returns \[\] .*, or admm.BinaryCrossEntropy\(\), which also measures accuracy$"),
         (nn.L1Loss(), r'L1Loss\(\) returns \[\] .*, as with reduction="none"$'),
         (
             lambda z, y: z @ y,
-            r"loss: cannot be evaluated on outputs \[2, 2, 3\] and .* \(2 seeds, 2 samples\): RuntimeError",
+            r"loss: cannot be evaluated on outputs \[3, 2, 3\] and .* \(3 seeds, 2 samples\): RuntimeError",
         ),
-        (Mean(), r"loss: the value for .* is \[2\]; expected J of each sample, \[2, 2\]"),
+        (Mean(), r"loss: the value for .* is \[3\]; expected J of each sample, \[3, 2\]"),
     ],
     ids=["an object", "a class", "a mean", "of classes", "of labels", "of no loss", "an error", "a value of a replica"],
 )
@@ -577,6 +578,52 @@ def test_a_loss_without_a_value_per_sample_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         mlp_problem(loss)
+
+
+class OfAllSeeds(Loss):
+    """A loss of one's own whose targets of all seeds meet."""
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z.flatten(0, 1) - y.flatten()).square().mean(1).view(z.shape[:2])
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        return z
+
+
+def of_one_output(loss: Any, y: Tensor) -> Problem:
+    blocks = split(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)), after=["1"])
+    return Problem(torch.randn(len(y), 6), y, blocks, loss, initialiser("pytorch"))
+
+
+RARE = torch.tensor([0.0] * 30 + [1.0])  # sorted, as classes often are
+OF_OTHERS = [
+    (lambda z, y: (z - y).abs().sum(1), "sample"),
+    (lambda z, y: (z - y).square().mean(1), "sample"),
+    (OfAllSeeds(), "seed"),
+]
+
+
+@pytest.mark.parametrize(("loss", "what"), OF_OTHERS, ids=["sum", "mean", "class"])
+@pytest.mark.parametrize("weights", [None, torch.ones(31)], ids=["plain", "weighted"])
+def test_a_loss_that_pairs_each_sample_with_all_targets_is_refused(loss: Any, what: str, weights: Any) -> None:
+    told = rf"loss: J of a {what} depends on the other {what}s, for .* \[n, 1\] and targets \[n\]: give y\[:, None\]$"
+    with pytest.raises(ValueError, match=told):
+        replace(of_one_output(SquaredError(), RARE), loss=loss, y=RARE, weights=weights)
+    if what == "sample":
+        problem = of_one_output(loss, RARE[:, None])
+        with pytest.raises(ValueError, match=told):
+            problem.samples(torch.randn(31, 6), RARE)  # a test set
+
+
+def test_a_random_or_stateful_loss_is_none_that_depends_on_others() -> None:
+    calls: list[int] = []
+
+    def stateful(z: Tensor, y: Tensor) -> Tensor:
+        calls.append(1)
+        return len(calls) * (z - y).square()
+
+    for loss in (stateful, lambda z, y: nn.functional.dropout(z - y).square(), lambda z, y: (z - y) * random.random()):
+        of_one_output(loss, RARE[:, None])
 
 
 KEEPING = ["block-admm, mini-batches", "block-admm as in the paper", "standard admm", "taylor", "dladmm", "bcd"]

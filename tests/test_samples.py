@@ -584,6 +584,27 @@ def test_a_test_set_of_other_inputs_is_refused(mlp_problem: Any) -> None:
             evaluate(problem, problem.initial([0]), neither)
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, *, u: Any, v: Tensor) -> Tensor:
+        out: Tensor = self.fc(v - u["first"] + 2 * u["second"])
+        return out
+
+
+def test_the_order_of_keys_is_that_of_training() -> None:
+    a, b, v = torch.randn(3, 8, 3).unbind()
+    x, other = {"v": v, "u": {"first": a, "second": b}}, {"u": {"second": b, "first": a}, "v": v}
+    y = torch.arange(8) % 2
+    problem = Problem(x, y, split(Named(), after=[]), CrossEntropy(), initialiser("pytorch"))
+    theta = problem.initial([0])
+    assert evaluate(problem, theta, (other, y)) == evaluate(problem, theta, (x, y))
+    with pytest.raises(ValueError, match=r"x: inputs of the form \['u'\], where training has \['v', 'u'\]"):
+        problem.samples({"u": other["u"]}, y)
+
+
 def test_weights_are_gathered_with_their_samples(mlp_problem: Any, tmp_path: Path) -> None:
     if not hasattr(admm.losses, "SampleWeighted"):
         pytest.skip("there is no admm.losses.SampleWeighted yet")

@@ -82,10 +82,24 @@ def test_a_value_by_block_is_one_for_each_block():
     assert block_values("beta", {"start": 1.0, "end": 0.0}, 2) == [{"start": 1.0, "end": 0.0}] * 2
 
 
-@pytest.mark.parametrize("value", [{"blocks": [1.0]}, {"blocks": [1.0, 2.0], "start": 1.0}])
+@pytest.mark.parametrize("value", [{"blocks": 1.0}, {"blocks": [1.0, 2.0], "start": 1.0}])
 def test_a_wrong_value_by_block_is_refused_by_name(value):
     with pytest.raises(ValueError, match=r"beta: .* is not {'blocks': \[2 values, one per block\]}"):
         block_values("beta", value, 2)
+
+
+def test_another_number_of_values_by_block_is_told():
+    with pytest.raises(ValueError, match=r"^beta: has 3 values for blocks, the network has 2 blocks$"):
+        block_values("beta", {"blocks": [1.0, 2.0, 3.0]}, 2)
+
+
+def test_what_is_no_number_is_offered_a_schedule_where_there_may_be_one():
+    with pytest.raises(
+        ValueError, match=r"^beta: 'x' .*; give one, a schedule {'start': …, 'end': …}, or a list, one per"
+    ):
+        schedule("beta", "x", 2)
+    with pytest.raises(ValueError, match=r"^beta.end: -1 .*; give one, or a list, one per replica$"):
+        schedule("beta", {"start": 1, "end": -1}, 2)
 
 
 # --- Functions

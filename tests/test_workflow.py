@@ -196,10 +196,22 @@ def test_an_interrupt_loses_nothing(problem: Problem, at: int, every: int, tmp_p
     options: dict[str, Any] = {"evaluate_every": every, "checkpoint": tmp_path / "c.pt"}
     whole = run(problem, interrupted(at, times=0), evaluate_every=every)
     told = f"^stopped after iteration {at + 1} of 6; the checkpoint {tmp_path}/c.pt is written; the same call goes on$"
-    with pytest.raises(KeyboardInterrupt, match=told), pytest.warns(UserWarning, match="^interrupted; this iteration"):
+    with (
+        pytest.raises(KeyboardInterrupt, match=told),
+        pytest.warns(UserWarning, match="^interrupted: this iteration will"),
+    ):
         run(problem, interrupted(at), **options)
     assert read_checkpoint(tmp_path / "c.pt")["state"]["iteration"] == at + 1
     same(run(problem, interrupted(at, times=0), **options), whole)
+
+
+def test_a_checkpoint_of_train_is_no_saved_state(problem: Problem, tmp_path: Path) -> None:
+    state = SGD6.init(problem, SEEDS)
+    with pytest.raises(ZeroDivisionError):
+        run(problem, SGD6, checkpoint=tmp_path / "c.pt", checkpoint_seconds=0, callbacks=[StopAt(2, ZeroDivisionError)])
+    told = r"checkpoint: this is one of train\(…, checkpoint=…\); give the path of its file to train"
+    with pytest.raises(ValueError, match=told):
+        restore(state, torch.load(tmp_path / "c.pt"))
 
 
 @pytest.mark.usefixtures("default_handler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -11,19 +12,20 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_orig
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+from torch.utils._pytree import tree_leaves, tree_leaves_with_path, tree_map, tree_map_with_path
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
 from admm.checks import has_type, shown
 from admm.comparison import forward_costs, outputs_of, samples_are_independent, suited
 from admm.crossings import Crossing
-from admm.layers import ParamDict
-from admm.losses import CrossEntropy, FunctionLoss, Loss, SampleWeighted, is_one_hot, unweighted
+from admm.layers import ParamDict, seeded
+from admm.losses import CrossEntropy, FunctionLoss, Loss, SampleWeighted, is_one_hot, outputs_and_targets, unweighted
 from admm.minibatches import expand, minibatches, stateless_rng
 from admm.models import as_constructed, initialiser
 from admm.numbers import plain
 from admm.parallel import ALONE, Kind, Parallel, balanced
+from admm.random_numbers import all_seeded
 from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, take_rows
 from admm.visits import Visit
 
@@ -160,7 +162,7 @@ class Problem:
             object.__setattr__(self, "x", kept.x)
             object.__setattr__(self, "y", kept.y if self.weights is None else kept.y[0])
         object.__setattr__(self, "data", data)
-        self._check_loss()
+        self._check_loss(data)
         is_shared = self.parallel.shares("samples")
         object.__setattr__(self, "part", self.parallel.share(data.n) if is_shared else slice(0, data.n))
         object.__setattr__(self, "cut", [range(1, len(self.blocks) + 1)] * self.parallel.size)
@@ -194,6 +196,7 @@ class Problem:
             before, after = (unweighted(self.loss, values.examples[1])[1] for values in (given, data))
             if before.shape != after.shape:
                 raise ValueError("y: these targets are class indices, and those of training are not classes")
+        self._check_loss(data)
         return data
 
     def targets(self, x: Any, y: Any) -> Any:
@@ -233,10 +236,12 @@ class Problem:
     def _like_training(self, x: Any) -> Any:
         """Return inputs of floating point in the type of training. Raises ValueError for inputs of another kind."""
         trained = self.data.examples[0]
-        if tree_structure(x) != tree_structure(trained):
+        given = dict(tree_leaves_with_path(x))
+        if given.keys() != dict(tree_leaves_with_path(trained)).keys():
             raise ValueError(f"x: inputs of the form {_described(x)}, where training has {_described(trained)}")
 
-        def converted(leaf: Tensor, like: Tensor) -> Tensor:
+        def converted(path: Any, like: Tensor) -> Tensor:
+            leaf: Tensor = given[path]
             is_same = leaf.dtype == like.dtype or (leaf.is_floating_point() and like.is_floating_point())
             if leaf.shape[1:] != like.shape[1:] or not is_same:
                 raise ValueError(
@@ -245,7 +250,7 @@ class Problem:
                 )
             return leaf.to(like.dtype)
 
-        return tree_map(converted, x, trained)
+        return tree_map_with_path(converted, trained)  # a dictionary's keys in the order of training
 
     def _check_precision(self) -> None:
         types = {leaf.dtype for leaf in tree_leaves(self.data.examples[0]) if leaf.is_floating_point()}
@@ -270,16 +275,22 @@ class Problem:
             of_several = replace(loss, function=partial(_of_several, loss.function, crossing))
             object.__setattr__(self, "loss", _weighted(of_several, self.weights))
 
-    def _check_loss(self) -> None:
-        """Raise ValueError for a loss that has no value per sample, or no gradient in the shape of the outputs."""
-        x, y = self.data.examples
-        y = tree_map(lambda leaf: leaf[:2].expand(2, *leaf[:2].shape), y)
+    def _check_loss(self, data: Samples) -> None:
+        """Raise ValueError for a loss that has no value per sample (of a plain function: of this sample alone), or no
+        gradient in the shape of the outputs."""
+        x, targets = data.examples
+        loss, plain_targets, _ = unweighted(self.loss, targets)
+        is_function = isinstance(loss, FunctionLoss)
+        other = _first_of_others(plain_targets)
         outputs = outputs_of(self.blocks, x)
-        z = outputs.new_zeros(*tree_leaves(y)[0].shape[:2], *outputs.shape[1:])
+        # The value of the first sample, or of the first seed, has to be the same beside others and beside its copies.
+        z, y = _examples(outputs, targets, [[0, other], [other, other], [other, other]])
+        copies = _examples(outputs, targets, [[0, 0 if is_function else other]] * 3)
         of_targets = tree_map(lambda leaf: list(leaf.shape), y)
-        shapes = f"outputs {list(z.shape)} and targets {of_targets} (2 seeds, 2 samples)"
+        shapes = f"outputs {list(z.shape)} and targets {of_targets} (3 seeds, 2 samples)"
         try:
             value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
+            among_others, among_copies, again = map(self._repeatable_value, (z, copies[0], z), (y, copies[1], y))
         except Exception as error:  # whatever the caller's function raises
             raise ValueError(f"loss: cannot be evaluated on {shapes}: {type(error).__name__}: {error}") from error
         if value.shape[:2] != z.shape[:2]:
@@ -289,6 +300,17 @@ class Problem:
             )
         if gradient.shape != z.shape:
             raise ValueError(f"loss: the gradient for {shapes} is {list(gradient.shape)}, expected the outputs'")
+        first, what = ((0, 0), "sample") if is_function else ((0,), "seed")
+        if torch.equal(among_others, again) and not _agree(among_others[first], among_copies[first]):
+            raise ValueError(
+                f"loss: J of a {what} depends on the other {what}s, for "
+                f"{outputs_and_targets(z[0], unweighted(self.loss, tree_map(lambda leaf: leaf[0], y))[1])}"
+            )
+
+    def _repeatable_value(self, z: Tensor, y: Any) -> Tensor:
+        """Return J with the same random numbers at each call."""
+        with all_seeded(0), seeded(0, self.device):
+            return self.loss.value(z, y)
 
     def _share_blocks(self) -> None:
         """Cut the blocks into one part per process. Raises ValueError where they depend on more than Z and Θ."""
@@ -676,6 +698,26 @@ def as_loss(loss: Any) -> Loss:
 def _weighted(loss: Loss, weights: Any) -> Loss:
     """Return the loss that takes pairs of targets and weights, or the loss itself where there are no weights."""
     return loss if weights is None or isinstance(loss, SampleWeighted) else SampleWeighted(loss)
+
+
+def _first_of_others(targets: Any) -> int:
+    """Return the number of the first sample whose targets are not those of sample 0; 0 if there is none."""
+    differ = [(leaf != leaf[:1]).reshape(len(leaf), math.prod(leaf.shape[1:])).any(1) for leaf in tree_leaves(targets)]
+    return int(torch.stack(differ).any(0).byte().argmax())
+
+
+def _examples(outputs: Tensor, targets: Any, rows: list[list[int]]) -> tuple[Tensor, Any]:
+    """Return outputs [S, n, ...] that are random in (0, 1), one for the first sample and one for all others, and
+    targets, of samples by number."""
+    batch = torch.tensor(rows, device=outputs.device)
+    z = torch.rand(2, *outputs.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu").to(outputs)
+    return z[batch.clamp(max=1)], tree_map(lambda leaf: leaf[batch], targets)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two values of a loss are the same up to rounding."""
+    tolerance = max(1e-4, torch.finfo(one.dtype).eps ** 0.5)
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(one.abs().amax()), equal_nan=True)
 
 
 def _described(tree: Any) -> str:
