@@ -61,7 +61,7 @@ def test_what_a_constructor_alone_draws_is_told_in_words_of_the_command_line() -
     network = nn.Linear(2, 2)
     network.positions = nn.Parameter(torch.randn(3))
     with (
-        pytest.raises(BadInput, match=r"^init: parameter 'positions' is .*, or take init=as_constructed$"),
+        pytest.raises(BadInput, match=r"^init: parameter 'positions' is .* init=as_constructed$"),
         user_errors(),
     ):
         initialiser("pytorch")(network)
@@ -106,7 +106,8 @@ def test_a_nested_object_of_the_configuration_is_named_with_its_path(key: str, v
         ("admm.losses.SquaredEror", "loss._target_: admm.losses has no 'SquaredEror'; did you mean SquaredError?"),
         (
             "my_networks.small",
-            "loss.scale: small() takes input_shape, width",
+            "Error in call to target 'my_networks.small': TypeError: small() got an unexpected keyword argument "
+            "'scale'; it takes input_shape, width; hydra.verbose=true shows where",
         ),
     ],
 )

@@ -19,7 +19,6 @@ from admm.minibatches import slices
 from admm.optimizers.protocol import Problem
 
 _EPSILON = 64.0 * torch.finfo(torch.float64).eps  # the precision of sums of many products
-_KEPT = 4  # factors of a problem: of so many optimizers, or values of theirs, that take turns
 _PANEL = 256  # columns of a symmetric product at a time: of 1500, 0.58 of its entries are computed
 
 
@@ -114,18 +113,16 @@ def input_factor(
     inputs see `cholesky_with_ridge`. x are those samples of the problem that are held here, the factors are of all.
     The problem keeps them, so that each iteration may ask for them, with whatever ridge it has.
     """
-    key = (*ridge.flatten().tolist(), slice_size, intercept, epsilon)
-    if (kept := problem.factors.get(key)) is not None:
-        return kept
-    x = x.flatten(1)
-    gram, scratch = zero_gram(1, x.shape[1] + intercept, x), Scratch(x)
-    for part in slices(len(x), slice_size):
-        add_gram(gram, x[None, part], scratch)
-    problem.parallel.add_up(gram)
-    while len(problem.factors) >= _KEPT:
-        problem.factors.pop(next(iter(problem.factors)))  # the oldest
-    problem.factors[key] = cholesky_with_ridge(gram.expand(len(ridge), -1, -1), ridge, epsilon)
-    return problem.factors[key]
+
+    def factor() -> Tensor:
+        features = x.flatten(1)
+        gram, scratch = zero_gram(1, features.shape[1] + intercept, features), Scratch(features)
+        for part in slices(len(features), slice_size):
+            add_gram(gram, features[None, part], scratch)
+        problem.parallel.add_up(gram)
+        return cholesky_with_ridge(gram.expand(len(ridge), -1, -1), ridge, epsilon)
+
+    return problem.kept(("factor", *ridge.flatten().tolist(), slice_size, intercept, epsilon), factor)
 
 
 def solve_ridge(factor: Tensor, cross: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

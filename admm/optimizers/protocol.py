@@ -33,6 +33,8 @@ from admm.visits import Visit
 # floating-point operations of products (measured for ten layers of 128 on a Xeon).
 _FLOPS_PER_ENTRY = 1000
 _FEW = 3  # entries of a list in the text of a state
+_KEPT = 4  # tensors of the samples that a problem keeps: of so many optimizers, or values of theirs, that take turns
+_LOOKED_THROUGH = 1000  # samples among which the check of a loss finds other targets
 _ITS_PARAMETERS = "split(problem.blocks.export(state.theta), …) and take initialise=admm.as_given"  # in a message
 _MAKERS: tuple[Any, ...] = (initialiser, as_constructed)  # which make an `initialise`, and are none
 
@@ -95,7 +97,6 @@ class Problem:
         cut: with parallel="blocks" the numbers of the blocks, counted from 1, that each process holds, whose updates
             take about the same time; else all.
         compiled: what has been compiled for optimizers on this problem.
-        factors: see `admm.optimizers.least_squares.input_factor`.
 
     Raises:
         ValueError: for an argument of another type, inputs or targets that the network or the loss cannot take, a loss
@@ -134,7 +135,7 @@ class Problem:
     part: slice = field(init=False, repr=False)
     cut: list[range] = field(init=False, repr=False)
     compiled: Compiled = field(init=False, repr=False, compare=False, default_factory=Compiled)
-    factors: dict[Any, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _kept: dict[Any, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Blocks):
@@ -389,6 +390,17 @@ class Problem:
     def compile_seconds(self) -> float:
         """The time that compiling visits and blocks has taken."""
         return self.compiled.seconds + self.blocks.compile_seconds
+
+    def kept(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what `compute` returns, a tensor that follows from the samples and the key, such as XᵀX.
+
+        It is computed once; of more than `_KEPT` keys the oldest one is forgotten.
+        """
+        if key not in self._kept:
+            if len(self._kept) >= _KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = compute()
+        return self._kept[key]
 
     def initial(self, seeds: Sequence[int]) -> Parameters:
         """Return initial parameters, one replica per seed. Raises ValueError as `whole_seeds` does."""
@@ -701,8 +713,9 @@ def _weighted(loss: Loss, weights: Any) -> Loss:
 
 
 def _first_of_others(targets: Any) -> int:
-    """Return the number of the first sample whose targets are not those of sample 0; 0 if there is none."""
-    differ = [(leaf != leaf[:1]).reshape(len(leaf), math.prod(leaf.shape[1:])).any(1) for leaf in tree_leaves(targets)]
+    """Return the number of the first sample, of some, whose targets are not those of sample 0; 0 if there is none."""
+    leaves = [leaf[:_LOOKED_THROUGH] for leaf in tree_leaves(targets)]
+    differ = [(leaf != leaf[:1]).reshape(len(leaf), math.prod(leaf.shape[1:])).any(1) for leaf in leaves]
     return int(torch.stack(differ).any(0).byte().argmax())
 
 
