@@ -546,8 +546,7 @@ def test_a_text_stays_in_its_cell_and_is_no_formula(tmp_path: Path) -> None:
     )
     picture = Accuracy("mnist_shallow", "").figures([run])["mnist_shallow"]
     picture.savefig(tmp_path / "a.png")
-    (text,) = picture.legends[0].get_texts()
-    assert r"\$x_{\$ of 5\$" in text.get_text()
+    assert r"\$x_{\$ of 5\$" in picture.axes[0].get_title()
 
 
 # --- Code

@@ -138,6 +138,7 @@ def eager_in_spite_of_compile(*between: nn.Module) -> list[str]:
     problems, optimizer = [of_tanh(*between, compile=compile) for compile in (False, True)], OPTIMIZERS["online"]
     with warnings.catch_warnings(record=True) as caught:
         eager, other = (save(stepped(problem, optimizer)) for problem in problems)
+    assert other.pop("made_with") == eager.pop("made_with")
     torch.testing.assert_close(other, eager, rtol=0, atol=0)
     return [str(warning.message) for warning in caught if "compile:" in str(warning.message)]
 
@@ -281,7 +282,7 @@ def test_a_wrong_precision_is_refused_by_name(precision):
 
 
 def test_a_precision_without_effect_is_refused_by_name(mlp_problem):
-    with pytest.raises(ValueError, match=r"precision: .* there are none"):
+    with pytest.raises(ValueError, match=r"precision: .* this network has none: take fp32"):
         mlp_problem(per_layer=True, execution=Execution(precision="bf16"))
 
 

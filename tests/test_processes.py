@@ -24,7 +24,7 @@ from tests.launches import RUN, multirun, places, single
 from tests.stores import run_json
 
 DIGITS = ["experiment=digits_shallow", "optimizer=block_admm", "optimizer.sweep=batch", "seeds=[0]"]
-LONG = [*DIGITS, "dtype=float64", "iterations=30", "evaluate_every=10", "checkpoint_seconds=0", "progress=false"]
+LONG = [*DIGITS, "dtype=float64", "iterations=60", "evaluate_every=20", "checkpoint_seconds=0", "progress=false"]
 
 
 def torchrun(*command: str) -> subprocess.Popen[str]:

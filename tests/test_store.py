@@ -681,7 +681,8 @@ def test_list_tells_finished_and_interrupted_runs(tmp_path: Path, command: Comma
     assert left.identity in interrupted and "iteration 2 of 2" in interrupted and "none" in interrupted
     (left.checkpoint).write_text("damaged")
     assert "damaged" in command("list", "--store", tmp_path)[1]
-    assert "digits" not in command("list", "--store", tmp_path, "--experiment", "another")[1]
+    code, printed = command("list", "--store", tmp_path, "--experiment", "another")
+    assert code == 1 and printed == f"error: no runs of another in {tmp_path}; it has digits_shallow"
     assert command("list", "--store", tmp_path / "nowhere") == (
         1,
         f"error: {tmp_path}/nowhere has no runs/; --store <folder> names another store, such as outputs",
