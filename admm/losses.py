@@ -623,11 +623,12 @@ class FunctionLoss(Loss):
         values, samples = self.function(z.flatten(0, 1), targets), z.shape[0] * z.shape[1]
         if not isinstance(values, Tensor) or values.shape[:1] != (samples,) or values.numel() > z.numel():
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            is_pairwise = isinstance(values, Tensor) and values.shape[:1] == (samples,)
-            way = outputs_and_targets(z[0], tree_map(lambda leaf: leaf[0], y)) if is_pairwise else 'reduction="none"'
+            way = 'as with reduction="none"'
+            if isinstance(values, Tensor) and values.shape[:1] == (samples,):  # too many for each sample
+                way = f"here of {outputs_and_targets(z[0], tree_map(lambda leaf: leaf[0], y))}"
             raise ValueError(
                 f"{self.function!r} returns {shape} for {samples} samples; expected J of each sample, [n] or "
-                f"[n, ...], {'here of' if is_pairwise else 'as with'} {way}{_instead_of(self.function)}"
+                f"[n, ...], {way}{_instead_of(self.function)}"
             )
         return values.unflatten(0, z.shape[:2])  # type: ignore[no-any-return]
 

@@ -187,7 +187,7 @@ def _check_drawn(network: nn.Module, same: Sequence[str], draw: Callable[[nn.Mod
         if torch.equal(twin.get_parameter(path), value) and ".parametrizations." not in f".{path}":
             raise ValueError(
                 f"initialise: parameter {path!r} is set by the network's constructor alone, and if it is drawn there, "
-                f"all seeds would share it; give its module a method reset_parameters, or take "
+                "all seeds would share it; give its module a method reset_parameters, or take "
                 "admm.as_constructed(build), where build() makes a new network"
             )
 

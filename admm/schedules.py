@@ -128,10 +128,10 @@ def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     if not isinstance(value, Mapping) or "blocks" not in value:
         return [value] * blocks
     of_blocks = value["blocks"]
-    if set(value) == {"blocks"} and isinstance(of_blocks, Sequence) and len(of_blocks) != blocks:
-        raise ValueError(f"{name}: has {len(of_blocks)} values for blocks, the network has {blocks} blocks")
     if set(value) != {"blocks"} or not isinstance(of_blocks, Sequence):
         raise ValueError(f"{name}: {dict(value)} is not {{'blocks': [{blocks} values, one per block]}}")
+    if len(of_blocks) != blocks:
+        raise ValueError(f"{name}: has {len(of_blocks)} values for blocks, the network has {blocks} blocks")
     return list(of_blocks)
 
 

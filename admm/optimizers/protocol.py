@@ -290,8 +290,8 @@ class Problem:
         of_targets = tree_map(lambda leaf: list(leaf.shape), y)
         shapes = f"outputs {list(z.shape)} and targets {of_targets} (3 seeds, 2 samples)"
         try:
-            value, gradient = self.loss.value(z, y), self.loss.gradient(z, y)
-            among_others, among_copies, again = map(self._repeatable_value, (z, copies[0], z), (y, copies[1], y))
+            gradient = self.loss.gradient(z, y)
+            value, among_copies, again = map(self._repeatable_value, (z, copies[0], z), (y, copies[1], y))
         except Exception as error:  # whatever the caller's function raises
             raise ValueError(f"loss: cannot be evaluated on {shapes}: {type(error).__name__}: {error}") from error
         if value.shape[:2] != z.shape[:2]:
@@ -302,7 +302,7 @@ class Problem:
         if gradient.shape != z.shape:
             raise ValueError(f"loss: the gradient for {shapes} is {list(gradient.shape)}, expected the outputs'")
         first, what = ((0, 0), "sample") if is_function else ((0,), "seed")
-        if torch.equal(among_others, again) and not _agree(among_others[first], among_copies[first]):
+        if torch.equal(value, again) and not _agree(value[first], among_copies[first]):
             raise ValueError(
                 f"loss: J of a {what} depends on the other {what}s, for "
                 f"{outputs_and_targets(z[0], unweighted(self.loss, tree_map(lambda leaf: leaf[0], y))[1])}"

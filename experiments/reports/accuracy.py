@@ -84,9 +84,9 @@ class Accuracy(ExperimentReport):
         xlim = int(is_log := lengths_differ(curves)), max(curve.record.iterations for curve in curves)
         of_one_metric = len({metric for _, metric in groups}) == 1
         panels = figure.subplots(1, len(groups), sharex=True, sharey=of_one_metric, squeeze=False)[0]
+        said = shared_remarks(curves)
         for axes, ((setting, metric), group) in zip(panels, groups.items(), strict=True):
             compared = [curve for curve in curves if curve.metric.name == metric]
-            said = shared_remarks(curves)
             of_panel = [text for text in in_all([curve.remarks for curve in group]) if text not in said]
             _plot_panel(axes, group, is_log, [*said, *of_panel])
             axes.set(xlabel="iteration", ylabel=score_label(compared), ylim=score_range(compared), xlim=xlim)

@@ -3,9 +3,8 @@
 Those of measurements are from results/bench.csv and, on a GPU, results/bench_gpu.csv; that of docs/parallel.md's model
 is from its formulas.
 
-What was aimed at stands in brackets beside what was reached.
-
-They stand between `<!-- table: name -->` and `<!-- end -->`. What has not been measured leaves its cell empty.
+They stand between `<!-- table: name -->` and `<!-- end -->`. What has not been measured leaves its cell empty. An aim
+stands in brackets beside what was reached.
 """
 
 from __future__ import annotations
