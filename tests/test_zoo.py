@@ -306,7 +306,7 @@ def test_a_network_trains_with_the_defaults(case: Network, method: Any) -> None:
     problem = as_built(case)
     iterations, seeds = 2 if case.size == "small" else 1, (1, 2)
     optimizer = method(iterations, 1e-3, batch_size=case.batch_size)
-    together, alone = (optimizer.init(problem, s) for s in (seeds, [2]))
+    together = optimizer.init(problem, seeds)
     before = [problem.blocks.export(together.theta, replica) for replica in range(2)]
     few = changed(case.inputs, lambda v: v[:3]), case.targets[:3]
     history = train(problem, optimizer, together, iterations, test=few)
@@ -321,11 +321,25 @@ def test_a_network_trains_with_the_defaults(case: Network, method: Any) -> None:
             expected = case.mean_loss(evaluated(before[replica], x).float(), y)
             assert rows[0][name] == pytest.approx(float(expected), rel=close)
         assert not same(numbers(problem.blocks.export(together.theta, replica)), numbers(before[replica]))
-    by_itself = train(problem, optimizer, alone, iterations).rows
-    assert [row["train_loss"] for row in by_itself] == pytest.approx([row["train_loss"] for row in rows], rel=close)
-    ours, of_one = (numbers(problem.blocks.export(*trained)) for trained in ((together.theta, 1), (alone.theta,)))
-    # Some processors round products otherwise where tensors lie elsewhere in memory, and Adam follows small gradients.
-    assert_close(ours, of_one, max(close, 2e-3))
+
+
+@pytest.mark.parametrize("method", [OnlineBlockADMM, BlockADMM, Gotmare])
+@each(TRAINED, "resnet18", "mobilenet_v3_small")
+def test_seeds_train_together_as_alone(case: Network, method: Any) -> None:
+    """In float64, since Adam follows the rounding errors of small gradients. Where a network has types of its own, the
+    losses alone are compared."""
+    if case.size == "medium" and method is not OnlineBlockADMM:
+        pytest.skip("the other methods are tried on small networks")
+    has_own_types = case.name in HALF
+    problem = as_built(case if has_own_types else case.double())
+    optimizer = method(1, 1e-3, batch_size=case.batch_size)
+    together, alone = (optimizer.init(problem, seeds) for seeds in ([1, 2], [2]))
+    (*_, first, second), (*_, only) = (train(problem, optimizer, state, 1).rows for state in (together, alone))
+    assert first["train_loss"] != second["train_loss"]
+    assert only["train_loss"] == pytest.approx(second["train_loss"], rel=2e-2 if has_own_types else 1e-9)
+    if not has_own_types:
+        trained = (numbers(problem.blocks.export(*one)) for one in ((together.theta, 1), (alone.theta,)))
+        torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-9)
 
 
 # --- what cannot be trained as PyTorch would train it
