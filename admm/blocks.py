@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, overload
 
 import torch
@@ -47,15 +47,15 @@ class Block:
         z is the coupling variable before the block, or the inputs, which may be a structure of tensors. What else has
         crossed the cut before the block is taken from the visit, and what else crosses the next cut is noted there.
         """
-        for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z = layer.forward(views, z, self._is_temporary(position), visit)
+        for layer, views, inplace in zip(self.layers, theta, self._inplace, strict=True):
+            z = layer.forward(views, z, inplace, visit)
         return z  # type: ignore[no-any-return]
 
     def linearize(self, theta: Sequence[ParamDict], z: Any, visit: Visit) -> tuple[Tensor, list[Any]]:
         """Return block_Θ(z), as `forward` does, and the record of this evaluation that `vjp` needs."""
         record = []
-        for position, (layer, views) in enumerate(zip(self.layers, theta, strict=True)):
-            z, saved = layer.linearize(views, z, self._is_temporary(position), visit)
+        for layer, views, inplace in zip(self.layers, theta, self._inplace, strict=True):
+            z, saved = layer.linearize(views, z, inplace, visit)
             record.append(saved)
         return z, record
 
@@ -82,7 +82,7 @@ class Block:
         Returns:
             The product with respect to the input, [S, n, d], or None.
         """
-        first = min((i for i, views in enumerate(theta) if views), default=len(self.layers))
+        first = next((i for i, views in enumerate(theta) if views), len(self.layers))
         gradient: Tensor | None = grad_output
         for position in reversed(range(len(self.layers))):
             if not needs_input_grad and (grad_params is None or position < first):
@@ -104,7 +104,7 @@ class Block:
             if isinstance(layer, ModuleLayer) and isinstance(known, ModuleLayer):
                 layer.learned = known.learned
 
-    @property
+    @cached_property
     def is_autograd(self) -> bool:
         """Whether the record of an evaluation holds an autograd graph, and with it all activations."""
         return any(isinstance(layer, ModuleLayer) for layer in self.layers)
@@ -115,9 +115,11 @@ class Block:
         plain = all(isinstance(layer, LinearLayer | ReLULayer | FlattenLayer) for layer in self.layers)
         return linear[0]["weight"] if plain and len(linear) == 1 else None
 
-    def _is_temporary(self, position: int) -> bool:
-        # Nothing else reads the output of a linear layer inside the block, so that the next layer may overwrite it.
-        return position > 0 and isinstance(self.layers[position - 1], LinearLayer)
+    @cached_property
+    def _inplace(self) -> tuple[bool, ...]:
+        """Whether each layer may overwrite its input: the output of a linear layer in the block, which nothing else
+        reads."""
+        return (False, *(isinstance(layer, LinearLayer) for layer in self.layers[:-1]))
 
 
 @dataclass(frozen=True)

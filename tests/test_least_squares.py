@@ -11,6 +11,7 @@ from admm.optimizers.least_squares import (
     add_gram,
     cholesky_with_ridge,
     ridge_gain,
+    ridge_inverse,
     solve_ridge,
     zero_gram,
 )
@@ -82,3 +83,15 @@ def test_a_gain_of_hardly_any_ratio_is_the_pseudo_inverse(shape):
         expected = torch.linalg.solve(ratio * torch.eye(shape[0]).double() + own @ own.T, own)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(ridge_gain(torch.zeros(1, *shape), 0.5), torch.zeros(1, *shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 8), (9, 8)])
+def test_an_inverse_with_a_ridge_is_that_of_each_replica(shape):
+    weight, ridge = drawn(3, *shape), torch.tensor([1e-6, 0.1, 20.0]).view(3, 1, 1)
+    weight[2] = 0.0
+    system = ridge * torch.eye(8).double() + weight.mT.double() @ weight.double()
+    inverse = ridge_inverse(weight, ridge)
+    torch.testing.assert_close(inverse @ system, torch.eye(8).double().expand(3, -1, -1), rtol=0.0, atol=1e-8)
+    weight[0, 0, 0] = torch.nan
+    assert ridge_inverse(weight, ridge)[0].isnan().any()
+    assert torch.equal(ridge_inverse(weight, ridge)[1:], inverse[1:])

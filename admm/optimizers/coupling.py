@@ -24,7 +24,7 @@ from admm.losses import ProximalLoss
 from admm.minibatches import flat_indices, gather_per_replica, scatter_per_replica
 from admm.numbers import Options
 from admm.optimizers.checks import check_prox
-from admm.optimizers.least_squares import cholesky_with_ridge
+from admm.optimizers.least_squares import ridge_inverse
 from admm.optimizers.protocol import Problem, ShortRepr
 from admm.optimizers.rules import Moments, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
@@ -261,6 +261,7 @@ class AugmentedLagrangian(BlockOutputs):
             stands for those that this process holds. Of other blocks Z_{t−1} of the first one is needed alone.
 
     Attributes:
+        weights: β_t in the shape [S, 1, …] that multiplies Z_t, for t = 1..T.
         from_above: the product of the transposed Jacobian of the block above those that are held with its coupling
             gradient, [S, n, d_t], once another process has evaluated it.
     """
@@ -279,6 +280,7 @@ class AugmentedLagrangian(BlockOutputs):
         self.held = problem.held_blocks if held is None else held
         self.from_above: Tensor | None = None
         self.problem, self.loss, self.beta, self.u = problem, problem.loss, beta.unbind(), u
+        self.weights = [broadcast(b, v) for b, v in zip(self.beta, self.z, strict=True)]
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return Z_t − block_t(Z_{t−1}) [S, n, d_t] in a new tensor; `for_vjp` is as in `output`."""
@@ -307,8 +309,7 @@ class AugmentedLagrangian(BlockOutputs):
 
         The gradient by block_t(Z_{t−1}) is its negative. `for_vjp` is as in `output`.
         """
-        gradient = self._with_dual(t, for_vjp)
-        return gradient.mul_(broadcast(self.beta[t - 1], gradient))
+        return self._with_dual(t, for_vjp).mul_(self.weights[t - 1])
 
     def z_gradient(self, t: int) -> Tensor:
         """Return the gradient by Z_t in a new tensor, and forget block t + 1's output, as Z_t is to move."""
@@ -333,7 +334,7 @@ class AugmentedLagrangian(BlockOutputs):
         last = len(self.blocks)
         assert isinstance(self.loss, ProximalLoss)
         anchor = self.output(last) - self.u[-1] if self.u else self.output(last)
-        return self.loss.prox(anchor, self.visit.y, broadcast(self.beta[-1], anchor))
+        return self.loss.prox(anchor, self.visit.y, self.weights[-1])
 
     def theta_gradient(self, gradient: list[list[ParamDict]], trained: Iterable[int] | None = None) -> None:
         """Write the gradient by Θ_t of the mean coupling term of a sample to `gradient`; update running statistics.
@@ -371,8 +372,7 @@ class AugmentedLagrangian(BlockOutputs):
         return ahead
 
     def _mix(self, t: int, ahead: Tensor, mixing: StepSize) -> None:
-        weight = torch.as_tensor(broadcast(mixing, ahead), dtype=ahead.dtype, device=ahead.device)
-        self.set_z(t, torch.lerp(self.z[t - 1], ahead, weight))
+        self.set_z(t, torch.lerp(self.z[t - 1], ahead, broadcast(mixing, ahead)))
 
     def update_duals(self, step: StepSize) -> None:
         """Update U_t ← U_t + α (Z_t − block_t(Z_{t−1})) in place, with α = `step` (Algorithm 1, line 12)."""
@@ -544,9 +544,8 @@ class ZUpdate(Options):
             assert weight is not None
             below, above = of_block[t - 1], of_block[t]  # β_t, β_{t+1}
             if self.name == "majorised":
-                w = weight.double()  # float32 does not see β_t beside a large W
-                factor = cholesky_with_ridge(torch.bmm(w.mT, above * w), below.squeeze(2))
-                state.inverse_curvature[t - 1].copy_(torch.cholesky_inverse(factor))
+                inverse = ridge_inverse(weight, below.double() / above)  # float32 does not see β_t beside a large W
+                state.inverse_curvature[t - 1].copy_(inverse.div_(above))
             else:
                 # ‖WᵀW v‖ tends to σ² from below; the first one is at most d_t^½ σ².
                 image = torch.bmm(weight.mT, torch.bmm(weight, state.power_vectors[t - 1]))

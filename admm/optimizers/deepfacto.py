@@ -32,7 +32,7 @@ from admm.optimizers.coupling import (
 from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, largest_singular_value, whole_seeds
 from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
-from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
+from admm.schedules import BlockValue, Value, block_schedules, schedule
 from admm.visits import Visit
 
 Factors = dict[int, Tensor]  # the basis M [R, C, r] of a factorisation, by the number t of its block
@@ -106,7 +106,7 @@ class FactorisedLagrangian(AugmentedLagrangian):
 
         They are β_t/2 ‖Z_t − block_t(Z_{t−1}) + U_t‖² + γ/2 ‖Z_t − M S + V‖², the latter less the error that is kept.
         """
-        beta, gamma = (broadcast(self.beta[k], self.z[t - 1]) for k in (t - 1, t))
+        beta, gamma = self.weights[t - 1 : t + 1]
         from_below, from_above = self.output(t), self.product(t + 1)
         if t + 1 in self.kept_errors:
             from_above = from_above + self.kept_errors[t + 1]

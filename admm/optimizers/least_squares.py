@@ -89,13 +89,16 @@ def cholesky_with_ridge(gram: Tensor, ridge: Tensor, epsilon: float = _EPSILON) 
     gram = gram.to(torch.float64, copy=True)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal += ridge.to(gram)
-    lift = epsilon * diagonal.sum(-1)
-    lift = torch.where(lift > 0, lift, 1.0)
-    finite = gram.isfinite().flatten(1).all(1)
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    singular = finite & ((failed > 0) | (pivots <= gram.shape[-1] * epsilon * diagonal).any(-1))
+    regular = (pivots > gram.shape[-1] * epsilon * diagonal).all(-1) & (failed == 0)
+    if regular.all():
+        return factor
+    finite = gram.isfinite().flatten(1).all(1)
+    lift = epsilon * diagonal.sum(-1)
+    lift = torch.where(lift > 0, lift, 1.0)
+    singular = finite & ~regular
     while singular.any():
         diagonal += torch.where(singular, lift, 0.0).unsqueeze(-1)
         factor, failed = torch.linalg.cholesky_ex(gram)
@@ -148,3 +151,16 @@ def ridge_gain(weight: Tensor, ratio: float | Tensor) -> Tensor:
     factor = cholesky_with_ridge(torch.bmm(w, w.mT), torch.as_tensor(ratio, dtype=torch.float64).view(-1, 1))
     solution = torch.cholesky_solve(w, factor).to(weight)
     return solution.mT if tall else solution
+
+
+def ridge_inverse(weight: Tensor, ridge: Tensor) -> Tensor:
+    """Return (ridge I + WᵀW)⁻¹, [S, d, d] in float64, for W [S, d', d] and ridge > 0, [S, 1, 1].
+
+    For d' < d it is (I − WᵀK)/ridge, with K of `ridge_gain`, whose system is the smaller one.
+    """
+    w, ridge = weight.double(), ridge.double()
+    if w.shape[1] >= w.shape[2]:
+        return torch.cholesky_inverse(cholesky_with_ridge(torch.bmm(w.mT, w), ridge.squeeze(2)))
+    inverse = torch.bmm(w.mT, ridge_gain(w, ridge)).neg_()
+    inverse.diagonal(dim1=1, dim2=2).add_(1.0)
+    return inverse.div_(ridge)

@@ -28,7 +28,7 @@ from admm.optimizers.coupling import (
 from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
-from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
+from admm.schedules import BlockValue, Value, block_schedules, schedule
 from admm.visits import Visit
 
 
@@ -71,7 +71,7 @@ class ScalarDuals(AugmentedLagrangian):
         norm = torch.linalg.vector_norm(residual.flatten(2), dim=2)
         weight = torch.where(norm > 0, 1.0 + self.u[t - 1].unsqueeze(1) / norm, 0.0)
         residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
-        return residual.mul_(broadcast(self.beta[t - 1], residual))
+        return residual.mul_(self.weights[t - 1])
 
     def update_duals(self, step: StepSize) -> None:
         """Update u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ in place, with α = `step` (Algorithm 2, line 12)."""
