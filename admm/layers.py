@@ -382,6 +382,7 @@ class ModuleLayer(Layer):
         callback_handler.register_end_callback(self._compiling_ends)
         try:
             with (
+                cache_of_this_processor(),
                 dynamo.patch(recompile_limit=1000),
                 functorch.patch(donated_buffer=False, force_non_lazy_backward_lowering=True),
             ):
@@ -415,6 +416,18 @@ class ModuleLayer(Layer):
             tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
             self._shared[device] = {name: v.detach().to(device) for name, v in tensors if name not in own}
         return self._shared[device]
+
+
+@contextmanager
+def cache_of_this_processor() -> Iterator[None]:
+    """Keep what is compiled apart, on the disk, by the processor's vector instructions.
+
+    PyTorch takes code of another vector width from its cache, and the results are wrong (PyTorch 2.14.1, see
+    findings/inductor_cache_of_another_processor.sh).
+    """
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"):
+        yield
 
 
 def compiler_error(error: Exception) -> str:

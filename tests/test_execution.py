@@ -1,5 +1,8 @@
 """How blocks are evaluated: the options give the same answer, and back-propagation stops at the cuts."""
 
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -116,6 +119,54 @@ def test_a_compiled_block_has_the_same_output_and_gradient():
         output, record = blocks[0].linearize([{}], x, Visit([0]))
         pulled.append((output, blocks[0].vjp([{}], record, torch.ones_like(output))))
     torch.testing.assert_close(pulled[1], pulled[0], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_compiled_is_kept_apart_by_the_processor(compiler, monkeypatch):
+    tags = []
+
+    def graph_as_it_is(graph: Any, *_: Any, **__: Any) -> Any:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return graph
+
+    compiler(graph_as_it_is)
+    stepped(of_tanh(compile=True), OPTIMIZERS["online"])
+    of_blocks = len(tags)
+    monkeypatch.setattr("torch._inductor.compile", graph_as_it_is)
+    network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    blocks = split(network, n_blocks=2, execution=Execution(compile=True))
+    x = torch.ones(10, 4, dtype=torch.float64)
+    stepped(Problem(x, torch.arange(10) % 3, blocks, CrossEntropy(), initialiser("pytorch")), OPTIMIZERS["online"])
+    assert len(tags) > of_blocks > 0
+    assert set(tags) == {f" {torch.backends.cpu.get_cpu_capability()}"}
+    assert torch.compiler.config.cache_key_tag == ""
+
+
+COMPILED_AND_NOT = """
+import sys
+import torch
+from torch import nn
+from admm import CrossEntropy, OnlineBlockADMM, Problem, initialiser, split
+from admm.layers import Execution
+
+for activation in (nn.ReLU, nn.Tanh):  # a visit is compiled, and blocks
+    ends = []
+    for compile in (False, True):
+        network = nn.Sequential(nn.Linear(4, 7), activation(), nn.Linear(7, 3), activation()).double()
+        blocks = split(network, n_blocks=2, execution=Execution(compile=compile))
+        x = torch.linspace(-1, 1, 80, dtype=torch.float64).view(20, 4)
+        problem = Problem(x, torch.arange(20) % 3, blocks, CrossEntropy(), initialiser("pytorch"))
+        optimizer = OnlineBlockADMM(1, 1e-2, batch_size=10)
+        ends.append(optimizer.step(problem, optimizer.init(problem, [0, 1])).theta.flat())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-12)
+"""
+
+
+@pytest.mark.long
+def test_a_processor_does_not_take_what_was_compiled_for_another_one(tmp_path):
+    """These are one processor, and what PyTorch makes of it with narrower vectors."""
+    for capability in ("", "avx2", "default"):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", COMPILED_AND_NOT], env=environment, check=True)
 
 
 def of_tanh(*between: nn.Module, **options: Any) -> Problem:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from admm.layers import compiler_error
+from admm.layers import cache_of_this_processor, compiler_error
 from admm.optimizers.coupling import Schedules
 from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import Moments, UpdateRule
@@ -143,7 +143,7 @@ def inductor(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[...
 
     options = {"cpp_wrapper": True} if tensors[0].device.type == "cpu" else {}
     inputs: list[Any] = [*tensors]
-    with torch.no_grad():
+    with torch.no_grad(), cache_of_this_processor():
         function: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=options)
     return function
 
