@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from admm.numbers import is_number, is_whole
 
 
@@ -63,3 +65,16 @@ def check_batch_size(batch_size: int, samples: int, parts: int | None) -> None:
     batches = math.ceil(samples / batch_size)
     if parts is not None and (not is_whole(parts, 1) or parts > batches):
         raise ValueError(f"epoch_parts: {parts!r} is neither None nor from 1 to an epoch's {batches} batches")
+
+
+def check_modes(name: str, device: str) -> None:
+    """Raise RuntimeError in PyTorch's modes that change the tensors or the types of all operations; a `device` is a
+    type such as "cuda"."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: called within torch.inference_mode(), whose tensors cannot be trained; call it outside"
+        )
+    if torch.is_autocast_enabled(device):
+        raise RuntimeError(
+            f"{name}: called within torch.autocast; call it outside, with split(..., execution=Execution(precision='bf16'))"
+        )

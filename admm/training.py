@@ -30,7 +30,7 @@ from admm.checkpoints import (
     start_of,
     write_checkpoint,
 )
-from admm.checks import at_least_one, has_type, shown
+from admm.checks import at_least_one, check_modes, has_type, shown
 from admm.files import remove_leftovers
 from admm.fingerprints import digest, fingerprint
 from admm.losses import CrossEntropy, Huber, SquaredError, unweighted
@@ -283,6 +283,7 @@ def train(
         ValueError: for an argument of another type, a state of another problem, a network without trained parameters,
             samples or targets that do not fit, no number of iterations, and for a step that does not count its
             iteration.
+        RuntimeError: within `torch.inference_mode` or `torch.autocast`.
         TypeError: for a state that lacks a field or cannot be saved, and for a step that returns no state.
         WriteError: if the checkpoint cannot be written.
         ProcessError: where a callback, or the writing of the checkpoint, has failed in another process of a shared run.
@@ -305,6 +306,7 @@ def train(
     """
     has_type("problem", problem, Problem, "admm.Problem(x, y, blocks, loss, initialise)")
     has_type("optimizer", optimizer, Optimizer, "admm.OnlineBlockADMM(iterations=30, theta_step=1e-3)")
+    check_modes("train", problem.device.type)
     iterations = _horizon(optimizer) if iterations is None else iterations
     _check(iterations, evaluate_every, checkpoint_seconds)
     _check_functions(callbacks, measure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -486,6 +487,21 @@ class OwnState(BackpropState):
     best: float
     names: dict[str, Any]
     notes: Any
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [(torch.inference_mode, "inference_mode"), (partial(torch.autocast, "cpu"), "autocast")]
+)
+def test_modes_that_change_all_tensors_are_refused(problem: Problem, mode: Any, name: str) -> None:
+    optimizer = Backprop(1, SGD(), 0.1, len(problem.y))
+    state = optimizer.init(problem, [0])
+    with mode():
+        with pytest.raises(RuntimeError, match=f"^train: called within torch.{name}.*outside"):
+            train(problem, optimizer, state)
+        with pytest.raises(RuntimeError, match=f"^Problem: called within torch.{name}.*outside"):
+            replace(problem)
+    with torch.no_grad():
+        assert train(problem, optimizer, state).rows
 
 
 def test_a_step_may_return_another_state_which_is_saved_and_resumed(problem: Problem, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_leaves_with_path, tree_map, tr
 
 from admm.augmentation import Augmentation
 from admm.blocks import Blocks, Parameters
-from admm.checks import has_type, shown
+from admm.checks import check_modes, has_type, shown
 from admm.comparison import forward_costs, outputs_of, samples_are_independent, suited
 from admm.crossings import Crossing
 from admm.layers import ParamDict, seeded
@@ -103,6 +103,7 @@ class Problem:
             that has no value per sample or no gradient in the shape of the outputs, and as
             `admm.comparison.outputs_of` does; if samples are shared out, for a network in which they depend on one
             another, a stream and `compile=True`.
+        RuntimeError: within `torch.inference_mode` or `torch.autocast`.
 
     >>> from admm.blocks import split
     >>> from admm.losses import SquaredError
@@ -155,6 +156,7 @@ class Problem:
             has_type("augmentation", self.augmentation, Augmentation, "admm.augmentation.CropAndFlip()")
         given = as_samples(self.x, self.y, self.weights, self.stream_to)
         object.__setattr__(self, "data", given)
+        check_modes("Problem", self.device.type)
         self._check_precision()
         object.__setattr__(self, "blocks", suited(self.blocks, given.examples[0]))
         data = self._formed(given, lambda x: x)
