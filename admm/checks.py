@@ -76,5 +76,6 @@ def check_modes(name: str, device: str) -> None:
         )
     if torch.is_autocast_enabled(device):
         raise RuntimeError(
-            f"{name}: called within torch.autocast; call it outside, with split(..., execution=Execution(precision='bf16'))"
+            f"{name}: called within torch.autocast; call it outside, for blocks of "
+            "split(..., execution=Execution(precision='bf16'))"
         )
