@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import (
     keystr,
-    tree_flatten,
     tree_leaves,
     tree_leaves_with_path,
     tree_map,
     tree_map_with_path,
-    tree_unflatten,
 )
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import default_collate as join_items
@@ -103,9 +101,8 @@ class Tensors(Samples):
         self, batches: Sequence[Tensor | slice], seeds: Sequence[int] | None = None, epoch: int = 0
     ) -> Iterator[Pair]:
         """Yield gathered copies, or views for slices."""
-        leaves, form = tree_flatten((self.x, self.y))
         for batch in batches:
-            yield tree_unflatten([of_samples(leaf, batch) for leaf in leaves], form)
+            yield take(self.x, batch), take(self.y, batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,7 +398,7 @@ def take(tree: Any, batch: Tensor | slice) -> Any:
     >>> take({"a": torch.arange(4)}, torch.tensor([[3, 0]]))
     {'a': tensor([[3, 0]])}
     """
-    return tree_map(lambda leaf: of_samples(leaf, batch), tree)
+    return of_samples(tree, batch) if isinstance(tree, Tensor) else tree_map(lambda leaf: of_samples(leaf, batch), tree)
 
 
 def of_samples(leaf: Tensor, batch: Tensor | slice) -> Tensor:
