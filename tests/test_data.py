@@ -361,7 +361,8 @@ def test_no_network_and_no_permission_to_use_it(fake_download, tmp_path):
 
 
 def test_no_torchvision(no_torchvision, tmp_path):
-    assert "import of torchvision" in refusal("cifar10", tmp_path)
+    message = refusal("cifar10", tmp_path)
+    assert "import of torchvision" in message and "and torchvision (pip install torchvision)." in message
 
 
 def test_names_are_checked(tmp_path):
