@@ -199,7 +199,7 @@ def _find(name: str, root: Path, download: bool) -> Arrays:
             if find_spec("torchvision") is None:
                 needs.append("torchvision (pip install torchvision)")
             if not download:
-                needs.append("download=True (in the suite, dataset.download=true)")
+                needs.append("download=True")
             ways.append(f"load with {' and '.join(needs)}")
         listed = ";\n".join(f"  {number}. {way}" for number, way in enumerate(ways, start=1))
         raise DatasetError(

@@ -254,7 +254,10 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("model.hidden=64", r"error: model.hidden: 64 is not a list of widths"),
         ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
-        ("dataset=mnist", r"error: no mnist.npz, and (?s:.*)Ways to provide mnist(?s:.*)nowhere/mnist.npz"),
+        (
+            "dataset=mnist",
+            r"error: no mnist.npz, and (?s:.*)Ways to provide mnist(?s:.*)nowhere/mnist.npz(?s:.*) and dataset\.download=true\.$",
+        ),
     ],
 )
 def test_bad_input_names_the_key_and_what_would_be_right(

@@ -209,7 +209,7 @@ def _find(root: Path, folder: str | Path | None, download: bool) -> Path:
         f"no faces: looked for {', '.join(map(str, places))}; {reason}\nThree ways to provide them:\n"
         f"  1. put images as {places[0]}/<person>/<image>.jpg, and a table for `attributes` beside;\n"
         f"  2. ask the authors of LFWA for it and put {LFWA}, {LFWA_SPLIT} and lfw/ into {root};\n"
-        f"  3. load with download=True, folder=None and a network: LFW's images, without attributes."
+        f"  3. load with dataset.download=true, dataset.folder=null and a network: LFW's images, without attributes."
     )
 
 
