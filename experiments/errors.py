@@ -40,9 +40,9 @@ def in_words(error: BaseException) -> str:
     """Return an error's message; it follows the error's type unless the error is one of `FOR_USERS`."""
     if isinstance(error, WriteError):
         return f"{error}.\n{RESUME}"
-    return (
-        in_suites_words(str(error)) if isinstance(error, FOR_USERS) else f"{type(error).__name__}: {error}".rstrip(": ")
-    )
+    if isinstance(error, FOR_USERS):
+        return in_suites_words(str(error))
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 @contextmanager

@@ -256,7 +256,8 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
         (
             "dataset=mnist",
-            r"error: no mnist.npz, and (?s:.*)Ways to provide mnist(?s:.*)nowhere/mnist.npz(?s:.*) and dataset\.download=true\.$",
+            r"error: no mnist.npz, and (?s:.*)Ways to provide mnist(?s:.*)nowhere/mnist.npz"
+            r"(?s:.*) and dataset\.download=true\.$",
         ),
     ],
 )
@@ -315,6 +316,15 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
     assert "could not be written" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert stored(tmp_path) == []
+
+
+def test_one_first_value_of_a_row_s_schedule_is_as_in_a_grid(tmp_path: Path) -> None:
+    start = "optimizer.step_size.start=0.1"
+    launch(tmp_path, "optimizer=sgd", start)
+    (run,) = stored(tmp_path)
+    assert run.record.setting == "tuned" and run.record.overrides == ("iterations=3", start)
+    launch(tmp_path, "row=digits_shallow/sgd-tuned", f"{start},0.2")
+    assert len(stored(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
