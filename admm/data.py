@@ -197,9 +197,9 @@ def _find(name: str, root: Path, download: bool) -> Arrays:
             ways.append(f"put torchvision's unpacked files into {unpacked}")
             needs = ["an internet connection"]
             if find_spec("torchvision") is None:
-                needs.append("torchvision (pip install '.[vision]')")
+                needs.append("torchvision (pip install torchvision)")
             if not download:
-                needs.append("download=True (in the suite, dataset.download=true)")
+                needs.append("download=True")
             ways.append(f"load with {' and '.join(needs)}")
         listed = ";\n".join(f"  {number}. {way}" for number, way in enumerate(ways, start=1))
         raise DatasetError(
@@ -329,7 +329,7 @@ def _digits() -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DatasetError(f"digits: {error}; scikit-learn has them: pip install 'block-admm[suite]'") from None
+        raise DatasetError(f"digits: {error}; scikit-learn has them: pip install scikit-learn") from None
     x, y = load_digits(return_X_y=True)
     x, y = x.reshape(-1, 8, 8).astype(np.uint8), y.astype(np.uint8)
     test = _stratified(y, 360, seed=0)

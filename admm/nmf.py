@@ -76,7 +76,7 @@ def by_lbfgs(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
     try:
         from scipy.optimize import Bounds, minimize
     except ImportError as error:
-        raise ImportError(f"{error}; lbfgs needs SciPy: pip install 'block-admm[suite]'") from None
+        raise ImportError(f"{error}; lbfgs needs SciPy: pip install scipy") from None
 
     def solved(gram: Matrix, cross: Matrix, start: Matrix) -> Matrix:
         lengths = np.sqrt(gram.diagonal())[:, None]

@@ -21,7 +21,7 @@ from admm.data import DatasetError
 from admm.files import WriteError
 from admm.parallel import ProcessError
 from experiments.faces.backbones import BackboneError
-from experiments.messages import with_key_path
+from experiments.messages import in_suites_words, with_key_path
 from experiments.store import RESUME
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # its errors are raised too, and told in words below
@@ -40,7 +40,9 @@ def in_words(error: BaseException) -> str:
     """Return an error's message; it follows the error's type unless the error is one of `FOR_USERS`."""
     if isinstance(error, WriteError):
         return f"{error}.\n{RESUME}"
-    return str(error) if isinstance(error, FOR_USERS) else f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, FOR_USERS):
+        return in_suites_words(str(error))
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 @contextmanager

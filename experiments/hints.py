@@ -16,6 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from admm.files import ADVICE, WriteError, explain_write_errors
+from experiments import install
 from experiments.errors import found_here, meant
 from experiments.implied import with_implied
 from experiments.launch import conf_folders
@@ -126,7 +127,7 @@ def _plugin_hint(group: str, name: str) -> str:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         options = GlobalHydra.instance().config_loader().get_group_options(group)
     there = ", ".join(option for option in options if EXTRAS.get(option) != extra)
-    return f"{group}: {name} needs the extra {extra!r}: pip install '.[{extra}]'; without it there are {there}"
+    return f"{group}: {name} needs the extra {extra!r}: {install(extra)}; without it there are {there}"
 
 
 def _search_path(options: Namespace) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.rows import CONF
 
+PART_OF_SCHEDULE = re.compile(r"^(optimizer\.\w+\.(?:start|end))=([^,()]+)$")
 OWN_DATA = ("npz", "image_folder")  # options of the group dataset
 
 
@@ -33,6 +35,12 @@ def with_implied(overrides: Sequence[str]) -> list[str]:
     added = [f"{key}={value}" for key, value in implied.items() if key not in given]
     is_open = [o.startswith("dataset.channels=") or (is_own and o.startswith("model.")) for o in overrides]
     return [*added, *(f"++{o}" if opened else o for o, opened in zip(overrides, is_open, strict=True))]
+
+
+def left_to_rows(overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which a part of an optimizer's schedule is the one value of a grid: what a grid varies is
+    looked for in the rows, whose schedules these are, after they have been chosen."""
+    return [PART_OF_SCHEDULE.sub(r"\1=choice(\2)", override) for override in overrides]
 
 
 def drop_other_cuts(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 IN_THE_SUITE = {  # what the library's messages say, in words of the command line
     "initialise: ": "init: ",
     "admm.as_constructed(build), where build() makes a new network": "init=as_constructed",
+    "download=True": "dataset.download=true",
 }
 
 
@@ -35,6 +36,13 @@ def warnings_in_log(config: DictConfig) -> Iterator[None]:
         yield
 
 
+def in_suites_words(message: str) -> str:
+    """Return a message of the library in words of the command line."""
+    for words, ours in IN_THE_SUITE.items():
+        message = message.replace(words, ours)
+    return message
+
+
 def with_key_path(message: str, config: DictConfig, first: str = "") -> str:
     """Return a message "name: …" with the path of the key of that name, such as "optimizer.batch_size: …".
 
@@ -42,8 +50,7 @@ def with_key_path(message: str, config: DictConfig, first: str = "") -> str:
     among groups of one level, the one that has it, or else the one that has the value in the message. Any other message
     stays as it is.
     """
-    for words, ours in IN_THE_SUITE.items():
-        message = message.replace(words, ours)
+    message = in_suites_words(message)
     name, colon, value = message.partition(": ")
     if not colon or not (match := re.match(r"\w+(?=[.\[]|$)", name)):
         return message

@@ -359,9 +359,7 @@ def listed_images(folder: Path) -> tuple[dict[str, list[str]], dict[str, Array],
     try:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
-        raise DatasetError(
-            f"dataset=image_folder needs torchvision ({error}): pip install 'block-admm[vision]'"
-        ) from None
+        raise DatasetError(f"dataset=image_folder needs torchvision ({error}): pip install torchvision") from None
     if not folder.is_dir():
         raise DatasetError(f"dataset.path: there is no folder {here(folder)}")
     is_divided = (folder / "train").is_dir()

@@ -10,10 +10,11 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import InterpolationResolutionError
 
-from experiments.implied import drop_other_cuts, with_implied
+from experiments.implied import drop_other_cuts, left_to_rows, with_implied
 
 IN_OVERRIDE = re.compile(r"(?<=[=,])~(?=/|$)")
 IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
@@ -39,8 +40,8 @@ def expand(node: DictConfig | ListConfig) -> None:
 
 
 def expand_in_configurations() -> None:
-    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, and
-    without what goes with another cut.
+    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, in a
+    launch also `left_to_rows` where it needs that, and without what goes with another cut.
 
     Hydra has no hook for this: it makes the folders of a launch and of a sweep's jobs before a callback, or the task,
     sees their configuration."""
@@ -52,7 +53,10 @@ def expand_in_configurations() -> None:
         overrides = with_implied([IN_OVERRIDE.sub(lambda _: home, o) for o in overrides])
         try:
             config = load(self, config_name, overrides, **how)
-        except ConfigCompositionException as error:  # after it `experiments.hints` has better advice than a +
+        except ConfigCompositionException as error:
+            if how.get("run_mode") == RunMode.MULTIRUN and (left := left_to_rows(overrides)) != overrides:
+                return load_expanded(self, config_name, left, **how)
+            # `experiments.hints` has better advice than a +
             error.args = (str(error).partition("\nTo append to your config")[0],)
             raise
         drop_other_cuts(config, overrides)

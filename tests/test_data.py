@@ -356,12 +356,14 @@ def test_no_network_and_no_permission_to_use_it(fake_download, tmp_path):
     fake_download("mnist", OSError("<urlopen error [Errno -2]\nName or service not known>"))
     message = refusal("mnist", tmp_path)
     assert "no mnist.npz, and torchvision's MNIST failed: OSError: <urlopen error [Errno -2] Name or service" in message
-    assert "Dataset not found" in refusal("mnist", tmp_path / "absent", download=False)
+    message = refusal("mnist", tmp_path / "absent", download=False)
+    assert "Dataset not found" in message and message.endswith(" an internet connection and download=True.")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_torchvision(no_torchvision, tmp_path):
-    assert "import of torchvision" in refusal("cifar10", tmp_path)
+    message = refusal("cifar10", tmp_path)
+    assert "import of torchvision" in message and "and torchvision (pip install torchvision)." in message
 
 
 def test_names_are_checked(tmp_path):

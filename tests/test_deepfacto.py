@@ -16,7 +16,7 @@ from admm.checkpoints import restore, save
 from admm.losses import FunctionLoss, SquaredError, TripletLoss
 from admm.models import initialiser
 from admm.nmf import NMF, matrix, nonnegative_least_squares
-from admm.optimizers import SGD, Adam
+from admm.optimizers import SGD, Adam, Averaged
 from admm.optimizers.coupling import ZState, penalties
 from admm.optimizers.deepfacto import (
     DeepFacto,
@@ -437,6 +437,17 @@ def test_the_first_step_of_a_block_that_was_frozen_is_adam_s_first():
     before = state.theta.flat()[:, :size].clone()
     options.step(task, state)
     assert (state.theta.flat()[:, :size] - before).abs().max() <= 1e-3 * (1 + 1e-6)
+
+
+def test_averaged_parameters_are_the_average_of_those_after_each_step():
+    task, rule = problem(two_factorisations(), [str(k) for k in range(6)]), Averaged(Adam(), 0.5)
+    options = replace(BASE, beta=1.0, batch_size=20, theta_update=rule)
+    state = options.init(task, SEEDS)
+    first, second, third = (options.step(task, state).theta.flat().clone() for _ in range(3))
+    average = rule.average(task, state)
+    assert_close(average.flat(), (first + second) / 4 + third / 2, rtol=1e-13, atol=1e-15)
+    assert torch.equal(average.buffers, state.theta.buffers)  # the bases
+    assert torch.equal(state.theta.flat(), third)
 
 
 def test_a_seed_that_diverges_leaves_the_others_alone():

@@ -492,7 +492,7 @@ def test_hdf5_without_h5py(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)  # importing it raises ImportError
     lfwa(tmp_path)
     (tmp_path / "lfw_att_40.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(512) + b"\x89HDF\r\n\x1a\n")
-    assert message(tmp_path).endswith("is of MATLAB 7.3 (HDF5), which needs h5py: pip install -e '.[faces]'")
+    assert message(tmp_path).endswith("is of MATLAB 7.3 (HDF5), which needs h5py: pip install h5py")
 
 
 # Images

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 SLOW = {"torch._dynamo", "torch._inductor", "sympy"}  # PyTorch's compiler, which takes longer to import than the rest
 SUITE = ("hydra", "omegaconf", "matplotlib", "rich", "pandas", "experiments")
 OPTIONAL = ("sklearn", "scipy", "joblib", "psutil", "filelock", "yaml", "PIL", "h5py", "torchvision")
+IN_A_CLONE = "`source .venv/bin/activate` finds after `make env`, or is installed by:"
 WITHOUT_EXAMPLE = {  # public names that no example imports, and why they are public
     "BinaryCrossEntropy": "the loss of several labels per sample",
     "DeepFacto": "the paper's third algorithm",
@@ -65,20 +66,47 @@ except DatasetError as error:
     print(error)
 """
     rows, message = run(code).split("\n", 1)
-    assert rows == "2" and "scikit-learn" in message and "block-admm[suite]" in message
+    assert rows == "2" and message.endswith("; scikit-learn has them: pip install scikit-learn")
 
 
-def test_in_a_clone_a_command_without_its_packages_names_the_environment() -> None:
-    code = """
-import sys
+@pytest.mark.parametrize(
+    ("installer", "folder", "way"),
+    [
+        ("pip", ROOT, "is installed by: pip install 'block-admm[suite]'"),
+        (None, ROOT, f"{IN_A_CLONE} pip install '.[suite]'"),
+        (None, ROOT / "docs", f"{IN_A_CLONE} pip install '{ROOT}[suite]'"),
+    ],
+)
+def test_a_command_without_its_packages_says_how_the_project_installs_them(
+    installer: str | None, folder: Path, way: str
+) -> None:
+    """None: the project's egg-info in a clone, which pip does not know."""
+    code = f"""
+import importlib.metadata, os, sys
+from types import SimpleNamespace
+importlib.metadata.distributions = lambda name: [SimpleNamespace(read_text=lambda file: {installer!r})]
 sys.modules["omegaconf"] = None
+sys.path.insert(0, {str(ROOT)!r})
+os.chdir({str(folder)!r})
 try:
     import experiments
 except ModuleNotFoundError as error:
     print(error)
 """
-    way = "which `source .venv/bin/activate` finds after `make env`, or is installed by: pip install '.[suite]'"
-    assert run(code) == f"omegaconf is missing, {way}"
+    assert run(code) == f"omegaconf is missing, which {way}"
+
+
+def test_messages_name_the_package_that_is_missing() -> None:
+    """Or call `experiments.install` for an extra: no other form works in a clone and where a wheel is installed."""
+    found = [
+        line.strip()
+        for folder in ("admm", "experiments")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml") and path != ROOT / "experiments/__init__.py"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"pip install (?![a-z])", line)
+    ]
+    assert not found
 
 
 def examples() -> Iterator[str]:

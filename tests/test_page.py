@@ -137,6 +137,17 @@ def test_each_table_is_the_report_s_and_each_row_leads_to_its_run(root: Path) ->
     assert attributes[0][1:4] == ["3.00", "50.00", "81.25"] and "of all runs below" in html
 
 
+def test_overrides_that_all_rows_share_are_named_once(tmp_path: Path) -> None:
+    for day, (method, own) in enumerate((("sgd", []), ("adam", ["dtype=float64"])), start=1):
+        said = info("mnist_shallow", method, "tuned", f"2026-01-0{day}", overrides=["iterations=2", *own])
+        put(tmp_path, history(80.0, 82.0), said)
+    html = written(tmp_path)
+    settings = {texts[0]: texts[1] for _, texts in rows(html, "mnist_shallow")}
+    assert settings == {"SGD": "reduced tuned", "Adam": "reduced tuned, dtype=float64"}
+    assert html.count("<caption><span>Finished runs, the newest first, iterations=2<") == 1
+    assert "<figcaption>All curves: iterations=2. Mean" in html
+
+
 @pytest.mark.long
 def test_the_committed_results_have_the_numbers_of_their_own_page() -> None:
     html = written(ROOT / "results")

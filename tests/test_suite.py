@@ -254,7 +254,11 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ("model.hidden=64", r"error: model.hidden: 64 is not a list of widths"),
         ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
-        ("dataset=mnist", r"error: no mnist.npz, and (?s:.*)Ways to provide mnist(?s:.*)nowhere/mnist.npz"),
+        (
+            "dataset=mnist",
+            r"error: no mnist.npz, and (?s:.*)Ways to provide mnist(?s:.*)nowhere/mnist.npz"
+            r"(?s:.*) and dataset\.download=true\.$",
+        ),
     ],
 )
 def test_bad_input_names_the_key_and_what_would_be_right(
@@ -314,6 +318,15 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
     assert stored(tmp_path) == []
 
 
+def test_one_first_value_of_a_row_s_schedule_is_as_in_a_grid(tmp_path: Path) -> None:
+    start = "optimizer.step_size.start=0.1"
+    launch(tmp_path, "optimizer=sgd", start)
+    (run,) = stored(tmp_path)
+    assert run.record.setting == "tuned" and run.record.overrides == ("iterations=3", start)
+    launch(tmp_path, "row=digits_shallow/sgd-tuned", f"{start},0.2")
+    assert len(stored(tmp_path)) == 2
+
+
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
@@ -321,8 +334,8 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
             "launcher/submitit_slurm",
             "submitit_slurm needs the extra 'cluster': .*; without it there are basic, .*stacked$",
         ),
-        ("launcher/ray", "ray needs the extra 'cluster': pip install '.\\[cluster]';"),
-        ("sweeper/optuna", "optuna needs the extra 'sweeps': pip install '.\\[sweeps]'; without it there are basic$"),
+        ("launcher/ray", "ray needs the extra 'cluster': pip install '\\S+\\[cluster]';"),
+        ("sweeper/optuna", "optuna needs the extra 'sweeps': pip install .*; without it there are basic$"),
         ("launcher/stackd", "no hydra/launcher 'stackd'; did you mean stacked\\?$"),
     ],
 )

@@ -499,15 +499,21 @@ class Averaged(Options, UpdateRule):
     def average(self, problem: Problem, state: Any) -> Parameters:
         """Return the averaged parameters of a state whose `moments` are of this rule, or of a `Clipped` one around it.
 
-        Running statistics of batch normalisation are those of the parameters that move. Of a run that is shared out,
-        all processes call this. Raises ValueError for a state of another rule.
+        Running statistics of batch normalisation, and the bases of `DeepFacto`, are those of the parameters that move.
+        Of a run that is shared out, all processes call this. Raises ValueError for a state of another rule.
         """
         check_rules("state", getattr(state, "made_with", {}), {"theta_update": self.keeps})
         theta = problem.blocks.copied(state.theta)
-        for stack, average in zip(problem.held_stacks(theta), state.moments[-2], strict=True):
+        for stack, average in zip(problem.held_stacks(theta), _averages(state.moments), strict=True):
             stack.copy_(average)
         problem.give_theta(theta)
         return theta
+
+
+def _averages(moments: Sequence[Any]) -> Stacks:
+    """Return the averages among moments of `Averaged`, of a network or, as in `DeepFacto`, of block after block."""
+    is_by_block = any(not isinstance(entry, Tensor) for kind in moments for entry in kind)
+    return [average for block in (moments if is_by_block else [moments]) for average in block[-2]]
 
 
 def _kept(option: Any) -> str:

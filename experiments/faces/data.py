@@ -209,7 +209,7 @@ def _find(root: Path, folder: str | Path | None, download: bool) -> Path:
         f"no faces: looked for {', '.join(map(str, places))}; {reason}\nThree ways to provide them:\n"
         f"  1. put images as {places[0]}/<person>/<image>.jpg, and a table for `attributes` beside;\n"
         f"  2. ask the authors of LFWA for it and put {LFWA}, {LFWA_SPLIT} and lfw/ into {root};\n"
-        f"  3. load with download=True, folder=None and a network: LFW's images, without attributes."
+        f"  3. load with dataset.download=true, dataset.folder=null and a network: LFW's images, without attributes."
     )
 
 
@@ -288,7 +288,7 @@ def _read_mat(path: Path, *keys: str) -> list[NDArray[Any]]:
             hdf5 = b"\x89HDF\r\n\x1a\n" in file.read(1024)  # MATLAB 7.3's own header comes before it
         content = _read_hdf5(path, keys) if hdf5 else scipy.io.loadmat(path, squeeze_me=True)
     except ImportError as error:
-        raise DatasetError(f"{path}: is of MATLAB 7.3 (HDF5), which needs h5py: pip install -e '.[faces]'") from error
+        raise DatasetError(f"{path}: is of MATLAB 7.3 (HDF5), which needs h5py: pip install h5py") from error
     except Exception as error:  # damaged files raise anything
         raise DatasetError(f"{path}: could not be read as a MATLAB file ({error})") from error
     if missing := [key for key in keys if key not in content]:

@@ -25,7 +25,7 @@ from pandas.api.types import is_numeric_dtype
 from plotly.offline import get_plotlyjs
 
 from experiments.records import RunRecord
-from experiments.reports.accuracy import lengths_differ, score_label, score_range
+from experiments.reports.accuracy import lengths_differ, score_label, score_range, shared
 from experiments.reports.base import Comparison, ExperimentReport, declared_reports, report_on
 from experiments.reports.curves import Curve, curves
 from experiments.reports.drawing import colours_of
@@ -41,7 +41,7 @@ from experiments.reports.results_page import (
 )
 from experiments.reports.scores import is_of_a_search
 from experiments.reports.searches import ranking, read_ranking
-from experiments.reports.text import cells
+from experiments.reports.text import cells, with_shared_in_title
 from experiments.store import Run, Store, age
 
 DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")  # of the settings; the paper's numbers are dotted
@@ -133,10 +133,12 @@ def html_page(contents: Contents) -> str:
 
 
 def html_table(caption: str, table: pd.DataFrame, runs: dict[str, Run], experiment: str = "") -> dict[str, Any]:
-    """Return a table for the template. A row whose index is the name of a run links to that run.
+    """Return a table for the template. A row whose index is the name of a run links to that run; overrides that all
+    rows share are in the caption.
 
     experiment: the experiment of rows that belong to no run and do not name one.
     """
+    caption, table = with_shared_in_title(caption, table)
     names, rows = {method.label: method.name for method in methods().values()}, []
     for index, content, texts in zip(table.index, table.to_dict("records"), cells(table), strict=True):
         label, run = content.get("method", ""), runs.get(index)
@@ -291,8 +293,9 @@ def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
         for group in groups
         for curve, colour in zip(group, colours_of([curve.record.method for curve in group]), strict=True)
     }
+    common = shared([curve.record.overrides for curve in curves])
     plotted = [
-        curve_data(curve, colour_of[id(curve)], DASHES[settings.index(curve.record.setting) % len(DASHES)])
+        curve_data(curve, colour_of[id(curve)], DASHES[settings.index(curve.record.setting) % len(DASHES)], common)
         for curve in curves
     ]
     score = curves[0].metric.column
@@ -302,6 +305,7 @@ def interactive_plot(curves: Sequence[Curve]) -> dict[str, Any]:
     limits = score_range([curve for curve in curves if curve.metric.column == score])
     return {
         "curves": plotted,
+        "shared": common,
         "quantities": {n: score_label(curves) if n == score else in_words(n) for n in quantities},
         "score": score,
         "log": lengths_differ(curves),
@@ -326,11 +330,12 @@ def in_words(name: str) -> str:
     return name.replace("_", " ") + (" (%)" if name.endswith(("accuracy", "exact_match", "r2")) else "")
 
 
-def curve_data(curve: Curve, colour: str, dash: str) -> dict[str, Any]:
-    """Return a curve's means and standard deviations over the seeds, by iteration."""
+def curve_data(curve: Curve, colour: str, dash: str, common: Sequence[str]) -> dict[str, Any]:
+    """Return a curve's means and standard deviations over the seeds, by iteration; its name leaves out the overrides
+    that are common to all curves."""
     by_name = {name: curve.by_iteration(name) for name in curve.history.select_dtypes("number").columns}
     record = curve.record
-    parts = [curve.label, record.setting, *record.overrides]
+    parts = [curve.label, record.setting, *(override for override in record.overrides if override not in common)]
     return {
         "run": curve.run,
         "experiment": record.experiment,

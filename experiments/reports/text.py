@@ -45,11 +45,7 @@ def in_figure(text: str) -> str:
 def print_table(table: pd.DataFrame, title: str) -> None:
     """Print a table to the terminal, without empty columns; a machine and overrides that all rows share are in the
     title."""
-    shown = table.dropna(axis="columns", how="all")
-    if common := shared_overrides(shown):
-        title = ", ".join([title, *common])
-        own = [[part for part in setting.split(", ") if part not in common] for setting in shown["setting"]]
-        shown = shown.assign(setting=list(map(", ".join, own)))
+    title, shown = with_shared_in_title(title, table.dropna(axis="columns", how="all"))
     if "machine" in shown and shown["machine"].nunique() == 1:
         title, shown = f"{title} ({shown['machine'].iloc[0]})", shown.drop(columns="machine")
     printed = Table(title=escape(title))
@@ -60,6 +56,14 @@ def print_table(table: pd.DataFrame, title: str) -> None:
     for row in cells(shown):
         printed.add_row(*map(escape, row))
     Console(width=None if Console().is_terminal else 140).print(printed)
+
+
+def with_shared_in_title(title: str, table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """Return a table's title, with the overrides that all rows share, and the table without them."""
+    if not (common := shared_overrides(table)):
+        return title, table
+    own = [[part for part in setting.split(", ") if part not in common] for setting in table["setting"]]
+    return ", ".join([title, *common]), table.assign(setting=list(map(", ".join, own)))
 
 
 def shared_overrides(table: pd.DataFrame) -> list[str]:
