@@ -36,6 +36,12 @@ def test_the_image_is_made_and_used_by_the_makefile_with_a_python_that_is_suppor
     assert not {"admm", "experiments", "hydra_plugins", "run.py", "pyproject.toml", "constraints.txt"} & set(ignored)
 
 
+def test_what_git_ignores_is_not_copied_into_the_image() -> None:
+    patterns = (ROOT / ".gitignore").read_text().splitlines()
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {pattern.strip("/") for pattern in patterns} <= {line.removeprefix("**/") for line in left_out}
+
+
 def test_what_runs_before_a_commit_and_in_ci_are_targets_of_the_makefile() -> None:
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     commands = [hook["entry"] for hook in repository["hooks"]]
