@@ -46,7 +46,8 @@ class RunProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # Rich before 14.3 prints an empty line for a disabled bar
+            self._bar.stop()
 
     def update(self, iteration: int, measured: str, seconds: float) -> None:
         """Show an iteration. measured: in words, such as `test accuracy 97.61 %`. seconds: of training so far."""

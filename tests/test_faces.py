@@ -453,7 +453,7 @@ def test_lfwa_with_other_images_or_another_table(tmp_path):
             {"label": np.full((5, 40), 3.0)},
             "lfw_att_40.mat: AttrName and label: attributes are numbers from 3.0 to 3.0, ",
         ),
-        ({"name": np.ones((5, 1))}, "lfw_att_40.mat: name holds np.float64(1.0), expected a cell of strings"),
+        ({"name": np.ones((5, 1))}, f"lfw_att_40.mat: name holds {np.float64(1.0)!r}, expected a cell of strings"),
         ({"name": [*LISTED[:4], LISTED[0]]}, f"lfw_att_40.mat: name lists {LISTED[0]} twice, expected each image once"),
         ({"name": [*LISTED[:4], "Eve\\Eve_0001.png"]}, "lfw: has no Eve/Eve_0001.png; "),
         ({"indices_img_test": None}, "indices_train_test.mat: has no indices_img_test, only "),

@@ -260,3 +260,8 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     assert 'src="results/figures/mnist_shallow.png"' in home and 'href="quickstart.html"' in home
     assert (tmp_path / "results/figures/mnist_shallow.png").exists()
     assert "admm.Problem" in (tmp_path / "api.html").read_text()
+
+
+def test_no_script_has_the_name_of_a_standard_module() -> None:
+    """Griffe puts an extension into `sys.modules` by the bare name of its file."""
+    assert not {path.stem for path in (ROOT / "scripts").rglob("*.py")} & sys.stdlib_module_names
