@@ -63,7 +63,8 @@ def colours_of(methods: Sequence[str]) -> list[str]:
 
 def lighter(colour: str, number: int) -> list[str]:
     """Return a number of shades of a colour, from the colour itself to a light one."""
-    return [to_hex(1 - (1 - np.array(to_rgb(colour))) * share) for share in np.linspace(1.0, 0.5, number)]
+    red, green, blue = (1 - part for part in to_rgb(colour))
+    return [to_hex((1 - red * share, 1 - green * share, 1 - blue * share)) for share in np.linspace(1.0, 0.5, number)]
 
 
 def sequence(number: int) -> list[str]:
