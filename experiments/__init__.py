@@ -19,7 +19,8 @@ def install(extra: str) -> str:
 
 def is_installed() -> bool:
     """Return whether the project is installed, and not only imported from a clone, which may have an egg-info."""
-    return any(found.read_text("INSTALLER") for found in distributions(name="block-admm"))
+    files = (path.name for found in distributions(name="block-admm") for path in found.files or ())
+    return "INSTALLER" in files
 
 
 try:

@@ -16,7 +16,7 @@ from stores import run_json
 from experiments.reports.base import report_of, report_on
 from experiments.reports.drawing import colours_of
 from experiments.reports.methods import methods
-from experiments.reports.searches import plot_ranking
+from experiments.reports.searches import best_of_each, plot_ranking
 from experiments.reports.writing import FONT_TAG, with_fixed_tags, write_report
 from experiments.store import Run, Slot, Store
 
@@ -110,6 +110,18 @@ def test_the_figure_of_a_search_shows_all_that_it_says(tmp_path: Path, monkeypat
     (tmp_path / "mnist_deep10_sgd.csv").write_text("\n".join(lines))
     plot_ranking(tmp_path / "mnist_deep10_sgd.csv")
     check(drawn[0])
+
+
+def test_the_figure_of_a_search_for_iterations_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: (drawn.append(self), path.touch()))
+    columns = "setting,evaluate_every,held-out,seeds,iterations,samples held out"
+    table = f"{columns}\nfaithful,20,83,5,200,9\nfaithful,20,82,5,100,9\n"
+    (tmp_path / "mnist_shallow_dladmm.csv").write_text(table)
+    plot_ranking(tmp_path / "mnist_shallow_dladmm.csv")
+    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["iterations"]
+    (best,) = best_of_each(tmp_path, "mnist_shallow").to_dict("records")
+    assert best["with"] == "iterations=200"
 
 
 @pytest.mark.long

@@ -105,8 +105,8 @@ def best_of_each(folder: Path, experiment: str) -> pd.DataFrame:
 
 def _best(ranked: pd.DataFrame) -> dict[str, Any]:
     """The first row of a ranking. A value that all of its configurations share is left out."""
-    keys = [key for key in ranked.columns[1 : ranked.columns.get_loc("held-out")] if ranked[key].nunique() > 1]
-    values = [f"{key.removeprefix('optimizer.')}={ranked[key].iloc[0]}" for key in keys]
+    keys = [*ranked.columns[1 : ranked.columns.get_loc("held-out")], "iterations"]
+    values = [f"{key.removeprefix('optimizer.')}={ranked[key].iloc[0]}" for key in keys if ranked[key].nunique() > 1]
     score = float(ranked["held-out"].iloc[0])
     return {"configurations": len(ranked), "best held-out accuracy": score, "with": ", ".join(values)}
 
@@ -132,8 +132,8 @@ def write_ranking(name: str, ranked: pd.DataFrame, folder: Path) -> None:
 def plot_ranking(path: Path) -> None:
     """Plot a search that has been written to <folder>/searches/<name>.csv, next to it as .png. Raises WriteError."""
     ranked = read_ranking(path)
-    keys = list(ranked.columns[1 : ranked.columns.get_loc("held-out")])
-    searched = [key for key in keys if ranked[key].nunique(dropna=False) > 1] or keys
+    keys = [*ranked.columns[1 : ranked.columns.get_loc("held-out")], "iterations"]
+    searched = [key for key in keys if ranked[key].nunique(dropna=False) > 1] or keys[:-1]
     settings = ranked["setting"].unique()
     colour_of = dict(zip(settings, sequence(len(settings)), strict=True))
     figure = Figure(figsize=(max(4.5, 3.4 * len(searched)), 3.0), layout="constrained")
