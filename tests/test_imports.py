@@ -83,8 +83,9 @@ def test_a_command_without_its_packages_says_how_the_project_installs_them(
     """None: the project's egg-info in a clone, which pip does not know."""
     code = f"""
 import importlib.metadata, os, sys
+from pathlib import Path
 from types import SimpleNamespace
-importlib.metadata.distributions = lambda name: [SimpleNamespace(read_text=lambda file: {installer!r})]
+importlib.metadata.distributions = lambda name: [SimpleNamespace(files=[Path("INSTALLER")] if {installer!r} else [])]
 sys.modules["omegaconf"] = None
 sys.path.insert(0, {str(ROOT)!r})
 os.chdir({str(folder)!r})
