@@ -19,7 +19,7 @@ from experiments.reports.base import TEST_ACCURACY, ExperimentReport, report_of,
 from experiments.reports.curves import place
 from experiments.reports.methods import method_of
 from experiments.reports.paper import paper
-from experiments.reports.searches import read_ranking
+from experiments.reports.searches import hyperparameters_of, read_ranking
 from experiments.reports.text import markdown
 from experiments.rows import CONF, Row, TableRows
 from experiments.store import Run, Store
@@ -229,7 +229,7 @@ def estimate(runs: RunsByExperiment, bench: pd.Series[float]) -> Iterator[str]:
 def best_of_search(path: Path) -> list[dict[str, Any]]:
     """Return, for each setting, how many configurations a search has tried, and the best one, the first in its file."""
     ranking = read_ranking(path, dtype=str)
-    searched = ranking.columns[1 : ranking.columns.get_loc("held-out")]
+    searched = hyperparameters_of(ranking)
 
     def best(setting: str, tried: pd.DataFrame) -> dict[str, Any]:
         first = tried.iloc[0]

@@ -95,6 +95,11 @@ def read_ranking(path: Path, dtype: type | None = None) -> pd.DataFrame:
     return pd.read_csv(path, dtype=dtype, keep_default_na=False, na_values=[""]).rename(columns=todays_key)
 
 
+def hyperparameters_of(ranked: pd.DataFrame) -> list[str]:
+    """Return the columns of a ranking between its setting and its results."""
+    return list(ranked.columns[1 : ranked.columns.get_loc(RESULTS[0])])
+
+
 def best_of_each(folder: Path, experiment: str) -> pd.DataFrame:
     """Return a table of the best configuration of each method, the best first, of the files <experiment>_<method>.csv
     in a folder."""
@@ -105,7 +110,7 @@ def best_of_each(folder: Path, experiment: str) -> pd.DataFrame:
 
 def _best(ranked: pd.DataFrame) -> dict[str, Any]:
     """The first row of a ranking. A value that all of its configurations share is left out."""
-    keys = [*ranked.columns[1 : ranked.columns.get_loc("held-out")], "iterations"]
+    keys = (*hyperparameters_of(ranked), "iterations")
     values = [f"{key.removeprefix('optimizer.')}={ranked[key].iloc[0]}" for key in keys if ranked[key].nunique() > 1]
     score = float(ranked["held-out"].iloc[0])
     return {"configurations": len(ranked), "best held-out accuracy": score, "with": ", ".join(values)}
@@ -132,8 +137,8 @@ def write_ranking(name: str, ranked: pd.DataFrame, folder: Path) -> None:
 def plot_ranking(path: Path) -> None:
     """Plot a search that has been written to <folder>/searches/<name>.csv, next to it as .png. Raises WriteError."""
     ranked = read_ranking(path)
-    keys = [*ranked.columns[1 : ranked.columns.get_loc("held-out")], "iterations"]
-    searched = [key for key in keys if ranked[key].nunique(dropna=False) > 1] or keys[:-1]
+    keys = hyperparameters_of(ranked)
+    searched = [key for key in (*keys, "iterations") if ranked[key].nunique(dropna=False) > 1] or keys
     settings = ranked["setting"].unique()
     colour_of = dict(zip(settings, sequence(len(settings)), strict=True))
     figure = Figure(figsize=(max(4.5, 3.4 * len(searched)), 3.0), layout="constrained")
