@@ -28,7 +28,7 @@ from admm.data import load
 from admm.files import atomic_write
 from admm.losses import CrossEntropy
 from admm.models import as_constructed, initialiser, resnet18
-from admm.optimizers import Adam, Backprop, OnlineBlockADMM, Optimizer, Problem
+from admm.optimizers import Adam, Backprop, OnlineBlockADMM, Optimizer, Problem, ZUpdate
 from admm.training import evaluate
 from experiments.paths import in_full
 from experiments.provenance import machine
@@ -107,7 +107,8 @@ def trained(run: Run) -> float:
     problem, samples = (cifar10 if run.task == "cifar10" else gpt)(run.measured_on)
     step = {"start": run.step, "end": 0.0}  # along half a cosine
     by_block: dict[str, Any] = {name: {"blocks": list(getattr(TASKS[run.task], name))} for name in ("beta", "z_step")}
-    optimizer: Optimizer[Any] = OnlineBlockADMM(run.epochs, step, batch_size=BATCH, **by_block)
+    gradient = ZUpdate("gradient")
+    optimizer: Optimizer[Any] = OnlineBlockADMM(run.epochs, step, batch_size=BATCH, z_update=gradient, **by_block)
     if run.method == "adam":
         optimizer = Backprop(run.epochs, Adam(), step, BATCH)
     state = optimizer.init(problem, [run.seed])

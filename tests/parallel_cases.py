@@ -137,7 +137,8 @@ SEPARABLE = Averaged(Adam(weight_decay=0.1), decay=0.5)
 BY_BLOCKS: dict[str, Optimizer[Any]] = {
     "as printed": BlockADMM(**PRINTED, penalty=AdaptivePenalty(bound=0.1), z_update=ZUpdate("adam")),
     "majorised": BlockADMM(**PRINTED, z_update=ZUpdate("majorised", output_update="prox"), theta_update=SGD(0.9)),
-    "mixed": BlockADMM(**BATCH, dual_step=0.3, forward_mixing=0.5, z_update=ZUpdate("adam", steps=2)),
+    "clipped": BlockADMM(**PRINTED, z_step={"blocks": [0.3, 0.2, 0.1]}),
+    "mixed": BlockADMM(**BATCH, z_step=0.01, dual_step=0.3, forward_mixing=0.5, z_update=ZUpdate("adam", steps=2)),
     "defaults": BlockADMM(**BATCH, theta_passes=0.5, z_step=0.1, theta_update=SEPARABLE),
 }
 BY_BLOCKS_ALONE: dict[str, Optimizer[Any]] = {"normalised": BlockADMM(**BATCH | {"slice_size": 16})}

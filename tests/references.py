@@ -27,6 +27,15 @@ def loss_sum(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
     return -loss.scale * (y * z.log_softmax(-1)).sum()
 
 
+def clipped(own: Tensor, gradient: Tensor, residual: Tensor, beta: float, zeta: float) -> Tensor:
+    """The gradient by Z_t, of which `own` is the part by its own coupling term, where the part by the next block's is
+    so short for each sample that a step ζ takes up a tenth of this block's residual at most, to first order."""
+    above = own - gradient
+    share = zeta * above.flatten(1).square().sum(1) / (beta * residual.flatten(1).square().sum(1))
+    factor = (0.1 / share.nan_to_num(0.0)).clamp(max=1.0)  # without a residual nothing is added
+    return own - factor.view(-1, *[1] * (own.ndim - 1)) * above
+
+
 def torch_rule(rule: UpdateRule, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     """PyTorch's optimizer for our rule, to be given its step size."""
     if isinstance(rule, Adam):

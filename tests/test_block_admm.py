@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fully_connected import NoProx
-from references import loss_sum, statistics_kept, torch_rule
+from references import clipped, loss_sum, statistics_kept, torch_rule
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -86,7 +86,16 @@ class Reference(Algorithm1):
                 weight = self.weights[t]
                 hessian = self.beta[t - 1] * torch.eye(weight.shape[1]).double() + self.beta[t] * weight.T @ weight
                 gradient = torch.linalg.solve(hessian, gradient.T).T
+            elif update.name == "clipped" and t < self.T:
+                own = self.beta[t - 1] * self.residual(t, i)
+                gradient = clipped(own, gradient, self.residual(t + 1, i), self.beta[t], zeta)
             super().descend(t, i, gradient, zeta)
+
+    def residual(self, t: int, i: Tensor) -> Tensor:
+        before = self.X[i] if t == 1 else self.Z[t - 2][i]
+        with torch.no_grad():
+            residual: Tensor = self.Z[t - 1][i] - self.block[t - 1](before) + self.U[t - 1][i]
+        return residual
 
     def prox(self, i: Tensor) -> Tensor:
         """Argmin over Z_T of J + T, in closed form or by a fixed-point iteration."""
@@ -212,6 +221,7 @@ VARIANTS = {
         theta_update=Adam(beta1=0.8, beta2=0.9, epsilon=1e-4, weight_decay=0.5),
         theta_step=1e-2,
     ),
+    "clipped": replace(BASE, z_update=ZUpdate("clipped", 2), z_step=0.2, beta={"blocks": [0.5, 2.0, 1.3]}),
     "beta by block": replace(
         BASE, beta={"blocks": [0.5, 2.0, 1.3]}, z_update=ZUpdate("gradient", output_update="prox")
     ),
@@ -777,7 +787,7 @@ def test_a_wrong_option_is_refused_by_name(mlp_problem, options, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"name": "newton"}, "name: 'newton' is not one of gradient, adam"),
+        ({"name": "newton"}, "name: 'newton' is not one of gradient, clipped, adam"),
         ({"output_update": "exact"}, "output_update: 'exact' is not one of prox, step"),
         ({"steps": 0}, "steps: 0 is not a whole number from 1 up"),
         ({"beta1": 1.0}, "beta1: 1.0 is not a number from 0 up and below 1.0"),

@@ -87,6 +87,29 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
     torch.testing.assert_close(slope(lagrangian, shift_theta), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [AugmentedLagrangian, ScalarDuals, GluingTerms])
+def test_a_clipped_step_takes_up_a_tenth_of_the_next_residual_at_most(
+    kind: type[AugmentedLagrangian], mlp_problem: Callable[..., Problem]
+) -> None:
+    """To first order, for each sample; a shorter step stays as it is."""
+    lagrangian, step, clipped = lagrangian_of(kind, mlp_problem(CrossEntropy(0.7))), torch.tensor([0.1, 1.0]), []
+    for t in (1,) if kind is GluingTerms else (1, 2):
+        z, own = lagrangian.z[t - 1], lagrangian.coupling_gradient(t)
+        residual = lagrangian.residual(t + 1) + (lagrangian.u[t] if kind is AugmentedLagrangian else 0.0)
+        full, direction = (lagrangian.z_gradient(t, clip_for) - own for clip_for in (None, step))
+
+        def moved(gradient: Tensor, by: float, t: int = t, z: Tensor = z) -> Tensor:
+            lagrangian.set_z(t, z - by * step.double()[:, None, None] * gradient)
+            return lagrangian.output(t + 1)
+
+        change = (moved(full, 1e-5) - moved(full, -1e-5)) / 2e-5
+        share = (change * residual).sum(2) / residual.square().sum(2)
+        expected = full * torch.clamp(0.1 / share, max=1.0)[:, :, None]
+        torch.testing.assert_close(direction, expected, rtol=1e-6, atol=1e-9)
+        clipped.append(share > 0.1)
+    assert 0.05 < torch.stack(clipped).double().mean() < 0.95
+
+
 # With three blocks, the steps of Z evaluate each, and take a VJP through two; Θ needs two of them again, whose inputs
 # have moved, and three VJPs; U needs all again, unless its step is 0. Where Z starts from a forward pass, this has
 # evaluated them. Slices share nothing.

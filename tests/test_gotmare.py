@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import loss_sum, statistics_kept, torch_rule
+from references import clipped, loss_sum, statistics_kept, torch_rule
 from torch import Tensor, nn
 
 from admm.losses import CrossEntropy, SquaredError
@@ -15,10 +15,19 @@ from admm.optimizers import SGD, Adam, Problem
 from admm.optimizers.gotmare import Gotmare
 
 SEEDS = (3, 1, 7)
-BASE = Gotmare(4, {"start": 0.05, "end": 0.0}, {"start": 0.4, "end": 0.1}, rho=0.8, batch_size=7, theta_update=SGD())
+BASE = Gotmare(
+    4,
+    {"start": 0.05, "end": 0.0},
+    {"start": 0.4, "end": 0.1},
+    rho=0.8,
+    batch_size=7,
+    z_update=SGD(),
+    theta_update=SGD(),
+)
 VARIANTS = {
     "gradient": BASE,
     "three rounds": replace(BASE, z_rounds=3),
+    "clipped": replace(BASE, z_update="clipped", z_rounds=2),
     "adam": replace(BASE, theta_update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}, z_rounds=2),
     "adam on z": replace(BASE, z_update=Adam(0.8, 0.99, 1e-3), z_rounds=3, theta_update=SGD(momentum=0.8)),
     "a step for each z": replace(BASE, z_step={"blocks": [0.3, 0.6]}, z_rounds=2),
@@ -56,12 +65,17 @@ class Reference:
         options = self.options
         for v in z[1:]:
             v.requires_grad_()
-        rules = [torch_rule(options.z_update, [v]) for v in z[1:]]
+        is_clipped = options.z_update == "clipped"
+        rules = [torch_rule(SGD() if is_clipped else options.z_update, [v]) for v in z[1:]]
         for _ in range(options.z_rounds):
             for t in range(len(self.blocks) - 1, 0, -1):
                 steps = options.z_step["blocks"][t - 1] if "blocks" in options.z_step else options.z_step
+                zeta = at(steps, progress)
                 (z[t].grad,) = torch.autograd.grad(self.own_term(t, z, y) + self.own_term(t + 1, z, y), z[t])
-                rules[t - 1].param_groups[0]["lr"] = at(steps, progress)
+                if is_clipped and t + 1 < len(self.blocks):
+                    own, after = (z[block].detach() - self.blocks[block - 1](z[block - 1]) for block in (t, t + 1))
+                    z[t].grad = clipped(options.rho * own.detach(), z[t].grad, after.detach(), options.rho, zeta)
+                rules[t - 1].param_groups[0]["lr"] = zeta
                 rules[t - 1].step()
 
     def step(self) -> None:

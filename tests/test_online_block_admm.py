@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from references import loss_sum, statistics_kept, torch_rule
+from references import clipped, loss_sum, statistics_kept, torch_rule
 from torch import Tensor, nn
 
 from admm.layers import Execution
@@ -66,7 +66,15 @@ class Reference(Algorithm2):
             if options.name == "majorised" and t < self.T:
                 hessian = torch.eye(z[t].shape[1]).double() + self.weights[t][0].T @ self.weights[t][0]
                 gradient = torch.linalg.solve(hessian, gradient.T).T / beta
+            elif options.name == "clipped" and t < self.T:
+                own, after = (self.residual(block, z) for block in (t, t + 1))
+                gradient = clipped(beta * own, gradient, after, beta, zeta)
             super().descend(t, z, gradient, zeta)
+
+    def residual(self, t: int, z: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            residual: Tensor = z[t] - self.block[t - 1](z[t - 1])
+        return residual
 
     def update_u(self, z: Sequence[Tensor]) -> None:
         if self.options.dual == "decay":
@@ -100,6 +108,7 @@ BASE = OnlineBlockADMM(
 )
 VARIANTS = {
     "no dual": BASE,
+    "no dual, clipped": replace(BASE, z_update=ZUpdate("clipped", 2)),
     "no dual, prox": replace(BASE, z_update=ZUpdate("gradient", 2, output_update="prox")),
     "no dual, adam": replace(
         BASE, z_update=ADAM, theta_update=Adam(weight_decay=0.3), theta_step={"start": 0.01, "end": 0.0}
@@ -217,7 +226,7 @@ def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):
         ({"dual": "paper", "z_update": ZUpdate("gradient", output_update="prox")}, "output_update='step'"),
         (
             {"dual": "reset", "z_update": ZUpdate("lipschitz", 1, "step")},
-            "name 'adam' or 'gradient'",
+            "name 'adam', 'gradient' or 'clipped'",
         ),
         (
             {"dual": "decay", "z_update": ZUpdate("majorised", 1, "step")},

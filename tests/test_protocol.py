@@ -148,7 +148,7 @@ CASES = {
     },
     "online, images": Case(
         OnlineBlockADMM(
-            8, z_step=0.1, z_update=ZUpdate("gradient", 2, "step"), dual="decay", **{**ADAM, "batch_size": 4}
+            8, z_step=0.1, z_update=ZUpdate("clipped", 2, "step"), dual="decay", **{**ADAM, "batch_size": 4}
         ),
         {**STEPS, "z_step": (0.1, 0.05, 0.2), "beta": (1.0, 0.5, 2.0)},
         "conv_problem",
@@ -660,7 +660,7 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
     [
         (Backprop(1, "adam", 0.1), r"theta_update: 'adam' is no UpdateRule, such as admm.optimizers.Adam\(\)"),
         (BlockADMM(1, 0.1, theta_update=Adam), "theta_update: Adam is a class; give an object of it, such as admm"),
-        (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no UpdateRule, such as admm.optimizers.SGD"),
+        (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no UpdateRule, such as admm.*, nor \"clipped\""),
         (OnlineBlockADMM(1, 0.1, z_update="gradient"), "z_update: 'gradient' is no ZUpdate, such as .*ZUpdate"),
         (BlockADMM(1, 0.1, z_update=SGD()), "z_update: SGD.* is no ZUpdate, such as .*ZUpdate"),
     ],

@@ -184,15 +184,15 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 
     iterations: int
     theta_step: Value
-    z_step: BlockValue = 0.01
-    beta: BlockValue = 5.0
+    z_step: BlockValue = 0.1
+    beta: BlockValue = 0.5
     sweep: Literal["batch", "minibatch"] = "minibatch"
     batch_size: int = 64
     epoch_parts: int | None = None
     primal_rounds: int = 1
     primal_growth: float | None = None
     theta_passes: float = 1.0
-    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("gradient"))
+    z_update: ZUpdate = field(default_factory=lambda: ZUpdate("clipped"))
     theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
     dual_step: Value = 0.0
     dual_init: float = 0.0

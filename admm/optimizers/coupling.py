@@ -32,6 +32,7 @@ from admm.user_warnings import warn
 from admm.visits import Visit
 
 StepSize = float | Tensor  # one for all replicas, or one per replica [S]
+LARGEST_SHARE = 0.1  # of block t + 1's residual that a clipped step of Z_t takes up
 
 
 class Hyperparameters(NamedTuple):
@@ -105,6 +106,11 @@ def label_leak(
     means = {name: value.flatten(1).sum(1) / positions[name] for name, value in values.items()}
     problem.parallel.add_up(*means.values(), over="samples")
     return means
+
+
+def _squared_norms(values: Tensor) -> Tensor:
+    """Return ‖·‖² [S, n] of each sample of values [S, n, …]."""
+    return values.square().unsqueeze(2).flatten(2).sum(2)
 
 
 def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
@@ -311,23 +317,45 @@ class AugmentedLagrangian(BlockOutputs):
         """
         return self._with_dual(t, for_vjp).mul_(self.weights[t - 1])
 
-    def z_gradient(self, t: int) -> Tensor:
-        """Return the gradient by Z_t in a new tensor, and forget block t + 1's output, as Z_t is to move."""
+    def z_gradient(self, t: int, clip_for: StepSize | None = None) -> Tensor:
+        """Return the gradient by Z_t in a new tensor, and forget block t + 1's output, as Z_t is to move.
+
+        `clip_for` is as in `to_below`.
+        """
         if t == len(self.blocks):
             return self.coupling_gradient(t).add_(self.loss.gradient(self.z[-1], self.visit.y))
-        from_above = self.to_below(t + 1) if t + 1 in self.held else self.from_above
+        from_above = self.to_below(t + 1, clip_for) if t + 1 in self.held else self.from_above
         assert from_above is not None
         return self.coupling_gradient(t).sub_(from_above)
 
-    def to_below(self, t: int) -> Tensor:
+    def to_below(self, t: int, clip_for: StepSize | None = None) -> Tensor:
         """Return the product of block t's transposed Jacobian with its coupling gradient, and forget its output.
 
-        It is minus the gradient by Z_{t−1} of coupling term t; Z_{t−1} is to move.
+        It is minus the gradient by Z_{t−1} of coupling term t; Z_{t−1} is to move. With the step size ζ of Z_{t−1} in
+        `clip_for`, it is clipped for each sample so that the step takes up at most `LARGEST_SHARE` of the residual.
         """
-        product = self.vjp(t, self.coupling_gradient(t), retain_graph=False)
+        gradient = self.coupling_gradient(t)
+        product = self.vjp(t, gradient, retain_graph=False)
         assert product is not None
+        if clip_for is not None:
+            factor = self._clipping_factor(t, gradient, product, clip_for)
+            product = product * factor.view(*factor.shape, *[1] * (product.ndim - 2))
         self.forget(t)
         return product
+
+    def _clipping_factor(self, t: int, gradient: Tensor, product: Tensor, step: StepSize) -> Tensor:
+        """Return the factor [S, n] of the step ζ Aᵀg of Z_{t−1}, for block t's Jacobian A and coupling gradient g.
+
+        To first order the step turns the residual r into r − ζ A Aᵀg, which is shorter by the share ζ ‖Aᵀg‖² / ⟨g, r⟩.
+        """
+        square = _squared_norms(product)
+        taken = square * broadcast(step, square)
+        allowed = LARGEST_SHARE * self._residual_product(t, _squared_norms(gradient))
+        return torch.where(taken > allowed, allowed / taken, 1.0)
+
+    def _residual_product(self, t: int, square: Tensor) -> Tensor:
+        """Return ⟨g, r⟩ [S, n] of coupling term t, ‖g‖²/β_t, for ‖g‖² in `square`. Here r has the dual in it."""
+        return square / broadcast(self.beta[t - 1], square)
 
     def last_minimiser(self) -> Tensor:
         """Return the minimiser over Z_T, by the loss's proximal operator."""
@@ -444,6 +472,9 @@ class ZUpdate(Options):
     Args:
         name: the step subtracted from Z_t for a step size ζ_t, with W = W_{t+1}.
             "gradient": ζ_t ∇ (Algorithm 1).
+            "clipped": the same, where what block t + 1 adds to ∇ is clipped for each sample, so that to first order the
+            step takes up at most a tenth of this block's residual. A longer one turns the residual's sign where the
+            block is steep, and the block then moves away from what the loss asks for. This is not in the paper.
             "adam": ζ_t times Adam's direction, with moments for every entry of Z_t (paper, §4.1).
             "lipschitz": ζ_t ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W) by one power iteration per evaluation, so that
             the first few are inexact.
@@ -463,7 +494,7 @@ class ZUpdate(Options):
         Kingma & Ba (2014), "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980
     """
 
-    name: Literal["gradient", "adam", "lipschitz", "majorised"]
+    name: Literal["gradient", "clipped", "adam", "lipschitz", "majorised"]
     steps: int = 1
     output_update: Literal["prox", "step"] = "step"
     beta1: float = 0.9
@@ -472,7 +503,7 @@ class ZUpdate(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("name", self.name, ("gradient", "adam", "lipschitz", "majorised"))
+        one_of("name", self.name, ("gradient", "clipped", "adam", "lipschitz", "majorised"))
         one_of("output_update", self.output_update, ("prox", "step"))
         at_least_one("steps", self.steps)
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf)):
@@ -496,7 +527,7 @@ class ZUpdate(Options):
                         f"name: {self.name!r} needs blocks of one linear layer, with or without a ReLU; block {t} is "
                         f"{list(problem.blocks.names[t - 1])}; take 'gradient' or 'adam', or cut with per_layer=True"
                     )
-        if self.name == "gradient":
+        if self.name in ("gradient", "clipped"):
             warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype)
 
     def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
@@ -518,7 +549,7 @@ class ZUpdate(Options):
         """Return what a `ZState` with moments, or without, keeps, as text; see `Optimizer.keeps`."""
         if self.name == "adam" and moments:
             return f"ZUpdate('adam', output_update={self.output_update!r})"  # "prox" leaves those of Z_T at 0
-        if self.name in ("gradient", "adam"):
+        if self.name in ("gradient", "clipped", "adam"):
             return "a ZUpdate that keeps nothing"
         return f"ZUpdate({self.name!r})"
 
@@ -536,7 +567,7 @@ class ZUpdate(Options):
 
         `beta` are penalties [T, S].
         """
-        if self.name in ("gradient", "adam"):
+        if self.name not in ("lipschitz", "majorised"):
             return
         of_block = beta.unsqueeze(2).unsqueeze(3).unbind()
         for t in range(1, len(blocks)):
@@ -569,8 +600,12 @@ class ZUpdate(Options):
         """Return Z_t after its step ζ_t."""
         if t == len(lagrangian.blocks) and self.output_update == "prox":
             return lagrangian.last_minimiser()
-        direction = self._direction(lagrangian.z_gradient(t), state, t)
+        direction = self._direction(lagrangian.z_gradient(t, self.clip_for(step)), state, t)
         return lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction))  # Algorithm 1, lines 5 and 7
+
+    def clip_for(self, step: StepSize) -> StepSize | None:
+        """Return the step size for which `AugmentedLagrangian.z_gradient` clips the gradient, if it does."""
+        return step if self.name == "clipped" else None
 
     def _direction(self, gradient: Tensor, state: ZState, t: int) -> Tensor:
         """Return the step to subtract from Z_t for ζ = 1; it may overwrite the gradient."""

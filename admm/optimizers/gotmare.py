@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,14 @@ from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type
 from admm.numbers import Options
 from admm.optimizers.checks import check_minibatch_options
-from admm.optimizers.coupling import AugmentedLagrangian, Hyperparameters, Schedules, label_leak, warn_of_lost_signal
+from admm.optimizers.coupling import (
+    AugmentedLagrangian,
+    Hyperparameters,
+    Schedules,
+    StepSize,
+    label_leak,
+    warn_of_lost_signal,
+)
 from admm.optimizers.fully_connected import Start, check_initial_names, set_initial_values
 from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, Moments, UpdateRule
@@ -57,6 +65,10 @@ class GluingTerms(AugmentedLagrangian):
             return self.loss.gradient(self.output(t, for_vjp), self.visit.y).neg()
         return super().coupling_gradient(t, for_vjp)
 
+    def to_below(self, t: int, clip_for: StepSize | None = None) -> Tensor:
+        """Return what `AugmentedLagrangian.to_below` does; J's own gradient is not clipped."""
+        return super().to_below(t, None if t == len(self.blocks) else clip_for)
+
 
 @dataclass(frozen=True)
 class Gotmare(Options, Optimizer[GotmareState]):
@@ -71,7 +83,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     After a cut weights and running statistics are those for gluing variables that have moved, while evaluation feeds
     these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
-    are chosen as those of `OnlineBlockADMM`, with ρ for β.
+    are chosen as those of `OnlineBlockADMM`, with ρ for β. Their z_update="clipped" departs from what is published.
 
     Args:
         iterations: iterations until the schedules end, at least 1.
@@ -81,7 +93,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_rounds: rounds from z_{T−1} to z_1 per mini-batch, at least 1.
-        z_update: the optimizer of z, which starts again with each mini-batch.
+        z_update: the optimizer of z, which starts again with each mini-batch. "clipped" stands for gradient steps that
+            take up at most a tenth of the next block's residual, see `ZUpdate`; `SGD()` for those as published.
         theta_update: the optimizer of Θ.
 
     Raises:
@@ -101,7 +114,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
     batch_size: int = 64
     epoch_parts: int | None = None
     z_rounds: int = 1
-    z_update: UpdateRule = field(default_factory=SGD)
+    z_update: UpdateRule | Literal["clipped"] = "clipped"
     theta_update: UpdateRule = field(default_factory=Adam)
 
     @property
@@ -163,12 +176,13 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     def _update_z(self, terms: GluingTerms, h: Hyperparameters) -> None:
         """Do the rounds from z_{T−1} to z_1, each step with the newest neighbours."""
-        rule, zeros = self.z_update, terms.z[0].new_zeros(self.z_rounds, len(terms.z[0]), dtype=torch.float64)
+        rule = self.z_update if isinstance(self.z_update, UpdateRule) else SGD()
+        zeros = terms.z[0].new_zeros(self.z_rounds, len(terms.z[0]), dtype=torch.float64)
         moments = [rule.init([z]) for z in terms.z[:-1]]
         coefficients = [rule.coefficients(zeros + zeta, m) for zeta, m in zip(h.z_steps, moments, strict=True)]
         for n in range(self.z_rounds):
             for t in range(len(terms.blocks) - 1, 0, -1):
-                gradient = terms.z_gradient(t)
+                gradient = terms.z_gradient(t, clip_for=h.z_steps[t - 1] if self.z_update == "clipped" else None)
                 z = terms.z[t - 1].clone(memory_format=torch.contiguous_format)
                 rule.apply_coefficients([z], [gradient], moments[t - 1], [c[n] for c in coefficients[t - 1]])
                 terms.set_z(t, z)
@@ -187,7 +201,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
         n_replicas = len(seeds)
         check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         at_least_one("z_rounds", self.z_rounds)
-        has_type("z_update", self.z_update, UpdateRule, "admm.optimizers.SGD()")
+        if self.z_update != "clipped":
+            has_type("z_update", self.z_update, UpdateRule, 'admm.optimizers.SGD(), nor "clipped"')
         z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)
-        if isinstance(self.z_update, SGD):
+        if self.z_update == "clipped" or isinstance(self.z_update, SGD):
             warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.like.dtype)

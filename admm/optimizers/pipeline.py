@@ -87,7 +87,8 @@ class Pipeline:
         lagrangian.from_above = _arrived(product)
         self.z_update.round(lagrangian, part.z_state, self.h.z_steps)
         if self.below is not None:
-            self._send(lagrangian.to_below(self.first), self.below)
+            clip_for = self.z_update.clip_for(self.h.z_steps[self.first - 2])
+            self._send(lagrangian.to_below(self.first, clip_for), self.below)
         self._send(lagrangian.z[self.last - 1], self.above)
         self.put(part)
 
