@@ -26,7 +26,8 @@ from experiments.rows import CONF, TableRows
 
 LIST_FOR_KEYS = re.compile(r"Cannot merge DictConfig with ListConfig\s+full_key: (\S+)")
 STEPS = ("step_size", "theta_step")
-ELSEWHERE = {"lr": STEPS, "learning_rate": STEPS, "epochs": ("iterations",)}  # what other libraries call a key
+# What other libraries, or other optimizers of ours, call a key.
+ELSEWHERE = {**dict.fromkeys(("lr", "learning_rate", "step_sizes", *STEPS), STEPS), "epochs": ("iterations",)}
 EXTRAS = {  # by option of hydra/launcher and hydra/sweeper, the extra that has its plugin
     **dict.fromkeys(("slurm", "submitit_slurm", "submitit_local", "ray"), "cluster"),
     **dict.fromkeys(("joblib", "optuna", "study"), "sweeps"),

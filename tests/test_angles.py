@@ -100,7 +100,7 @@ def test_block_admm_tends_to_back_propagation_for_small_steps_of_z(
     """A gradient step ζ of Z from the forward pass hands the label's signal on as back-propagation does, times ζ."""
     problem = mlp_problem()
     optimizer = BlockADMM(
-        4, 1e-2, theta_update=SGD(), sweep="minibatch", batch_size=24, z_step=step, z_update=ZUpdate("gradient")
+        4, 1e-2, theta_update=SGD(), batch_size=24, z_step=step, beta=5.0, z_update=ZUpdate("gradient")
     )
     _, history = run(problem, optimizer, angle_samples=24)
     values = [value for row in found(history) for value in row.values()]

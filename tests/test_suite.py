@@ -279,6 +279,7 @@ def test_bad_input_names_the_key_and_what_would_be_right(
             r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?",
         ),
         ("optimizer.lr=2", r"no key 'optimizer.lr': optimizer has .*did you mean step_size\?"),
+        ("optimizer.theta_step=2", r"no key 'optimizer.theta_step': optimizer has .*did you mean step_size\?"),
         (
             "optimizer.step_size.strt=1",
             r"'optimizer.step_size.strt': optimizer.step_size is a value here, .*row=…",
