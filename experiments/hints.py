@@ -182,7 +182,8 @@ def _no_key(key: str, node: DictConfig) -> str:
     names = sorted(map(str, node))
     if not names:
         is_of_optimizer = parents.startswith("optimizer.")  # whose rows may have schedules
-        whole = "; give all of it, as {start: 0.1, end: 0.0}, or row=… of one with keys" if is_of_optimizer else ""
+        such_as = "{_target_: …}" if name == "_target_" else "{start: 0.1, end: 0.0}"
+        whole = f"; give all of it, as {such_as}, or row=… of one with keys" if is_of_optimizer else ""
         return f"no key {key!r}: {parents} is a value here, without keys{whole}"
     where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")

@@ -284,6 +284,7 @@ def test_bad_input_names_the_key_and_what_would_be_right(
             "optimizer.step_size.strt=1",
             r"'optimizer.step_size.strt': optimizer.step_size is a value here, .*row=…",
         ),
+        ("optimizer.step_size._target_=a.B", r"optimizer.step_size is a value here, .*, as {_target_: …}, or row=…"),
         ("optimizer.step_size={begin: 1}", r"no key 'optimizer.step_size.begin': optimizer.step_size has end, start\n"),
         ("optimizer.update.a=1", r"no key 'optimizer.update': optimizer has .*; did you mean theta_update\?"),
         ("iterations.x=3", r"no key 'iterations.x': iterations is a value here, without keys\n"),
