@@ -187,4 +187,12 @@ def _no_key(key: str, node: DictConfig) -> str:
         return f"no key {key!r}: {parents} is a value here, without keys{whole}"
     where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
-    return f"no key {key!r}: {where} {', '.join(names)}{near or meant(name, names)}"
+    near = near or meant(name, names) or (_other_optimizers(name) if parents == "optimizer" else "")
+    return f"no key {key!r}: {where} {', '.join(names)}{near}"
+
+
+def _other_optimizers(key: str) -> str:
+    """Which optimizers have a key; "" if none has."""
+    files = sorted((CONF / "optimizer").glob("*.yaml"))
+    having = [path.stem for path in files if key in OmegaConf.load(path).get("optimizer", {})]
+    return f"; it is of optimizer={','.join(having)}" if having else ""

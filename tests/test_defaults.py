@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -21,8 +22,11 @@ from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.training import train
+from experiments.reports.writing import with_tables
+from scripts.defaults import PAGE, Residual, Transformer, table
 
-CONF = Path(__file__).parents[1] / "experiments/conf/optimizer"
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "experiments/conf/optimizer"
 
 
 def assert_defaults(configured: Any) -> None:
@@ -95,37 +99,6 @@ def test_the_defaults_train_convolutions_with_batch_normalisation_as_adam_does(n
     assert history(OPTIMIZERS[name](10, 1e-3), case, evaluate_every=10)[-1]["test_accuracy"] > of_adam - 3.0
 
 
-class Residual(nn.Module):
-    """A residual block and a further convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
-        self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.conv3, self.bn3, self.head = nn.Conv2d(6, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Linear(12, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-        x = torch.relu(self.bn3(self.conv3(nn.functional.max_pool2d(x, 2))))
-        output: Tensor = self.head(x.mean((2, 3)))
-        return output
-
-
-class Transformer(nn.Module):
-    """The rows of an image are its sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Linear(8, 16), nn.Linear(16, 10)
-        self.layer1, self.layer2 = (nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.head(self.layer2(self.layer1(self.embedding(x.squeeze(1)))).mean(1))
-        return output
-
-
 STEEP = {"residual": (Residual, ["stem", "bn1", "bn3"]), "transformer": (Transformer, ["embedding", "layer1"])}
 
 
@@ -148,6 +121,12 @@ def test_the_defaults_train_steep_blocks_as_adam_does(name, steep):
     """Without clipping they end 30 to 60 points below Adam."""
     case, of_adam = steep
     assert mean_accuracy(OPTIMIZERS[name](6, 1e-2), case) > of_adam - 15.0
+
+
+def test_the_page_has_the_committed_accuracies_with_the_defaults():
+    rows, page = pd.read_csv(ROOT / "results/defaults.csv"), (ROOT / PAGE).read_text(encoding="utf-8")
+    assert (rows.groupby(["network", "method"])["seed"].nunique() == 5).all()
+    assert with_tables(page, {"defaults": table(rows)}) == page
 
 
 @pytest.mark.parametrize("name", ["online_block_admm", "gotmare"])
