@@ -194,5 +194,5 @@ def _no_key(key: str, node: DictConfig) -> str:
 def _other_optimizers(key: str) -> str:
     """Which optimizers have a key; "" if none has."""
     files = sorted((CONF / "optimizer").glob("*.yaml"))
-    having = [path.stem for path in files if key in OmegaConf.load(path).get("optimizer", {})]
+    having = [path.stem for path in files if key in OmegaConf.load(path)["optimizer"]]
     return f"; it is of optimizer={','.join(having)}" if having else ""
