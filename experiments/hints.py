@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -193,6 +194,6 @@ def _no_key(key: str, node: DictConfig) -> str:
 
 def _other_optimizers(key: str) -> str:
     """Which optimizers have a key; "" if none has."""
-    files = sorted((CONF / "optimizer").glob("*.yaml"))
-    having = [path.stem for path in files if key in OmegaConf.load(path)["optimizer"]]
+    files: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "optimizer").glob("*.yaml"))}
+    having = [name for name, file in files.items() if key in file["optimizer"]]
     return f"; it is of optimizer={','.join(having)}" if having else ""

@@ -5,7 +5,8 @@ Gotmare et al. with their defaults, and by Adam. (Block-ADMM has the iterates of
 same initial weights, mini-batches and epochs, and one step size of Θ, 3e-3 to 0 along half a cosine, which is chosen
 for none of them.
 
-It writes results/defaults.csv, the accuracies on the last fifth of the digits, and the table of docs/gallery.md.
+It writes the accuracies on the last fifth of the digits to results/defaults.csv, of which `make figures` puts a table
+into docs/gallery.md.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ from admm.optimizers import Adam, Backprop, Gotmare, OnlineBlockADMM, Optimizer,
 from admm.training import train
 from experiments.paths import in_full
 from experiments.provenance import machine
-from experiments.reports.writing import update_tables
 
-PAGE = Path("docs/gallery.md")
 SEEDS, TRAINING_SAMPLES, STEP = range(5), 1437, {"start": 3e-3, "end": 0.0}
 METHODS: dict[str, Callable[[int], Optimizer[Any]]] = {
     "Adam": lambda epochs: Backprop(epochs, Adam(), STEP),
@@ -184,7 +183,6 @@ def main() -> None:
             rows += [known | {"seed": s, "accuracy": a} for s, a in zip(SEEDS, accuracies, strict=True)]
     with atomic_write(path, "the accuracies with the defaults") as part:
         pd.DataFrame(rows).assign(machine=machine(torch.device("cpu"))).to_csv(part, index=False)
-    update_tables(PAGE, {"defaults": table(pd.read_csv(path))})
 
 
 def trained(name: str, method: str, n: int = TRAINING_SAMPLES) -> list[float]:
