@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -187,4 +188,12 @@ def _no_key(key: str, node: DictConfig) -> str:
         return f"no key {key!r}: {parents} is a value here, without keys{whole}"
     where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
-    return f"no key {key!r}: {where} {', '.join(names)}{near or meant(name, names)}"
+    near = near or meant(name, names) or (_other_optimizers(name) if parents == "optimizer" else "")
+    return f"no key {key!r}: {where} {', '.join(names)}{near}"
+
+
+def _other_optimizers(key: str) -> str:
+    """Which optimizers have a key; "" if none has."""
+    files: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "optimizer").glob("*.yaml"))}
+    having = [name for name, file in files.items() if key in file["optimizer"]]
+    return f"; it is of optimizer={','.join(having)}" if having else ""

@@ -17,6 +17,7 @@ from experiments.reports.searches import best_of_each, plot_ranking
 from experiments.reports.text import print_table
 from experiments.reports.writing import update_tables, write_report
 from experiments.store import Store, failed_writes_in_words
+from scripts import defaults
 from scripts.arguments import store_of_the_command
 from scripts.benchmarks.performance_page import PAGES as MEASURED
 
@@ -46,11 +47,12 @@ def redraw(root: Path) -> None:
 
 
 def tables_of_pages(store: Store, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return what pages have of a store by name: the experiments' tables without their machines, the headlines, and the
-    best of Figure 7's equal search."""
+    """Return what pages have of a store by name: the experiments' tables without their machines, the headlines, the
+    best of Figure 7's equal search, and what `scripts.defaults` has found."""
     shown = {name: table.drop(columns="machine", errors="ignore") for name, table in tables.items()}
     equal = best_of_each(store.root / "searches", "cifar10_resnet18_narrow_equal")
-    return shown | {"headlines": headlines(store), "equal_search": equal}
+    with_defaults = defaults.table(pd.read_csv(store.root / "defaults.csv"))
+    return shown | {"headlines": headlines(store), "equal_search": equal, "defaults": with_defaults}
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 A ResNet-18 with 8 to 64 channels learns from the first 5,000 training images of CIFAR-10 (which the variable ADMM_DATA
 finds), and a character-level GPT with a tied head from every second topic of Python's own help, which come with the
-interpreter. Both methods have the same initial weights, mini-batches, epochs and schedule, and the library's defaults
-but for the step size and, in the GPT, Block-ADMM's β and ζ. The step size of each is chosen on held-out training
-samples, with seed 0. Then all training samples are learned with three seeds, and the test samples measured once, after
-the last epoch.
+interpreter. Both methods have the same initial weights, mini-batches, epochs and schedule. Block-ADMM takes gradient
+steps of Z. The step size of each is chosen on held-out training samples, with seed 0. Then all training samples are
+learned with three seeds, and the test samples measured once, after the last epoch.
 
 Each finished run is a row of results/gallery.csv; the runs that are there are not repeated.
 """

@@ -21,6 +21,7 @@ from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.training import train
+from scripts.defaults import Residual, Transformer
 
 CONF = Path(__file__).parents[1] / "experiments/conf/optimizer"
 
@@ -93,37 +94,6 @@ def convolutions() -> tuple[tuple[Problem, Any], float]:
 def test_the_defaults_train_convolutions_with_batch_normalisation_as_adam_does(name, convolutions):
     case, of_adam = convolutions
     assert history(OPTIMIZERS[name](10, 1e-3), case, evaluate_every=10)[-1]["test_accuracy"] > of_adam - 3.0
-
-
-class Residual(nn.Module):
-    """A residual block and a further convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
-        self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.conv3, self.bn3, self.head = nn.Conv2d(6, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Linear(12, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-        x = torch.relu(self.bn3(self.conv3(nn.functional.max_pool2d(x, 2))))
-        output: Tensor = self.head(x.mean((2, 3)))
-        return output
-
-
-class Transformer(nn.Module):
-    """The rows of an image are its sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Linear(8, 16), nn.Linear(16, 10)
-        self.layer1, self.layer2 = (nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.head(self.layer2(self.layer1(self.embedding(x.squeeze(1)))).mean(1))
-        return output
 
 
 STEEP = {"residual": (Residual, ["stem", "bn1", "bn3"]), "transformer": (Transformer, ["embedding", "layer1"])}

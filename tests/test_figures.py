@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from stores import run_json
 
 from experiments.reports.base import report_of, report_on
-from experiments.reports.drawing import colours_of
+from experiments.reports.drawing import colours_of, sequence
 from experiments.reports.methods import methods
 from experiments.reports.searches import best_of_each, plot_ranking
 from experiments.reports.writing import FONT_TAG, with_fixed_tags, write_report
@@ -161,6 +161,8 @@ def test_no_two_methods_have_one_colour() -> None:
     sgd, lighter = known[0], known[2]
     assert sgd < lighter and lighter[1:3] == lighter[3:5] == lighter[5:7]  # a grey
     assert set(known[1:4:2]).isdisjoint(str(colour).lower() for colour in ("#000000", "#0072b2"))
+    assert colours_of(["sgd"]) == ["#000000"]
+    assert colours_of(["sgd"] * 3) == sequence(3)  # a grid of one method
 
 
 def test_panels_of_one_score_have_common_axes_that_begin_where_the_curves_are(tmp_path: Path) -> None:

@@ -279,6 +279,7 @@ def test_bad_input_names_the_key_and_what_would_be_right(
             r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?",
         ),
         ("optimizer.lr=2", r"no key 'optimizer.lr': optimizer has .*did you mean step_size\?"),
+        ("optimizer.dual_step=2", r"optimizer has .*, theta_update; it is of optimizer=block_admm,deepfacto\n"),
         ("optimizer.theta_step=2", r"no key 'optimizer.theta_step': optimizer has .*did you mean step_size\?"),
         (
             "optimizer.step_size.strt=1",

@@ -107,11 +107,12 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     After a cut weights and running statistics are those for coupling variables that have moved, while evaluation feeds
     these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
     pass βζ = 0.05 of the signal on from block to block, and less where a block is so steep that the step is clipped. Of
-    the values tried on held-out data, these are the ones with which 2 to 6 blocks come within a few percent of Adam,
-    with batch normalisation, residuals, attention or ten times the loss too. Ten blocks do not learn within 20 epochs
-    from PyTorch's initialisation. Block t's gradient carries (βζ)^(T−t+1), hence the small ε of Adam for Θ. The
-    defaults depart from the paper, which has dual="paper" (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals
-    that start at random (§4.1); here they start at 0.
+    the values tried on held-out data, these are the ones with which 2 to 6 blocks come nearest to Adam by
+    back-propagation, with batch normalisation, residuals, attention or ten times the loss too (docs/gallery.md). Narrow
+    layers and more blocks cost more; ten blocks do not learn within 20 epochs from PyTorch's initialisation. Block t's
+    gradient carries (βζ)^(T−t+1), hence the small ε of Adam for Θ. The defaults depart from the paper, which has
+    dual="paper" (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals that start at random (§4.1); here they start
+    at 0.
 
     Args:
         iterations: iterations until the schedules end, at least 1.

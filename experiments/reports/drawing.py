@@ -53,8 +53,13 @@ def grow(figure: Figure, inches: float) -> None:
 
 
 def colours_of(methods: Sequence[str]) -> list[str]:
-    """Return a colour for each of these methods: its own, or one of `PALETTE` that the others leave. Where a method
-    comes again, its colour is lighter."""
+    """Return a colour for each of these methods: its own, or one of `PALETTE` that the others leave.
+
+    Where a method comes again, its colour is lighter. Where there is no other method, as in a grid, the colours are a
+    `sequence`.
+    """
+    if len(methods) > 1 == len(set(methods)):
+        return sequence(len(methods))
     own = {name: method_of(name).colour for name in methods}
     free = cycle([colour for colour in PALETTE if colour not in own.values()] or PALETTE)
     shades = {name: iter(lighter(own[name] or next(free), number)) for name, number in Counter(methods).items()}
