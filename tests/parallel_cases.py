@@ -128,7 +128,7 @@ BY_SAMPLES: dict[str, Optimizer[Any]] = CLOSED | {
     "sgd": Backprop(iterations=ITERATIONS, theta_update=SGD(momentum=0.9), step_size=0.1, batch_size=4),
     "adam, clipped": Backprop(iterations=ITERATIONS, theta_update=Clipped(Adam(), 0.1), step_size=0.01, batch_size=2),
     "one at a time": BlockADMM(**SMALL | {"batch_size": 1}, dual_step=0.5),
-    "gotmare": Gotmare(**SMALL),
+    "gotmare": Gotmare(**SMALL, z_step=0.1),
     "online": OnlineBlockADMM(**SMALL),
     "online, as printed": OnlineBlockADMM(**SMALL, dual="paper", beta=1.0, z_update=ZUpdate("adam")),
     "block": BlockADMM(**SMALL, dual_step=0.5, forward_mixing=0.5, penalty=AdaptivePenalty(), z_update=ZUpdate("adam")),

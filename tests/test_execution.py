@@ -272,6 +272,19 @@ def test_images_come_in_the_memory_format(channels_last):
     assert seen == [channels_last] * 2
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_what_is_dropped_of_images_may_be_in_any_memory_format(channels_last, channels, layout):
+    """Random numbers are drawn in the order of the memory, and blocks are still those of the network."""
+    layers = [nn.Conv2d(channels, 4, 3), nn.Dropout(), nn.Conv2d(4, 4, 3), nn.Dropout(), nn.Flatten(), nn.Linear(16, 3)]
+    network = nn.Sequential(*layers).to(memory_format=layout)
+    x = torch.randn(6, channels, 6, 6).to(memory_format=layout)
+    for after in ([], ["0"], ["1", "3"]):
+        blocks = split(network, after=after, execution=Execution(channels_last=channels_last))
+        Problem(x, torch.arange(6) % 3, blocks, CrossEntropy(), initialiser("pytorch"))
+
+
 @pytest.mark.parametrize(
     ("convolution", "channels_last"),
     [

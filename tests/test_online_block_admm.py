@@ -11,9 +11,11 @@ import torch
 from references import clipped, loss_sum, statistics_kept, torch_rule
 from torch import Tensor, nn
 
+from admm.blocks import split
 from admm.layers import Execution
 from admm.losses import CrossEntropy, SquaredError
 from admm.minibatches import minibatches
+from admm.models import initialiser
 from admm.optimizers import SGD, Adam, OnlineBlockADMM, Problem, ZUpdate
 from scripts.literal.online_block_admm import Algorithm2
 
@@ -205,6 +207,19 @@ def test_curvature_is_evaluated_every_so_many_mini_batches(mlp_problem, monkeypa
     )  # 8 mini-batches
     options.step(problem, options.init(problem, SEEDS))
     assert len(calls) == 3
+
+
+def test_a_coupling_variable_may_be_one_number_per_sample():
+    x, y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    layers = [nn.Linear(6, 1), nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.Linear(1, 3)]  # [n, 1], [n], [n, 1]
+    optimizer, found = OnlineBlockADMM(2, 0.1, z_step=1.0, batch_size=4, dual="paper"), []
+    for after in ("0", "1"):
+        problem = Problem(x, y, split(nn.Sequential(*layers), after=after), CrossEntropy(), initialiser("pytorch"))
+        state = optimizer.init(problem, SEEDS)
+        for _ in range(2):
+            optimizer.step(problem, state)
+        found.append(state.theta.flat())
+    torch.testing.assert_close(*found)
 
 
 def test_diagnostics_are_the_duals_and_spectral_norms(mlp_problem):

@@ -660,7 +660,7 @@ def test_rows_of_a_sample_have_the_penalty_of_their_replica(optimizer):
     [
         (Backprop(1, "adam", 0.1), r"theta_update: 'adam' is no UpdateRule, such as admm.optimizers.Adam\(\)"),
         (BlockADMM(1, 0.1, theta_update=Adam), "theta_update: Adam is a class; give an object of it, such as admm"),
-        (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no UpdateRule, such as admm.*, nor \"clipped\""),
+        (Gotmare(1, 0.1, z_update="sgd"), "z_update: 'sgd' is no UpdateRule, such as admm.*; or give \"clipped\""),
         (OnlineBlockADMM(1, 0.1, z_update="gradient"), "z_update: 'gradient' is no ZUpdate, such as .*ZUpdate"),
         (BlockADMM(1, 0.1, z_update=SGD()), "z_update: SGD.* is no ZUpdate, such as .*ZUpdate"),
     ],

@@ -491,7 +491,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 
     def _check(self, problem: Problem, seeds: Sequence[int]) -> None:
         check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
-        has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
+        has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("clipped")')
         one_of("sweep", self.sweep, ("batch", "minibatch"))
         one_of("sample_storage", self.sample_storage, PLACES)
         for name in ("primal_rounds", "curvature_every", "slice_size"):

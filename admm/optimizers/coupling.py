@@ -474,7 +474,8 @@ class ZUpdate(Options):
             "gradient": ζ_t ∇ (Algorithm 1).
             "clipped": the same, where what block t + 1 adds to ∇ is clipped for each sample, so that to first order the
             step takes up at most a tenth of this block's residual. A longer one turns the residual's sign where the
-            block is steep, and the block then moves away from what the loss asks for. This is not in the paper.
+            block is steep, and the block then moves away from what the loss asks for. The step may still change the
+            residual by more across it, where the block is far steeper than along it. This is not in the paper.
             "adam": ζ_t times Adam's direction, with moments for every entry of Z_t (paper, §4.1).
             "lipschitz": ζ_t ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W) by one power iteration per evaluation, so that
             the first few are inexact.
@@ -525,7 +526,7 @@ class ZUpdate(Options):
                 if t > 1 and block.linear_weight(views) is None:
                     raise ValueError(
                         f"name: {self.name!r} needs blocks of one linear layer, with or without a ReLU; block {t} is "
-                        f"{list(problem.blocks.names[t - 1])}; take 'gradient' or 'adam', or cut with per_layer=True"
+                        f"{list(problem.blocks.names[t - 1])}; take 'clipped' or 'adam', or cut with per_layer=True"
                     )
         if self.name in ("gradient", "clipped"):
             warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype)

@@ -202,7 +202,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
         check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
         at_least_one("z_rounds", self.z_rounds)
         if self.z_update != "clipped":
-            has_type("z_update", self.z_update, UpdateRule, 'admm.optimizers.SGD(), nor "clipped"')
+            has_type("z_update", self.z_update, UpdateRule, 'admm.optimizers.SGD(); or give "clipped"')
         z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)
         if self.z_update == "clipped" or isinstance(self.z_update, SGD):
             warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.like.dtype)

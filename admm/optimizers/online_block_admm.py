@@ -68,7 +68,7 @@ class ScalarDuals(AugmentedLagrangian):
         It is 0 at r = 0.
         """
         residual = self.residual(t, for_vjp)
-        norm = torch.linalg.vector_norm(residual.flatten(2), dim=2)
+        norm = _norms(residual)
         weight = torch.where(norm > 0, 1.0 + self.u[t - 1].unsqueeze(1) / norm, 0.0)
         residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
         return residual.mul_(self.weights[t - 1])
@@ -86,8 +86,13 @@ class ScalarDuals(AugmentedLagrangian):
 
     def _norm(self, t: int) -> Tensor:
         """Return ‖z_t − block_t(z_{t−1})‖₂ of each sample, [S, n]."""
-        norm: Tensor = torch.linalg.vector_norm(self.residual(t, for_vjp=False).flatten(2), dim=2)
-        return norm
+        return _norms(self.residual(t, for_vjp=False))
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Return ‖·‖₂ [S, n] of each sample of values [S, n, …]."""
+    norms: Tensor = torch.linalg.vector_norm(values.unsqueeze(2).flatten(2), dim=2)
+    return norms
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
 
     def _check(self, problem: Problem, seeds: Sequence[int]) -> None:
         check_minibatch_options(problem, seeds, self.iterations, self.theta_update, self.batch_size, self.epoch_parts)
-        has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("gradient")')
+        has_type("z_update", self.z_update, ZUpdate, 'admm.optimizers.ZUpdate("clipped")')
         one_of("dual", self.dual, ("paper", "reset", "decay", "none"))
         at_least_one("curvature_every", self.curvature_every)
         in_range("dual_decay", self.dual_decay)
