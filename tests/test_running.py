@@ -277,7 +277,7 @@ def test_the_compiler_gives_the_same_numbers_and_its_time_is_told_apart(mlp_prob
         history = train(compiling(problem), optimizer, state)
     eager = train(problem, optimizer, expected)
     close(state, expected)
-    assert history.compile_seconds > 10 * history.seconds and eager.compile_seconds == 0.0
+    assert history.compile_seconds > history.seconds and eager.compile_seconds == 0.0
 
 
 def test_deepfacto_compiles_its_blocks_and_not_its_visits(monkeypatch: pytest.MonkeyPatch) -> None:
