@@ -492,10 +492,10 @@ def _is_floating(leaf: Any) -> bool:
 def _compared_in_a_format(blocks: Blocks, x: Any, expected: _Evaluation) -> Tensor:
     """Return what `_compared` does, for blocks that draw random numbers with images in either memory format: the
     numbers are in the order of the memory, and the network's images may be in the other format than the blocks'."""
-    layers = [layer for block in blocks for layer in block.layers if isinstance(layer, ModuleLayer)]
     try:
         return _compared(blocks, x, expected)
     except ValueError:
+        layers = [layer for block in blocks for layer in block.layers if isinstance(layer, ModuleLayer)]
         if not any(layer.learned.is_random for layer in layers):
             raise
     execution = replace(blocks.execution, channels_last=not blocks.execution.channels_last)

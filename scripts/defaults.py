@@ -185,25 +185,26 @@ def main() -> None:
         pd.DataFrame(rows).assign(machine=machine(torch.device("cpu"))).to_csv(part, index=False)
 
 
-def trained(name: str, method: str, n: int = TRAINING_SAMPLES) -> list[float]:
-    """Return the accuracies in percent after training on n digits, by seed."""
+def trained(name: str, method: str) -> list[float]:
+    """Return the accuracies in percent after training, by seed."""
     task = TASKS[name]
-    problem, test = digits(task, n)
+    problem, test = digits(task)
     optimizer = METHODS[method](task.epochs)
     state = optimizer.init(problem, SEEDS)
     rows = train(problem, optimizer, state, test=test, evaluate_every=task.epochs).rows
     return [row["test_accuracy"] for row in rows[-len(SEEDS) :]]
 
 
-def digits(task: Task, n: int) -> tuple[Problem, tuple[Tensor, Tensor]]:
-    """Return a problem of the first n of scikit-learn's shuffled digits [n, 1, 8, 8], and the last fifth to test on."""
+def digits(task: Task) -> tuple[Problem, tuple[Tensor, Tensor]]:
+    """Return a problem of four fifths of scikit-learn's shuffled digits [N, 1, 8, 8], and the last fifth to test on."""
     data = load_digits()
     order = np.random.RandomState(0).permutation(len(data.target))
     x = torch.as_tensor(data.images[order] / 16, dtype=torch.float32).unsqueeze(1)
     labels = torch.as_tensor(data.target[order])
     cut = {"per_layer": True} if task.after is None else {"after": task.after}
-    problem = Problem(x[:n], labels[:n], split(task.network(), **cut), CrossEntropy(), as_constructed(task.network))
-    return problem, (x[TRAINING_SAMPLES:], labels[TRAINING_SAMPLES:])
+    n, blocks = TRAINING_SAMPLES, split(task.network(), **cut)
+    problem = Problem(x[:n], labels[:n], blocks, CrossEntropy(), as_constructed(task.network))
+    return problem, (x[n:], labels[n:])
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
