@@ -1,6 +1,6 @@
 """What the reference implementations in the tests share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,12 +27,17 @@ def loss_sum(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
     return -loss.scale * (y * z.log_softmax(-1)).sum()
 
 
-def clipped(own: Tensor, gradient: Tensor, residual: Tensor, beta: float, zeta: float) -> Tensor:
-    """The gradient by Z_t, of which `own` is the part by its own coupling term, where the part by the next block's is
-    so short for each sample that a step ζ takes up a tenth of this block's residual at most, to first order."""
+def clipped(
+    own: Tensor, gradient: Tensor, z: Tensor, block: Callable[[Tensor], Tensor], beta: float, zeta: float
+) -> Tensor:
+    """The gradient by Z_t = `z`, of which `own` is the part by its own coupling term, where the part by the next
+    block's, β/2 ‖… − block(Z_t)‖², is so short for each sample that a step ζ goes two fifths of the way to this term's
+    minimum at most."""
     above = own - gradient
-    share = zeta * above.flatten(1).square().sum(1) / (beta * residual.flatten(1).square().sum(1))
-    factor = (0.1 / share.nan_to_num(0.0)).clamp(max=1.0)  # without a residual nothing is added
+    with torch.no_grad():
+        change = block(z + zeta * above) - block(z)
+    square, bend = (v.flatten(1).square().sum(1) for v in (above, change))
+    factor = (0.4 * zeta * square / (beta * bend).clamp_min(1e-300)).clamp(max=1.0)
     return own - factor.view(-1, *[1] * (own.ndim - 1)) * above
 
 

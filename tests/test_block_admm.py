@@ -88,7 +88,7 @@ class Reference(Algorithm1):
                 gradient = torch.linalg.solve(hessian, gradient.T).T
             elif update.name == "clipped" and t < self.T:
                 own = self.beta[t - 1] * self.residual(t, i)
-                gradient = clipped(own, gradient, self.residual(t + 1, i), self.beta[t], zeta)
+                gradient = clipped(own, gradient, self.Z[t - 1][i], self.block[t], self.beta[t], zeta)
             super().descend(t, i, gradient, zeta)
 
     def residual(self, t: int, i: Tensor) -> Tensor:

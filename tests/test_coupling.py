@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from admm.blocks import Block, flattened, split
@@ -87,43 +88,63 @@ def test_gradients_are_differences_of_the_value(kind: type, mlp_problem: Callabl
     torch.testing.assert_close(slope(lagrangian, shift_theta), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [AugmentedLagrangian, GluingTerms])
+def test_a_clipped_step_goes_two_fifths_of_the_way_to_the_minimum_at_most(kind: type[AugmentedLagrangian]) -> None:
+    """Of the next block's coupling term, for each sample; a shorter step stays as it is."""
+    network, factors = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)), list[float]()
+    blocks = split(network, per_layer=True)
+    problem = Problem(gaussian(8, 6), torch.arange(8) % 3, blocks, CrossEntropy(), initialiser("pytorch"))
+    lagrangian = lagrangian_of(kind, problem)
+    for t in (1,) if kind is GluingTerms else (1, 2):
+        own, residual = lagrangian.coupling_gradient(t), lagrangian.residual(t + 1)
+        residual += lagrangian.u[t] if lagrangian.u else 0.0
+        full, clipped = (own - lagrangian.z_gradient(t, clip_for) for clip_for in (None, torch.tensor([0.2, 2.0])))
+        weight = lagrangian.theta.blocks[t][0]["weight"]
+        for s, zeta in enumerate((0.2, 2.0)):
+            for r, direction, shorter in zip(residual[s], full[s], clipped[s], strict=True):
+
+                def term(part: float, r: Tensor = r, step: Tensor = zeta * weight[s] @ direction) -> float:
+                    return float((r - part * step).square().sum())
+
+                factors.append(min(1.0, 0.4 * minimize_scalar(term).x))
+                torch.testing.assert_close(shorter, factors[-1] * direction, rtol=1e-6, atol=1e-9)
+    assert 0.05 < sum(factor < 1.0 for factor in factors) / len(factors) < 0.95
+
+
 @pytest.mark.parametrize("kind", [AugmentedLagrangian, ScalarDuals, GluingTerms])
-def test_a_clipped_step_takes_up_a_tenth_of_the_next_residual_at_most(
+def test_a_clipped_step_is_measured_where_it_leads(
     kind: type[AugmentedLagrangian], mlp_problem: Callable[..., Problem]
 ) -> None:
-    """To first order, for each sample; a shorter step stays as it is."""
-    lagrangian, step, clipped = lagrangian_of(kind, mlp_problem(CrossEntropy(0.7))), torch.tensor([0.1, 1.0]), []
+    """Across the kinks of ReLUs, and for terms that are not quadratic, by the slopes at both ends of the step."""
+    lagrangian, step, factors = lagrangian_of(kind, mlp_problem(CrossEntropy(0.7))), torch.tensor([0.1, 1.0]), []
     for t in (1,) if kind is GluingTerms else (1, 2):
         z, own = lagrangian.z[t - 1], lagrangian.coupling_gradient(t)
-        residual = lagrangian.residual(t + 1) + (lagrangian.u[t] if kind is AugmentedLagrangian else 0.0)
         full, direction = (lagrangian.z_gradient(t, clip_for) - own for clip_for in (None, step))
-
-        def moved(gradient: Tensor, by: float, t: int = t, z: Tensor = z) -> Tensor:
-            lagrangian.set_z(t, z - by * step.double()[:, None, None] * gradient)
-            return lagrangian.output(t + 1)
-
-        change = (moved(full, 1e-5) - moved(full, -1e-5)) / 2e-5
-        share = (change * residual).sum(2) / residual.square().sum(2)
-        expected = full * torch.clamp(0.1 / share, max=1.0)[:, :, None]
-        torch.testing.assert_close(direction, expected, rtol=1e-6, atol=1e-9)
-        clipped.append(share > 0.1)
-    assert 0.05 < torch.stack(clipped).double().mean() < 0.95
+        change, ends = -step.double()[:, None, None] * full, []
+        for moved in (z, z + change):
+            lagrangian.set_z(t, moved)
+            ends.append((lagrangian.output(t + 1), lagrangian.coupling_gradient(t + 1)))
+        (output, slope), (later, flatter) = ends
+        bend = ((slope - flatter) * (later - output)).sum(2)
+        factors.append((-0.4 * (full * change).sum(2) / bend.clamp_min(1e-300)).clamp(max=1.0))
+        torch.testing.assert_close(direction, full * factors[-1][:, :, None], rtol=1e-6, atol=1e-9)
+    assert 0.05 < (torch.stack(factors) < 1.0).double().mean() < 0.95
 
 
 # With three blocks, the steps of Z evaluate each, and take a VJP through two; Θ needs two of them again, whose inputs
 # have moved, and three VJPs; U needs all again, unless its step is 0. Where Z starts from a forward pass, this has
-# evaluated them. Slices share nothing.
+# evaluated them. To clip a step is one forward pass more. Slices share nothing.
 DEFAULTS = BlockADMM(1, 0.01, batch_size=24)
 WITH_DUALS = replace(DEFAULTS, forward_mixing=0.0, dual_step=1.0)
 ONLINE = OnlineBlockADMM(1, 0.01, batch_size=24)
 EVALUATIONS = {
-    "mini-batch": ({"linearize": 8, "vjp": 5}, WITH_DUALS),
-    "without duals": ({"linearize": 5, "vjp": 5}, replace(WITH_DUALS, dual_step=0.0)),
-    "with a forward pass": ({"forward": 2, "linearize": 5, "vjp": 5}, DEFAULTS),
-    "two slices": ({"linearize": 15, "vjp": 7}, replace(WITH_DUALS, sweep="batch", slice_size=12)),
-    "online": ({"linearize": 5, "vjp": 5}, ONLINE),
-    "online with a dual": ({"linearize": 8, "vjp": 5}, replace(ONLINE, dual="paper")),
-    "blockprop": ({"linearize": 5, "vjp": 5}, Gotmare(1, 0.01, batch_size=24)),
+    "mini-batch": ({"forward": 2, "linearize": 8, "vjp": 5}, WITH_DUALS),
+    "without duals": ({"forward": 2, "linearize": 5, "vjp": 5}, replace(WITH_DUALS, dual_step=0.0)),
+    "with a forward pass": ({"forward": 4, "linearize": 5, "vjp": 5}, DEFAULTS),
+    "two slices": ({"forward": 4, "linearize": 15, "vjp": 7}, replace(WITH_DUALS, sweep="batch", slice_size=12)),
+    "online": ({"forward": 2, "linearize": 5, "vjp": 5}, ONLINE),
+    "online with a dual": ({"forward": 2, "linearize": 8, "vjp": 5}, replace(ONLINE, dual="paper")),
+    "blockprop": ({"forward": 1, "linearize": 5, "vjp": 5}, Gotmare(1, 0.01, batch_size=24)),
 }
 
 

@@ -1,5 +1,6 @@
 """The optimizers' defaults: the classes' are those of the configuration, and they train."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -117,7 +118,37 @@ def mean_accuracy(optimizer: Any, case: tuple[Problem, Any]) -> float:
 def test_the_defaults_train_steep_blocks_as_adam_does(name, steep):
     """Without clipping they end 30 to 60 points below Adam."""
     case, of_adam = steep
-    assert mean_accuracy(OPTIMIZERS[name](6, 1e-2), case) > of_adam - 15.0
+    assert mean_accuracy(OPTIMIZERS[name](6, 1e-2), case) > of_adam - 5.0
+
+
+# Of five seeds, Adam by back-propagation reaches 95 % with six blocks and 94 with seven, online Block-ADMM 95 and 84;
+# in float64 it reaches 78 with ten blocks and an ε of 1e-16, and else 8.
+SIGNALS = {
+    "six blocks": (6, torch.float32, 1e-10, None),
+    "seven blocks": (7, torch.float32, 1e-10, "part 2e-08 of .* into fewer blocks$"),
+    "seven blocks in float64": (7, torch.float64, 1e-10, None),
+    "ten blocks in float64": (
+        10,
+        torch.float64,
+        1e-10,
+        "part 2e-12 of .* theta_update a smaller epsilon than 1e-10",
+    ),
+    "ten blocks in float64, another ε": (10, torch.float64, 1e-16, None),
+}
+
+
+@pytest.mark.parametrize(("count", "dtype", "epsilon", "told"), SIGNALS.values(), ids=SIGNALS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_signal_lost_on_its_way_to_the_first_block_is_told(name, count, dtype, epsilon, told):
+    x = torch.zeros(4, 2, dtype=dtype)
+    blocks = split(mlp(2, [2] * (count - 1), 2), per_layer=True)
+    problem = Problem(x, torch.zeros(4, dtype=torch.int64), blocks, CrossEntropy(), initialiser("pytorch"))
+    optimizer = OPTIMIZERS[name](1, 1e-3, batch_size=4, theta_update=Adam(epsilon=epsilon))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.init(problem, [0])
+    messages = [str(warning.message) for warning in caught if "z_step: block 1" in str(warning.message)]
+    assert len(messages) == (told is not None) and all(re.search(str(told), message) for message in messages)
 
 
 @pytest.mark.parametrize("name", ["online_block_admm", "gotmare"])

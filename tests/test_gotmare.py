@@ -73,8 +73,8 @@ class Reference:
                 zeta = at(steps, progress)
                 (z[t].grad,) = torch.autograd.grad(self.own_term(t, z, y) + self.own_term(t + 1, z, y), z[t])
                 if is_clipped and t + 1 < len(self.blocks):
-                    own, after = (z[block].detach() - self.blocks[block - 1](z[block - 1]) for block in (t, t + 1))
-                    z[t].grad = clipped(options.rho * own.detach(), z[t].grad, after.detach(), options.rho, zeta)
+                    own, moving = options.rho * (z[t] - self.blocks[t - 1](z[t - 1])).detach(), z[t].detach()
+                    z[t].grad = clipped(own, z[t].grad, moving, self.blocks[t], options.rho, zeta)
                 rules[t - 1].param_groups[0]["lr"] = zeta
                 rules[t - 1].step()
 

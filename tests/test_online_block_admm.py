@@ -69,8 +69,7 @@ class Reference(Algorithm2):
                 hessian = torch.eye(z[t].shape[1]).double() + self.weights[t][0].T @ self.weights[t][0]
                 gradient = torch.linalg.solve(hessian, gradient.T).T / beta
             elif options.name == "clipped" and t < self.T:
-                own, after = (self.residual(block, z) for block in (t, t + 1))
-                gradient = clipped(beta * own, gradient, after, beta, zeta)
+                gradient = clipped(beta * self.residual(t, z), gradient, z[t], self.block[t], beta, zeta)
             super().descend(t, z, gradient, zeta)
 
     def residual(self, t: int, z: Sequence[Tensor]) -> Tensor:

@@ -193,7 +193,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     primal_growth: float | None = None
     theta_passes: float = 1.0
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("clipped"))
-    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
+    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-10))
     dual_step: Value = 0.0
     dual_init: float = 0.0
     forward_mixing: Value = 1.0
@@ -213,7 +213,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
-        self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
+        self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta, self.theta_update)
         z, u, *moments = self._forward_pass(problem, theta, seeds)
         if self.dual_init:
             spread = torch.full((len(seeds),), self.dual_init, dtype=torch.float64)

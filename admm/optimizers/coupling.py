@@ -26,13 +26,13 @@ from admm.numbers import Options
 from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import ridge_inverse
 from admm.optimizers.protocol import Problem, ShortRepr
-from admm.optimizers.rules import Moments, UpdateRule
+from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
 from admm.user_warnings import warn
 from admm.visits import Visit
 
 StepSize = float | Tensor  # one for all replicas, or one per replica [S]
-LARGEST_SHARE = 0.1  # of block t + 1's residual that a clipped step of Z_t takes up
+LARGEST_SHARE = 0.4  # of the way to the minimum of block t + 1's coupling term that a clipped step of Z_t goes
 
 
 class Hyperparameters(NamedTuple):
@@ -108,9 +108,9 @@ def label_leak(
     return means
 
 
-def _squared_norms(values: Tensor) -> Tensor:
-    """Return ‖·‖² [S, n] of each sample of values [S, n, …]."""
-    return values.square().unsqueeze(2).flatten(2).sum(2)
+def _sample_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products [S, n] of the samples of values [S, n, …]."""
+    return (a * b).unsqueeze(2).flatten(2).sum(2)
 
 
 def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -> None:
@@ -142,17 +142,21 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
         )
 
 
-def warn_of_lost_signal(steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Warn if the loss's gradient is below the rounding error at block 1.
+def warn_of_lost_signal(
+    steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype, rule: UpdateRule
+) -> None:
+    """Warn if the loss's gradient is below the rounding error at block 1, or below the ε of Adam as the rule of Θ.
 
     Each block multiplies it by β_t ζ_t, for gradient steps ζ_t of the coupling variables between the blocks and
     penalties β_t [S]. The caller is a check of an optimizer's `init`.
     """
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
-    if 0.0 < signal < torch.finfo(dtype).eps:
+    is_rounded, epsilon = signal < torch.finfo(dtype).eps, rule.epsilon if isinstance(rule, Adam) else 0.0
+    if signal > 0.0 and (is_rounded or signal < epsilon):
+        remedy = "" if is_rounded else f", or give theta_update a smaller epsilon than {epsilon:g}"
         warn(
             f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient and will hardly learn, as each block "
-            "passes on z_step times beta (or rho) of it; raise z_step or beta, or cut into fewer blocks"
+            f"passes on z_step times beta (or rho) of it; raise z_step or beta, or cut into fewer blocks{remedy}"
         )
 
 
@@ -332,30 +336,29 @@ class AugmentedLagrangian(BlockOutputs):
         """Return the product of block t's transposed Jacobian with its coupling gradient, and forget its output.
 
         It is minus the gradient by Z_{t−1} of coupling term t; Z_{t−1} is to move. With the step size ζ of Z_{t−1} in
-        `clip_for`, it is clipped for each sample so that the step takes up at most `LARGEST_SHARE` of the residual.
+        `clip_for`, it is clipped for each sample as `ZUpdate` says of "clipped".
         """
         gradient = self.coupling_gradient(t)
         product = self.vjp(t, gradient, retain_graph=False)
         assert product is not None
         if clip_for is not None:
-            factor = self._clipping_factor(t, gradient, product, clip_for)
+            factor = self._clipping_factor(t, gradient, product, product * broadcast(clip_for, product))
             product = product * factor.view(*factor.shape, *[1] * (product.ndim - 2))
         self.forget(t)
         return product
 
-    def _clipping_factor(self, t: int, gradient: Tensor, product: Tensor, step: StepSize) -> Tensor:
-        """Return the factor [S, n] of the step ζ Aᵀg of Z_{t−1}, for block t's Jacobian A and coupling gradient g.
+    def _clipping_factor(self, t: int, gradient: Tensor, product: Tensor, step: Tensor) -> Tensor:
+        """Return the factor [S, n] of a step of Z_{t−1} along `product`, block t's Aᵀg for its coupling gradient g.
 
-        To first order the step turns the residual r into r − ζ A Aᵀg, which is shorter by the share ζ ‖Aᵀg‖² / ⟨g, r⟩.
+        At the part τ of the step d, coupling term t is changed by −τ ⟨Aᵀg, d⟩ + τ²/2 ⟨g − g', Δ⟩ for a block that is
+        affine along d, where g' is the coupling gradient and Δ the change of the block's output at τ = 1. So it is
+        smallest at τ = ⟨Aᵀg, d⟩ / ⟨g − g', Δ⟩, as in steepest descent with an exact line search.
         """
-        square = _squared_norms(product)
-        taken = square * broadcast(step, square)
-        allowed = LARGEST_SHARE * self._residual_product(t, _squared_norms(gradient))
-        return torch.where(taken > allowed, allowed / taken, 1.0)
-
-    def _residual_product(self, t: int, square: Tensor) -> Tensor:
-        """Return ⟨g, r⟩ [S, n] of coupling term t, ‖g‖²/β_t, for ‖g‖² in `square`. Here r has the dual in it."""
-        return square / broadcast(self.beta[t - 1], square)
+        output, moved = self.output(t), self._forward_output(t, self.block_input(t) + step)
+        self._evaluations[t - 1] = moved, None
+        bend = _sample_products(gradient - self.coupling_gradient(t), moved - output)
+        longest = LARGEST_SHARE * _sample_products(product, step)
+        return torch.where(bend > longest, longest / bend, 1.0)
 
     def last_minimiser(self) -> Tensor:
         """Return the minimiser over Z_T, by the loss's proximal operator."""
@@ -472,10 +475,10 @@ class ZUpdate(Options):
     Args:
         name: the step subtracted from Z_t for a step size ζ_t, with W = W_{t+1}.
             "gradient": ζ_t ∇ (Algorithm 1).
-            "clipped": the same, where what block t + 1 adds to ∇ is clipped for each sample, so that to first order the
-            step takes up at most a tenth of this block's residual. A longer one turns the residual's sign where the
-            block is steep, and the block then moves away from what the loss asks for. The step may still change the
-            residual by more across it, where the block is far steeper than along it. This is not in the paper.
+            "clipped": the same, where what block t + 1 adds to the step is clipped for each sample: it goes at most two
+            fifths of the way to where the coupling term of this block is smallest along it, as evaluated by one more
+            forward pass of the block. A longer one turns the sign of parts of the residual where the block is steep,
+            and the block then moves away from what the loss asks for. This is not in the paper.
             "adam": ζ_t times Adam's direction, with moments for every entry of Z_t (paper, §4.1).
             "lipschitz": ζ_t ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W) by one power iteration per evaluation, so that
             the first few are inexact.
@@ -510,7 +513,9 @@ class ZUpdate(Options):
         for name, below in (("beta1", 1.0), ("beta2", 1.0), ("epsilon", math.inf)):
             in_range(name, getattr(self, name), below)
 
-    def check(self, problem: Problem, theta: Parameters, steps: Sequence[Schedule], beta: Tensor) -> None:
+    def check(
+        self, problem: Problem, theta: Parameters, steps: Sequence[Schedule], beta: Tensor, rule: UpdateRule
+    ) -> None:
         """Raise ValueError if the blocks or the loss lack what the update needs; warn as `warn_of_lost_signal` does.
 
         Args:
@@ -518,6 +523,7 @@ class ZUpdate(Options):
             theta: the blocks' parameters.
             steps: schedules of ζ_1..ζ_T.
             beta: penalties [T, S].
+            rule: the update of Θ.
         """
         if self.output_update == "prox":
             check_prox(problem.loss, "output_update='prox'")
@@ -529,7 +535,7 @@ class ZUpdate(Options):
                         f"{list(problem.blocks.names[t - 1])}; take 'clipped' or 'adam', or cut with per_layer=True"
                     )
         if self.name in ("gradient", "clipped"):
-            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype)
+            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype, rule)
 
     def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
         """Return the state before the first step; `moments` are zeros, by block."""

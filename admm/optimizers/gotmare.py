@@ -94,7 +94,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_rounds: rounds from z_{T−1} to z_1 per mini-batch, at least 1.
         z_update: the optimizer of z, which starts again with each mini-batch. "clipped" stands for gradient steps that
-            take up at most a tenth of the next block's residual, see `ZUpdate`; `SGD()` for those as published.
+            do not overshoot in the next block, see `ZUpdate`; `SGD()` for those as published.
         theta_update: the optimizer of Θ.
 
     Raises:
@@ -205,4 +205,4 @@ class Gotmare(Options, Optimizer[GotmareState]):
             has_type("z_update", self.z_update, UpdateRule, 'admm.optimizers.SGD(); or give "clipped"')
         z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)
         if self.z_update == "clipped" or isinstance(self.z_update, SGD):
-            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.like.dtype)
+            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.like.dtype, self.theta_update)

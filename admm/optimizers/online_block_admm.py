@@ -73,10 +73,6 @@ class ScalarDuals(AugmentedLagrangian):
         residual.mul_(weight.view(*weight.shape, *[1] * (residual.ndim - 2)))
         return residual.mul_(self.weights[t - 1])
 
-    def _residual_product(self, t: int, square: Tensor) -> Tensor:
-        """Return ⟨g, r⟩ = ‖g‖ ‖r‖ [S, n] of coupling term t for ‖g‖² in `square`."""
-        return square.sqrt() * self._norm(t)
-
     def update_duals(self, step: StepSize) -> None:
         """Update u_t ← u_t + α mean ‖z_t − block_t(z_{t−1})‖₂ in place, with α = `step` (Algorithm 2, line 12)."""
         for t, u in enumerate(self.u, start=1):
@@ -110,9 +106,10 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     the values tried on held-out data, these are the ones with which 2 to 6 blocks come nearest to Adam by
     back-propagation, with batch normalisation, residuals, attention or ten times the loss too (docs/gallery.md). Narrow
     layers and more blocks cost more; ten blocks do not learn within 20 epochs from PyTorch's initialisation. Block t's
-    gradient carries (βζ)^(T−t+1), hence the small ε of Adam for Θ. The defaults depart from the paper, which has
-    dual="paper" (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals that start at random (§4.1); here they start
-    at 0.
+    gradient carries (βζ)^(T−t+1), hence the small ε of Adam for Θ. A still smaller one makes long steps of the rounding
+    errors of float32 in the first of six blocks; ten in float64 need 1e-16. The defaults depart from the paper, which
+    has dual="paper" (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals that start at random (§4.1); here they
+    start at 0.
 
     Args:
         iterations: iterations until the schedules end, at least 1.
@@ -148,7 +145,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     batch_size: int = 64
     epoch_parts: int | None = None
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("clipped"))
-    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-16))
+    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-10))
     dual: Literal["paper", "reset", "decay", "none"] = "none"
     dual_decay: float = 0.9
     curvature_every: int = 1
@@ -163,7 +160,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         self._check(problem, seeds)
         theta = problem.initial(seeds)
         beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
-        self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta)
+        self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta, self.theta_update)
         return OnlineBlockADMMState(
             seeds=seeds,
             iteration=0,

@@ -18,7 +18,7 @@ from torchvision.models import resnet18
 from admm.blocks import split
 from admm.losses import CrossEntropy
 from admm.models import as_given
-from admm.optimizers import Adam, Backprop, OnlineBlockADMM, Optimizer, Problem
+from admm.optimizers import Adam, Backprop, OnlineBlockADMM, Optimizer, Problem, ZUpdate
 from experiments.tasks.memory import reset_high_water_mark, resident
 
 BATCHES, CHARACTERS, CONTEXT, WIDTH = 8, 65, 64, 128
@@ -49,7 +49,8 @@ class GPT(nn.Module):
 
 
 def epochs(of_gpt: bool) -> dict[str, Callable[[], object]]:
-    """Return an epoch by a plain PyTorch loop, by back-propagation through blocks, and by online Block-ADMM."""
+    """Return an epoch by a plain PyTorch loop, by back-propagation through blocks, and by online Block-ADMM: with its
+    defaults, and with steps of Z that are not clipped."""
     torch.manual_seed(0)
     if of_gpt:
         network: nn.Module = GPT()
@@ -62,6 +63,7 @@ def epochs(of_gpt: bool) -> dict[str, Callable[[], object]]:
     ours: dict[str, Optimizer[Any]] = {
         "ours": Backprop(1, Adam(), 1e-3, batch_size=batch),
         "online": OnlineBlockADMM(1, 1e-3, batch_size=batch),
+        "gradient": OnlineBlockADMM(1, 1e-3, batch_size=batch, z_update=ZUpdate("gradient")),
     }
     states = {name: optimizer.init(problem, [0]) for name, optimizer in ours.items()}
     rule = torch.optim.Adam(network.parameters())
