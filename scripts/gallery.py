@@ -106,8 +106,8 @@ def trained(run: Run) -> float:
     problem, samples = (cifar10 if run.task == "cifar10" else gpt)(run.measured_on)
     step = {"start": run.step, "end": 0.0}  # along half a cosine
     by_block: dict[str, Any] = {name: {"blocks": list(getattr(TASKS[run.task], name))} for name in ("beta", "z_step")}
-    gradient = ZUpdate("gradient")
-    optimizer: Optimizer[Any] = OnlineBlockADMM(run.epochs, step, batch_size=BATCH, z_update=gradient, **by_block)
+    updates: dict[str, Any] = {"theta_update": Adam(epsilon=1e-16), "z_update": ZUpdate("gradient")}
+    optimizer: Optimizer[Any] = OnlineBlockADMM(run.epochs, step, batch_size=BATCH, **updates, **by_block)
     if run.method == "adam":
         optimizer = Backprop(run.epochs, Adam(), step, BATCH)
     state = optimizer.init(problem, [run.seed])
