@@ -131,6 +131,54 @@ def test_a_clipped_step_is_measured_where_it_leads(
     assert 0.05 < (torch.stack(factors) < 1.0).double().mean() < 0.95
 
 
+class Gate(nn.Module):
+    """The mask that crosses the cut behind `masked` depends on coupling variables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.masked, self.last = (
+            nn.Linear(6, 5),
+            nn.Linear(5, 5),
+            nn.Identity(),
+            nn.Linear(5, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        mask = x > 0
+        output: Tensor = self.last(self.masked(x) * mask)
+        return output
+
+
+def test_what_is_carried_across_a_cut_is_not_that_of_a_tentative_step() -> None:
+    blocks = split(Gate(), after=["first", "masked"])
+    problem = Problem(gaussian(8, 6), torch.arange(8) % 3, blocks, CrossEntropy(), initialiser("pytorch"))
+    lagrangian = lagrangian_of(AugmentedLagrangian, problem)
+    lagrangian.output(2)
+    before = copy.deepcopy(lagrangian.visit.carried)
+    lagrangian.z_gradient(1, clip_for=10.0)
+    for (_, (mask,)), (_, (kept,)) in zip(lagrangian.visit.carried[2], before[2], strict=True):
+        assert torch.equal(mask, kept)
+
+
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+def test_a_clipped_step_does_not_leave_the_domain_of_the_next_block() -> None:
+    """A sample whose step would lead to negative numbers under a logarithm stays; the others move."""
+    blocks = split(nn.Sequential(nn.Linear(6, 5), nn.Softplus(), Log(), nn.Linear(5, 3)), after=["1", "2"])
+    problem = Problem(gaussian(8, 6), torch.arange(8) % 3, blocks, CrossEntropy(), initialiser("pytorch"))
+    lagrangian = lagrangian_of(AugmentedLagrangian, problem)
+    lagrangian.set_z(1, lagrangian.z[0].exp())
+    own = lagrangian.coupling_gradient(1)
+    full, clipped = (own - lagrangian.z_gradient(1, clip_for) for clip_for in (None, 0.3))
+    leaves = (lagrangian.z[0] + 0.3 * full < 0).any(2)
+    assert 0 < leaves.sum() < leaves.numel()
+    assert torch.equal((clipped == 0).all(2), leaves)
+
+
 # With three blocks, the steps of Z evaluate each, and take a VJP through two; Θ needs two of them again, whose inputs
 # have moved, and three VJPs; U needs all again, unless its step is 0. Where Z starts from a forward pass, this has
 # evaluated them. To clip a step is one forward pass more. Slices share nothing.

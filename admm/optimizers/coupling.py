@@ -145,14 +145,15 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
 def warn_of_lost_signal(
     steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype, rule: UpdateRule
 ) -> None:
-    """Warn if the loss's gradient is below the rounding error at block 1, or below the ε of Adam as the rule of Θ.
+    """Warn if the loss's gradient is below the rounding error at block 1, or hardly above the ε of Adam for Θ.
 
     Each block multiplies it by β_t ζ_t, for gradient steps ζ_t of the coupling variables between the blocks and
-    penalties β_t [S]. The caller is a check of an optimizer's `init`.
+    penalties β_t [S]. Ten ε count as hardly above it, as gradients by Θ are far below 1 in the first place. The caller
+    is a check of an optimizer's `init`.
     """
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
     is_rounded, epsilon = signal < torch.finfo(dtype).eps, rule.epsilon if isinstance(rule, Adam) else 0.0
-    if signal > 0.0 and (is_rounded or signal < epsilon):
+    if signal > 0.0 and (is_rounded or signal < 10.0 * epsilon):
         remedy = "" if is_rounded else f", or give theta_update a smaller epsilon than {epsilon:g}"
         warn(
             f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient and will hardly learn, as each block "
@@ -352,13 +353,16 @@ class AugmentedLagrangian(BlockOutputs):
 
         At the part τ of the step d, coupling term t is changed by −τ ⟨Aᵀg, d⟩ + τ²/2 ⟨g − g', Δ⟩ for a block that is
         affine along d, where g' is the coupling gradient and Δ the change of the block's output at τ = 1. So it is
-        smallest at τ = ⟨Aᵀg, d⟩ / ⟨g − g', Δ⟩, as in steepest descent with an exact line search.
+        smallest at τ = ⟨Aᵀg, d⟩ / ⟨g − g', Δ⟩, as in steepest descent with an exact line search. It is 0 where d leads
+        out of the block's domain, so that its output is not a number.
         """
-        output, moved = self.output(t), self._forward_output(t, self.block_input(t) + step)
+        output, ahead = self.output(t), replace(self.visit, carried=dict(self.visit.carried))
+        self.forget(t)  # frees the activations
+        moved = self.blocks[t - 1].forward(self.theta.blocks[t - 1], self.block_input(t) + step, ahead)
         self._evaluations[t - 1] = moved, None
         bend = _sample_products(gradient - self.coupling_gradient(t), moved - output)
         longest = LARGEST_SHARE * _sample_products(product, step)
-        return torch.where(bend > longest, longest / bend, 1.0)
+        return torch.where(bend <= longest, 1.0, longest / bend).nan_to_num(0.0)
 
     def last_minimiser(self) -> Tensor:
         """Return the minimiser over Z_T, by the loss's proximal operator."""
