@@ -136,12 +136,8 @@ class Gate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.masked, self.last = (
-            nn.Linear(6, 5),
-            nn.Linear(5, 5),
-            nn.Identity(),
-            nn.Linear(5, 3),
-        )
+        self.first, self.second, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.masked = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x))
