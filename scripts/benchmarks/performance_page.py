@@ -58,6 +58,18 @@ AIMS = dict.fromkeys((f"eager_{race}_over_before" for race in RACES), 1.0) | {
 }
 # By name: corner, rows and columns. A cell is the benchmark's row that has the column's name, with the row's in it.
 TABLES: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
+    "networks": (
+        "ratios of seconds",
+        {
+            "resnet18": "torchvision's resnet18, mini-batches of 64 images of 32×32",
+            "gpt": "GPT of four layers, 32×64 characters",
+        },
+        {
+            "Adam, through blocks, over PyTorch": "{}_ours_over_torch",
+            "online Block-ADMM over PyTorch": "{}_online_over_torch",
+            "clipped steps of Z over plain ones": "{}_online_over_gradient",
+        },
+    ),
     "seconds": (
         "seconds of an epoch",
         RACES,
