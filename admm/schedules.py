@@ -186,8 +186,8 @@ def warn_beyond_horizon(optimizer: object, iterations: int) -> None:
     scheduled = [name for name, value in options.items() if _is_scheduled(value)]
     if iterations > horizon and scheduled:
         warn(
-            f"iterations: {horizon}, but training goes on to iteration {iterations}; from {horizon} on "
-            f"{', '.join(scheduled)} stay at the end of their schedules. Give both the same number"
+            f"iterations: {horizon}, but training goes on to iteration {iterations}; from {horizon} on the end of the "
+            f"schedule holds for {', '.join(scheduled)}. Give both the same number"
         )
 
 

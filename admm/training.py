@@ -268,7 +268,8 @@ def train(
             `admm.callbacks.StopTraining` ends training when the others have been called and the checkpoint, if any, is
             written. What a callback's `state_dict()` returns is kept in checkpoints, and given to its
             `load_state_dict` at a resume, before the call; of several of a class, to that with the same entry `of`.
-        measure: a function that returns `train_loss` and other quantities [S] of the parameters.
+        measure: a function that returns a dictionary of `train_loss` and other quantities [S] of the parameters, in
+            place of `admm.training.evaluate`.
         keep_last: whether a checkpoint is written at the end, too.
         angle_samples: the number of training samples on whose mean loss the update of the last iteration before each
             evaluation is compared with back-propagation's gradient, as `cosine_t` of each block (see
@@ -321,7 +322,9 @@ def train(
         if parallel.size > 1:
             name = f"Θ after iteration {state.iteration}, although it should be the same to the last bit"
             parallel.check_same({name: digest(state.theta.flat())})
-        values = measure(problem, state.theta, test) | optimizer.diagnostics(problem, state)
+        values = measure(problem, state.theta, test)
+        _check_measured(values, state.theta.replicas)
+        values = values | optimizer.diagnostics(problem, state)
         if before is not None and angle_samples is not None:
             values |= cosines(problem, state.seeds, before, state.theta, angle_samples)
         rows = _record(state, values, history)
@@ -517,6 +520,18 @@ def _check_functions(callbacks: Any, measure: Any) -> None:
             raise ValueError(f"callbacks: {shown(function)} is no function, and no object such as EarlyStopping(…)")
     if not callable(measure):
         raise ValueError(f"measure: {shown(measure)} is no function")
+
+
+def _check_measured(values: Any, replicas: int) -> None:
+    """Raise ValueError unless what `measure` has returned is a dictionary of tensors [S], with `train_loss`."""
+    if not isinstance(values, dict) or "train_loss" not in values:
+        raise ValueError(f"measure: it has returned {shown(values)}, which is no dictionary with 'train_loss'")
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or value.shape != (replicas,):
+            found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise ValueError(
+                f"measure: its {name!r} is {found}; it must be a tensor [{replicas}], with a number per replica"
+            )
 
 
 def timed_step(problem: Problem, optimizer: Optimizer[StateT], state: StateT) -> float:

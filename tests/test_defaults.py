@@ -122,27 +122,30 @@ def test_the_defaults_train_steep_blocks_as_adam_does(name, steep):
 
 
 # Of five seeds, Adam by back-propagation reaches 95 % with six blocks and 94 with seven, online Block-ADMM 95 and 84;
-# in float64 it reaches 78 with ten blocks and an ε of 1e-16, and else 8. Of three seeds, in float64 it reaches 53 with
-# eight blocks, and 87 with an ε of 1e-16; Gotmare et al. reach 77 with seven blocks and their ε of 1e-8, and 89.
+# with six blocks and an ε of 1e-8 it reaches 88. In float64 it reaches 78 with ten blocks and an ε of 1e-16, else 8; of
+# three seeds, 53 with eight blocks, and 87 with an ε of 1e-16. There Gotmare et al. reach 77 with seven blocks and an ε
+# of 1e-8, and 89 with 1e-16.
+#
+# By case: blocks, type, ε, and what is told. In the second group it is not told of Gotmare et al., whose last block
+# learns by the loss itself.
 SIGNALS = {
     "six blocks": (6, torch.float32, 1e-10, None),
     "seven blocks": (7, torch.float32, 1e-10, "part 2e-08 of .* into fewer blocks$"),
-    "seven blocks in float64": (7, torch.float64, 1e-10, None),
     "seven blocks in float64, a large ε": (7, torch.float64, 1e-8, "part 2e-08 of .* epsilon than 1e-08$"),
     "eight blocks in float64": (8, torch.float64, 1e-10, "part 8e-10 of .* epsilon than 1e-10$"),
-    "ten blocks in float64": (
-        10,
-        torch.float64,
-        1e-10,
-        "part 2e-12 of .* theta_update a smaller epsilon than 1e-10",
-    ),
+    "ten blocks in float64": (10, torch.float64, 1e-10, "part 2e-12 of .* epsilon than 1e-10$"),
     "ten blocks in float64, another ε": (10, torch.float64, 1e-16, None),
+}
+OF_BLOCK_ADMM = {
+    "six blocks, a large ε": (6, torch.float32, 1e-8, "part 3e-07 of .* epsilon than 1e-08$"),
+    "seven blocks in float64": (7, torch.float64, 1e-10, "part 2e-08 of .* epsilon than 1e-10$"),
 }
 
 
-@pytest.mark.parametrize(("count", "dtype", "epsilon", "told"), SIGNALS.values(), ids=SIGNALS)
+@pytest.mark.parametrize("case", [*SIGNALS, *OF_BLOCK_ADMM])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_signal_lost_on_its_way_to_the_first_block_is_told(name, count, dtype, epsilon, told):
+def test_a_signal_lost_on_its_way_to_the_first_block_is_told(name, case):
+    count, dtype, epsilon, told = (SIGNALS | OF_BLOCK_ADMM)[case]
     x = torch.zeros(4, 2, dtype=dtype)
     blocks = split(mlp(2, [2] * (count - 1), 2), per_layer=True)
     problem = Problem(x, torch.zeros(4, dtype=torch.int64), blocks, CrossEntropy(), initialiser("pytorch"))
@@ -151,7 +154,8 @@ def test_a_signal_lost_on_its_way_to_the_first_block_is_told(name, count, dtype,
         warnings.simplefilter("always")
         optimizer.init(problem, [0])
     messages = [str(warning.message) for warning in caught if "z_step: block 1" in str(warning.message)]
-    assert len(messages) == (told is not None) and all(re.search(str(told), message) for message in messages)
+    is_told = told is not None and not (name == "gotmare" and case in OF_BLOCK_ADMM)
+    assert len(messages) == is_told and all(re.search(str(told), message) for message in messages)
 
 
 @pytest.mark.parametrize("name", ["online_block_admm", "gotmare"])

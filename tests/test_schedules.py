@@ -203,7 +203,7 @@ def test_functions_by_block_and_by_replica_are_those_of_runs_alone(mlp_problem):
 
 
 def test_a_function_ends_with_the_optimizer_s_iterations():
-    with pytest.warns(UserWarning, match="from 4 on theta_step stay at the end of their schedules"):
+    with pytest.warns(UserWarning, match="from 4 on the end of the schedule holds for theta_step"):
         warn_beyond_horizon(BlockADMM(4, cosine), 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

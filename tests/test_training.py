@@ -581,3 +581,21 @@ def test_a_subclass_goes_on_with_the_states_of_its_class(problem: Problem) -> No
     state = OPTIMIZERS["sgd"].init(problem, (0,))
     train(problem, Own(**vars(OPTIMIZERS["sgd"])), state, 1)
     assert state.iteration == 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ({"loss": torch.zeros(2)}, "it has returned {'loss': tensor.*, which is no dictionary with 'train_loss'"),
+        (None, "it has returned None, which is no dictionary"),
+        ({"train_loss": 0.5}, r"its 'train_loss' is 0.5; it must be a tensor \[2\], with a number per replica"),
+        ({"train_loss": torch.zeros(2), "top2": torch.tensor(1.0)}, r"its 'top2' is a tensor \[\]; it must be"),
+    ],
+    ids=["no loss", "nothing", "a number", "one for all"],
+)
+def test_what_is_measured_is_a_number_per_replica_by_name(returned, said):
+    network = split(nn.Linear(2, 2), after=[])
+    problem = Problem(torch.zeros(4, 2), torch.zeros(4, 2), network, SquaredError(), initialiser("pytorch"))
+    optimizer = Backprop(1, SGD(), 0.1, batch_size=4)
+    with pytest.raises(ValueError, match=f"^measure: {said}"):
+        train(problem, optimizer, optimizer.init(problem, [0, 1]), measure=lambda *given: returned)

@@ -143,17 +143,17 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
 
 
 def warn_of_lost_signal(
-    steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype, rule: UpdateRule
+    steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype, rule: UpdateRule, of_output: float = 1.0
 ) -> None:
     """Warn if the loss's gradient is below the rounding error at block 1, or hardly above the ε of Adam for Θ.
 
     Each block multiplies it by β_t ζ_t, for gradient steps ζ_t of the coupling variables between the blocks and
-    penalties β_t [S]. Ten ε count as hardly above it, as gradients by Θ are far below 1 in the first place. The caller
-    is a check of an optimizer's `init`.
+    penalties β_t [S]. `of_output` is the part of it that the last block's gradient has. Ten ε count as hardly above it,
+    as gradients by Θ are far below 1 in the first place. The caller is a check of an optimizer's `init`.
     """
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
     is_rounded, epsilon = signal < torch.finfo(dtype).eps, rule.epsilon if isinstance(rule, Adam) else 0.0
-    if signal > 0.0 and (is_rounded or signal < 10.0 * epsilon):
+    if signal > 0.0 and (is_rounded or signal * of_output < 10.0 * epsilon):
         remedy = "" if is_rounded else f", or give theta_update a smaller epsilon than {epsilon:g}"
         warn(
             f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient and will hardly learn, as each block "
@@ -539,7 +539,8 @@ class ZUpdate(Options):
                         f"{list(problem.blocks.names[t - 1])}; take 'clipped' or 'adam', or cut with per_layer=True"
                     )
         if self.name in ("gradient", "clipped"):
-            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype, rule)
+            of_output = float(beta[-1].max()) * steps[-1].largest if self.output_update == "step" else 1.0
+            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype, rule, of_output)
 
     def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
         """Return the state before the first step; `moments` are zeros, by block."""
