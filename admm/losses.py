@@ -177,7 +177,8 @@ def _check_length(name: str, weights: Sequence[float] | None, outputs: Sequence[
 class SquaredError(Options, ProximalLoss):
     """J = scale/2 ‖z − y‖².
 
-    PyTorch's `MSELoss`, a mean over the C outputs too, is `scale = 2/C`. Raises ValueError unless scale > 0.
+    PyTorch's `MSELoss`, a mean over a sample's C outputs (784 of an image of 28×28) too, is `scale = 2/C`. Raises
+    ValueError unless scale > 0.
 
     >>> loss, z, y = SquaredError(), torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])
     >>> loss.value(z, y), loss.gradient(z, y)
@@ -211,7 +212,7 @@ class SquaredError(Options, ProximalLoss):
 class Huber(Options, ProximalLoss):
     """J = scale · Σ_c h(z_c − y_c), where h(r) is r²/2 up to |r| = delta, and beyond it delta (|r| − delta/2).
 
-    Outliers pull with a force of at most scale · delta. PyTorch's `HuberLoss`, a mean over the C outputs too, is
+    Outliers pull with a force of at most scale · delta. PyTorch's `HuberLoss`, a mean over a sample's C outputs too, is
     `scale = 1/C`. Raises ValueError unless delta and scale are positive.
 
     References:
@@ -448,7 +449,7 @@ class BinaryCrossEntropy(_NewtonLoss):
     """J = scale · −Σ_c weight_c (pos_weight_c y_c log σ(z_c) + (1 − y_c) log(1 − σ(z_c))), with y between 0 and 1.
 
     Each output is a logit, σ the logistic function. The loss is for several labels per sample, or one output that means
-    yes or no. PyTorch's `BCEWithLogitsLoss`, a mean over the C outputs too, is `scale = 1/C`.
+    yes or no. PyTorch's `BCEWithLogitsLoss`, a mean over a sample's C outputs too, is `scale = 1/C`.
 
     Args:
         scale: the factor.
