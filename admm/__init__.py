@@ -28,7 +28,7 @@ from admm.losses import BinaryCrossEntropy, CrossEntropy, Hinge, SquaredError
 from admm.models import as_constructed, as_given, initialiser, resnet18
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, DeepFacto, OnlineBlockADMM, Optimizer, Problem, ZUpdate
 from admm.parallel import Parallel
-from admm.training import train
+from admm.training import evaluate, train
 from admm.visits import evaluation
 
 __version__ = "0.1.0"
@@ -52,6 +52,7 @@ __all__ = [
     "ZUpdate",
     "as_constructed",
     "as_given",
+    "evaluate",
     "evaluation",
     "initialiser",
     "load",

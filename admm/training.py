@@ -269,7 +269,7 @@ def train(
             written. What a callback's `state_dict()` returns is kept in checkpoints, and given to its
             `load_state_dict` at a resume, before the call; of several of a class, to that with the same entry `of`.
         measure: a function that returns a dictionary of `train_loss` and other quantities [S] of the parameters, in
-            place of `admm.training.evaluate`.
+            place of `evaluate`.
         keep_last: whether a checkpoint is written at the end, too.
         angle_samples: the number of training samples on whose mean loss the update of the last iteration before each
             evaluation is compared with back-propagation's gradient, as `cosine_t` of each block (see

@@ -125,5 +125,5 @@ def told(optimizer: Any, iterations: int) -> list[str]:
 def test_training_on_after_the_end_of_the_schedules_is_told():
     falling = {"start": 0.1, "end": 0.0}
     (message,) = told(OnlineBlockADMM(5, falling, z_step={"blocks": [0.1, falling]}), 10)
-    assert message.startswith("iterations: 5, but training goes on to iteration 10; from 5 on theta_step, z_")
+    assert message.endswith("from 5 on the end of the schedule holds for theta_step, z_step. Give both the same number")
     assert not told(OnlineBlockADMM(5, falling), 5) and not told(OnlineBlockADMM(5, 0.1), 10) and not told(Taylor(), 10)
