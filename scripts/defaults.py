@@ -200,15 +200,20 @@ def trained(name: str, method: str) -> list[float]:
 
 
 def digits(task: Task) -> tuple[Problem, tuple[Tensor, Tensor]]:
-    """Return a problem of four fifths of scikit-learn's shuffled digits [N, 1, 8, 8], and the last fifth to test on."""
-    data = load_digits()
-    order = np.random.RandomState(0).permutation(len(data.target))
-    x = torch.as_tensor(data.images[order] / 16, dtype=torch.float32).unsqueeze(1)
-    labels = torch.as_tensor(data.target[order])
+    """Return a problem of four fifths of the shuffled digits, and the last fifth to test on."""
+    x, labels = shuffled_digits()
     cut = {"per_layer": True} if task.after is None else {"after": task.after}
     n, blocks = TRAINING_SAMPLES, split(task.network(), **cut)
     problem = Problem(x[:n], labels[:n], blocks, CrossEntropy(), as_constructed(task.network))
     return problem, (x[n:], labels[n:])
+
+
+def shuffled_digits() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's digits in a random order: images [N, 1, 8, 8] from 0 to 1, and their classes [N]."""
+    data = load_digits()
+    order = np.random.RandomState(0).permutation(len(data.target))
+    x = torch.as_tensor(data.images[order] / 16, dtype=torch.float32).unsqueeze(1)
+    return x, torch.as_tensor(data.target[order])
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -7,12 +7,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from admm.blocks import split
@@ -22,7 +20,7 @@ from admm.models import initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.training import train
-from scripts.defaults import Residual, Transformer
+from scripts.defaults import TRAINING_SAMPLES, Residual, Transformer, shuffled_digits
 
 CONF = Path(__file__).parents[1] / "experiments/conf/optimizer"
 
@@ -48,17 +46,14 @@ def test_a_file_of_conf_optimizer_has_the_defaults_of_its_class(name):
 
 
 def digits(
-    layers: nn.Module, after: Sequence[str] | None, loss: Loss, n: int = 1437
+    layers: nn.Module, after: Sequence[str] | None, loss: Loss, n: int = TRAINING_SAMPLES
 ) -> tuple[Problem, tuple[Tensor, Tensor]]:
     """A problem of n, by default four fifths, of scikit-learn's digits, and the last fifth to test on; cut at each
     layer, or `after`."""
-    data = load_digits()
-    order = np.random.RandomState(0).permutation(len(data.target))
-    x = torch.as_tensor(data.images[order] / 16, dtype=torch.float32).unsqueeze(1)
-    labels = torch.as_tensor(data.target[order])
+    x, labels = shuffled_digits()
     blocks = split(layers, per_layer=True) if after is None else split(layers, after=after)
     problem = Problem(x[:n], one_hot(labels[:n], 10, x), blocks, loss, initialiser("pytorch"))
-    return problem, (x[1437:], labels[1437:])
+    return problem, (x[TRAINING_SAMPLES:], labels[TRAINING_SAMPLES:])
 
 
 def history(optimizer: Any, case: tuple[Problem, Any], seeds: Sequence[int] = (0,), **options: Any) -> list[Row]:
