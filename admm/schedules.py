@@ -131,7 +131,7 @@ def block_values(name: str, value: Any, blocks: int) -> list[Any]:
     if set(value) != {"blocks"} or not isinstance(of_blocks, Sequence):
         raise ValueError(f"{name}: {dict(value)} is not {{'blocks': [{blocks} values, one per block]}}")
     if len(of_blocks) != blocks:
-        raise ValueError(f"{name}: has {len(of_blocks)} values for blocks, the network has {blocks} blocks")
+        raise ValueError(f"{name}: has {len(of_blocks)} values for blocks; {blocks} are needed")
     return list(of_blocks)
 
 

@@ -1,6 +1,6 @@
 """The defaults on small networks of many kinds, beside Adam by back-propagation: python -m scripts.defaults
 
-Each network learns scikit-learn's digits, cut into three to ten blocks, from five seeds, by online Block-ADMM and
+Each network learns scikit-learn's digits, cut into three to sixteen blocks, from five seeds, by online Block-ADMM and
 Gotmare et al. with their defaults, and by Adam. (Block-ADMM has the iterates of its online form then.) All have the
 same initial weights, mini-batches and epochs, and one step size of Θ, which is chosen for none of them: 3e-3 to 0 along
 half a cosine, and for some a large one that stays.
@@ -58,6 +58,18 @@ class Residual(nn.Module):
         x = torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
         x = torch.relu(self.bn3(self.conv3(max_pool2d(x, 2))))
         output: Tensor = self.head(x.mean((2, 3)))
+        return output
+
+
+class ResidualLayer(nn.Module):
+    """A linear layer with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x + torch.relu(self.linear(self.norm(x)))
         return output
 
 
@@ -144,6 +156,11 @@ def convolutions(layers: int) -> nn.Sequential:
     )
 
 
+def residual_layers(layers: int) -> nn.Sequential:
+    """Return a perceptron of linear layers with residuals, `layers` of them between a first layer and a last one."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), *(ResidualLayer() for _ in range(layers)), nn.Linear(16, 10))
+
+
 @dataclass(frozen=True)
 class Task:
     """A network, the modules after which it is cut, or None for each layer, the epochs, and η."""
@@ -158,6 +175,7 @@ TASKS = {
     "perceptron, 3 blocks": Task(lambda: mlp(64, [64, 64], 10), None),
     "perceptron, 6 blocks": Task(lambda: mlp(64, [64] * 5, 10), None),
     "perceptron, 10 blocks": Task(lambda: mlp(64, [64] * 9, 10), None),
+    "perceptron with residuals, 16 blocks": Task(lambda: residual_layers(14), [str(n) for n in range(1, 16)]),
     "convolutions with batch normalisation, 3 blocks": Task(lambda: convolutions(2), ["2", "5"], 10),
     "convolutions with batch normalisation, 6 blocks": Task(lambda: convolutions(5), ["2", "5", "8", "11", "14"], 10),
     "residual network, 4 blocks, one cut in the residual": Task(Residual, ["stem", "bn1", "bn3"]),

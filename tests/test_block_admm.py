@@ -761,7 +761,7 @@ def test_diagnostics_leave_the_state_alone(mlp_problem):
         ({"sweep": "minibatch", "theta_passes": 0.5}, "theta_passes: 0.5"),
         ({"theta_passes": 0.0}, "theta_passes"),
         ({"theta_passes": -1.0}, "theta_passes"),
-        ({"beta": {"blocks": [1.0, 2.0]}}, "beta: has 2 values for blocks, the network has 3 blocks"),
+        ({"beta": {"blocks": [1.0, 2.0]}}, "beta: has 2 values for blocks; 3 are needed"),
         ({"beta": {"blocks": [1.0, 2.0, (1.0, 2.0)]}}, "beta: 2 values for 3 replicas"),
         ({"beta": 0.0}, "beta: 0.0 is not positive"),
         ({"beta": {"blocks": [1.0, -1.0, 1.0]}}, "beta"),

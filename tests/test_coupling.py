@@ -17,10 +17,11 @@ from admm.losses import CrossEntropy
 from admm.models import initialiser
 from admm.nmf import NMF
 from admm.optimizers import BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
-from admm.optimizers.coupling import AugmentedLagrangian
+from admm.optimizers.coupling import AugmentedLagrangian, coupling_values, penalties
 from admm.optimizers.deepfacto import FactorisedLagrangian, factorisations
 from admm.optimizers.gotmare import GluingTerms
 from admm.optimizers.online_block_admm import ScalarDuals
+from admm.schedules import block_schedules
 
 SEEDS = (3, 1)
 
@@ -226,3 +227,34 @@ def test_a_resumed_z_update_goes_on_as_it_was(name: str, mlp_problem: Callable[.
         assert torch.equal(state.theta.flat(), other.theta.flat())
         for a, b in zip(state.z_state.inverse_curvature, other.z_state.inverse_curvature, strict=True):
             assert torch.equal(a, b)
+
+
+VALUES = {
+    "neither": (None, None, [0.1 / 400, 0.1 / 20, 0.1], [4000.0, 200.0, 10.0]),
+    "one ζ": (0.2, None, [0.2, 0.2, 0.2], [5.0, 0.25, 0.25]),
+    "one β": (None, 2.0, [0.025, 0.025, 0.1], [2.0, 2.0, 2.0]),
+    "ζ of each replica": ([0.2, 0.4], None, [[0.2, 0.4]] * 3, [[5.0, 2.5], [0.25, 0.125], [0.25, 0.125]]),
+    "a schedule of ζ": ({"start": 0.2, "end": 0.0}, None, [0.2, 0.2, 0.2], [5.0, 0.25, 0.25]),
+    "β of each block": (None, {"blocks": [1.0, [0.5, 1.0], 2.0]}, [[0.1, 0.05], 0.025, 0.1], [1.0, [0.5, 1.0], 2.0]),
+    "both": (0.3, 7.0, [0.3, 0.3, 0.3], [7.0, 7.0, 7.0]),
+}
+
+
+@pytest.mark.parametrize(("z_step", "beta", "steps", "weights"), VALUES.values(), ids=VALUES)
+def test_a_step_of_z_or_a_penalty_that_is_not_given_turns_a_twentieth_of_the_next_residual(
+    z_step, beta, steps, weights
+):
+    found, of_blocks = coupling_values(z_step, beta, 3, 2, is_clipped=True, last=0.1)
+    starts = [at.start for at in block_schedules("z_step", found, 3, 2)]
+    for start, expected in zip(starts, steps, strict=True):
+        torch.testing.assert_close(torch.as_tensor(start).double(), torch.tensor(expected, dtype=torch.float64))
+    like = torch.zeros((), dtype=torch.float64)
+    expected = torch.stack([torch.tensor(weight, dtype=torch.float64).expand(2) for weight in weights])
+    torch.testing.assert_close(penalties(of_blocks, 3, 2, like), expected)
+
+
+def test_a_penalty_is_not_found_from_a_step_of_z_that_is_zero():
+    with pytest.raises(
+        ValueError, match=r"^rho: is None, but z_step starts at 0, from which it cannot be found; give it$"
+    ):
+        coupling_values({"blocks": [0.0, 1.0]}, None, 2, 1, is_clipped=True, last=0.01, name="rho")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from admm.blocks import split
 from admm.checkpoints import Row
 from admm.losses import CrossEntropy, Loss, SquaredError, one_hot
-from admm.models import initialiser, mlp
+from admm.models import as_given, initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.coupling import warn_of_label_leak
 from admm.training import train
-from scripts.defaults import TRAINING_SAMPLES, Residual, Transformer, shuffled_digits
+from scripts.defaults import TRAINING_SAMPLES, Residual, Transformer, residual_layers, shuffled_digits
 
 CONF = Path(__file__).parents[1] / "experiments/conf/optimizer"
 
@@ -116,41 +116,99 @@ def test_the_defaults_train_steep_blocks_as_adam_does(name, steep):
     assert mean_accuracy(OPTIMIZERS[name](6, 1e-2), case) > of_adam - 5.0
 
 
-# Of five seeds, Adam by back-propagation reaches 95 % with six blocks and 94 with seven, online Block-ADMM 95 and 84;
-# with six blocks and an ε of 1e-8 it reaches 88. In float64 it reaches 78 with ten blocks and an ε of 1e-16, else 8; of
-# three seeds, 53 with eight blocks, and 87 with an ε of 1e-16. There Gotmare et al. reach 77 with seven blocks and an ε
-# of 1e-8, and 89 with 1e-16.
-#
-# By case: blocks, type, ε, and what is told. In the second group it is not told of Gotmare et al., whose last block
-# learns by the loss itself.
+# By case: blocks, type, ε of Adam, and what is told of gradient steps, where each block passes 0.05 on. In the second
+# group it is not told of Gotmare et al., whose last block learns by the loss itself.
 SIGNALS = {
     "six blocks": (6, torch.float32, 1e-10, None),
-    "seven blocks": (7, torch.float32, 1e-10, "part 2e-08 of .* into fewer blocks$"),
-    "seven blocks in float64, a large ε": (7, torch.float64, 1e-8, "part 2e-08 of .* epsilon than 1e-08$"),
-    "eight blocks in float64": (8, torch.float64, 1e-10, "part 8e-10 of .* epsilon than 1e-10$"),
-    "ten blocks in float64": (10, torch.float64, 1e-10, "part 2e-12 of .* epsilon than 1e-10$"),
+    "seven blocks": (7, torch.float32, 1e-10, "less than float32 can tell"),
+    "seven blocks in float64, a large ε": (7, torch.float64, 1e-8, "part [28]e-.* epsilon than 1e-08$"),
+    "eight blocks in float64": (8, torch.float64, 1e-10, "part [48]e-1.* epsilon than 1e-10$"),
     "ten blocks in float64, another ε": (10, torch.float64, 1e-16, None),
 }
 OF_BLOCK_ADMM = {
-    "six blocks, a large ε": (6, torch.float32, 1e-8, "part 3e-07 of .* epsilon than 1e-08$"),
-    "seven blocks in float64": (7, torch.float64, 1e-10, "part 2e-08 of .* epsilon than 1e-10$"),
+    "six blocks, a large ε": (6, torch.float32, 1e-8, "part 2e-08 of .* epsilon than 1e-08$"),
+    "seven blocks in float64": (7, torch.float64, 1e-10, "part 8e-10 of .* epsilon than 1e-10$"),
 }
 
 
 @pytest.mark.parametrize("case", [*SIGNALS, *OF_BLOCK_ADMM])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_signal_lost_on_its_way_to_the_first_block_is_told(name, case):
+def test_a_signal_of_gradient_steps_that_is_lost_on_its_way_to_the_first_block_is_told(name, case):
     count, dtype, epsilon, told = (SIGNALS | OF_BLOCK_ADMM)[case]
-    x = torch.zeros(4, 2, dtype=dtype)
-    blocks = split(mlp(2, [2] * (count - 1), 2), per_layer=True)
-    problem = Problem(x, torch.zeros(4, dtype=torch.int64), blocks, CrossEntropy(), initialiser("pytorch"))
-    optimizer = OPTIMIZERS[name](1, 1e-3, batch_size=4, theta_update=Adam(epsilon=epsilon))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer.init(problem, [0])
-    messages = [str(warning.message) for warning in caught if "z_step: block 1" in str(warning.message)]
+    z_update = SGD() if name == "gotmare" else ZUpdate("gradient")
+    messages = told_at_the_start(name, count, dtype, z_update=z_update, theta_update=Adam(epsilon=epsilon))
     is_told = told is not None and not (name == "gotmare" and case in OF_BLOCK_ADMM)
     assert len(messages) == is_told and all(re.search(str(told), message) for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "dtype", "told"), [(20, torch.float32, 0), (26, torch.float32, 1), (32, torch.float64, 0)]
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_defaults_reach_the_first_of_twenty_blocks(name, blocks, dtype, told):
+    messages = told_at_the_start(name, blocks, dtype)
+    assert len(messages) == told and all("less than float32 can tell" in message for message in messages)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_penalties_of_too_many_blocks_are_refused(name):
+    with pytest.raises(ValueError, match=r"^(beta|rho): [12]e\+41, for 32 blocks, is beyond float32; give smaller"):
+        told_at_the_start(name, 32, torch.float32)
+
+
+def test_a_batch_sweep_cannot_tell_such_small_steps():
+    (message,) = told_at_the_start("block_admm", 8, torch.float32, sweep="batch")
+    assert "Z_1 moves by the part 8e-11 of" in message
+
+
+def told_at_the_start(name: str, blocks: int, dtype: torch.dtype, **options: Any) -> list[str]:
+    """Return the warnings about z_step at `init`, for a network of layers with two outputs each."""
+    x = torch.zeros(4, 2, dtype=dtype)
+    cut = split(mlp(2, [2] * (blocks - 1), 2), per_layer=True)
+    problem = Problem(x, torch.zeros(4, dtype=torch.int64), cut, CrossEntropy(), initialiser("pytorch"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        OPTIMIZERS[name](1, 1e-3, batch_size=4, **options).init(problem, [0])
+    found = [warning for warning in caught if str(warning.message).startswith("z_step: ")]
+    assert all(warning.filename == __file__ for warning in found)
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_gradients_of_the_defaults_are_those_of_back_propagation_up_to_the_step_of_z(name):
+    """In float32, too, where Z_1 of twelve blocks moves by far less than its rounding errors."""
+    change = {}
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        layers = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(12))).to(dtype)
+        for parameter in layers.parameters():
+            parameter.data.mul_(2.0)
+        x = torch.rand(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        blocks = split(layers, after=[str(n) for n in range(11)])
+        problem = Problem(x, torch.arange(8) % 6, blocks, CrossEntropy(), as_given)
+        for of, optimizer in {
+            name: OPTIMIZERS[name](1, 1.0, batch_size=8, theta_update=SGD()),
+            "back-propagation": Backprop(1, SGD(), 1.0, batch_size=8),
+        }.items():
+            state = optimizer.init(problem, [0])
+            before = state.theta.flat().clone()
+            change[of, dtype] = (optimizer.step(problem, state).theta.flat() - before).double().view(12, 42)
+    expected = change["back-propagation", torch.float64]
+    single, double = change[name, torch.float32], change[name, torch.float64]
+    # In float32 a step far below the rounding errors of its Z does not turn the next residual by its twentieth.
+    assert ((single - double).norm(dim=1) < 0.15 * double.norm(dim=1)).all()
+    assert (torch.cosine_similarity(double, expected) > 0.98).all()
+    ratio = double.norm(dim=1) / expected.norm(dim=1)
+    assert ((ratio > 0.9) & (ratio < 1.01)).all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_defaults_train_sixteen_blocks(name):
+    """By Adam and by SGD, with step sizes for back-propagation. From residuals of rounded Z they end at 67 %."""
+    case = digits(residual_layers(14), [str(n) for n in range(1, 16)], CrossEntropy(), 600)
+    for options in ({"theta_step": 1e-2}, {"theta_step": 0.05, "theta_update": SGD(0.9)}):
+        rows = history(OPTIMIZERS[name](6, **options), case, evaluate_every=6)
+        assert rows[-1]["test_accuracy"] > 78.0, (options, rows[-1])
 
 
 @pytest.mark.parametrize("name", ["online_block_admm", "gotmare"])
@@ -177,16 +235,3 @@ def test_a_leak_of_labels_is_told_once_and_for_a_large_step_alone(name):
 def test_an_optimizer_without_coupling_variables_has_no_leak(recwarn):
     warn_of_label_leak(Backprop(1, Adam(), 0.1), [{"iteration": 0, "replica": 0}, {"iteration": 1, "replica": 0}])
     assert not recwarn
-
-
-@pytest.mark.parametrize(("blocks", "is_lost"), [(6, False), (9, True)])
-@pytest.mark.parametrize("optimizer", [OnlineBlockADMM(2, 1e-3), BlockADMM(2, 1e-3), Gotmare(2, 1e-3)], ids=str)
-def test_a_signal_that_does_not_reach_the_first_block_is_told(optimizer: Any, blocks: int, is_lost: bool) -> None:
-    x = torch.rand(70, 4)
-    cut = split(mlp(4, [3] * (blocks - 1), 2), per_layer=True)
-    problem = Problem(x, torch.arange(70) % 2, cut, SquaredError(), initialiser("pytorch"))
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        optimizer.init(problem, [0])
-    found = [(str(warning.message).partition(":")[0], warning.filename) for warning in told]
-    assert found == [("z_step", __file__)] * is_lost

@@ -89,7 +89,7 @@ def test_a_wrong_value_by_block_is_refused_by_name(value):
 
 
 def test_another_number_of_values_by_block_is_told():
-    with pytest.raises(ValueError, match=r"^beta: has 3 values for blocks, the network has 2 blocks$"):
+    with pytest.raises(ValueError, match=r"^beta: has 3 values for blocks; 2 are needed$"):
         block_values("beta", {"blocks": [1.0, 2.0, 3.0]}, 2)
 
 

@@ -184,8 +184,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
 
     iterations: int
     theta_step: Value
-    z_step: BlockValue = 0.1
-    beta: BlockValue = 0.5
+    z_step: BlockValue | None = None
+    beta: BlockValue | None = None
     sweep: Literal["batch", "minibatch"] = "minibatch"
     batch_size: int = 64
     epoch_parts: int | None = None
@@ -193,7 +193,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     primal_growth: float | None = None
     theta_passes: float = 1.0
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("clipped"))
-    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-10))
+    theta_update: UpdateRule = field(default_factory=Adam)
     dual_step: Value = 0.0
     dual_init: float = 0.0
     forward_mixing: Value = 1.0
@@ -212,8 +212,9 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         self._check(problem, seeds)
         problem.refuse_augmentation("Block-ADMM")
         theta = problem.initial(seeds)
-        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
-        self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta, self.theta_update)
+        beta = self._penalties(len(problem.blocks), len(seeds), problem.like)
+        z_steps, is_exact = self._schedules(*beta.shape).z_steps, self.sweep == "minibatch"
+        self.z_update.check(problem, theta, z_steps, beta, self.theta_update, is_exact)
         z, u, *moments = self._forward_pass(problem, theta, seeds)
         if self.dual_init:
             spread = torch.full((len(seeds),), self.dual_init, dtype=torch.float64)
@@ -256,7 +257,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         """Do one iteration of Algorithm 1, and update β by Eq. 6."""
         same_samples(problem, state.z[problem.held_blocks[-1] - 1])
         if self.penalty is None:
-            beta = penalties(self.beta, len(problem.blocks), len(state.seeds), like=state.beta)
+            beta = self._penalties(len(problem.blocks), len(state.seeds), state.beta)
             if not torch.equal(beta, state.beta):  # the state was trained with other penalties
                 _set_penalties(state, beta, beta / state.beta)
         sweep = self._batch_sweep if self.sweep == "batch" else self._minibatch_sweep
@@ -481,10 +482,15 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         self.z_update.step(lagrangian, z_state, h.z_steps)
         return lagrangian
 
+    def _penalties(self, n_blocks: int, n_replicas: int, like: Tensor) -> Tensor:
+        _, beta = self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas)
+        return penalties(beta, n_blocks, n_replicas, like)
+
     def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
+        z_step, _ = self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas)
         return Schedules(
             theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
-            z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
+            z_steps=block_schedules("z_step", z_step, n_blocks, n_replicas),
             dual_step=schedule("dual_step", self.dual_step, n_replicas),
             mixing=mixing_schedule(self.forward_mixing, n_replicas),
         )

@@ -27,12 +27,23 @@ from admm.optimizers.checks import check_prox
 from admm.optimizers.least_squares import ridge_inverse
 from admm.optimizers.protocol import Problem, ShortRepr
 from admm.optimizers.rules import Adam, Moments, UpdateRule
-from admm.schedules import BlockValue, Schedule, Value, block_values, broadcast, positive, schedule
+from admm.schedules import (
+    BlockValue,
+    Schedule,
+    Value,
+    block_schedules,
+    block_values,
+    broadcast,
+    per_replica,
+    positive,
+    schedule,
+)
 from admm.user_warnings import warn
 from admm.visits import Visit
 
 StepSize = float | Tensor  # one for all replicas, or one per replica [S]
 LARGEST_SHARE = 0.4  # of the way to the minimum of block t + 1's coupling term that a clipped step of Z_t goes
+TURNED = 0.05  # β_{t+1} ζ_t, where ζ or β is not given
 
 
 class Hyperparameters(NamedTuple):
@@ -81,9 +92,49 @@ class Schedules(NamedTuple):
         return [Hyperparameters([*steps], z_steps, dual_step, mixing) for steps in by_round]
 
 
-def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor) -> Tensor:
-    """Return the penalties β [T, S] in the dtype of `like`. Raises ValueError unless all are positive."""
-    return torch.stack([positive("beta", value, n_replicas) for value in block_values("beta", beta, n_blocks)]).to(like)
+def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor, name: str = "beta") -> Tensor:
+    """Return the penalties β [T, S] in the dtype of `like`.
+
+    Raises ValueError with their `name` unless all are positive, and finite in this dtype.
+    """
+    values = torch.stack([positive(name, value, n_replicas) for value in block_values(name, beta, n_blocks)])
+    if not bool((found := values.to(like)).isfinite().all()):
+        kind = str(like.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: {float(values.max()):.0e}, for {n_blocks} blocks, is beyond {kind}; give smaller values of it "
+            "and z_step, cut into fewer blocks, or take float64"
+        )
+    return found
+
+
+def coupling_values(
+    z_step: BlockValue | None,
+    beta: BlockValue | None,
+    n_blocks: int,
+    n_replicas: int,
+    is_clipped: bool,
+    last: float,
+    name: str = "beta",
+) -> tuple[BlockValue, BlockValue]:
+    """Return ζ and β with values for what is None, such that β_{t+1} ζ_t = 0.05 and ζ_T = `last`.
+
+    For clipped steps, without both, β_t ζ_t = 1, which gives the gradients by Θ the scale of those by back-propagation.
+    For others ζ and β are the same for all blocks. `name` is that of β. Raises ValueError for another number of values,
+    or where ζ starts at 0 and β is None.
+    """
+    if not is_clipped:
+        return last if z_step is None else z_step, TURNED / last if beta is None else beta
+    if z_step is None and beta is not None:
+        behind = [per_replica(name, value, n_replicas) for value in block_values(name, beta, n_blocks)[1:]]
+        return {"blocks": [*(TURNED / b for b in behind), last]}, beta
+    if z_step is None:
+        z_step = {"blocks": [last * TURNED ** (n_blocks - t) for t in range(1, n_blocks + 1)]}
+    if beta is None:
+        steps = [at.start for at in block_schedules("z_step", z_step, n_blocks, n_replicas)]
+        if not all(bool(torch.as_tensor(step).all()) for step in steps):
+            raise ValueError(f"{name}: is None, but z_step starts at 0, from which it cannot be found; give it")
+        beta = {"blocks": [1.0 / steps[0], *(TURNED / step for step in steps[:-1])] if steps else []}
+    return z_step, beta
 
 
 def label_leak(
@@ -143,21 +194,30 @@ def warn_of_label_leak(optimizer: object, rows: Sequence[Mapping[str, float]]) -
 
 
 def warn_of_lost_signal(
-    steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype, rule: UpdateRule, of_output: float = 1.0
+    steps: Sequence[Schedule], weights: Sequence[Tensor], dtype: torch.dtype, rule: UpdateRule, is_exact: bool
 ) -> None:
-    """Warn if the loss's gradient is below the rounding error at block 1, or hardly above the ε of Adam for Θ.
+    """Warn if the loss's gradient is lost on its way to block 1, below rounding errors or the ε of Adam for Θ.
 
-    Each block multiplies it by β_t ζ_t, for gradient steps ζ_t of the coupling variables between the blocks and
-    penalties β_t [S]. `of_output` is the part of it that the last block's gradient has. Ten ε count as hardly above it,
-    as gradients by Θ are far below 1 in the first place. The caller is a check of an optimizer's `init`.
+    Gradient steps ζ_t, with penalties β_t [S], move Z_1 by ζ_1 Π_{t>1} β_t ζ_t of it, and Θ_1 gets β_1 of this. A tenth
+    of the rounding errors is too little, unless residuals are kept besides Z, and so are ten ε, as gradients by Θ are
+    far below 1 in the first place. The caller is a check of an optimizer's `init`.
     """
     signal = math.prod(float(beta.max()) * step.largest for beta, step in zip(weights, steps, strict=True))
-    is_rounded, epsilon = signal < torch.finfo(dtype).eps, rule.epsilon if isinstance(rule, Adam) else 0.0
-    if signal > 0.0 and (is_rounded or signal * of_output < 10.0 * epsilon):
-        remedy = "" if is_rounded else f", or give theta_update a smaller epsilon than {epsilon:g}"
+    if signal == 0.0:
+        return
+    move, kind = signal / float(weights[0].max()), torch.finfo(dtype)
+    if move < (1e8 * kind.tiny if is_exact else kind.eps / 10.0):
+        name = str(kind.dtype).removeprefix("torch.")
+        warn(
+            f"z_step: Z_1 moves by the part {move:.0e} of the loss's gradient, less than {name} can tell, and block 1 "
+            "will hardly learn, as each block passes on z_step times beta (or rho) of it; raise z_step or beta, or cut "
+            'into fewer blocks. The defaults, with z_update "clipped", reach 20 blocks, but not with sweep="batch"'
+        )
+    elif isinstance(rule, Adam) and signal < 10.0 * rule.epsilon:
         warn(
             f"z_step: block 1 gets the part {signal:.0e} of the loss's gradient and will hardly learn, as each block "
-            f"passes on z_step times beta (or rho) of it; raise z_step or beta, or cut into fewer blocks{remedy}"
+            "passes on z_step times beta (or rho) of it; raise z_step or beta, cut into fewer blocks, or give "
+            f"theta_update a smaller epsilon than {rule.epsilon:g}"
         )
 
 
@@ -289,13 +349,31 @@ class AugmentedLagrangian(BlockOutputs):
     ) -> None:
         super().__init__(problem.blocks, theta, visit, z)
         self.held = problem.held_blocks if held is None else held
+        self._references: dict[int, tuple[Tensor, Tensor]] = {}  # by t; a residual, and block t's output for it
         self.from_above: Tensor | None = None
         self.problem, self.loss, self.beta, self.u = problem, problem.loss, beta.unbind(), u
         self.weights = [broadcast(b, v) for b, v in zip(self.beta, self.z, strict=True)]
 
     def residual(self, t: int, for_vjp: bool | None = None) -> Tensor:
         """Return Z_t − block_t(Z_{t−1}) [S, n, d_t] in a new tensor; `for_vjp` is as in `output`."""
-        return self.z[t - 1] - self.output(t, for_vjp)
+        if t not in self._references:
+            return self.z[t - 1] - self.output(t, for_vjp)
+        residual, before = self._references[t]
+        return residual - (self.output(t, for_vjp) - before)
+
+    def set_z(self, t: int, z: Tensor) -> None:
+        self._references.pop(t, None)
+        super().set_z(t, z)
+
+    def move_z(self, t: int, step: Tensor) -> None:
+        """Add `step` to Z_t, which rounds off what is far smaller than itself; `residual` still has all of it.
+
+        So deep blocks learn from a residual that is far below the rounding errors of Z_t. It is the sum of the step and
+        what block t's output changes by from now on, 0 where nothing moves the block's input or Θ_t.
+        """
+        reference = self.residual(t).add_(step), self.output(t)
+        self.set_z(t, self.z[t - 1] + step)
+        self._references[t] = reference
 
     def squared_residual(self) -> Tensor:
         """Return Σ_t ‖Z_t − block_t(Z_{t−1})‖² [S]."""
@@ -482,7 +560,8 @@ class ZUpdate(Options):
             "clipped": the same, where what block t + 1 adds to the step is clipped for each sample: it goes at most two
             fifths of the way to where the coupling term of this block is smallest along it, as evaluated by one more
             forward pass of the block. A longer one turns the sign of parts of the residual where the block is steep,
-            and the block then moves away from what the loss asks for. This is not in the paper.
+            and the block then moves away from what the loss asks for. Residuals are kept besides Z, so that those far
+            below the rounding errors of Z are exact as long as the same visit goes on. This is not in the paper.
             "adam": ζ_t times Adam's direction, with moments for every entry of Z_t (paper, §4.1).
             "lipschitz": ζ_t ∇ / (β_t + β_{t+1} σ²), with σ = σ_max(W) by one power iteration per evaluation, so that
             the first few are inexact.
@@ -518,7 +597,13 @@ class ZUpdate(Options):
             in_range(name, getattr(self, name), below)
 
     def check(
-        self, problem: Problem, theta: Parameters, steps: Sequence[Schedule], beta: Tensor, rule: UpdateRule
+        self,
+        problem: Problem,
+        theta: Parameters,
+        steps: Sequence[Schedule],
+        beta: Tensor,
+        rule: UpdateRule,
+        is_exact: bool = True,
     ) -> None:
         """Raise ValueError if the blocks or the loss lack what the update needs; warn as `warn_of_lost_signal` does.
 
@@ -528,6 +613,7 @@ class ZUpdate(Options):
             steps: schedules of ζ_1..ζ_T.
             beta: penalties [T, S].
             rule: the update of Θ.
+            is_exact: whether Θ is updated with the Lagrangian in which Z has moved, which has its residuals exactly.
         """
         if self.output_update == "prox":
             check_prox(problem.loss, "output_update='prox'")
@@ -538,9 +624,10 @@ class ZUpdate(Options):
                         f"name: {self.name!r} needs blocks of one linear layer, with or without a ReLU; block {t} is "
                         f"{list(problem.blocks.names[t - 1])}; take 'clipped' or 'adam', or cut with per_layer=True"
                     )
-        if self.name in ("gradient", "clipped"):
-            of_output = float(beta[-1].max()) * steps[-1].largest if self.output_update == "step" else 1.0
-            warn_of_lost_signal(steps[:-1], beta[:-1].unbind(), problem.like.dtype, rule, of_output)
+        moved = len(steps) - (self.output_update == "prox")
+        if self.name in ("gradient", "clipped") and moved:
+            is_exact = is_exact and self.name == "clipped"
+            warn_of_lost_signal(steps[:moved], beta[:moved].unbind(), problem.like.dtype, rule, is_exact)
 
     def init(self, blocks: Blocks, theta: Parameters, moments: Iterable[Sequence[Tensor]] = ()) -> ZState:
         """Return the state before the first step; `moments` are zeros, by block."""
@@ -606,14 +693,24 @@ class ZUpdate(Options):
         """Move Z_t once for all blocks t that are held, from the last one to the first."""
         state.count = state.count + 1
         for t in reversed(lagrangian.held):
-            lagrangian.set_z(t, self.updated_z(lagrangian, state, t, steps[t - 1]))
+            self.update_z(lagrangian, state, t, steps[t - 1])
 
-    def updated_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
-        """Return Z_t after its step ζ_t."""
+    def update_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> None:
+        """Move Z_t by its step ζ_t (Algorithm 1, lines 5 and 7)."""
         if t == len(lagrangian.blocks) and self.output_update == "prox":
-            return lagrangian.last_minimiser()
+            lagrangian.set_z(t, lagrangian.last_minimiser())
+            return
         direction = self._direction(lagrangian.z_gradient(t, self.clip_for(step)), state, t)
-        return lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction))  # Algorithm 1, lines 5 and 7
+        if self.name == "clipped":
+            lagrangian.move_z(t, direction.mul_(broadcast(step, direction)).neg_())
+        else:
+            lagrangian.set_z(t, lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction)))
+
+    def coupling_values(
+        self, z_step: BlockValue | None, beta: BlockValue | None, n_blocks: int, n_replicas: int
+    ) -> tuple[BlockValue, BlockValue]:
+        """Return ζ and β as the function of this name does."""
+        return coupling_values(z_step, beta, n_blocks, n_replicas, self.name == "clipped", last=0.1)
 
     def clip_for(self, step: StepSize) -> StepSize | None:
         """Return the step size for which `AugmentedLagrangian.z_gradient` clips the gradient, if it does."""

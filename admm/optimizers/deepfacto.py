@@ -156,14 +156,15 @@ class FactorisedZUpdate(ZUpdate):
 
     score_sweeps: int = 2
 
-    def updated_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> Tensor:
-        """Return Z_t, or S, after its update."""
+    def update_z(self, lagrangian: AugmentedLagrangian, state: ZState, t: int, step: StepSize) -> None:
+        """Update Z_t, or S."""
         assert isinstance(lagrangian, FactorisedLagrangian)
         if t in lagrangian.factors:
-            return lagrangian.swept_scores(t, self.score_sweeps)
-        if t + 1 in lagrangian.factors:
-            return lagrangian.factorised_minimiser(t)
-        return super().updated_z(lagrangian, state, t, step)
+            lagrangian.set_z(t, lagrangian.swept_scores(t, self.score_sweeps))
+        elif t + 1 in lagrangian.factors:
+            lagrangian.set_z(t, lagrangian.factorised_minimiser(t))
+        else:
+            super().update_z(lagrangian, state, t, step)
 
 
 def update_blocks(

@@ -19,14 +19,18 @@ from admm.optimizers.coupling import (
     Hyperparameters,
     Schedules,
     StepSize,
+    ZState,
+    ZUpdate,
+    coupling_values,
     label_leak,
+    penalties,
     warn_of_lost_signal,
 )
 from admm.optimizers.fully_connected import Start, check_initial_names, set_initial_values
 from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_norms, whole_seeds
 from admm.optimizers.rules import SGD, Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
-from admm.schedules import BlockValue, Number, Value, block_schedules, positive, schedule
+from admm.schedules import BlockValue, Value, block_schedules, block_values, schedule
 from admm.visits import Visit
 
 
@@ -109,8 +113,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     iterations: int
     theta_step: Value
-    z_step: BlockValue = 0.01
-    rho: Number = 5.0
+    z_step: BlockValue | None = None
+    rho: BlockValue | None = None
     batch_size: int = 64
     epoch_parts: int | None = None
     z_rounds: int = 1
@@ -176,26 +180,39 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     def _update_z(self, terms: GluingTerms, h: Hyperparameters) -> None:
         """Do the rounds from z_{T−1} to z_1, each step with the newest neighbours."""
-        rule = self.z_update if isinstance(self.z_update, UpdateRule) else SGD()
+        glued = range(1, len(terms.blocks))
+        if isinstance(rule := self.z_update, str):
+            for _ in range(self.z_rounds):
+                for t in reversed(glued):
+                    ZUpdate(rule).update_z(terms, ZState(), t, h.z_steps[t - 1])
+            return
         zeros = terms.z[0].new_zeros(self.z_rounds, len(terms.z[0]), dtype=torch.float64)
         moments = [rule.init([z]) for z in terms.z[:-1]]
         coefficients = [rule.coefficients(zeros + zeta, m) for zeta, m in zip(h.z_steps, moments, strict=True)]
         for n in range(self.z_rounds):
-            for t in range(len(terms.blocks) - 1, 0, -1):
-                gradient = terms.z_gradient(t, clip_for=h.z_steps[t - 1] if self.z_update == "clipped" else None)
+            for t in reversed(glued):
+                gradient = terms.z_gradient(t)
                 z = terms.z[t - 1].clone(memory_format=torch.contiguous_format)
                 rule.apply_coefficients([z], [gradient], moments[t - 1], [c[n] for c in coefficients[t - 1]])
                 terms.set_z(t, z)
 
+    def _coupling_values(self, problem: Problem, n_replicas: int) -> tuple[BlockValue, BlockValue]:
+        """Return ζ and ρ of the gluing variables, with values for None."""
+        n_glued, is_clipped = len(problem.blocks) - 1, self.z_update == "clipped"
+        return coupling_values(self.z_step, self.rho, n_glued, n_replicas, is_clipped, last=0.01, name="rho")
+
     def _schedules(self, problem: Problem, n_replicas: int) -> Schedules:
+        z_step, _ = self._coupling_values(problem, n_replicas)
         return Schedules(
             theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
-            z_steps=block_schedules("z_step", self.z_step, len(problem.blocks) - 1, n_replicas),
+            z_steps=block_schedules("z_step", z_step, len(problem.blocks) - 1, n_replicas),
         )
 
     def _penalties(self, problem: Problem, n_replicas: int) -> Tensor:
-        """Return ρ for each block, [T, S]."""
-        return positive("rho", self.rho, n_replicas).to(problem.like).expand(len(problem.blocks), -1)
+        """Return ρ of each block, [T, S]; it is 1 for the last one, which has none."""
+        n_blocks, (_, rho) = len(problem.blocks), self._coupling_values(problem, n_replicas)
+        of_blocks = {"blocks": [*block_values("rho", rho, n_blocks - 1), 1.0]}
+        return penalties(of_blocks, n_blocks, n_replicas, problem.like, name="rho")
 
     def _check(self, problem: Problem, seeds: Sequence[int]) -> None:
         n_replicas = len(seeds)
@@ -204,5 +221,6 @@ class Gotmare(Options, Optimizer[GotmareState]):
         if self.z_update != "clipped":
             has_type("z_update", self.z_update, UpdateRule, 'admm.optimizers.SGD(); or give "clipped"')
         z_steps, rho = self._schedules(problem, n_replicas).z_steps, self._penalties(problem, n_replicas)
-        if self.z_update == "clipped" or isinstance(self.z_update, SGD):
-            warn_of_lost_signal(z_steps, rho[:-1].unbind(), problem.like.dtype, self.theta_update)
+        is_clipped, dtype = self.z_update == "clipped", problem.like.dtype
+        if z_steps and (is_clipped or isinstance(self.z_update, SGD)):
+            warn_of_lost_signal(z_steps, rho[:-1].unbind(), dtype, self.theta_update, is_exact=is_clipped)

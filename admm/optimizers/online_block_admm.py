@@ -140,12 +140,12 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
 
     iterations: int
     theta_step: Value
-    z_step: BlockValue = 0.1
-    beta: BlockValue = 0.5
+    z_step: BlockValue | None = None
+    beta: BlockValue | None = None
     batch_size: int = 64
     epoch_parts: int | None = None
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("clipped"))
-    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-10))
+    theta_update: UpdateRule = field(default_factory=Adam)
     dual: Literal["paper", "reset", "decay", "none"] = "none"
     dual_decay: float = 0.9
     curvature_every: int = 1
@@ -159,7 +159,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         seeds = whole_seeds(seeds)
         self._check(problem, seeds)
         theta = problem.initial(seeds)
-        beta = penalties(self.beta, len(problem.blocks), len(seeds), like=problem.like)
+        beta = self._penalties(problem, len(seeds))
         self.z_update.check(problem, theta, self._schedules(*beta.shape).z_steps, beta, self.theta_update)
         return OnlineBlockADMMState(
             seeds=seeds,
@@ -174,7 +174,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     def step(self, problem: Problem, state: OnlineBlockADMMState) -> OnlineBlockADMMState:
         """Do one iteration of Algorithm 2, an epoch or a part of one."""
         schedules, replicas = self._schedules(*state.u.shape), len(state.seeds)
-        beta = penalties(self.beta, len(problem.blocks), replicas, problem.like)
+        beta = self._penalties(problem, replicas)
         if self.dual == "reset" and state.iteration % (self.epoch_parts or 1) == 0:
             state.u.zero_()
         count, visits = problem.minibatches(self.batch_size, state.seeds, state.iteration, self.epoch_parts)
@@ -224,17 +224,22 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     def _after_z_update(self, problem: Problem, state: OnlineBlockADMMState, batch: Tensor) -> AugmentedLagrangian:
         """Return the Lagrangian of the samples [S, B] after an update of z with the last iteration's ζ."""
         h = self._schedules(*state.u.shape).at(max(state.iteration - 1, 0) / self.iterations)
-        beta = penalties(self.beta, len(problem.blocks), len(state.seeds), problem.like)
+        beta = self._penalties(problem, len(state.seeds))
         lagrangian, z_state = self._start(problem, state, beta, problem.visit(state.seeds, batch))
         z_state = z_state.with_own_curvature()
         self.z_update.update_curvature(problem.blocks, state.theta, beta, z_state)
         self.z_update.step(lagrangian, z_state, h.z_steps)
         return lagrangian
 
+    def _penalties(self, problem: Problem, n_replicas: int) -> Tensor:
+        _, beta = self.z_update.coupling_values(self.z_step, self.beta, len(problem.blocks), n_replicas)
+        return penalties(beta, len(problem.blocks), n_replicas, problem.like)
+
     def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
+        z_step, _ = self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas)
         return Schedules(
             theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
-            z_steps=block_schedules("z_step", self.z_step, n_blocks, n_replicas),
+            z_steps=block_schedules("z_step", z_step, n_blocks, n_replicas),
         )
 
     def _check(self, problem: Problem, seeds: Sequence[int]) -> None:

@@ -195,7 +195,7 @@ def effects(options: DeepFacto, problem: Problem, state: DeepFactoState) -> dict
     z_update, steps = FactorisedZUpdate("gradient", score_sweeps=options.score_sweeps), theta_steps(options)
 
     def z(t: int) -> None:
-        lagrangian.set_z(t, z_update.updated_z(lagrangian, ZState(), t, float(options.z_step)))  # type: ignore[arg-type]
+        z_update.update_z(lagrangian, ZState(), t, float(options.z_step))  # type: ignore[arg-type]
 
     def theta(t: int) -> None:
         update_blocks(lagrangian, options.theta_update, state.moments, [t], steps)
