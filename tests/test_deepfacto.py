@@ -68,7 +68,7 @@ def lagrangian_of(options, task, state):
 
 def update_z(options, lagrangian, t, step=0.0):
     update = FactorisedZUpdate("gradient", score_sweeps=options.score_sweeps)
-    lagrangian.set_z(t, update.updated_z(lagrangian, ZState(), t, step))
+    update.update_z(lagrangian, ZState(), t, step)
 
 
 def trained(options, task, seeds=SEEDS, epochs=2):

@@ -64,9 +64,11 @@ def changed(*overrides: str) -> dict[str, Any]:
 def test_a_row_is_compared_with_the_baseline_of_its_own_setting(tmp_path: Path) -> None:
     sgd = [("sgd-tuned", [98.0, 98.2], {}), ("sgd-faithful", [95.0, 95.0], {})]
     others = [("adam-tuned", [98.1, 98.3], {}), ("adam-faithful", [97.0, 97.0], {}), ("adam-mine", [1.0, 2.0], {})]
-    assert cells(tmp_path, *sgd, *others) == [
+    variants = [("adam-tuned_more", [98.2, 98.4], {}), ("adam-mine_more", [1.0, 2.0], {})]
+    assert cells(tmp_path, *sgd, *others, *variants) == [
         *["baseline", "baseline"],
         *["0.10 [0.10, 0.10]", "2.00 [2.00, 2.00]", "– (no row sgd-mine)"],
+        *["0.20 [0.20, 0.20]", "– (no row sgd-mine_more)"],
     ]
 
 

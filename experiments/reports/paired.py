@@ -39,9 +39,13 @@ class Scored:
         """Its method and setting."""
         return f"{self.record.method}-{self.record.setting}"
 
-    def baseline_name(self, baseline: str) -> str:
-        """Return the `name` of the row that this one is compared with. baseline: see `ExperimentReport`."""
-        return baseline if "-" in baseline else f"{baseline}-{self.record.setting}"
+    def baseline_names(self, baseline: str) -> list[str]:
+        """Return the `name` of the row that this one is compared with, and, as a setting rank32_printed is a variant of
+        rank32, of the one that it is compared with if there is no such row. baseline: see `ExperimentReport`."""
+        if "-" in baseline:
+            return [baseline]
+        setting = self.record.setting
+        return [f"{baseline}-{s}" for s in dict.fromkeys((setting, setting.partition("_")[0]))]
 
 
 def insert_differences(table: pd.DataFrame, rows: Sequence[Scored], baseline: str) -> None:
@@ -60,8 +64,9 @@ def insert_differences(table: pd.DataFrame, rows: Sequence[Scored], baseline: st
 
 def _baselines(row: Scored, rows: Sequence[Scored], baseline: str) -> list[Scored]:
     """The rows that a row could be compared with."""
-    name = row.baseline_name(baseline)
-    return [other for other in rows if other.name == name and other.task == row.task]
+    of_task = [other for other in rows if other.task == row.task]
+    found = ([other for other in of_task if other.name == name] for name in row.baseline_names(baseline))
+    return next(filter(None, found), [])
 
 
 def _cell(row: Scored, found: Sequence[Scored], baseline: str) -> str:
@@ -69,8 +74,7 @@ def _cell(row: Scored, found: Sequence[Scored], baseline: str) -> str:
         return BASELINE
     found = [other for other in found if other.record.overrides == row.record.overrides] or found
     if len(found) != 1:
-        name = row.baseline_name(baseline)
-        return f"– ({len(found)} rows {name})" if found else f"– (no row {name})"
+        return f"– ({len(found)} rows {found[0].name})" if found else f"– (no row {row.baseline_names(baseline)[0]})"
     return difference(row.scores, found[0].scores)
 
 
