@@ -514,9 +514,9 @@ def test_the_whole_experiment_runs_and_runs_once(tmp_path: Path) -> None:
 
 
 def test_the_page_lists_the_experiment(faces: Faces, tmp_path: Path) -> None:
-    printed = ("deepfacto", "rank32_printed")
-    assert rows_of("lfw_proxy") == [*rows_of("lfwa_deepfacto"), printed]
-    assert rows_of("lfw_proxy")[0] == ("raw", "default") and len(rows_of("lfw_proxy")) == 11
+    others = [("deepfacto", "rank256_loss"), ("deepfacto", "rank32_printed")]
+    assert rows_of("lfw_proxy") == [*rows_of("lfwa_deepfacto"), *others]
+    assert rows_of("lfw_proxy")[0] == ("raw", "default") and len(rows_of("lfw_proxy")) == 12
     for name, (optimizer, setting) in product(("lfw_proxy", "lfwa_deepfacto"), rows_of("lfwa_deepfacto")):
         options = config(tmp_path, f"experiment={name}", row(optimizer, setting, name))
         method = instantiate(options.optimizer, _convert_="all")

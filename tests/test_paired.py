@@ -68,7 +68,7 @@ def test_a_row_is_compared_with_the_baseline_of_its_own_setting(tmp_path: Path) 
     assert cells(tmp_path, *sgd, *others, *variants) == [
         *["baseline", "baseline"],
         *["0.10 [0.10, 0.10]", "2.00 [2.00, 2.00]", "– (no row sgd-mine)"],
-        *["0.20 [0.20, 0.20]", "– (no row sgd-mine_more)"],
+        *["– (no row sgd-mine_more)", "0.20 [0.20, 0.20]"],
     ]
 
 
