@@ -230,20 +230,18 @@ def test_a_resumed_z_update_goes_on_as_it_was(name: str, mlp_problem: Callable[.
 
 
 VALUES = {
-    "neither": (None, None, [0.1 / 400, 0.1 / 20, 0.1], [4000.0, 200.0, 10.0]),
-    "one ζ": (0.2, None, [0.2, 0.2, 0.2], [5.0, 0.25, 0.25]),
-    "one β": (None, 2.0, [0.025, 0.025, 0.1], [2.0, 2.0, 2.0]),
-    "ζ of each replica": ([0.2, 0.4], None, [[0.2, 0.4]] * 3, [[5.0, 2.5], [0.25, 0.125], [0.25, 0.125]]),
-    "a schedule of ζ": ({"start": 0.2, "end": 0.0}, None, [0.2, 0.2, 0.2], [5.0, 0.25, 0.25]),
-    "β of each block": (None, {"blocks": [1.0, [0.5, 1.0], 2.0]}, [[0.1, 0.05], 0.025, 0.1], [1.0, [0.5, 1.0], 2.0]),
+    "neither": (None, None, [0.1 / 2500, 0.1 / 50, 0.1], [25000.0, 500.0, 10.0]),
+    "one ζ": (0.2, None, [0.2, 0.2, 0.2], [5.0, 0.1, 0.1]),
+    "one β": (None, 2.0, [0.01, 0.01, 0.1], [2.0, 2.0, 2.0]),
+    "ζ of each replica": ([0.2, 0.4], None, [[0.2, 0.4]] * 3, [[5.0, 2.5], [0.1, 0.05], [0.1, 0.05]]),
+    "a schedule of ζ": ({"start": 0.2, "end": 0.0}, None, [0.2, 0.2, 0.2], [5.0, 0.1, 0.1]),
+    "β of each block": (None, {"blocks": [1.0, [0.5, 1.0], 2.0]}, [[0.04, 0.02], 0.01, 0.1], [1.0, [0.5, 1.0], 2.0]),
     "both": (0.3, 7.0, [0.3, 0.3, 0.3], [7.0, 7.0, 7.0]),
 }
 
 
 @pytest.mark.parametrize(("z_step", "beta", "steps", "weights"), VALUES.values(), ids=VALUES)
-def test_a_step_of_z_or_a_penalty_that_is_not_given_turns_a_twentieth_of_the_next_residual(
-    z_step, beta, steps, weights
-):
+def test_a_step_of_z_or_a_penalty_that_is_not_given_turns_a_fiftieth_of_the_next_residual(z_step, beta, steps, weights):
     found, of_blocks = coupling_values(z_step, beta, 3, 2, is_clipped=True, last=0.1)
     starts = [at.start for at in block_schedules("z_step", found, 3, 2)]
     for start, expected in zip(starts, steps, strict=True):

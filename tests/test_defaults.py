@@ -142,23 +142,25 @@ def test_a_signal_of_gradient_steps_that_is_lost_on_its_way_to_the_first_block_i
 
 
 @pytest.mark.parametrize(
-    ("blocks", "dtype", "told"), [(20, torch.float32, 0), (26, torch.float32, 1), (32, torch.float64, 0)]
+    ("blocks", "dtype", "told"), [(18, torch.float32, 0), (22, torch.float32, 1), (32, torch.float64, 0)]
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_defaults_reach_the_first_of_twenty_blocks(name, blocks, dtype, told):
+def test_the_defaults_reach_the_first_of_eighteen_blocks(name, blocks, dtype, told):
     messages = told_at_the_start(name, blocks, dtype)
     assert len(messages) == told and all("less than float32 can tell" in message for message in messages)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_penalties_of_too_many_blocks_are_refused(name):
-    with pytest.raises(ValueError, match=r"^(beta|rho): [12]e\+41, for 32 blocks, is beyond float32; give smaller"):
+    with pytest.raises(
+        ValueError, match=r"^(beta|rho): (9e\+52|5e\+53), for 32 blocks, is beyond float32; give smaller"
+    ):
         told_at_the_start(name, 32, torch.float32)
 
 
 def test_a_batch_sweep_cannot_tell_such_small_steps():
     (message,) = told_at_the_start("block_admm", 8, torch.float32, sweep="batch")
-    assert "Z_1 moves by the part 8e-11 of" in message
+    assert "Z_1 moves by the part 1e-13 of" in message
 
 
 def told_at_the_start(name: str, blocks: int, dtype: torch.dtype, **options: Any) -> list[str]:
@@ -195,7 +197,7 @@ def test_the_gradients_of_the_defaults_are_those_of_back_propagation_up_to_the_s
             change[of, dtype] = (optimizer.step(problem, state).theta.flat() - before).double().view(12, 42)
     expected = change["back-propagation", torch.float64]
     single, double = change[name, torch.float32], change[name, torch.float64]
-    # In float32 a step far below the rounding errors of its Z does not turn the next residual by its twentieth.
+    # In float32 a step far below the rounding errors of its Z does not turn the next residual by its fiftieth.
     assert ((single - double).norm(dim=1) < 0.15 * double.norm(dim=1)).all()
     assert (torch.cosine_similarity(double, expected) > 0.98).all()
     ratio = double.norm(dim=1) / expected.norm(dim=1)

@@ -151,8 +151,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
-        z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step, and one per block.
-        beta: β_t > 0, the penalties; one value per replica, and per block.
+        z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step, and one per block. None as in `OnlineBlockADMM`.
+        beta: β_t > 0, the penalties; one value per replica, and per block. None as in `OnlineBlockADMM`.
         sweep: "batch" is Algorithm 1: `primal_rounds` times all of Z and then Θ by mini-batches, and at the end all of
             U. "minibatch" visits mini-batches in Gauss-Seidel order, each with its Z, Θ and U before the next one's.
         batch_size: samples per mini-batch, from 1 to N.

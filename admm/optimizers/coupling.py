@@ -43,7 +43,8 @@ from admm.visits import Visit
 
 StepSize = float | Tensor  # one for all replicas, or one per replica [S]
 LARGEST_SHARE = 0.4  # of the way to the minimum of block t + 1's coupling term that a clipped step of Z_t goes
-TURNED = 0.05  # β_{t+1} ζ_t, where ζ or β is not given
+TURNED = 0.02  # β_{t+1} ζ_t of clipped steps, where ζ or β is not given
+PASSED_ON = 0.05  # β ζ of other steps then
 
 
 class Hyperparameters(NamedTuple):
@@ -116,14 +117,14 @@ def coupling_values(
     last: float,
     name: str = "beta",
 ) -> tuple[BlockValue, BlockValue]:
-    """Return ζ and β with values for what is None, such that β_{t+1} ζ_t = 0.05 and ζ_T = `last`.
+    """Return ζ and β with values for what is None, such that β_{t+1} ζ_t = 0.02 and ζ_T = `last`.
 
     For clipped steps, without both, β_t ζ_t = 1, which gives the gradients by Θ the scale of those by back-propagation.
-    For others ζ and β are the same for all blocks. `name` is that of β. Raises ValueError for another number of values,
-    or where ζ starts at 0 and β is None.
+    For other steps ζ = `last` and β = 0.05/ζ for all blocks. `name` is that of β. Raises ValueError for another number
+    of values, or where ζ starts at 0 and β is None.
     """
     if not is_clipped:
-        return last if z_step is None else z_step, TURNED / last if beta is None else beta
+        return last if z_step is None else z_step, PASSED_ON / last if beta is None else beta
     if z_step is None and beta is not None:
         behind = [per_replica(name, value, n_replicas) for value in block_values(name, beta, n_blocks)[1:]]
         return {"blocks": [*(TURNED / b for b in behind), last]}, beta
@@ -131,7 +132,7 @@ def coupling_values(
         z_step = {"blocks": [last * TURNED ** (n_blocks - t) for t in range(1, n_blocks + 1)]}
     if beta is None:
         steps = [at.start for at in block_schedules("z_step", z_step, n_blocks, n_replicas)]
-        if not all(bool(torch.as_tensor(step).all()) for step in steps):
+        if not all(bool(torch.as_tensor(step, dtype=torch.float64).all()) for step in steps):
             raise ValueError(f"{name}: is None, but z_step starts at 0, from which it cannot be found; give it")
         beta = {"blocks": [1.0 / steps[0], *(TURNED / step for step in steps[:-1])] if steps else []}
     return z_step, beta
@@ -211,7 +212,7 @@ def warn_of_lost_signal(
         warn(
             f"z_step: Z_1 moves by the part {move:.0e} of the loss's gradient, less than {name} can tell, and block 1 "
             "will hardly learn, as each block passes on z_step times beta (or rho) of it; raise z_step or beta, or cut "
-            'into fewer blocks. The defaults, with z_update "clipped", reach 20 blocks, but not with sweep="batch"'
+            'into fewer blocks. The defaults, with z_update "clipped", reach 18 blocks, but not with sweep="batch"'
         )
     elif isinstance(rule, Adam) and signal < 10.0 * rule.epsilon:
         warn(

@@ -87,13 +87,14 @@ class Gotmare(Options, Optimizer[GotmareState]):
 
     After a cut weights and running statistics are those for gluing variables that have moved, while evaluation feeds
     these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
-    are chosen as those of `OnlineBlockADMM`, with ρ for β. Their z_update="clipped" departs from what is published.
+    are those of `OnlineBlockADMM` with ρ for β and ζ_{T−1} = 0.01, so that ρ_{T−1} = 100; where z_update is not
+    "clipped", 0.01 and 5 stand for them. What is published has one ρ, and steps of z that are not clipped.
 
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
-        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per gluing variable.
-        rho: ρ > 0, the penalty; one value per replica.
+        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per gluing variable. None as above.
+        rho: ρ_t > 0, the penalties; one value per replica, and per gluing variable. None as above.
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_rounds: rounds from z_{T−1} to z_1 per mini-batch, at least 1.

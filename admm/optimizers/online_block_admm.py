@@ -101,21 +101,23 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     the mini-batch, and the duals.
 
     After a cut weights and running statistics are those for coupling variables that have moved, while evaluation feeds
-    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy. The defaults
-    pass βζ = 0.05 of the signal on from block to block, and less where a block is so steep that the step is clipped. Of
-    the values tried on held-out data, these are the ones with which 2 to 6 blocks come nearest to Adam by
-    back-propagation, with batch normalisation, residuals, attention or ten times the loss too (docs/gallery.md). Narrow
-    layers and more blocks cost more; ten blocks do not learn within 20 epochs from PyTorch's initialisation. Block t's
-    gradient carries (βζ)^(T−t+1), hence the small ε of Adam for Θ. A still smaller one makes long steps of the rounding
-    errors of float32 in the first of six blocks; ten in float64 need 1e-16. The defaults depart from the paper, which
-    has dual="paper" (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals that start at random (§4.1); here they
-    start at 0.
+    these blocks a forward pass: for a large ζ the difference, of the weights above all, costs accuracy.
+
+    The defaults are β_t = 10 · 50^(T−t) and ζ_t = 1/β_t. As β_{t+1} ζ_t is 0.02, a step of z_t takes about a fiftieth
+    of block t + 1's residual, and less where the block is so steep that the step is clipped. As β_t ζ_t is 1, the
+    gradients by Θ have the scale of those by back-propagation: its step sizes fit, also for SGD, and the parts of the
+    gradient of a weight that several blocks share. They tend to those gradients if the fiftieth goes to 0. Where only
+    one of z_step and beta is given, the other is such that β_{t+1} ζ_t = 0.02, with ζ_T = 0.1; for a z_update that is
+    not "clipped", 0.1 and 0.5 stand for them. With the defaults networks of 3 to 16 blocks come near Adam by
+    back-propagation, with batch normalisation, residuals, attention or ten times the loss too (docs/gallery.md). They
+    depart from the paper, which has dual="paper" (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals that start
+    at random (§4.1); here they start at 0.
 
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
-        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per block.
-        beta: β_t > 0, the penalties; one value per replica, and per block.
+        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per block. None as above.
+        beta: β_t > 0, the penalties; one value per replica, and per block. None as above.
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_update: the update of z by its gradient; with a dual, whose term is not quadratic in z, it must be "adam",
