@@ -20,13 +20,24 @@ from admm.checks import check_modes, has_type, shown
 from admm.comparison import forward_costs, outputs_of, samples_are_independent, suited
 from admm.crossings import Crossing
 from admm.layers import ParamDict, seeded
-from admm.losses import CrossEntropy, FunctionLoss, Loss, SampleWeighted, is_one_hot, outputs_and_targets, unweighted
+from admm.losses import (
+    CLASSES_LAST,
+    CrossEntropy,
+    FunctionLoss,
+    Loss,
+    SampleWeighted,
+    have_classes_along_axis_1,
+    is_one_hot,
+    outputs_and_targets,
+    unweighted,
+)
 from admm.minibatches import expand, minibatches, stateless_rng
 from admm.models import as_constructed, initialiser
 from admm.numbers import plain
 from admm.parallel import ALONE, Kind, Parallel, balanced
 from admm.random_numbers import all_seeded
 from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, take_rows
+from admm.user_warnings import warn
 from admm.visits import Visit
 
 # What else is done with an entry of Z_t in an iteration, some twenty passes over memory, takes as long as so many
@@ -166,6 +177,7 @@ class Problem:
             object.__setattr__(self, "y", kept.y if self.weights is None else kept.y[0])
         object.__setattr__(self, "data", data)
         self._check_loss(data)
+        self._warn_of_class_axis(given)
         is_shared = self.parallel.shares("samples")
         object.__setattr__(self, "part", self.parallel.share(data.n) if is_shared else slice(0, data.n))
         object.__setattr__(self, "cut", [range(1, len(self.blocks) + 1)] * self.parallel.size)
@@ -254,6 +266,19 @@ class Problem:
             return leaf.to(like.dtype)
 
         return tree_map_with_path(converted, trained)  # a dictionary's keys in the order of training
+
+    def _warn_of_class_axis(self, given: Samples) -> None:
+        """Warn of class indices, as they were given, that fit the outputs [n, ..., C] and, as PyTorch's losses would
+        take them, [n, C, ...]."""
+        x, y = given.examples
+        loss, y, _ = unweighted(self.loss, y)
+        outputs = outputs_of(self.blocks, x).shape[1:]
+        takes_classes = not isinstance(loss, FunctionLoss) and self.has_classes
+        if takes_classes and have_classes_along_axis_1(y, outputs) and outputs[1:] == outputs[:-1]:
+            warn(
+                f"y: class indices {_in_short(y)} fit outputs [{', '.join(['n', *map(str, outputs)])}] in two ways: "
+                f"{CLASSES_LAST}; if the last axis is right, y[..., None] says so"
+            )
 
     def _check_precision(self) -> None:
         types = {leaf.dtype for leaf in tree_leaves(self.data.examples[0]) if leaf.is_floating_point()}
