@@ -378,7 +378,8 @@ class Blocks(Sequence[Block]):
     def forward(self, theta: Parameters, x: Any) -> Tensor:
         """Return the network's outputs [S, n, C] for x [S, n, ...], by a forward pass in evaluation mode.
 
-        x may be a tuple or a dictionary of such tensors. Several outputs are joined, see `admm.crossings`.
+        x may be a tuple or a dictionary of such tensors. Several outputs are joined, see `admm.crossings`; what `export`
+        returns has them as the network does.
         """
         for output in self.outputs(theta, x, evaluation(theta.replicas)):
             x = output
