@@ -1,8 +1,9 @@
 """Losses J(Y, Z_T): value, gradient and proximal operator, one row per sample.
 
 Shapes: outputs `z` are [..., C], with the classes along the last axis, where PyTorch's losses have them along axis 1.
-Targets `y` are [..., C] too, but for class indices [...] of `CrossEntropy` and what a plain function takes. Values are per sample; whether an algorithm sums or averages over samples is part of the
-algorithm's definition. An average divides by the number of samples, whatever the weights of classes and samples are.
+Targets `y` are [..., C] too, but for class indices [...] of `CrossEntropy` and what a plain function takes. Values are
+per sample; whether an algorithm sums or averages over samples is part of the algorithm's definition. An average divides
+by the number of samples, whatever the weights of classes and samples are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from admm.checks import at_least_one, check_positive, in_range
+from admm.checks import at_least_one, check_positive, in_range, shown
 from admm.newton import newton
 from admm.numbers import Options, is_number, is_whole, plain
 
@@ -179,9 +180,9 @@ def _weights(name: str, value: Any) -> tuple[float, ...] | None:
     except TypeError:
         weights = ()
     if not weights or not all(is_number(w) and w >= 0 for w in weights):
-        raise ValueError(f"{name}: {value!r} is not None or numbers from 0 up, one per output")
+        raise ValueError(f"{name}: {shown(value)} is not None or numbers from 0 up, one per output")
     if name == "weight" and not any(weights):
-        raise ValueError(f"weight: {value!r} are all 0, and so would the loss be")
+        raise ValueError(f"weight: {shown(value)} are all 0, and so would the loss be")
     return weights
 
 
@@ -323,9 +324,9 @@ class CrossEntropy(_NewtonLoss):
 
     Targets are class indices [...] of a whole-number type, or distributions over the classes [..., C]; with positions,
     such as the tokens of a text, J is of each position. The classes are the last axis of the outputs. (PyTorch's loss
-    takes [N, C, ...]: a network for it ends here with a module that does `outputs.movedim(1, -1)`.) t is the one-hot vector of the class, or the distribution,
-    smoothed to (1 − label_smoothing) t_c + label_smoothing/C and then weighted to weight_c t_c. For an ignored label
-    t = 0.
+    takes [N, C, ...]: a network for it ends here with a module that does `outputs.movedim(1, -1)`.) t is the one-hot
+    vector of the class, or the distribution, smoothed to (1 − label_smoothing) t_c + label_smoothing/C and then
+    weighted to weight_c t_c. For an ignored label t = 0.
 
     J is of a sample (and position). The algorithms sum it, or divide the sum by the number of samples; where PyTorch's
     `reduction="mean"` divides by the sum of the weights of those that are not ignored, they do not.
@@ -360,7 +361,7 @@ class CrossEntropy(_NewtonLoss):
         object.__setattr__(self, "weight", _weights("weight", self.weight))
         in_range("label_smoothing", self.label_smoothing, below=1.0)
         if self.ignore_index is not None and not is_whole(self.ignore_index, least=-(2**63)):
-            raise ValueError(f"ignore_index: {self.ignore_index!r} is not None or a whole number, such as -100")
+            raise ValueError(f"ignore_index: {shown(self.ignore_index)} is not None or a whole number, such as -100")
 
     @property
     def largest_mass(self) -> float:
@@ -807,7 +808,7 @@ class SampleWeighted(Loss):
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss) or isinstance(self.loss, TripletLoss):
-            raise ValueError(f"loss: {self.loss!r} is no admm.losses.Loss that is a sum over samples")
+            raise ValueError(f"loss: {shown(self.loss)} is no admm.losses.Loss that is a sum over samples")
         if isinstance(self, ProximalLoss) and not isinstance(self.loss, ProximalLoss):
             raise ValueError(f"loss: {type(self.loss).__name__} has no prox; make a new SampleWeighted of it")
 

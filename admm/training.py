@@ -55,7 +55,8 @@ _GROWTH = 1000.0
 
 
 class DivergenceWarning(UserWarning):
-    """A replica has diverged: its parameters or its loss are no longer finite, or its loss has grown a thousandfold."""
+    """A replica has diverged: its parameters or its loss are no longer finite, as `History.diverged` says. Or its loss
+    has grown a thousandfold, and it goes on."""
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
@@ -504,10 +505,14 @@ def _all_diverged(history: History, state: State) -> bool:
 
 def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> None:
     """Raise ValueError for an argument of `train` that is out of range."""
+    if not is_number(iterations):
+        raise ValueError(
+            f"iterations: {shown(iterations)} is no number; a test set has a name, as in train(…, test=(x, y))"
+        )
     at_least_one("iterations", iterations)
     at_least_one("evaluate_every", evaluate_every)
     if not is_number(checkpoint_seconds) and checkpoint_seconds != math.inf:
-        raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
+        raise ValueError(f"checkpoint_seconds: {shown(checkpoint_seconds)} is not a number")
 
 
 def _check_functions(callbacks: Any, measure: Any) -> None:

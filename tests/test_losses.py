@@ -379,7 +379,10 @@ def test_distributions_and_one_position_along_axis_1_are_told_the_remedy(y):
 @pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError()])
 def test_class_indices_that_fit_along_two_axes_are_warned_of_unless_they_say_which(loss):
     blocks, labels = split(nn.Sequential(nn.Linear(3, 3)), after=[]), torch.arange(6).view(2, 3) % 3
-    with pytest.warns(UserWarning, match=r"^y: class indices int64 \[n, 3\] fit outputs \[n, 3, 3\] .* y\[\.\.\., None\]"):
+    message = (
+        r"^y: class indices int64 \[n, 3\] fit outputs \[n, 3, 3\] in two ways: .*; if .* y\[\.\.\., None\] says so$"
+    )
+    with pytest.warns(UserWarning, match=message):
         problem = Problem(torch.ones(2, 3, 3), labels, blocks, loss, as_given)
     with warnings.catch_warnings(action="error"):
         said = Problem(torch.ones(2, 3, 3), labels[..., None], blocks, loss, as_given)

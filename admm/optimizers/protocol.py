@@ -782,7 +782,9 @@ def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     values = plain(seeds)
     is_sequence = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not is_sequence or not all(isinstance(s, int) and 0 <= s < 2**64 for s in values):
-        raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]")
+        raise ValueError(
+            f"seeds: {shown(seeds)} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]"
+        )
     return tuple(map(int, values))
 
 
