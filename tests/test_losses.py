@@ -390,6 +390,31 @@ def test_class_indices_that_fit_along_two_axes_are_warned_of_unless_they_say_whi
     assert torch.equal(problem.y, said.y)
 
 
+NUMBERS = torch.linspace(-1, 1, 9)[:, None]
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Huber()])
+@pytest.mark.parametrize(
+    ("y", "told"),
+    [(2e5 + 3e4 * NUMBERS, "mean 2e[+]05 and standard deviation 1.94e[+]04"), (1e-3 * NUMBERS, "deviation 0.000645")],
+)
+def test_targets_of_a_scale_that_a_network_would_first_have_to_learn_are_warned_of(loss, y, told):
+    with pytest.warns(UserWarning, match=f"^y: numbers with .*{told}, .*; train on"):
+        Problem(torch.ones(9, 2), y, split(nn.Linear(2, 1), after=[]), loss, as_given)
+
+
+@pytest.mark.parametrize("y", [NUMBERS, 30 + 20 * NUMBERS, 0 * NUMBERS, torch.eye(1000)[:9, :3], torch.arange(9) % 3])
+def test_targets_of_an_ordinary_scale_are_not_warned_of(y):
+    with warnings.catch_warnings(action="error"):
+        Problem(
+            torch.ones(9, 2),
+            y,
+            split(nn.Linear(2, 1 if y.shape[1:] == (1,) else 3), after=[]),
+            SquaredError(),
+            as_given,
+        )
+
+
 @pytest.mark.parametrize("loss", [SquaredError(), Huber(), BinaryCrossEntropy(), Hinge(), TripletLoss()])
 @pytest.mark.parametrize("shape", [(5,), (5, 1)])
 def test_outputs_without_an_axis_of_features_are_refused(loss, shape):

@@ -203,7 +203,7 @@ def test_as_constructed_takes_a_function_that_makes_a_network(build):
         ValueError, match=r"^build: .* is no function that makes a network, such as lambda: Network\(\)$"
     ):
         as_constructed(build)
-    with pytest.raises(ValueError, match="^build: has returned None, where a new network is needed"):
+    with pytest.raises(ValueError, match=r"^build: has returned None, where a new network is needed$"):
         as_constructed(lambda: None)(nn.Linear(2, 2))
 
 

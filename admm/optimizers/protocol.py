@@ -24,8 +24,10 @@ from admm.losses import (
     CLASSES_LAST,
     CrossEntropy,
     FunctionLoss,
+    Huber,
     Loss,
     SampleWeighted,
+    SquaredError,
     have_classes_along_axis_1,
     is_one_hot,
     outputs_and_targets,
@@ -46,6 +48,7 @@ _FLOPS_PER_ENTRY = 1000
 _FEW = 3  # entries of a list in the text of a state
 _KEPT = 4  # tensors of the samples that a problem keeps: of so many optimizers, or values of theirs, that take turns
 _LOOKED_THROUGH = 1000  # samples among which the check of a loss finds other targets
+_LARGE = 100.0  # of targets, or one divided by it small: a network would first have to learn their scale
 _ITS_PARAMETERS = "split(problem.blocks.export(state.theta), …) and take initialise=admm.as_given"  # in a message
 _MAKERS: tuple[Any, ...] = (initialiser, as_constructed)  # which make an `initialise`, and are none
 
@@ -178,6 +181,7 @@ class Problem:
         object.__setattr__(self, "data", data)
         self._check_loss(data)
         self._warn_of_class_axis(given)
+        self._warn_of_scale()
         is_shared = self.parallel.shares("samples")
         object.__setattr__(self, "part", self.parallel.share(data.n) if is_shared else slice(0, data.n))
         object.__setattr__(self, "cut", [range(1, len(self.blocks) + 1)] * self.parallel.size)
@@ -278,6 +282,19 @@ class Problem:
             warn(
                 f"y: class indices {_in_short(y)} fit outputs [{', '.join(['n', *map(str, outputs)])}] in two ways: "
                 f"{CLASSES_LAST}; if the last axis is right, y[..., None] says so"
+            )
+
+    def _warn_of_scale(self) -> None:
+        """Warn of numbers as targets that are far larger or smaller than the outputs of a new network."""
+        loss, y, _ = unweighted(self.loss, self.data.examples[1])
+        if not isinstance(loss, SquaredError | Huber) or self.has_classes:
+            return
+        y = y[:_LOOKED_THROUGH].double()
+        mean, deviation = float(y.mean()), float(y.std(correction=0))
+        if max(abs(mean), deviation) > _LARGE or 0.0 < deviation < 1.0 / _LARGE:
+            warn(
+                f"y: numbers with mean {mean:.3g} and standard deviation {deviation:.3g}, where the outputs of a new "
+                "network are near 1; train on (y - mean) / deviation, and undo this in what is predicted"
             )
 
     def _check_precision(self) -> None:
