@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters, flattened
+from admm.checks import shown
 from admm.numbers import is_whole
 from admm.optimizers.backprop import mean_loss_gradient
 from admm.optimizers.protocol import Problem
@@ -16,7 +17,8 @@ from admm.optimizers.protocol import Problem
 def check_angle_samples(samples: object, n_samples: int) -> None:
     """Raise ValueError unless `samples` is None or a number of training samples, of which there are `n_samples`."""
     if samples is not None and (not is_whole(samples, 1) or samples > n_samples):
-        raise ValueError(f"angle_samples: {samples!r} is neither None nor from 1 to the {n_samples} training samples")
+        found = shown(samples)
+        raise ValueError(f"angle_samples: {found} is neither None nor from 1 to the {n_samples} training samples")
 
 
 def cosines(

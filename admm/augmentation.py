@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
-from admm.checks import at_least_one, check_positive
+from admm.checks import at_least_one, check_positive, shown
 from admm.losses import one_hot
 from admm.numbers import Options, is_whole
 
@@ -88,9 +88,9 @@ class CropAndFlip(Options, Augmentation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_whole(self.padding):
-            raise ValueError(f"padding: {self.padding!r} is not a whole number of pixels from 0 up")
+            raise ValueError(f"padding: {shown(self.padding)} is not a whole number of pixels from 0 up")
         if not isinstance(self.flip, bool):
-            raise ValueError(f"flip: {self.flip!r} is not True or False")
+            raise ValueError(f"flip: {shown(self.flip)} is not True or False")
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         """Draw the top row, the left column and whether the image is mirrored, [N, 3]."""
@@ -245,7 +245,7 @@ class Chain(Augmentation):
     def __post_init__(self) -> None:
         given = self.augmentations
         if not isinstance(given, Sequence) or not all(isinstance(one, Augmentation) for one in given):
-            raise ValueError(f"augmentations: {given!r} is no list of admm.augmentation.Augmentation")
+            raise ValueError(f"augmentations: {shown(given)} is no list of admm.augmentation.Augmentation")
 
     @property
     def mixes_samples(self) -> bool:

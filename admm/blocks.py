@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, fx, nn
 
-from admm.checks import has_type
+from admm.checks import has_type, shown
 from admm.crossings import Crossing
 from admm.layers import (
     Execution,
@@ -378,7 +378,8 @@ class Blocks(Sequence[Block]):
     def forward(self, theta: Parameters, x: Any) -> Tensor:
         """Return the network's outputs [S, n, C] for x [S, n, ...], by a forward pass in evaluation mode.
 
-        x may be a tuple or a dictionary of such tensors. Several outputs are joined, see `admm.crossings`.
+        x may be a tuple or a dictionary of such tensors. Several outputs are joined, see `admm.crossings`; the network
+        that `export` returns has them as they are.
         """
         for output in self.outputs(theta, x, evaluation(theta.replicas)):
             x = output
@@ -392,7 +393,7 @@ class Blocks(Sequence[Block]):
         has_type("theta", theta, Parameters, "state.theta")
         self.check_parameters("theta", theta)
         if not is_whole(replica) or replica >= theta.replicas:
-            raise ValueError(f"replica: {replica!r} is not a whole number from 0 to {theta.replicas - 1}")
+            raise ValueError(f"replica: {shown(replica)} is not a whole number from 0 to {theta.replicas - 1}")
         network = copy.deepcopy(self.network).eval()
         if theta.dtype != self.dtype:
             converted(network, theta.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from admm.blocks import Parameters
+from admm.checks import shown
 from admm.files import atomic_write
 from admm.fingerprints import START, digest
 from admm.optimizers.protocol import Problem, State, check_rules
@@ -41,7 +42,8 @@ class History:
         seconds: the time of all steps.
         compile_seconds: the time beside it that compiling has taken, see `admm.layers.Execution`.
         diverged: the iteration, by replica, after which its numbers are not all finite. Such a replica has no rows from
-            there on, except for that before the first iteration.
+            there on, except for that before the first iteration. A replica whose loss is finite and has grown a
+            thousandfold, of which `train` warns too, goes on, and is not here.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -102,9 +104,14 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     as it is when training goes on.
 
     Raises:
-        ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds; and for a state
-            of another update rule.
+        ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds; for a state of
+            another update rule; and for something else than what `save` has returned, such as a path.
     """
+    if not is_dataclass(state) or not isinstance(saved, Mapping):
+        raise ValueError(
+            f"saved: {shown(saved)} is not what `save` has returned for such a state; take "
+            'restore(state, torch.load("state.pt"))'
+        )
     needed = getattr(state, "made_with", {})
     made_with = needed | saved.get("made_with", {})  # which former versions have not saved
     check_rules("checkpoint", made_with, needed)

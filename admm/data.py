@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from admm.checks import one_of
+from admm.checks import one_of, shown
 from admm.files import WriteError, atomic_write
 from admm.numbers import is_whole
 
@@ -371,7 +371,7 @@ def divided(
     x, y = train
     if first is not None:
         if not is_whole(first, 1) or first > len(y):
-            raise ValueError(f"first: {first!r} is not None or a whole number of samples from 1 to {len(y)}")
+            raise ValueError(f"first: {shown(first)} is not None or a whole number of samples from 1 to {len(y)}")
         x, y = x[:first], y[:first]
     if test is not None and holdout == 0:
         return x, y, *test
@@ -386,7 +386,7 @@ def _stratified(y: NDArray[Any], count: int, seed: int) -> NDArray[np.bool_]:
     policy, so that a seed means the same samples in every version.
     """
     if not is_whole(count) or count >= len(y):
-        raise ValueError(f"holdout: {count!r} is not a whole number of samples from 0 to {len(y) - 1}")
+        raise ValueError(f"holdout: {shown(count)} is not a whole number of samples from 0 to {len(y) - 1}")
     order = np.random.RandomState(seed).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]
     mask = np.zeros(len(y), dtype=np.bool_)

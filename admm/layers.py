@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from admm.checks import is_bool, one_of
+from admm.checks import is_bool, one_of, shown
 from admm.crossings import Crossing, Rest
 from admm.user_warnings import warn
 from admm.visits import Visit
@@ -175,7 +175,7 @@ class Execution:
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("fp32", "bf16"))
         if not isinstance(self.compile, bool) and self.compile != "auto":
-            raise ValueError(f"compile: {self.compile!r} is not one of False, True, auto")
+            raise ValueError(f"compile: {shown(self.compile)} is not one of False, True, auto")
         is_bool("channels_last", self.channels_last)
         is_bool("recompute", self.recompute)
 
@@ -548,6 +548,7 @@ def check_modules(network: nn.Module) -> None:
     """Raise ValueError for a module that cannot be copied, or trained as PyTorch would train it."""
     if has_global_hooks():
         raise ValueError("network: hooks of all modules would be called for the blocks' own, too; remove them")
+    known = {*map(id, network.modules()), *map(id, network.parameters())}
     for name, module in network.named_modules():
         layer = f"layer {name!r} ({type(module).__name__})"
         own = list(module.parameters(recurse=False))
@@ -557,7 +558,20 @@ def check_modules(network: nn.Module) -> None:
             raise ValueError(f"{layer} has its own `forward`, which its copies would share; make it a subclass")
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in own):
             raise ValueError(f"{layer} has parameters with gradient hooks, which would not be called; remove them")
+        for attribute, value in vars(module).items():
+            leaves = pytree.tree_leaves(value) if isinstance(value, list | tuple | dict) else []
+            if any(_is_left_out(leaf, known) for leaf in leaves):
+                raise ValueError(
+                    f"{layer} has trained parameters in its {type(value).__name__} {attribute!r}, where PyTorch does "
+                    "not find them; take nn.ModuleList or nn.ModuleDict, or nn.ParameterList for parameters"
+                )
     _check_memory(network)
+
+
+def _is_left_out(value: Any, known: set[int]) -> bool:
+    """Whether this is a trained module or parameter that is not among a network's, which are given by identity."""
+    parameters = value.parameters() if isinstance(value, nn.Module) else [value]
+    return id(value) not in known and any(isinstance(p, nn.Parameter) and p.requires_grad for p in parameters)
 
 
 class _Place(NamedTuple):

@@ -1,8 +1,9 @@
 """Losses J(Y, Z_T): value, gradient and proximal operator, one row per sample.
 
-Shapes: outputs `z` are [..., C]. Targets `y` are [..., C] too, but for class indices [...] of `CrossEntropy` and what a
-plain function takes. Values are per sample; whether an algorithm sums or averages over samples is part of the
-algorithm's definition. An average divides by the number of samples, whatever the weights of classes and samples are.
+Shapes: outputs `z` are [..., C], with the classes along the last axis, where PyTorch's losses have them along axis 1.
+Targets `y` are [..., C] too, but for class indices [...] of `CrossEntropy` and what a plain function takes. Values are
+per sample; whether an algorithm sums or averages over samples is part of the algorithm's definition. An average divides
+by the number of samples, whatever the weights of classes and samples are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from admm.checks import at_least_one, check_positive, in_range
+from admm.checks import at_least_one, check_positive, in_range, shown
 from admm.newton import newton
 from admm.numbers import Options, is_number, is_whole, plain
 
@@ -112,9 +113,10 @@ def as_labels(y: Tensor, outputs: Sequence[int], ignore_index: int | None = None
     shape = [len(y), *outputs[:-1]]
     is_whole_type = not (y.is_floating_point() or y.is_complex())
     if not is_whole_type or not outputs or list(y.shape) not in (shape, [*shape, 1]):
+        fits_axis_1 = is_whole_type and have_classes_along_axis_1(y, outputs)
         raise ValueError(
-            f"y: targets of {y.dtype} {list(y.shape)} do not fit the network's outputs {[len(y), *outputs]}: give "
-            f"these, or class indices {shape} of a whole-number type"
+            f"y: targets of {y.dtype} {list(y.shape)} do not fit the network's outputs {[len(y), *outputs]}: "
+            + (CLASSES_LAST if fits_axis_1 else f"give these, or class indices {shape} of a whole-number type")
         )
     y = y.reshape(shape).long()
     counted = y if ignore_index is None else y[y != ignore_index]
@@ -124,6 +126,23 @@ def as_labels(y: Tensor, outputs: Sequence[int], ignore_index: int | None = None
             f"{outputs[-1] - 1}; CrossEntropy's ignore_index is for labels that count nothing"
         )
     return y
+
+
+# In messages, for targets that fit the outputs as PyTorch's losses take them.
+CLASSES_LAST = (
+    "the classes are the last axis of the outputs here, and axis 1 for PyTorch's losses; end the network with a module "
+    "that does outputs.movedim(1, -1)"
+)
+
+
+def have_classes_along_axis_1(y: Any, outputs: Sequence[int]) -> bool:
+    """Whether class indices fit outputs [N, C, ...] with positions, as PyTorch's losses take them: [N, ...]."""
+    return isinstance(y, Tensor) and len(outputs) > 1 and y.shape[1:] == torch.Size(outputs[1:])
+
+
+def _are_ones(sums: Tensor) -> bool:
+    """Whether these are the sums of distributions."""
+    return torch.allclose(sums, torch.ones_like(sums), rtol=0.0, atol=1e-2)
 
 
 def _as_numbers(y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor | None:
@@ -161,9 +180,9 @@ def _weights(name: str, value: Any) -> tuple[float, ...] | None:
     except TypeError:
         weights = ()
     if not weights or not all(is_number(w) and w >= 0 for w in weights):
-        raise ValueError(f"{name}: {value!r} is not None or numbers from 0 up, one per output")
+        raise ValueError(f"{name}: {shown(value)} is not None or numbers from 0 up, one per output")
     if name == "weight" and not any(weights):
-        raise ValueError(f"weight: {value!r} are all 0, and so would the loss be")
+        raise ValueError(f"weight: {shown(value)} are all 0, and so would the loss be")
     return weights
 
 
@@ -304,9 +323,10 @@ class CrossEntropy(_NewtonLoss):
     """J = scale · −Σ_c t_c log softmax(z)_c, which is PyTorch's `cross_entropy(..., reduction="none")` times the scale.
 
     Targets are class indices [...] of a whole-number type, or distributions over the classes [..., C]; with positions,
-    such as the tokens of a text, J is of each position. t is the one-hot vector of the class, or the distribution,
-    smoothed to (1 − label_smoothing) t_c + label_smoothing/C and then weighted to weight_c t_c. For an ignored label
-    t = 0.
+    such as the tokens of a text, J is of each position. The classes are the last axis of the outputs. (PyTorch's loss
+    takes [N, C, ...]: a network for it ends here with a module that does `outputs.movedim(1, -1)`.) t is the one-hot
+    vector of the class, or the distribution, smoothed to (1 − label_smoothing) t_c + label_smoothing/C and then
+    weighted to weight_c t_c. For an ignored label t = 0.
 
     J is of a sample (and position). The algorithms sum it, or divide the sum by the number of samples; where PyTorch's
     `reduction="mean"` divides by the sum of the weights of those that are not ignored, they do not.
@@ -341,7 +361,7 @@ class CrossEntropy(_NewtonLoss):
         object.__setattr__(self, "weight", _weights("weight", self.weight))
         in_range("label_smoothing", self.label_smoothing, below=1.0)
         if self.ignore_index is not None and not is_whole(self.ignore_index, least=-(2**63)):
-            raise ValueError(f"ignore_index: {self.ignore_index!r} is not None or a whole number, such as -100")
+            raise ValueError(f"ignore_index: {shown(self.ignore_index)} is not None or a whole number, such as -100")
 
     @property
     def largest_mass(self) -> float:
@@ -354,16 +374,21 @@ class CrossEntropy(_NewtonLoss):
     def targets(self, y: Tensor, outputs: Sequence[int], like: Tensor) -> Tensor:
         """Return distributions over at least two classes, or class indices as int64, see `as_labels`."""
         if not outputs or outputs[-1] < 2:
+            way = "for one output that means yes or no take BinaryCrossEntropy"
             raise ValueError(
                 f"loss: CrossEntropy needs outputs for two classes or more, the network's are {list(outputs)} per "
-                "sample; for one output that means yes or no take BinaryCrossEntropy"
+                f"sample; {CLASSES_LAST if have_classes_along_axis_1(y, outputs) else way}"
             )
-        _check_length("weight", self.weight, outputs)
         targets = _as_numbers(y, outputs, like)
         if targets is None:
-            return as_labels(y, outputs, self.ignore_index)
+            targets = as_labels(y, outputs, self.ignore_index)
+        _check_length("weight", self.weight, outputs)
+        if not targets.is_floating_point():
+            return targets
         sums = targets.sum(-1)
-        if bool((targets < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=0.0, atol=1e-2):
+        if bool((targets < 0).any()) or not _are_ones(sums):
+            if len(outputs) > 1 and _are_ones(targets.sum(1)):
+                raise ValueError(f"y: distributions {list(y.shape)}, which sum to 1 along axis 1: {CLASSES_LAST}")
             raise ValueError(
                 f"y: CrossEntropy takes distributions over the classes, which are not negative and sum to 1; the rows "
                 f"sum to {float(sums.min()):.4g} to {float(sums.max()):.4g}, the smallest entry is "
@@ -783,7 +808,7 @@ class SampleWeighted(Loss):
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss) or isinstance(self.loss, TripletLoss):
-            raise ValueError(f"loss: {self.loss!r} is no admm.losses.Loss that is a sum over samples")
+            raise ValueError(f"loss: {shown(self.loss)} is no admm.losses.Loss that is a sum over samples")
         if isinstance(self, ProximalLoss) and not isinstance(self.loss, ProximalLoss):
             raise ValueError(f"loss: {type(self.loss).__name__} has no prox; make a new SampleWeighted of it")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
+from admm.checks import shown
 from admm.layers import tensors_of
 from admm.layout import frozen_statistics
 from admm.random_numbers import random_numbers_kept
@@ -39,7 +40,7 @@ def mlp(input_shape: int | Sequence[int], hidden: Sequence[int], classes: int) -
     torch.Size([5, 10])
     """
     if not isinstance(hidden, Sequence) or not all(isinstance(width, int) for width in hidden):
-        raise ValueError(f"hidden: {hidden!r} is not a list of widths, such as [128, 128]")
+        raise ValueError(f"hidden: {shown(hidden)} is not a list of widths, such as [128, 128]")
     features = input_shape if isinstance(input_shape, int) else math.prod(input_shape)
     widths = [features, *hidden, classes]
     if min(widths) < 1:
@@ -92,7 +93,7 @@ def resnet18(input_shape: Sequence[int], classes: int, width: int = 64) -> nn.Se
     if len(input_shape) not in (2, 3):
         raise ValueError(f"input_shape: ResNet-18 takes images [C, H, W] or [H, W], not samples of {list(input_shape)}")
     if not isinstance(width, int) or width < 1:
-        raise ValueError(f"width: {width!r} is not a whole number from 1 up")
+        raise ValueError(f"width: {shown(width)} is not a whole number from 1 up")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = input_shape[0]
     if len(input_shape) == 2:
@@ -199,11 +200,19 @@ def as_constructed(build: Callable[[], nn.Module]) -> Callable[[nn.Module], None
     split, and is the same for all seeds: frozen parameters, the buffers of modules whose parameters are all frozen, and
     those of whole numbers or truth values, except for single ones. So do buffers with persistent=False. The function
     warns where the new module has others, once of each name.
+
+    Raises:
+        ValueError: for a network in place of a function. The function that is returned raises it if `build` makes no
+            network.
     """
     told = set[str]()
+    if not callable(build) or isinstance(build, nn.Module):
+        raise ValueError(f"build: {shown(build)} is no function that makes a network, such as lambda: Network()")
 
     def initialise(network: nn.Module) -> None:
         new = build()
+        if not isinstance(new, nn.Module):
+            raise ValueError(f"build: has returned {shown(new)}, where a new network is needed")
         names = [name for name in _left_out(network, new) if name not in told]
         network.load_state_dict(new.state_dict())
         told.update(names)

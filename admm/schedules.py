@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from admm.checks import shown
 from admm.numbers import is_number, plain
 from admm.user_warnings import warn
 
@@ -169,7 +170,7 @@ def positive(name: str, value: Number, replicas: int) -> Tensor:
 def _number(name: str, value: object, or_else: str) -> float:
     if is_number(value) and value >= 0:
         return float(value)
-    raise ValueError(f"{name}: {value!r} is not a number from 0 up; give one{or_else}, or a list, one per replica")
+    raise ValueError(f"{name}: {shown(value)} is not a number from 0 up; give one{or_else}, or a list, one per replica")
 
 
 def broadcast(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from admm.checks import at_least_one, is_bool, one_of
+from admm.checks import at_least_one, is_bool, one_of, shown
 from admm.layers import has_hooks, known_layer
 from admm.tracing import traced_blocks
 
@@ -84,7 +84,7 @@ def parts_of(
     if sum((after is not None, per_layer, n_blocks is not None)) != 1:
         raise ValueError("split: give exactly one of after=[layer names], per_layer=True, n_blocks=T")
     if after is not None and not (isinstance(after, Sequence) and all(isinstance(name, str) for name in after)):
-        raise ValueError(f"after: {after!r} is neither a name of a module, which is text, nor a list of these")
+        raise ValueError(f"after: {shown(after)} is neither a name of a module, which is text, nor a list of these")
     one_of("activation", "end" if activation is None else activation, ("end", "start"))
     if after is not None and activation is not None:
         raise ValueError("activation: goes with per_layer or n_blocks; `after` says itself where to cut")

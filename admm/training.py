@@ -55,7 +55,8 @@ _GROWTH = 1000.0
 
 
 class DivergenceWarning(UserWarning):
-    """A replica has diverged: its parameters or its loss are no longer finite, or its loss has grown a thousandfold."""
+    """A replica has diverged: its parameters or its loss are no longer finite, as `History.diverged` says. Or its loss
+    has grown a thousandfold, and it goes on."""
 
 
 def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
 
     Returns:
         Scores [S] of the training samples (`train_…`), the test set (`test_…`) or each set of a name (`valid_…`):
-        `loss`, the mean of J with its scale and weights over the samples, and where the targets are
+        `loss`, the mean over the samples of J with its scale and weights, and where the targets are
 
         - one class per sample, or per position of it: `accuracy`, the percentage whose largest output is the class, of
           those whose label is not ignored;
@@ -79,9 +80,9 @@ def evaluate(problem: Problem, theta: Parameters, test: Any) -> dict[str, Tensor
         - numbers (`SquaredError`, `Huber`): `mse`, the mean square error of an output, and `r2`, 1 − mse / targets'
           variance.
 
-        For targets of other losses there is no further score. With weights of samples (`SampleWeighted`), `loss` is
-        Σ w J over the number of samples, which is what is minimised. All other scores are weighted means, divided by
-        Σ w, as with scikit-learn's `sample_weight`. Weights of classes and labels enter the loss alone.
+        For targets of other losses there is no further score. With weights of samples (`SampleWeighted`), all scores
+        are weighted means, divided by Σ w, as with scikit-learn's `sample_weight`; what is minimised is Σ w J over the
+        number of samples. Weights of classes and labels enter the loss alone.
 
     Raises:
         ValueError: for a set that does not fit, and for a name of one that is no text or "train".
@@ -128,7 +129,7 @@ def _scores(problem: Problem, theta: Parameters, samples: Samples) -> dict[str, 
 
 
 def _sample_scores(problem: Problem, z: Tensor, y: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the scores [S, n] of each sample, times what it counts, and what it counts [n].
+    """Return the scores [S, n] of each sample, times what it counts, and what it counts [n], such as its weight.
 
     Outputs z are [S, n, ...], targets y [n, ...].
     """
@@ -152,7 +153,7 @@ def _sample_scores(problem: Problem, z: Tensor, y: Any) -> dict[str, tuple[Tenso
         scores["mse"] = _mean((z - y).square()), once
     if weights is not None:
         scores = {name: (score * weights, counted * weights) for name, (score, counted) in scores.items()}
-    return {"loss": (values.reshape(*z.shape[:2], -1).sum(2), once)} | scores
+    return {"loss": (values.reshape(*z.shape[:2], -1).sum(2), once if weights is None else weights)} | scores
 
 
 def _variance(y: Tensor, weights: Tensor | None) -> Tensor:
@@ -504,10 +505,14 @@ def _all_diverged(history: History, state: State) -> bool:
 
 def _check(iterations: int, evaluate_every: int, checkpoint_seconds: float) -> None:
     """Raise ValueError for an argument of `train` that is out of range."""
+    if not is_number(iterations):
+        raise ValueError(
+            f"iterations: {shown(iterations)} is no number; a test set has a name, as in train(…, test=(x, y))"
+        )
     at_least_one("iterations", iterations)
     at_least_one("evaluate_every", evaluate_every)
     if not is_number(checkpoint_seconds) and checkpoint_seconds != math.inf:
-        raise ValueError(f"checkpoint_seconds: {checkpoint_seconds!r} is not a number")
+        raise ValueError(f"checkpoint_seconds: {shown(checkpoint_seconds)} is not a number")
 
 
 def _check_functions(callbacks: Any, measure: Any) -> None:

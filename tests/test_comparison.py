@@ -483,6 +483,23 @@ def the_same_parameter() -> nn.Sequential:
 SHARING_NO_MEMORY = [in_one_storage, in_columns, expanded_and_empty, frozen_and_tied, the_same_parameter]
 
 
+class Holding(nn.Module):
+    """A layer that holds something in an attribute."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.last, self.held = nn.Linear(4, 2), held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)
+
+
+def test_what_a_list_holds_besides_may_be_frozen_or_a_layer_of_the_network():
+    network = Holding([nn.Linear(4, 4).requires_grad_(False), nn.ReLU, "a name"])
+    network.same = {"last": network.last}
+    check_modules(network)
+
+
 @pytest.mark.parametrize("make", SHARING_NO_MEMORY)
 def test_what_is_trained_as_pytorch_does_is_not_refused_for_its_memory(make):
     check_modules(make())
@@ -508,6 +525,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a gradient hook": (with_gradient_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),
     "a hook of accumulation": (with_accumulation_hook, r"layer '0' \(Linear\) has parameters with gradient hooks"),
+    "layers in a list": (
+        lambda: nn.Sequential(Holding([nn.Linear(4, 4)])),
+        r"layer '0' \(Holding\) has trained parameters in its list 'held', .* take nn.ModuleList",
+    ),
+    "layers in a nested dictionary": (
+        lambda: Holding({"a": [nn.Linear(4, 4)]}),
+        r"in its dict 'held', .*nn.ModuleDict",
+    ),
+    "parameters in a tuple": (lambda: Holding((nn.Parameter(torch.ones(2)),)), r"in its tuple .*nn.ParameterList"),
     "a lazy layer without parameters": (
         lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False), nn.Linear(4, 2)),
         r"layer '0' \(LazyBatchNorm1d\) is lazy",

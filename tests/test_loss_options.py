@@ -546,6 +546,14 @@ def test_accuracy_leaves_out_what_is_ignored(shape: tuple[int, ...], options: di
     assert found["train_loss"] == pytest.approx(task.loss.value(z, task.y).sum().item() / 300, rel=1e-5)
 
 
+def test_with_the_documented_scale_the_loss_is_pytorch_s_mean() -> None:
+    z, y, w = gaussian(40, 3), labels(40, classes=3), torch.tensor([0.2, 3.0, 1.0])
+    y[::4] = -100
+    loss = CrossEntropy(weight=w, ignore_index=-100, scale=len(y) / w[y[y != -100]].sum())
+    expected = F.cross_entropy(z, y, w.to(z), ignore_index=-100)
+    assert loss.value(z, y).mean().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def weights_of(x: Tensor) -> Tensor:
     return x[:, 0].abs() * (x[:, 1] > -0.5)
 
@@ -556,9 +564,8 @@ def test_weighted_accuracy_is_scikit_learn_s() -> None:
     labels, w = task.y
     expected = 100.0 * accuracy_score(labels, z.argmax(1), sample_weight=w)
     assert found["test_accuracy"] == found["train_accuracy"] == pytest.approx(expected, rel=1e-5)
-    assert found["train_loss"] == pytest.approx(
-        (w * F.cross_entropy(z, labels, reduction="none")).mean().item(), rel=1e-5
-    )
+    expected = np.average(F.cross_entropy(z, labels, reduction="none"), weights=w)
+    assert found["test_loss"] == found["train_loss"] == pytest.approx(expected, rel=1e-5)
     unweighted = measured(task, labels)[0]
     assert unweighted["test_accuracy"] == pytest.approx(100.0 * accuracy_score(labels, z.argmax(1)), rel=1e-5)
 

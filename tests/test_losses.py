@@ -1,5 +1,6 @@
 """Losses: values and gradients against PyTorch's, proximal operators against independent minimisers."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -356,6 +357,62 @@ HALVES = torch.full((2, 4), 0.25)
 def test_targets_that_a_loss_is_not_defined_for_are_refused(loss, y, outputs, message):
     with pytest.raises(ValueError, match=message):
         loss.targets(y, outputs, LIKE)
+
+
+LAST = r"the classes are the last axis .*movedim\(1, -1\)$"
+ALONG_AXIS_1 = torch.eye(3)[torch.tensor([[0, 1, 2, 0]])].mT  # [1, 3, 4]
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(weight=[1.0] * 3), SquaredError(), Hinge(), BinaryCrossEntropy()])
+@pytest.mark.parametrize("positions", [(4,), (4, 5)])
+def test_class_indices_for_classes_along_axis_1_are_told_the_remedy(loss, positions):
+    with pytest.raises(ValueError, match=rf"^y: targets of torch.int64 .* do not fit .*: {LAST}"):
+        loss.targets(torch.zeros(2, *positions, dtype=torch.long), (3, *positions), LIKE)
+
+
+@pytest.mark.parametrize("y", [ALONG_AXIS_1, torch.zeros(1, 1, dtype=torch.long)])
+def test_distributions_and_one_position_along_axis_1_are_told_the_remedy(y):
+    with pytest.raises(ValueError, match=LAST):
+        CrossEntropy().targets(y, (3, y.shape[-1]), LIKE)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError()])
+def test_class_indices_that_fit_along_two_axes_are_warned_of_unless_they_say_which(loss):
+    blocks, labels = split(nn.Sequential(nn.Linear(3, 3)), after=[]), torch.arange(6).view(2, 3) % 3
+    message = (
+        r"^y: class indices int64 \[n, 3\] fit outputs \[n, 3, 3\] in two ways: .*; if .* y\[\.\.\., None\] says so$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        problem = Problem(torch.ones(2, 3, 3), labels, blocks, loss, as_given)
+    with warnings.catch_warnings(action="error"):
+        said = Problem(torch.ones(2, 3, 3), labels[..., None], blocks, loss, as_given)
+        problem.samples(torch.ones(2, 3, 3), labels)
+    assert torch.equal(problem.y, said.y)
+
+
+NUMBERS = torch.linspace(-1, 1, 9)[:, None]
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Huber()])
+@pytest.mark.parametrize(
+    ("y", "told"),
+    [(2e5 + 3e4 * NUMBERS, "mean 2e[+]05 and standard deviation 1.94e[+]04"), (1e-3 * NUMBERS, "deviation 0.000645")],
+)
+def test_targets_of_a_scale_that_a_network_would_first_have_to_learn_are_warned_of(loss, y, told):
+    with pytest.warns(UserWarning, match=f"^y: numbers with .*{told}, .*; train on"):
+        Problem(torch.ones(9, 2), y, split(nn.Linear(2, 1), after=[]), loss, as_given)
+
+
+@pytest.mark.parametrize("y", [NUMBERS, 30 + 20 * NUMBERS, 0 * NUMBERS, torch.eye(1000)[:9, :3], torch.arange(9) % 3])
+def test_targets_of_an_ordinary_scale_are_not_warned_of(y):
+    with warnings.catch_warnings(action="error"):
+        Problem(
+            torch.ones(9, 2),
+            y,
+            split(nn.Linear(2, 1 if y.shape[1:] == (1,) else 3), after=[]),
+            SquaredError(),
+            as_given,
+        )
 
 
 @pytest.mark.parametrize("loss", [SquaredError(), Huber(), BinaryCrossEntropy(), Hinge(), TripletLoss()])

@@ -52,6 +52,8 @@ class Own(UpdateRule):
     def apply(self, theta: Stacks, gradient: Stacks, moments: Moments, step: float | Tensor) -> None:
         for p, g in zip(theta, gradient, strict=True):
             p.sub_(g, alpha=float(step))
+        for moment in moments:
+            torch._foreach_add_(moment, 1.0)
 
 
 @dataclass(frozen=True)

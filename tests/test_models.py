@@ -197,6 +197,16 @@ def test_as_constructed_says_nothing_where_all_seeds_are_to_have_the_same():
         split(given, after=[]).initial([0, 1], as_constructed(build), torch.zeros(0))
 
 
+@pytest.mark.parametrize("build", [nn.Linear(2, 2), nn.Sequential(*[nn.ReLU()] * 9), "linear"], ids=type)
+def test_as_constructed_takes_a_function_that_makes_a_network(build):
+    with pytest.raises(
+        ValueError, match=r"^build: .* is no function that makes a network, such as lambda: Network\(\)$"
+    ):
+        as_constructed(build)
+    with pytest.raises(ValueError, match=r"^build: has returned None, where a new network is needed$"):
+        as_constructed(lambda: None)(nn.Linear(2, 2))
+
+
 PARAMETRISATIONS = [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal]
 
 

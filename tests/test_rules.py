@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +298,35 @@ def test_a_group_of_nothing_is_refused(blocks: Blocks, groups: list[Any], messag
 def test_a_wrong_option_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Rebinding(UpdateRule):
+    """Which gives the new parameters to a name of its own, or the new moments."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def init(self, theta: list[Tensor]) -> Moments:
+        return [[torch.zeros_like(p) for p in theta]]
+
+    def apply(self, theta: list[Tensor], gradient: list[Tensor], moments: Moments, step: float | Tensor) -> None:
+        for p, g, m in zip(theta, gradient, moments[0], strict=True):
+            torch.rand(1)
+            new_m = m + g if self.what == "moments" else m.add_(g)
+            if self.what == "parameters":
+                p = p - 0.1 * new_m
+            elif self.what != "late" or m.abs().max() > 3:
+                p.sub_(0.1 * new_m)
+
+
+@pytest.mark.parametrize("what", ["parameters", "moments", "late", "nothing"])
+def test_a_rule_that_does_not_change_in_place_is_warned_of(what: str, mlp_problem: Callable[..., Problem]) -> None:
+    optimizer, problem, before = Backprop(1, Rebinding(what), 0.1, batch_size=6), mlp_problem(), torch.get_rng_state()
+    with warnings.catch_warnings(record=True) as told:
+        optimizer.init(problem, [0])
+    message = f"theta_update: the `apply` of Rebinding leaves the {what} as they are; it must change them in place"
+    assert [str(w.message)[: len(message)] for w in told] == [message] * (what in ("parameters", "moments"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_factor_is_one_for_each_replica(blocks: Blocks) -> None:

@@ -138,7 +138,8 @@ def test_stored_variables_are_those_of_their_samples_wherever_these_are(sweep):
     for is_joined in (False, True):
         blocks = split(Pair(is_joined), ["a"])
         task = Problem(gaussian(6, 8), LABELS, blocks, CrossEntropy(), as_given)
-        optimizer = BlockADMM(3, 0.1, batch_size=2, sweep=sweep, forward_mixing=0.1, theta_update=SGD())
+        values = {"z_step": 0.1, "beta": 0.5, "theta_update": SGD()}
+        optimizer = BlockADMM(3, 0.1, batch_size=2, sweep=sweep, forward_mixing=0.1, **values)
         state = optimizer.init(task, [0])
         for _ in range(3):
             optimizer.step(task, state)

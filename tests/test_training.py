@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from admm.blocks import Parameters, split
 from admm.checkpoints import CheckpointError, History, Row, read_checkpoint, restore, save
+from admm.checks import check_positive, shown
 from admm.losses import BinaryCrossEntropy, CrossEntropy, Hinge, Loss, SquaredError, one_hot
 from admm.models import as_given, initialiser, mlp
 from admm.optimizers import SGD, Adam, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
@@ -220,6 +222,36 @@ def test_a_history_shows_itself_in_a_few_lines(problem: Problem) -> None:
 def test_nothing_to_do_is_an_error(problem: Problem, iterations: int, evaluate_every: int) -> None:
     with pytest.raises(ValueError, match=r"(iterations|evaluate_every): 0 is not a whole number from 1 up"):
         run(problem, OPTIMIZERS["sgd"], (0,), iterations, test_of(problem), evaluate_every)
+
+
+def test_a_test_set_in_the_place_of_the_iterations_is_told_in_one_line(problem: Problem) -> None:
+    optimizer = OPTIMIZERS["sgd"]
+    told = r"^iterations: a tuple of a tensor \[300, 8\] and a tensor \[300\] is no number; .* test=\(x, y\)\)$"
+    with pytest.raises(ValueError, match=told):
+        train(problem, optimizer, optimizer.init(problem, [0]), (torch.rand(300, 8), torch.zeros(300)))
+
+
+@pytest.mark.parametrize("saved", ["state.pt", Path("state.pt"), None])
+def test_a_path_in_the_place_of_what_it_holds_is_told(problem: Problem, saved: Any) -> None:
+    state = OPTIMIZERS["sgd"].init(problem, [0])
+    with pytest.raises(ValueError, match=r'^saved: .* take restore\(state, torch.load\("state.pt"\)\)$'):
+        restore(state, saved)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor([1.0, 2.0]), "tensor([1., 2.])"),
+        (np.zeros((40, 30)), "an array [40, 30]"),
+        ([torch.zeros(9, 9), 3], "a list of a tensor [9, 9] and 3"),
+        (list(range(999)), "an object of the class builtins.list"),
+        ("x" * 999, f"'{95 * 'x'}…"),
+    ],
+)
+def test_a_value_in_a_message_is_short(value: Any, expected: str) -> None:
+    assert shown(value) == expected
+    with pytest.raises(ValueError, match=re.escape(f"step: {expected} is not a positive number")):
+        check_positive("step", value)
 
 
 def test_accuracy_counts_in_percent(problem: Problem) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from admm.checks import at_least_one, check_batch_size, has_type
 from admm.comparison import evaluate_one
 from admm.losses import Loss, ProximalLoss
 from admm.optimizers.protocol import Problem
 from admm.optimizers.rules import UpdateRule
+from admm.random_numbers import random_numbers_kept
+from admm.user_warnings import warn
+
+_UPDATES = 20  # that a rule is tried for: one may wait for several gradients
 
 
 def check_prox(loss: Loss, algorithm: str) -> ProximalLoss:
@@ -40,8 +47,29 @@ def check_minibatch_options(
         )
     at_least_one("iterations", iterations)
     has_type("theta_update", theta_update, UpdateRule, "admm.optimizers.Adam()")
+    _warn_of_no_change("theta_update", theta_update)
     check_batch_size(batch_size, problem.n_samples, epoch_parts)
     check_last_part(problem, "batch_size", batch_size)
+
+
+def _warn_of_no_change(name: str, rule: UpdateRule) -> None:
+    """Warn of a rule that in some updates of one number leaves it, or all of its moments, as they are."""
+    theta, gradient = [torch.ones(1, 1)], [torch.ones(1, 1)]
+    try:
+        with random_numbers_kept():
+            moments = rule.init(theta)
+            kept = {"parameters": theta, "moments": [v for v in tree_leaves(moments) if isinstance(v, Tensor)]}
+            before = copy.deepcopy(kept)
+            for _ in range(_UPDATES):
+                rule.apply(theta, gradient, moments, 1.0)
+    except Exception:  # whatever a rule raises that is for the parameters of one network
+        return
+    for what, tensors in kept.items():
+        if tensors and all(map(torch.equal, tensors, before[what])):
+            warn(
+                f"{name}: the `apply` of {type(rule).__name__} leaves the {what} as they are; it must change them in "
+                "place, as `p.sub_(…)` does, where `p = p - …` makes a new tensor"
+            )
 
 
 def check_last_part(problem: Problem, name: str, size: int) -> None:

@@ -20,13 +20,26 @@ from admm.checks import check_modes, has_type, shown
 from admm.comparison import forward_costs, outputs_of, samples_are_independent, suited
 from admm.crossings import Crossing
 from admm.layers import ParamDict, seeded
-from admm.losses import CrossEntropy, FunctionLoss, Loss, SampleWeighted, is_one_hot, outputs_and_targets, unweighted
+from admm.losses import (
+    CLASSES_LAST,
+    CrossEntropy,
+    FunctionLoss,
+    Huber,
+    Loss,
+    SampleWeighted,
+    SquaredError,
+    have_classes_along_axis_1,
+    is_one_hot,
+    outputs_and_targets,
+    unweighted,
+)
 from admm.minibatches import expand, minibatches, stateless_rng
 from admm.models import as_constructed, initialiser
 from admm.numbers import plain
 from admm.parallel import ALONE, Kind, Parallel, balanced
 from admm.random_numbers import all_seeded
 from admm.samples import Arrays, Formed, Samples, Stream, Tensors, as_samples, take_rows
+from admm.user_warnings import warn
 from admm.visits import Visit
 
 # What else is done with an entry of Z_t in an iteration, some twenty passes over memory, takes as long as so many
@@ -35,6 +48,7 @@ _FLOPS_PER_ENTRY = 1000
 _FEW = 3  # entries of a list in the text of a state
 _KEPT = 4  # tensors of the samples that a problem keeps: of so many optimizers, or values of theirs, that take turns
 _LOOKED_THROUGH = 1000  # samples among which the check of a loss finds other targets
+_LARGE = 100.0  # of targets, or one divided by it small: a network would first have to learn their scale
 _ITS_PARAMETERS = "split(problem.blocks.export(state.theta), …) and take initialise=admm.as_given"  # in a message
 _MAKERS: tuple[Any, ...] = (initialiser, as_constructed)  # which make an `initialise`, and are none
 
@@ -166,6 +180,8 @@ class Problem:
             object.__setattr__(self, "y", kept.y if self.weights is None else kept.y[0])
         object.__setattr__(self, "data", data)
         self._check_loss(data)
+        self._warn_of_class_axis(given)
+        self._warn_of_scale()
         is_shared = self.parallel.shares("samples")
         object.__setattr__(self, "part", self.parallel.share(data.n) if is_shared else slice(0, data.n))
         object.__setattr__(self, "cut", [range(1, len(self.blocks) + 1)] * self.parallel.size)
@@ -254,6 +270,32 @@ class Problem:
             return leaf.to(like.dtype)
 
         return tree_map_with_path(converted, trained)  # a dictionary's keys in the order of training
+
+    def _warn_of_class_axis(self, given: Samples) -> None:
+        """Warn of class indices, as they were given, that fit the outputs [n, ..., C] and, as PyTorch's losses would
+        take them, [n, C, ...]."""
+        x, y = given.examples
+        loss, y, _ = unweighted(self.loss, y)
+        outputs = outputs_of(self.blocks, x).shape[1:]
+        takes_classes = not isinstance(loss, FunctionLoss) and self.has_classes
+        if takes_classes and have_classes_along_axis_1(y, outputs) and outputs[1:] == outputs[:-1]:
+            warn(
+                f"y: class indices {_in_short(y)} fit outputs [{', '.join(['n', *map(str, outputs)])}] in two ways: "
+                f"{CLASSES_LAST}; if the last axis is right, y[..., None] says so"
+            )
+
+    def _warn_of_scale(self) -> None:
+        """Warn of numbers as targets that are far larger or smaller than the outputs of a new network."""
+        loss, y, _ = unweighted(self.loss, self.data.examples[1])
+        if not isinstance(loss, SquaredError | Huber) or self.has_classes:
+            return
+        y = y[:_LOOKED_THROUGH].double()
+        mean, deviation = float(y.mean()), float(y.std(correction=0))
+        if max(abs(mean), deviation) > _LARGE or 0.0 < deviation < 1.0 / _LARGE:
+            warn(
+                f"y: numbers with mean {mean:.3g} and standard deviation {deviation:.3g}, where the outputs of a new "
+                "network are near 1; train on (y - mean) / deviation, and undo this in what is predicted"
+            )
 
     def _check_precision(self) -> None:
         types = {leaf.dtype for leaf in tree_leaves(self.data.examples[0]) if leaf.is_floating_point()}
@@ -757,7 +799,9 @@ def whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     values = plain(seeds)
     is_sequence = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not is_sequence or not all(isinstance(s, int) and 0 <= s < 2**64 for s in values):
-        raise ValueError(f"seeds: {seeds!r} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]")
+        raise ValueError(
+            f"seeds: {shown(seeds)} is not a sequence of whole numbers from 0 up to 2⁶⁴ − 1, such as [0, 1, 2]"
+        )
     return tuple(map(int, values))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from admm.blocks import Parameters
-from admm.checks import at_least_one, one_of
+from admm.checks import at_least_one, one_of, shown
 from admm.layers import ParamDict
 from admm.minibatches import expand, slices
 from admm.numbers import Options, is_whole
@@ -240,7 +240,7 @@ class Taylor(Options, Optimizer[TaylorState]):
         one_of("start_from", self.start_from, ("gaussian", "uniform"))
         at_least_one("slice_size", self.slice_size)
         if not is_whole(self.warm_start):
-            raise ValueError(f"warm_start: {self.warm_start!r} is not a whole number from 0 up")
+            raise ValueError(f"warm_start: {shown(self.warm_start)} is not a whole number from 0 up")
         for name in ("beta", "gamma"):
             positive(name, getattr(self, name), replicas)
         check_prox(problem.loss, _NAME)
