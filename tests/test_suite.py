@@ -254,7 +254,14 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ),
         ("optimizer.step_size=-1", r"error: optimizer.step_size: -1 is not a number from 0 up"),
         ("model.hidden=64", r"error: model.hidden: 64 is not a list of widths"),
-        ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),
+        (
+            "optimizer.step_size=fast",
+            r"error: optimizer.step_size: 'fast' is not a number from 0 up; give one, or a schedule {start: …, end: …}$",
+        ),
+        (
+            "optimizer.step_size={start: 1e-3:1e-2, end: 0}",
+            r"error: optimizer.step_size.start: '1e-3:1e-2' is not a number from 0 up; give one$",
+        ),
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
         (
             "dataset=mnist",
