@@ -327,6 +327,15 @@ def a_number() -> int:
     return 3
 
 
+def of_channels(input_shape: Any, classes: int) -> nn.Module:
+    channels, height, width = input_shape
+    return nn.Sequential(nn.Conv2d(channels, 2, 3), nn.Flatten(), nn.Linear(2 * (height - 2) * (width - 2), classes))
+
+
+def of_entries(input_shape: Any, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], classes))
+
+
 def problem_of(npz: Any, network: str, gray: bool = False, **options: Any) -> Any:
     """The problem of a network of this module: of vectors, or of gray images."""
     x = RNG.rand(12, 8, 8) if gray else X
@@ -405,6 +414,14 @@ def test_torchvision_s_networks_have_as_many_outputs_as_there_are_classes(npz: A
             {"model": {"classes": 7}},
             r"do not fit the network's outputs \[12, 7\].* The data need 3 outputs, wh",
         ),
+        (
+            "of_channels",
+            {"gray": True},
+            r"\.of_channels': ValueError: not enough .*, for input_shape \[8, 8\]; hydra.verbose=true shows where. The "
+            r"images are gray, .*; dataset.channels=3, or 1, gives them channels, as images \[N, H, W, 1\] of an npz",
+        ),
+        ("of_entries", {"gray": True}, r"\.of_entries': IndexError: .*, for input_shape \[8, 8\];.* images are gray"),
+        ("of_entries", {}, r"\.of_entries': IndexError: .*, for input_shape \[4\]; hydra.verbose=true shows where$"),
         ("Drawn", {"after": ["9"]}, r"^split.after: no layer '9'; the layers are 0, 1, 2, 3"),
     ],
 )
