@@ -80,6 +80,27 @@ def test_vectors_of_any_type_are_scaled_entry_by_entry(npz: Any, dtype: str, nor
     assert normalisation == "none" or data.x_train[:, 3].unique().numel() == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected", "told"),
+    [
+        ((12, 5, 6, 3), (3, 5, 6), False),
+        ((12, 5, 6, 1), (1, 5, 6), False),
+        ((12, 3, 5, 6), (3, 5, 6), False),
+        ((12, 5, 6, 2), (5, 6, 2), False),
+        ((12, 3, 4, 4), (3, 4, 4), True),
+        ((12, 3, 8, 1), (3, 8, 1), True),
+    ],
+)
+def test_the_axis_of_the_channels_is_known_by_its_length_and_told_where_two_may_be_it(
+    npz: Any, shape: tuple[int, ...], expected: tuple[int, ...], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    x = RNG.rand(*shape)
+    assert load_npz(npz(x_train=x, x_test=x[:6])).input_shape == expected
+    message = f"x_train {list(shape)} may be [N, C, H, W] or [N, H, W, C]; it is taken as [N, C, H, W]"
+    assert (message in caplog.text) == told == bool(caplog.text)
+
+
 def test_large_numbers_keep_their_differences(npz: Any) -> None:
     x = 1.7e9 + np.arange(12.0)[:, None]  # seconds, which float32 does not tell apart
     data = load_npz(npz(x_train=x, x_test=x[:6]))

@@ -329,6 +329,13 @@ def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, me
     assert stored(tmp_path) == []
 
 
+@pytest.mark.parametrize("key", ["iterations", "split.n_blocks"])
+def test_a_value_that_no_row_can_have_is_refused_before_the_first_row(tmp_path: Path, key: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: {key}: 'many' is not a whole number from 1 up$"):
+        launch(tmp_path, f"{key}=many")
+    assert not list(tmp_path.rglob("failed.txt"))
+
+
 def test_hydra_tells_of_a_key_where_its_whole_traceback_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", *SMALL, "optimizer.lr=1"])
     with pytest.raises(SystemExit, match=r"^no key 'optimizer.lr': .*; did you mean theta_step\?$"):
