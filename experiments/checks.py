@@ -79,14 +79,7 @@ KINDS: dict[str, Kind] = {  # of values that no other check names by these keys
 
 def check(config: DictConfig) -> None:
     """Raises ValueError that names the key of a value that no run can have."""
-    for key, (right, is_right) in KINDS.items():
-        place, _, name = key.rpartition(".")
-        group: Any = OmegaConf.select(config, place) if place else config
-        if not isinstance(group, DictConfig) or name not in group:
-            continue
-        is_own = group.get("_target_", "admm.").startswith(OWN)  # another class may mean something else by the name
-        if is_own and not is_right(value := OmegaConf.select(group, name)):
-            raise ValueError(f"{key}: {value!r} is not {right}")
+    check_values(config, KINDS)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     check_words(plain)
     check_replicas(plain["optimizer"])
@@ -99,6 +92,20 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"precision: bf16 needs dtype=float32, not {config.dtype}")
     if missing := {"name", "holdout"} - set(config.dataset):
         raise ValueError(f"dataset: its file in conf/dataset has no {' and no '.join(sorted(missing))}; see mnist.yaml")
+
+
+def check_values(config: DictConfig, keys: Collection[str]) -> None:
+    """Raises ValueError that names the first of these keys whose value is not of its kind."""
+    for key, (right, is_right) in KINDS.items():
+        if key not in keys:
+            continue
+        place, _, name = key.rpartition(".")
+        group: Any = OmegaConf.select(config, place) if place else config
+        if not isinstance(group, DictConfig) or name not in group:
+            continue
+        is_own = group.get("_target_", "admm.").startswith(OWN)  # another class may mean something else by the name
+        if is_own and not is_right(value := OmegaConf.select(group, name)):
+            raise ValueError(f"{key}: {value!r} is not {right}")
 
 
 def check_replicas(optimizer: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from importlib import import_module
-from inspect import signature
+from inspect import getmembers, signature
 from pathlib import Path
 
 from hydra.errors import InstantiationException
@@ -54,8 +54,11 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
     try:
         yield
     except (ValueError, ImportError) as error:
-        message = missing_name(str(error)) or with_key_path(str(error), config, group)
-        raise BadInput(message or repr(error)) from error
+        if missing := missing_name(str(error)):
+            groups = {str(key): node for key, node in config.items() if isinstance(node, DictConfig)}
+            keys = [f"{key}._target_: " for key, node in groups.items() if repr(node.get("_target_")) in str(error)]
+            raise BadInput("".join([*keys[:1], missing])) from error
+        raise BadInput(with_key_path(str(error), config, group) or repr(error)) from error
     except InstantiationException as error:
         cause = error.__cause__ or error
         target = re.search(r"^full_key: (.*)$", str(error), re.MULTILINE)
@@ -64,6 +67,8 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
             raise BadInput(f"{key}._target_: {missing}") from error
         if isinstance(cause, (ValueError, ImportError, *FOR_USERS)) and str(cause):
             raise BadInput(with_key_path(str(cause), config, key)) from error
+        if wrong := not_callable(str(error), OmegaConf.select(config, f"{key}._target_")):
+            raise BadInput(f"{key}._target_: {wrong}") from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
         if refused := refused_argument(place, cause):
             raise BadInput(f"{key}.{refused}".lstrip(".")) from error
@@ -73,8 +78,11 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
 def missing_name(message: str) -> str:
     """Return in words what is missing where Hydra has not found a target, and the nearest name that is there; empty for
     another message."""
-    if not (named := re.match(r"Error loading '([\w.]+)'", message)):
+    if not (named := re.match(r"Error loading '([^']+)'", message)):
         return ""
+    if not re.fullmatch(r"\w[\w.]*", named[1]):
+        dotted = re.sub(r"[:/\\]+", ".", re.sub(r"\.py(?=:|$)", "", named[1])).strip(".")
+        return f"{named[1]} is written with dots alone: {dotted}"
     module, _, name = named[1].rpartition(".")
     if not module:
         return f"{name} has no module before it, as in my_networks.{name}"
@@ -87,6 +95,18 @@ def missing_name(message: str) -> str:
         files = [path.stem for path in Path.cwd().glob("*.py")]
         return f"there is no module {missing!r}, here in {Path.cwd()} or installed{meant(missing, files)}"
     return "" if name in names else f"{module} has no {name!r}{meant(name, names)}"
+
+
+def not_callable(message: str, target: object) -> str:
+    """Return in words that a target is a module or a value, and functions and classes of a module; empty for another
+    message than Hydra's of it."""
+    if not (kind := re.match(r"Expected a callable target, got .* of type '(\w+)'\n", message)):
+        return ""
+    there = getmembers(get_object(target), callable) if isinstance(target, str) else []
+    own = [f"{target}.{name}" for name, value in there if getattr(value, "__module__", "") == target]
+    return (
+        f"{target} is of type {kind[1]}; write a function or a class{', such as ' if own else ''}{', '.join(own[:5])}"
+    )
 
 
 def refused_argument(place: str, cause: BaseException) -> str:

@@ -29,6 +29,12 @@ LIST_FOR_KEYS = re.compile(r"Cannot merge DictConfig with ListConfig\s+full_key:
 STEPS = ("step_size", "theta_step")
 # What other libraries, or other optimizers of ours, call a key.
 ELSEWHERE = {**dict.fromkeys(("lr", "learning_rate", "step_sizes", *STEPS), STEPS), "epochs": ("iterations",)}
+LOSSES = {  # by what other libraries call a loss, in lower case without _ and "loss"
+    **dict.fromkeys(("mse", "l2", "meansquarederror"), "squared_error"),
+    **dict.fromkeys(("ce", "crossentropy", "nll", "softmax"), "cross_entropy"),
+    **dict.fromkeys(("bce", "bcewithlogits"), "binary_cross_entropy"),
+    **dict.fromkeys(("l1", "mae", "smoothl1"), "huber"),
+}
 EXTRAS = {  # by option of hydra/launcher and hydra/sweeper, the extra that has its plugin
     **dict.fromkeys(("slurm", "submitit_slurm", "submitit_local", "ray"), "cluster"),
     **dict.fromkeys(("joblib", "optuna", "study"), "sweeps"),
@@ -54,14 +60,13 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
     if isinstance(error, OSError) and (isinstance(error, WriteError) or error.errno in ADVICE):
         return [*failed, _write_hint(error)]
     if failed:
-        return failed
+        return [*failed, str(error)] if isinstance(error, HydraException) else failed
     group, name = _missing_file(error)
     if group.startswith("hydra/"):
-        return [_plugin_hint(group, name) or f"no {group} {name!r}{meant(name, _options(error))}"]
+        there = ", ".join(_options(error))
+        return [_plugin_hint(group, name) or f"no {group} {name!r}: there are {there}{meant(name, _options(error))}"]
     if group and group != "row":
-        own = f"; {OWN[group].replace('{}', name)}" if group in OWN else ""
-        near = found_here(group, name) or meant(name, _options(error))
-        return [f"no {group} {name!r} in experiments/conf/{group}{near}{own}"]
+        return [_choice_hint(group, name, error)]
     if merged := LIST_FOR_KEYS.search(str(error and error.__cause__)):
         return [f"{merged[1]} has keys here, as the schedule {{start: 0.1, end: 0.0}} has; give such keys, or a number"]
     row = name if group == "row" else ""
@@ -102,6 +107,23 @@ def unknown_additions(arguments: Sequence[str]) -> list[str]:
     return [*lines, "+ adds no such key; the file of an experiment or a row may have one of its own"] if lines else []
 
 
+def unknown_choices(arguments: Sequence[str]) -> list[str]:
+    """Return lines about a choice that no file has, such as dataset=npy, where no experiment is given.
+
+    Args:
+        arguments: The command line, without the program's name.
+    """
+    try:
+        options = get_args_parser().parse_known_args(list(arguments))[0]
+        groups = [o for o in with_implied(options.overrides) if "=" in o and (CONF / key_of(o)).is_dir()]
+        _composed([*groups, *_search_path(options)])
+    except MissingConfigException as error:
+        return hints(arguments, error)
+    except HydraException:
+        return []
+    return []
+
+
 def _top_level(override: Override) -> str:
     """The key at the top of the configuration that an override is about."""
     place = override.package if override.package and not override.package.startswith("_") else override.key_or_group
@@ -119,6 +141,16 @@ def _missing_file(error: BaseException | None) -> tuple[str, str]:
 def _options(error: BaseException | None) -> Sequence[str]:
     """The files that there are in place of one that Hydra has not found."""
     return (isinstance(error, MissingConfigException) and error.options) or ()
+
+
+def _choice_hint(group: str, name: str, error: BaseException | None) -> str:
+    """The line on an option that a group does not have, at whose end is what may have been meant."""
+    place = re.match(r"In '(?!config')\S+': ", str(error))  # a file that names the option
+    there = f"{place[0] if place else ''}no {group} {name!r} in experiments/conf/{group}: there are "
+    own = f"; {OWN[group].replace('{}', name)}" if group in OWN else ""
+    usual = LOSSES.get(re.sub("_|loss", "", name.lower())) if group == "loss" else None
+    near = f"; did you mean {usual}?" if usual else found_here(group, name) or meant(name, _options(error))
+    return f"{there}{', '.join(_options(error))}{own}{near}"
 
 
 def _plugin_hint(group: str, name: str) -> str:
@@ -189,6 +221,8 @@ def _no_key(key: str, node: DictConfig) -> str:
     where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
     near = near or meant(name, names) or (_other_optimizers(name) if parents == "optimizer" else "")
+    if parents == "split" and name in (ways := sorted(path.stem for path in CONF.glob("split/*.yaml"))):
+        near = f"; only one of {', '.join(ways)} may be given"
     return f"no key {key!r}: {where} {', '.join(names)}{near}"
 
 

@@ -17,6 +17,8 @@ IN_THE_SUITE = {  # what the library's messages say, in words of the command lin
     "initialise: ": "init: ",
     "admm.as_constructed(build), where build() makes a new network": "init=as_constructed",
     "download=True": "dataset.download=true",
+    ", a schedule {'start': …, 'end': …}, or a list, one per replica": ", or a schedule {start: …, end: …}",
+    ", or a list, one per replica": "",  # which `experiments.checks` refuses
 }
 
 

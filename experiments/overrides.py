@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,6 +26,21 @@ COMPARABLE_WITH_PAPER = ("iterations", "seeds", "evaluate_every", "dtype", "opti
 def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
     """Return overrides as Hydra reads them. loader: knows the options that `glob(…)` matches. Raises HydraException."""
     return OverridesParser.create(loader).parse_overrides(list(overrides))
+
+
+def not_key_value(arguments: Sequence[str]) -> str:
+    """Return in words what would be right where a command line has words that are neither flags of Hydra's nor
+    key=value, such as `optimizer adam` or `--optimizer=adam`; empty for any other."""
+    options, others = get_args_parser().parse_known_args(list(arguments))
+    wrong = {word for word in (*options.overrides, *others) if not re.match("(?s)~|[^-=][^=]*=.", word)}
+    wrong |= {word for word in arguments if word.split("=")[0] == "--experiment"}  # a flag of Hydra's, cut short
+    if all(word.endswith("=") for word in wrong):  # an empty value
+        return ""
+    found = " ".join(word for word in arguments if word in wrong or word == options.experimental_rerun)
+    key, *values = [part for part in re.split("[ =]+", found.strip("- ")) if part] or [found]
+    if values:
+        return f"{found}: write {key}={values[0]}, without spaces{' or dashes' if found[0] == '-' else ''}"
+    return f"{found}: is neither key=value nor a flag; a value with spaces needs quotes, as 'seeds=[0, 1]'"
 
 
 @cache

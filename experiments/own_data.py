@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from admm.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from admm.numbers import is_whole
 from experiments.faces.data import upright
 
+log = logging.getLogger(__name__)
 Array = NDArray[Any]
 LOSSES: dict[str, Callable[..., Loss]] = {
     "classification": CrossEntropy,
@@ -30,6 +32,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "multilabel": BinaryCrossEntropy,
 }
 PARTS = ("train", "test")
+CHANNELS = (1, 3, 4)  # numbers of channels by which images are known
 FEWEST = 3  # samples of a class, on average: with fewer, numbers have been taken for classes
 GRAY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes
 
@@ -73,7 +76,7 @@ def load_npz(
             "regression", numbers [N] or [N, k]; "multilabel", zeros and ones [N, k].
         normalisation: of the inputs [N, ...], as `admm.data.normalise` takes it. Images of uint8 have numbers up to
             255; the limits of others are those of the training samples. Images [N, H, W, C] of 1, 3 or 4 channels
-            become [N, C, H, W].
+            become [N, C, H, W], unless their second axis has such a length, too.
         targets: "standard" scales each of a regression's targets to mean 0 and standard deviation 1 in the training
             set, "none" leaves them.
         channels, first, holdout, holdout_seed, device, dtype: as `admm.data.load` takes them.
@@ -92,7 +95,7 @@ def load_npz(
         y, classes = class_indices(file, y)
     else:
         y = {key: numbers_of(f"{file}: {key}", array, task) for key, array in y.items()}
-    arrays = {key: channels_first(array) for key, array in arrays.items()} | y
+    arrays = {key: channels_first(f"{file}: {key}", array) for key, array in arrays.items()} | y
     check_parts(file, arrays, holdout)
     return preparation.dataset(arrays, name=name, classes=classes, sha256=sha256_of(stored), task=task)
 
@@ -225,10 +228,15 @@ def floats(x: Array, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(np.ascontiguousarray(x, dtype=np.float64))
 
 
-def channels_first(x: Array) -> Array:
-    """Return images [N, H, W, C] of 1, 3 or 4 channels as [N, C, H, W], and other inputs as they are."""
-    is_last = x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
-    return np.moveaxis(x, -1, 1) if is_last else x
+def channels_first(what: str, x: Array) -> Array:
+    """Return images [N, H, W, C] of 1, 3 or 4 channels as [N, C, H, W], and other inputs as they are: also images whose
+    second axis may be that of the channels. Logs, beginning with `what`, where both may be."""
+    if x.ndim != 4 or x.shape[-1] not in CHANNELS:
+        return x
+    if x.shape[1] in CHANNELS:
+        log.info("%s %s may be [N, C, H, W] or [N, H, W, C]; it is taken as [N, C, H, W]", what, list(x.shape))
+        return x
+    return np.moveaxis(x, -1, 1)
 
 
 def sha256_of(arrays: Mapping[str, Array]) -> str:

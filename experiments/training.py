@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ from admm.optimizers.protocol import check_parallel
 from admm.parallel import ALONE, Parallel
 from admm.random_numbers import all_seeded
 from admm.training import DivergenceWarning, train
-from experiments.errors import user_errors
+from experiments.errors import in_words, user_errors
 from experiments.jobs import Job
 from experiments.loggers import Guarded, Logger, NoLogger
 from experiments.messages import warnings_in_log
@@ -211,9 +212,19 @@ def build_problem(config: DictConfig, dataset: Dataset, parallel: Parallel = ALO
 
 def build_network(model: DictConfig, dataset: Dataset) -> nn.Module:
     """Return a new network: what the group's function makes of its keys, and of those of `data_arguments` that it
-    takes. Raises an error of Hydra's, and ValueError where it makes no module."""
+    takes. Raises an error of Hydra's, and ValueError where it makes no module, or fails at the shape of the samples."""
     given = data_arguments(model, dataset)
-    network = instantiate(model, **given, _convert_="all")
+    try:
+        network = instantiate(model, **given, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        is_of_shape = isinstance(cause, LookupError | RuntimeError) or "values to unpack" in str(cause)
+        if cause is None or not (is_of_shape and "input_shape" in given):
+            raise
+        place, shape = str(error).splitlines()[0], list(dataset.input_shape)  # "Error in call to target 'a.b':"
+        raise ValueError(
+            f"{place} {in_words(cause)}, for input_shape {shape}; hydra.verbose=true shows where"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model: {model._target_} returns a {type(network).__name__}, expected an nn.Module")
     return network
@@ -255,13 +266,15 @@ def initialise_of(init: DictConfig, build: Callable[[], nn.Module]) -> Callable[
 
 @contextmanager
 def remedies(dataset: Dataset) -> Iterator[None]:
-    """Add to an error about the channels of gray images, or the number of outputs, what the data set has to offer."""
+    """Add to an error about the channels or the shape of gray images, or the number of outputs, what the data set has
+    to offer."""
     try:
         yield
     except ValueError as error:
-        is_gray = len(dataset.input_shape) == 2 or dataset.input_shape[0] == 1
-        if "channel" in str(error) and is_gray:
-            way = f"The images are gray, {list(dataset.input_shape)}; dataset.channels=3, or 1, gives them channels"
+        shape = list(dataset.input_shape)
+        as_stored = ", as images [N, H, W, 1] of an npz file have them" if len(shape) == 2 else ""
+        if ("channel" in str(error) and shape[0] == 1) or (re.search("channel|input_shape", str(error)) and as_stored):
+            way = f"The images are gray, {shape}; dataset.channels=3, or 1, gives them channels{as_stored}"
         elif "network's outputs" in str(error):
             way = f"The data need {dataset.outputs} outputs, which a key such as model.num_classes may set"
         else:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -73,6 +73,34 @@ def test_a_warning_at_a_line_of_the_suite_is_logged_with_the_path_of_its_key(cap
         warnings.warn_explicit("batch_size: a user's own", UserWarning, __file__, 1)
     assert [record.getMessage() for record in caplog.records] == ["optimizer.batch_size: 99 is much"]
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("my_networks:small", "my_networks:small is written with dots alone: my_networks.small"),
+        ("pkg/nets.py:small", "pkg/nets.py:small is written with dots alone: pkg.nets.small"),
+        ("./my_networks.small", "./my_networks.small is written with dots alone: my_networks.small"),
+        (
+            "my_modules",
+            "my_modules is of type module; write a function or a class, such as my_modules.Own, my_modules.own",
+        ),
+        ("my_modules.number", "my_modules.number is of type int; write a function or a class"),
+    ],
+)
+def test_a_target_that_is_a_path_a_module_or_a_value_is_told_with_what_is_right(
+    target: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_modules.py").write_text("from pathlib import Path\nnumber = 3\nclass Own: ...\ndef own(): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = config(loss={"_target_": target})
+    with pytest.raises(BadInput) as error, user_errors(made):
+        instantiate(made.loss)
+    assert str(error.value) == f"loss._target_: {expected}"
+    if "dots" in expected:  # as a data set's function is looked for
+        with pytest.raises(BadInput) as error, user_errors(made):
+            get_method(target)
+        assert str(error.value) == f"loss._target_: {expected}"
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,27 @@ def test_vectors_of_any_type_are_scaled_entry_by_entry(npz: Any, dtype: str, nor
     assert normalisation == "none" or data.x_train[:, 3].unique().numel() == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected", "told"),
+    [
+        ((12, 5, 6, 3), (3, 5, 6), False),
+        ((12, 5, 6, 1), (1, 5, 6), False),
+        ((12, 3, 5, 6), (3, 5, 6), False),
+        ((12, 5, 6, 2), (5, 6, 2), False),
+        ((12, 3, 4, 4), (3, 4, 4), True),
+        ((12, 3, 8, 1), (3, 8, 1), True),
+    ],
+)
+def test_the_axis_of_the_channels_is_known_by_its_length_and_told_where_two_may_be_it(
+    npz: Any, shape: tuple[int, ...], expected: tuple[int, ...], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    x = RNG.rand(*shape)
+    assert load_npz(npz(x_train=x, x_test=x[:6])).input_shape == expected
+    message = f"x_train {list(shape)} may be [N, C, H, W] or [N, H, W, C]; it is taken as [N, C, H, W]"
+    assert (message in caplog.text) == told == bool(caplog.text)
+
+
 def test_large_numbers_keep_their_differences(npz: Any) -> None:
     x = 1.7e9 + np.arange(12.0)[:, None]  # seconds, which float32 does not tell apart
     data = load_npz(npz(x_train=x, x_test=x[:6]))
@@ -327,6 +348,15 @@ def a_number() -> int:
     return 3
 
 
+def of_channels(input_shape: Any, classes: int) -> nn.Module:
+    channels, height, width = input_shape
+    return nn.Sequential(nn.Conv2d(channels, 2, 3), nn.Flatten(), nn.Linear(2 * (height - 2) * (width - 2), classes))
+
+
+def of_entries(input_shape: Any, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0] * input_shape[1] * input_shape[2], classes))
+
+
 def problem_of(npz: Any, network: str, gray: bool = False, **options: Any) -> Any:
     """The problem of a network of this module: of vectors, or of gray images."""
     x = RNG.rand(12, 8, 8) if gray else X
@@ -405,6 +435,14 @@ def test_torchvision_s_networks_have_as_many_outputs_as_there_are_classes(npz: A
             {"model": {"classes": 7}},
             r"do not fit the network's outputs \[12, 7\].* The data need 3 outputs, wh",
         ),
+        (
+            "of_channels",
+            {"gray": True},
+            r"\.of_channels': ValueError: not enough .*, for input_shape \[8, 8\]; hydra.verbose=true shows where. The "
+            r"images are gray, .*; dataset.channels=3, or 1, gives them channels, as images \[N, H, W, 1\] of an npz",
+        ),
+        ("of_entries", {"gray": True}, r"\.of_entries': IndexError: .*, for input_shape \[8, 8\];.* images are gray"),
+        ("of_entries", {}, r"\.of_entries': IndexError: .*, for input_shape \[4\]; hydra.verbose=true shows where$"),
         ("Drawn", {"after": ["9"]}, r"^split.after: no layer '9'; the layers are 0, 1, 2, 3"),
     ],
 )

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from hydra.errors import MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 from launches import Launch, multirun, places, single
 from omegaconf import OmegaConf
 from stores import add_run, run_json
@@ -28,11 +28,13 @@ from stores import add_run, run_json
 from experiments import jobs
 from experiments.errors import BadInput
 from experiments.hints import hints
+from experiments.overrides import not_key_value
 from experiments.reports.base import report_of
 from experiments.reports.curves import curves
 from experiments.reports.results_page import below_paper, papers_numbers
 from experiments.reports.text import print_table
 from experiments.reports.writing import write_report
+from experiments.run import told_by_hints
 from experiments.store import Run, Slot, Store
 
 ROOT = Path(__file__).parents[1]
@@ -252,7 +254,14 @@ def wandb_rows(file: Path) -> Iterator[dict[str, float]]:
         ),
         ("optimizer.step_size=-1", r"error: optimizer.step_size: -1 is not a number from 0 up"),
         ("model.hidden=64", r"error: model.hidden: 64 is not a list of widths"),
-        ("optimizer.step_size=fast", r"error: optimizer.step_size: 'fast' is not a number"),
+        (
+            "optimizer.step_size=fast",
+            r"error: optimizer.step_size: 'fast' is not a number .*; give one, or a schedule {start: …, end: …}$",
+        ),
+        (
+            "optimizer.step_size={start: 1e-3:1e-2, end: 0}",
+            r"error: optimizer.step_size.start: '1e-3:1e-2' is not a number from 0 up; give one$",
+        ),
         ("loss.scale=-1", r"error: loss.scale: -1 is not a positive number"),
         (
             "dataset=mnist",
@@ -275,8 +284,7 @@ def test_bad_input_names_the_key_and_what_would_be_right(
     [
         (
             "optimizer.step_siz=2",
-            r"^Could not override 'optimizer.step_siz'.\nKey 'step_siz' is not in struct(?s:.*)"
-            r"no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?",
+            r"^no key 'optimizer.step_siz': optimizer has .*did you mean step_size\?\n$",
         ),
         ("optimizer.lr=2", r"no key 'optimizer.lr': optimizer has .*did you mean step_size\?"),
         ("optimizer.dual_step=2", r"optimizer has .*, theta_update; it is of optimizer=block_admm,deepfacto\n"),
@@ -291,15 +299,14 @@ def test_bad_input_names_the_key_and_what_would_be_right(
         ("iterations.x=3", r"no key 'iterations.x': iterations is a value here, without keys\n"),
         ("iteratons=3", r"no key 'iteratons': .*did you mean iterations\?"),
         ("+baseline=sgd", r"^no key 'baseline': the keys are angle_samples,.*\n\+ adds no such key"),
-        ("logger=wandbb", r"Could not find 'logger/wandbb'"),
-        ("dataset=mnst", r"Available options in 'dataset':\s+cifar10\s+digits"),
-        ("experiment=digits", r"Available options in 'experiment':\s+angle\s"),
-        ("loss=crossentropy", r"\nno loss 'crossentropy' in experiments/conf/loss; did you mean cross_entropy\?\n$"),
-        ("optimizer=sdg", r"Available options in 'optimizer':\s+adam\s"),
+        ("logger=wandbb", r"^no logger 'wandbb' in experiments/conf/logger: there are none, wandb; did you mean wandb"),
+        ("dataset=mnst", r"^no dataset 'mnst' in \S+: there are cifar10, digits, .*; did you mean mnist\?\n$"),
+        ("loss=mse", r"^no loss 'mse' in \S+: there are .*, squared_error, triplet; did you mean squared_error\?\n$"),
+        ("split.after=[1]", r"^no key 'split.n_blocks': .*; only one of after, n_blocks, per_layer may be given\n$"),
         ("optimizer=adamm,sgd", r"^error: optimizer: no 'adamm'; did you mean adam\?; there are adam, bcd, "),
         (
             "optimizer.step_size=[0.1,0.01]",
-            r"\noptimizer.step_size has keys here, as the schedule .*; give such keys, or a number\n$",
+            r"^optimizer.step_size has keys here, as the schedule .*; give such keys, or a number\n$",
         ),
         (
             "setting=tund",
@@ -313,12 +320,48 @@ def test_bad_input_names_the_key_and_what_would_be_right(
     ],
 )
 def test_a_launch_that_cannot_be_names_the_key(tmp_path: Path, argument: str, message: str) -> None:
-    done = launch_process(tmp_path, "optimizer=sgd", argument)
+    split = ["split.n_blocks=2"] if argument.startswith("split.") else []
+    done = launch_process(tmp_path, "optimizer=sgd", argument, *split)
     assert done.returncode == 1 and done.stderr.count("iterations: 'many'") < 2
     assert re.search(message, done.stdout + done.stderr), done.stdout + done.stderr
     assert "could not be written" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert stored(tmp_path) == []
+
+
+@pytest.mark.parametrize("key", ["iterations", "split.n_blocks"])
+def test_a_value_that_no_row_can_have_is_refused_before_the_first_row(tmp_path: Path, key: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: {key}: 'many' is not a whole number from 1 up$"):
+        launch(tmp_path, f"{key}=many")
+    assert not list(tmp_path.rglob("failed.txt"))
+
+
+def test_hydra_tells_of_a_key_where_its_whole_traceback_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *SMALL, "optimizer.lr=1"])
+    with pytest.raises(SystemExit, match=r"^no key 'optimizer.lr': .*; did you mean theta_step\?$"):
+        told_by_hints(lambda: multirun(*sys.argv[1:]))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigCompositionException, match=r"^Could not override 'optimizer\.lr'"):
+        told_by_hints(lambda: multirun(*sys.argv[1:]))
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "expected"),
+    [
+        ("loss", "mse", "there are hinge, huber; did you mean squared_error?"),
+        ("loss", "CrossEntropyLoss", "; did you mean cross_entropy?"),
+        ("loss", "BCEWithLogitsLoss", "; did you mean binary_cross_entropy?"),
+        ("loss", "smooth_l1_loss", "; did you mean huber?"),
+        ("loss", "hinge_loss", "; did you mean hinge?"),
+        ("logger", "tensorboard", "in experiments/conf/logger: there are hinge, huber"),
+    ],
+)
+def test_a_choice_that_is_not_there_is_told_with_the_choices_and_the_name_that_it_has_here(
+    group: str, name: str, expected: str
+) -> None:
+    missing = MissingConfigException("In 'experiment/mine': Could not find", f"{group}/{name}", ["hinge", "huber"])
+    (line,) = hints([], missing)
+    assert line.startswith(f"In 'experiment/mine': no {group} {name!r} in ") and line.endswith(expected)
 
 
 def test_one_first_value_of_a_row_s_schedule_is_as_in_a_grid(tmp_path: Path) -> None:
@@ -339,7 +382,7 @@ def test_one_first_value_of_a_row_s_schedule_is_as_in_a_grid(tmp_path: Path) -> 
         ),
         ("launcher/ray", "ray needs the extra 'cluster': pip install '\\S+\\[cluster]';"),
         ("sweeper/optuna", "optuna needs the extra 'sweeps': pip install .*; without it there are basic$"),
-        ("launcher/stackd", "no hydra/launcher 'stackd'; did you mean stacked\\?$"),
+        ("launcher/stackd", "no hydra/launcher 'stackd': there are basic, stacked; did you mean stacked\\?$"),
     ],
 )
 def test_a_launcher_or_sweeper_that_is_not_there_is_told_with_its_extra_or_the_nearest(
@@ -394,6 +437,37 @@ def test_a_command_without_an_experiment_lists_the_experiments_and_trains_nothin
 ) -> None:
     done = Launch(*arguments, folder=tmp_path).wait()
     assert done.returncode == 1 and "|mnist_shallow|" in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dataset=npy", "dataset.path=my.npz"], r"^no dataset 'npy' in .*; did you mean npz\?\n$"),
+        (["optimizer", "adam"], "^error: optimizer adam: write optimizer=adam, without spaces\n$"),
+    ],
+)
+def test_a_command_without_an_experiment_is_told_first_what_else_is_wrong(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert re.search(message, Launch(*arguments, folder=tmp_path).wait().stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("a=b optimizer = adam", "optimizer = adam: write optimizer=adam, without spaces"),
+        ("optimizer= adam", "optimizer= adam: write optimizer=adam, without spaces"),
+        ("-m optimizer =adam", "optimizer =adam: write optimizer=adam, without spaces"),
+        ("experiment=own --lr 3 a=b", "--lr 3: write lr=3, without spaces or dashes"),
+        ("a=b --optimizer=adam", "--optimizer=adam: write optimizer=adam, without spaces or dashes"),
+        ("--experiment own", "--experiment own: write experiment=own, without spaces or dashes"),
+        ("seeds=[0, 1]", "1]: is neither key=value nor a flag; a value with spaces needs quotes, as 'seeds=[0, 1]'"),
+        ("a=b --config-dir conf -m", ""),
+        ("--cfg job ~a note= +b=c=d", ""),
+    ],
+)
+def test_words_that_are_not_key_value_are_told_as_such(words: str, expected: str) -> None:
+    assert not_key_value(words.split(" ")) == expected
 
 
 def test_the_digits_have_a_store_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
+from experiments.checks import check_values
 from experiments.errors import found_here, meant, user_errors
 from experiments.launch import conf_folders
 from experiments.launching.failures import failures_end_the_program
@@ -31,7 +32,8 @@ class Rows(Callback):
         loader = GlobalHydra.instance().config_loader()
         by_key = {override.key_or_group: override for override in parse([*searched, *overrides.task], loader)}
         with user_errors():
-            check_matches(by_key)
+            check_matches(by_key)  # and what would fail in every row
+            check_values(config, [key for key, given in by_key.items() if not given.is_sweep_override()])
         if "row" in by_key or "optimizers" in config:
             return
         methods, settings = (values(by_key.get(key)) for key in ROW_FILTERS)
