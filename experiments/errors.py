@@ -101,9 +101,11 @@ def refused_argument(place: str, cause: BaseException) -> str:
 
 
 def meant(name: str, names: Iterable[str]) -> str:
-    """Return a question whether the nearest of these names was meant; empty if none is near."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Return a question whether those of these names were meant that contain the name, from three letters up, or else
+    the nearest by spelling; empty if there is none."""
+    names = list(names)
+    close = [other for other in names if len(name) > 2 and name in other] or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def found_here(group: str, name: str) -> str:

@@ -40,8 +40,8 @@ def expand(node: DictConfig | ListConfig) -> None:
 
 
 def expand_in_configurations() -> None:
-    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, in a
-    launch also `left_to_rows` where it needs that, and without what goes with another cut.
+    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, and
+    without what goes with another cut; that of a launch also without what is `left_to_rows`.
 
     Hydra has no hook for this: it makes the folders of a launch and of a sweep's jobs before a callback, or the task,
     sees their configuration."""
@@ -54,8 +54,11 @@ def expand_in_configurations() -> None:
         try:
             config = load(self, config_name, overrides, **how)
         except ConfigCompositionException as error:
-            if how.get("run_mode") == RunMode.MULTIRUN and (left := left_to_rows(overrides)) != overrides:
-                return load_expanded(self, config_name, left, **how)
+            if how.get("run_mode") == RunMode.MULTIRUN and (left := left_to_rows(overrides, str(error))):
+                config = load_expanded(self, config_name, [o for o in overrides if o not in left], **how)
+                task = config.hydra.overrides.task
+                config.hydra.overrides.task = [o for o in overrides if o in (*task, *left)]
+                return config
             # `experiments.hints` has better advice than a +
             error.args = (str(error).partition("\nTo append to your config")[0],)
             raise

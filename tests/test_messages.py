@@ -12,7 +12,7 @@ from torch import nn
 
 from admm.models import initialiser
 from experiments import messages
-from experiments.errors import BadInput, user_errors
+from experiments.errors import BadInput, meant, user_errors
 from experiments.messages import warnings_in_log, with_key_path
 
 SGD = {"_target_": "admm.optimizers.SGD", "momentum": 0.0}
@@ -119,3 +119,11 @@ def test_a_target_that_is_not_there_is_told_with_the_nearest(
         instantiate(made.loss)
     assert str(error.value).startswith(expected.format(tmp_path))
     assert not caplog.text  # Hydra would tell it once more
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("admm", "dladmm or block_admm"), ("sgdd", "sgd"), ("gd", "sgd"), ("block", "block_admm"), ("other", "")],
+)
+def test_names_that_contain_what_was_given_are_meant_before_the_nearest(name: str, expected: str) -> None:
+    assert meant(name, ["dladmm", "block_admm", "sgd"]) == (f"; did you mean {expected}?" if expected else "")

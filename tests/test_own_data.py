@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra.errors import HydraException
 from launches import multirun, places
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
@@ -28,6 +29,7 @@ from experiments import jobs
 from experiments.errors import BadInput, user_errors
 from experiments.hints import hints, unknown_additions
 from experiments.implied import as_given, with_implied
+from experiments.launching import failures
 from experiments.launching.rows import choices
 from experiments.own_data import load_image_folder, load_npz, loss_of_task
 from experiments.reports.base import report_of
@@ -619,6 +621,41 @@ def test_a_file_or_a_function_in_the_place_of_a_choice_has_a_hint(override: str,
         multirun(override, "experiment=own")
     (line,) = hints([override], error.value)
     assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["optimizer=gotmare,sgd,adam", "optimizer.theta_step=0.1"],
+            "sgd-tuned, adam-tuned: no key 'optimizer.theta_step': optimizer has _target_, batch_size, epoch_parts, "
+            "iterations, step_size, theta_update; did you mean step_size?; it is there in gotmare-tuned. Give each "
+            "optimizer its own values in a launch of its own, or in its row (docs/extending.md#a-row)",
+        ),
+        (
+            ["optimizer=adam,sgd", "setting=default", "optimizer.theta_update.beta1=0.1"],
+            "sgd: no key 'optimizer.theta_update.beta1': optimizer.theta_update has _target_, momentum, weight_decay; "
+            "it is there in adam. ",
+        ),
+        (
+            ["row=mnist_shallow/sgd-faithful,mnist_shallow/sgd-tuned", "optimizer.step_size.start=1"],
+            "sgd-faithful: no key 'optimizer.step_size.start': optimizer.step_size is a value here, without keys; ",
+        ),
+        (
+            ["optimizer=adam,sgd", "optimizer.step_siz=1"],
+            "no key 'optimizer.step_siz': optimizer has _target_, batch_size, epoch_parts, iterations, step_size, the",
+        ),
+    ],
+)
+def test_a_key_that_some_methods_do_not_have_names_these_and_the_others(
+    overrides: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(failures, "unfinished_sweep", [])
+    given = ["experiment=digits_shallow", *overrides, *places(tmp_path)]
+    with pytest.raises(HydraException) as error:
+        multirun(*given)
+    (line,) = hints(given, error.value)
+    assert line.startswith(expected)
 
 
 @pytest.mark.parametrize(
