@@ -444,7 +444,8 @@ def normalise(train: torch.Tensor, test: torch.Tensor, normalisation: str, maxim
 def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
     """Return images [N, channels, H, W] of images [N, H, W] or [N, C, H, W]; None returns them as they are.
 
-    Gray images [N, H, W] or [N, 1, H, W] are repeated in each of several channels. Raises ValueError for others.
+    Gray images [N, H, W] or [N, 1, H, W] get 1 channel, or are repeated in 3. Raises ValueError for other channels than
+    these, or than those that the images have.
 
     >>> with_channels(torch.zeros(5, 8, 8), channels=3).shape
     torch.Size([5, 3, 8, 8])
@@ -453,9 +454,10 @@ def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
         return images
     shape = list(images.shape[1:])
     stacked = images.unsqueeze(1) if len(shape) == 2 else images
-    if not is_whole(channels, 1) or stacked.ndim != 4 or stacked.shape[1] not in (1, channels):
+    there = stacked.shape[1] if stacked.ndim == 4 else None
+    if not is_whole(channels) or channels not in ((1, 3) if there == 1 else (there,)):
         raise ValueError(
-            f"channels: {channels!r} cannot be made of samples {shape}; gray images [H, W] or [1, H, W] are repeated "
-            "in 3 channels, others keep theirs"
+            f"channels: {channels!r} cannot be made of samples {shape}; gray images [H, W] or [1, H, W] get 1 or 3, "
+            "others keep theirs, and what is no image has none"
         )
     return stacked.expand(-1, channels, -1, -1).contiguous()

@@ -22,7 +22,7 @@ from sklearn.preprocessing import LabelEncoder, MinMaxScaler, StandardScaler
 from stores import run_json
 from torch import nn
 
-from admm.data import DatasetError, with_channels
+from admm.data import DatasetError, load, with_channels
 from admm.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from admm.models import as_constructed
 from experiments import jobs
@@ -108,6 +108,11 @@ def test_channels_first_stay_and_gray_images_are_repeated(npz: Any) -> None:
     assert all(torch.equal(three.x_test[:, c], load_npz(gray).x_test) for c in range(3))
     with pytest.raises(ValueError, match=r"^channels: 1 cannot be made of samples \[3, 5, 6\]"):
         with_channels(torch.zeros(2, 3, 5, 6), 1)
+    with pytest.raises(ValueError, match=r"^channels: 2 cannot be made of samples \[5, 6\]; gray .* get 1 or 3, "):
+        load_npz(gray, channels=2)
+    with pytest.raises(ValueError, match=r"^channels: 2 cannot be made of samples \[8, 8\]"):
+        load("digits", "", channels=2)
+    assert with_channels(torch.zeros(2, 2, 5, 6), 2).shape == (2, 2, 5, 6)
 
 
 @pytest.mark.parametrize("labels", [[3, 7, 9], [-1.0, 1.0], ["cat", "dog", "eel"], [False, True]])
