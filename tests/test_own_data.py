@@ -598,6 +598,7 @@ def test_an_own_network_is_given_on_the_command_line(tmp_path: Path, monkeypatch
     launch(*own, *places(tmp_path))
     runs, table = stored(tmp_path), report_of_launch(tmp_path)
     assert len(runs) == 2 and (table["mean"] > 90).all()
+    assert not table["setting"].str.contains("seeds").any()  # two are asked for, and none is missing
     for run in runs:
         config: Any = OmegaConf.load(run.folder / "config.yaml")
         assert (config.model.width, list(config.split.after), config.split._target_) == (6, [0], "admm.blocks.split")
