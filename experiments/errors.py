@@ -66,7 +66,8 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
             raise BadInput(with_key_path(str(cause), config, key)) from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
         if refused := refused_argument(place, cause):
-            raise BadInput(f"{key}.{refused}".lstrip(".")) from error
+            whole = f"; '{key}={{_target_: …}}' replaces all of its keys" if key and not refused.endswith("?") else ""
+            raise BadInput(f"{key}.{refused}{whole}".lstrip(".")) from error
         raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error
 
 
@@ -93,11 +94,13 @@ def refused_argument(place: str, cause: BaseException) -> str:
     """Return in words that a target does not take an argument, and which it takes; empty for another cause."""
     target = re.search(r"target '([\w.]+)'", place)
     name = target[1].rpartition(".")[2] if target else ""
-    refused = re.match(rf"{name}(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(cause))
+    words = r"(?:got an unexpected keyword argument '(\w+)'|takes no arguments)"
+    refused = re.match(rf"{name}(?:\.__init__)?\(\) {words}", str(cause))
     if not (target and refused):
         return ""
     takes = list(signature(get_object(target[1])).parameters)
-    return f"{refused[1]}: {name}() takes {', '.join(takes) or 'no arguments'}{meant(refused[1], takes)}"
+    argument = refused[1] or "_target_"
+    return f"{argument}: {name}() takes {', '.join(takes) or 'no arguments'}{meant(argument, takes)}"
 
 
 def meant(name: str, names: Iterable[str]) -> str:

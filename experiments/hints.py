@@ -209,6 +209,7 @@ def _no_key(key: str, node: DictConfig) -> str:
         return f"no key {key!r}: {parents} is a value here, without keys{whole}"
     where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
+    near = f"; give all of it, as {parents}={{_target_: …}}" if name == "_target_" else near
     near = near or meant(name, names) or (_other_optimizers(name) if parents == "optimizer" else "")
     return f"no key {key!r}: {where} {', '.join(names)}{near}"
 

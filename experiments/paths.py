@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import InterpolationResolutionError
 
 from experiments.implied import drop_other_cuts, left_to_rows, with_implied
+from experiments.overrides import names_another_class
 
 IN_OVERRIDE = re.compile(r"(?<=[=,])~(?=/|$)")
 IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
@@ -41,11 +43,12 @@ def expand(node: DictConfig | ListConfig) -> None:
 
 def expand_in_configurations() -> None:
     """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, and
-    without what goes with another cut; that of a launch also without what is `left_to_rows`.
+    without what goes with another cut; that of a launch also without what is `left_to_rows`. An override that names
+    another class than a node has takes the place of the node; see `names_another_class`.
 
     Hydra has no hook for this: it makes the folders of a launch and of a sweep's jobs before a callback, or the task,
     sees their configuration."""
-    load = ConfigLoaderImpl.load_configuration
+    load, apply = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
 
     @wraps(load)
     def load_expanded(self: Any, config_name: Any, overrides: list[str], **how: Any) -> DictConfig:
@@ -66,4 +69,13 @@ def expand_in_configurations() -> None:
         expand(config)
         return config
 
+    @wraps(apply)
+    def apply_replacing(overrides: list[Override], config: DictConfig) -> None:
+        for override in overrides:
+            if names_another_class(override, config):
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+            else:
+                apply([override], config)
+
     ConfigLoaderImpl.load_configuration = load_expanded  # type: ignore[assignment, method-assign]
+    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply_replacing)  # type: ignore[assignment, method-assign]

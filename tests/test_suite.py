@@ -287,6 +287,10 @@ def test_bad_input_names_the_key_and_what_would_be_right(
             r"'optimizer.batch_size.start': optimizer.batch_size is a value here, .*row=…",
         ),
         ("optimizer.batch_size._target_=a.B", r"optimizer.batch_size is a value here, .*, as {_target_: …}, or row=…"),
+        (
+            "optimizer.step_size._target_=a.B",
+            r"has end, start; give all of it, as optimizer.step_size={_target_: …}",
+        ),
         ("optimizer.step_size={begin: 1}", r"no key 'optimizer.step_size.begin': optimizer.step_size has end, start\n"),
         ("optimizer.update.a=1", r"no key 'optimizer.update': optimizer has .*; did you mean theta_update\?"),
         ("iterations.x=3", r"no key 'iterations.x': iterations is a value here, without keys\n"),
