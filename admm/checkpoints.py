@@ -103,27 +103,34 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
     The state's tensors stay where they are, as whatever else refers to them sees; what was saved is copied, and stays
     as it is when training goes on.
 
+    Args:
+        state: such as `Optimizer.init` returns.
+        saved: what `save` has returned, or `torch.load` of a file of it.
+
     Raises:
-        ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds; for a state of
-            another update rule; and for something else than what `save` has returned, such as a path.
+        TypeError: for what is no state, or nothing that `save` returns, such as a path.
+        ValueError: that names the field, for another shape, dtype, number of entries, keys or seeds; and for a state
+            of another update rule.
     """
-    if not is_dataclass(state) or not isinstance(saved, Mapping):
-        raise ValueError(
-            f"saved: {shown(saved)} is not what `save` has returned for such a state; take "
-            'restore(state, torch.load("state.pt"))'
+    if not is_dataclass(state) or isinstance(state, type):
+        raise TypeError(f"state: {shown(state)} is no state, as optimizer.init returns it")
+    if not isinstance(saved, dict):
+        raise TypeError(
+            f"saved: {shown(saved)} is not what admm.save returns; give save(…) of a state, or torch.load(…) of a file "
+            "of that"
         )
     needed = getattr(state, "made_with", {})
     made_with = needed | saved.get("made_with", {})  # which former versions have not saved
-    check_rules("checkpoint", made_with, needed)
+    check_rules("saved", made_with, needed)
     saved = saved | {"made_with": made_with}
     for name in [f.name for f in fields(state)]:
         if name not in saved and {"state", "history"} <= saved.keys():
-            raise ValueError("checkpoint: this is one of train(…, checkpoint=…); give the path of its file to train")
+            raise ValueError("saved: is a checkpoint of train(…, checkpoint=…); give the path of its file to train")
         if name not in saved:
-            raise ValueError(f"checkpoint: no {name!r}; it was made by another optimizer or version")
+            raise ValueError(f"saved: has no {name!r}; it was made by another optimizer or version")
         value = getattr(state, name)
         if name == "seeds" and list(value) != list(saved["seeds"]):
-            raise ValueError(f"checkpoint: seeds is {saved['seeds']}, expected {list(value)}")
+            raise ValueError(f"saved: seeds is {saved['seeds']}, expected {list(value)}")
         setattr(state, name, _restored(value, saved[name], name))
 
 
@@ -164,9 +171,9 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         shape = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         if shape != list(value.shape):
-            raise ValueError(f"checkpoint: {name} has shape {shape}, expected {list(value.shape)}")
+            raise ValueError(f"saved: {name} has shape {shape}, expected {list(value.shape)}")
         if saved.dtype != value.dtype:
-            raise ValueError(f"checkpoint: {name} is of {saved.dtype}, expected {value.dtype}")
+            raise ValueError(f"saved: {name} is of {saved.dtype}, expected {value.dtype}")
         value.data.copy_(saved)
         return value
     if value is None or value == [] or value == {}:
@@ -174,18 +181,18 @@ def _restored(value: Any, saved: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         if not isinstance(saved, list | tuple) or len(value) != len(saved):
             entries = len(saved) if isinstance(saved, list | tuple) else "no"
-            raise ValueError(f"checkpoint: {name} has {entries} entries, expected {len(value)}")
+            raise ValueError(f"saved: {name} has {entries} entries, expected {len(value)}")
         items = [_restored(*pair, name) for pair in zip(value, saved, strict=True)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         if not isinstance(saved, dict) or value.keys() != saved.keys():
-            raise ValueError(f"checkpoint: {name} has the keys {list(saved)}, expected {list(value)}")
+            raise ValueError(f"saved: {name} has the keys {list(saved)}, expected {list(value)}")
         return {key: _restored(item, saved[key], name) for key, item in value.items()}
-    if is_dataclass(value):
+    if is_dataclass(value) and isinstance(saved, dict):
         restore(value, saved)
         return value
-    if isinstance(saved, Tensor | list | dict):
-        raise ValueError(f"checkpoint: {name} is a {type(saved).__name__}, expected a {type(value).__name__}")
+    if is_dataclass(value) or isinstance(saved, Tensor | list | dict):
+        raise ValueError(f"saved: {name} is a {type(saved).__name__}, expected a {type(value).__name__}")
     return saved
 
 
@@ -358,7 +365,8 @@ def load_checkpoint(
         owned = _owned(callbacks, content.get("callbacks", {}))
         restore(state, _held(problem, content["state"], save(state)))
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; delete the file to start again, or give another path") from None
+        found = str(error).removeprefix("saved: ")
+        raise CheckpointError(f"{path}: {found}; delete the file to start again, or give another path") from None
     vars(history).update(content["history"])
     for callback, saved in owned:
         callback.load_state_dict(saved)

@@ -128,9 +128,11 @@ def load(
         name: "mnist" (LeCun et al. 1998), "fashion_mnist" (Xiao et al. 2017), "cifar10" (Krizhevsky 2009) or "digits",
             scikit-learn's 1,797 handwritten digits of 8×8 pixels (Alpaydin & Kaynak 1998), of which a fixed stratified
             360 are the test set and 1,437 the training set.
-        root: the folder of the data, unused by "digits". The first of these is taken: `<root>/<name>.npz` (x_train,
-            y_train, x_test, y_test, uint8, as in Keras's mnist.npz); torchvision's unpacked files; torchvision's
-            download, if `download`, which is then kept as `<root>/<name>.npz`.
+        root: the folder of the data, unused by "digits", which takes any. The first of these is taken:
+            `<root>/<name>.npz` (x_train, y_train, x_test, y_test, uint8, images [N, 28, 28] or [N, 32, 32, 3], as in
+            Keras's mnist.npz); torchvision's unpacked files, in `<root>/MNIST/raw`, `<root>/FashionMNIST/raw` or
+            `<root>/cifar-10-batches-py`; torchvision's download, if `download`, which is then kept as
+            `<root>/<name>.npz`.
         normalisation: "unit", pixels in [0, 1]; "symmetric", in [−1, 1]; "standard", mean 0 and standard deviation 1 in
             each channel of x_train, of vectors in each entry (after the hold-out, so that samples that are held out
             have no influence); constant ones are shifted only.
@@ -138,15 +140,27 @@ def load(
         holdout: the number of these training samples that are held out, stratified by class. If it is not 0, they are
             x_test and y_test, and the test set is not returned: what is tuned on them never sees it.
         holdout_seed: which samples are held out; the same seed always gives the same ones.
-        channels: the channels that images get, see `with_channels`.
+        channels: the channels that images get, see `with_channels`; None leaves gray images without an axis of
+            channels.
         device: where the tensors are.
         dtype: of x_train and x_test.
         download: whether missing data may be downloaded.
 
+    Returns:
+        The data set: x_train and x_test, floats [N, 28, 28] (MNIST, Fashion-MNIST), [N, 8, 8] (digits) or
+        [N, 3, 32, 32] (CIFAR-10) in the range of the normalisation, with `channels` [N, channels, H, W]; y_train and
+        y_test, classes, int64 [N]; and `classes`, their number.
+
     Raises:
-        ValueError: for an unknown name or normalisation, or a number of samples that is not possible.
+        ValueError: for an unknown name or normalisation, or a number of samples or channels that is not possible.
         DatasetError: if the data are absent, damaged or not the published ones, or a package for reading them is
             missing.
+
+    >>> digits = load("digits", root="data", channels=1)
+    >>> digits.x_train.shape, digits.x_train.dtype, digits.x_train.min().item(), digits.x_train.max().item()
+    (torch.Size([1437, 1, 8, 8]), torch.float32, 0.0, 1.0)
+    >>> digits.y_test.shape, digits.y_test.dtype, digits.classes
+    (torch.Size([360]), torch.int64, 10)
     """
     one_of("name", name, tuple(DATASETS))
     one_of("normalisation", normalisation, NORMALISATIONS)
@@ -444,7 +458,8 @@ def normalise(train: torch.Tensor, test: torch.Tensor, normalisation: str, maxim
 def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
     """Return images [N, channels, H, W] of images [N, H, W] or [N, C, H, W]; None returns them as they are.
 
-    Gray images [N, H, W] or [N, 1, H, W] are repeated in each of several channels. Raises ValueError for others.
+    Gray images [N, H, W] or [N, 1, H, W] get 1 channel, or are repeated in 3. Raises ValueError for other channels than
+    these, or than those that the images have.
 
     >>> with_channels(torch.zeros(5, 8, 8), channels=3).shape
     torch.Size([5, 3, 8, 8])
@@ -453,9 +468,10 @@ def with_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
         return images
     shape = list(images.shape[1:])
     stacked = images.unsqueeze(1) if len(shape) == 2 else images
-    if not is_whole(channels, 1) or stacked.ndim != 4 or stacked.shape[1] not in (1, channels):
+    there = stacked.shape[1] if stacked.ndim == 4 else None
+    if not is_whole(channels) or channels not in ((1, 3) if there == 1 else (there,)):
         raise ValueError(
-            f"channels: {channels!r} cannot be made of samples {shape}; gray images [H, W] or [1, H, W] are repeated "
-            "in 3 channels, others keep theirs"
+            f"channels: {channels!r} cannot be made of samples {shape}; gray images [H, W] or [1, H, W] get 1 or 3, "
+            "others keep theirs, and what is no image has none"
         )
     return stacked.expand(-1, channels, -1, -1).contiguous()

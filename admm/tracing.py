@@ -105,6 +105,8 @@ def traced_blocks(network: nn.Module, after: Sequence[str], inputs: Sequence[str
     if unknown := [name for name in after if name not in modules or not name]:
         children = ", ".join(name for name, _ in network.named_children())
         raise ValueError(f"after: no module {unknown[0]!r}; the network's children are {children}")
+    if taken := [name for name in _own_names(network) if hasattr(fx.GraphModule, name)]:
+        raise ValueError(f"network: torch.fx needs the name {taken[0]!r} for itself; take another, such as {taken[0]}_")
     first_names = {id(module): name for name, module in reversed(modules.items())}  # by which a trace calls them
     after = [first_names[id(modules[name])] for name in after]
     graph = _trace(network, {parent for name in after for parent in _parents(name)}, inputs)
@@ -115,6 +117,12 @@ def traced_blocks(network: nn.Module, after: Sequence[str], inputs: Sequence[str
     if ends and ends[-1] == len(nodes):
         raise ValueError(f"after: {after[-1]!r} is the last module, nothing would follow it")
     return _cut(network, graph, _parts(nodes, ends))
+
+
+def _own_names(network: nn.Module) -> Iterator[str]:
+    """Yield the names of a module's children, and of the parameters and buffers of its own."""
+    of_tensors = (*network.named_parameters(recurse=False), *network.named_buffers(recurse=False))
+    yield from (name for name, _ in (*network.named_children(), *of_tensors))
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -71,7 +71,8 @@ def user_errors(config: DictConfig = NO_CONFIG, group: str = "") -> Iterator[Non
             raise BadInput(f"{key}._target_: {wrong}") from error
         place = str(error).splitlines()[0]  # "Error in call to target 'torch.nn.Linear':"
         if refused := refused_argument(place, cause):
-            raise BadInput(f"{key}.{refused}".lstrip(".")) from error
+            whole = f"; '{key}={{_target_: …}}' replaces all of its keys" if key and not refused.endswith("?") else ""
+            raise BadInput(f"{key}.{refused}{whole}".lstrip(".")) from error
         raise BadInput(f"{place} {in_words(cause)}; hydra.verbose=true shows where") from error
 
 
@@ -113,17 +114,21 @@ def refused_argument(place: str, cause: BaseException) -> str:
     """Return in words that a target does not take an argument, and which it takes; empty for another cause."""
     target = re.search(r"target '([\w.]+)'", place)
     name = target[1].rpartition(".")[2] if target else ""
-    refused = re.match(rf"{name}(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(cause))
+    words = r"(?:got an unexpected keyword argument '(\w+)'|takes no arguments)"
+    refused = re.match(rf"{name}(?:\.__init__)?\(\) {words}", str(cause))
     if not (target and refused):
         return ""
     takes = list(signature(get_object(target[1])).parameters)
-    return f"{refused[1]}: {name}() takes {', '.join(takes) or 'no arguments'}{meant(refused[1], takes)}"
+    argument = refused[1] or "_target_"
+    return f"{argument}: {name}() takes {', '.join(takes) or 'no arguments'}{meant(argument, takes)}"
 
 
 def meant(name: str, names: Iterable[str]) -> str:
-    """Return a question whether the nearest of these names was meant; empty if none is near."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Return a question whether those of these names were meant that contain the name, from three letters up, or else
+    the nearest by spelling; empty if there is none."""
+    names = list(names)
+    close = [other for other in names if len(name) > 2 and name in other] or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def found_here(group: str, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from admm.files import ADVICE, WriteError, explain_write_errors
 from experiments import install
-from experiments.errors import found_here, meant
+from experiments.errors import NO_CONFIG, found_here, meant
 from experiments.implied import with_implied
 from experiments.launch import conf_folders
 from experiments.launching import failures
+from experiments.launching.rows import values
 from experiments.overrides import key_of, parse
 from experiments.rows import CONF, TableRows
 
@@ -39,6 +40,8 @@ EXTRAS = {  # by option of hydra/launcher and hydra/sweeper, the extra that has 
     **dict.fromkeys(("slurm", "submitit_slurm", "submitit_local", "ray"), "cluster"),
     **dict.fromkeys(("joblib", "optuna", "study"), "sweeps"),
 }
+CHOOSING = ("row", "optimizer")  # groups of which a sweep makes one job or several
+EACH_ITS_OWN = "Give each optimizer its own values in a launch of its own, or in its row (docs/extending.md#a-row)"
 OWN = {  # by group, how a user's own is given
     "dataset": "your own: dataset=npz dataset.path={} (x_train, y_train, …), or dataset=image_folder dataset.path={}",
     "model": "your own: model._target_={}, a function that returns an nn.Module",
@@ -81,7 +84,8 @@ def hints(arguments: Sequence[str], error: BaseException | None) -> list[str]:
         return []
     if row:
         return [_row_hint(row, config, hydra)]
-    lines = [line for o, key in keys.items() if o not in groups if (line := _key_hint(config, key))]
+    jobs = _jobs_of_sweep([o for o in groups if key_of(o) not in CHOOSING], _search_path(options)) or {"": config}
+    lines = [line for o, key in keys.items() if o not in groups if (line := _key_hint_of(jobs, key))]
     return lines or _refused_key(error)
 
 
@@ -202,12 +206,29 @@ def _refused_key(error: BaseException | None) -> list[str]:
     return [_no_key(key, node)] if key and isinstance(node, DictConfig) else []
 
 
+def _jobs_of_sweep(groups: list[str], search_path: list[str]) -> dict[str, DictConfig]:
+    """The configuration of each row, or of each optimizer, of an unfinished sweep, by name, before keys are changed."""
+    task = [o for config in failures.unfinished_sweep for o in parse(config.hydra.overrides.task)]
+    names = [(o.key_or_group, str(name)) for o in task if o.key_or_group in CHOOSING for name in values(o)]
+    return {name.rpartition("/")[2]: _composed([f"{key}={name}", *groups, *search_path])[0] for key, name in names}
+
+
+def _key_hint_of(jobs: Mapping[str, DictConfig], key: str) -> str | None:
+    """The line on a key that some of a launch's jobs do not have; it names these, if others have the key."""
+    lacking = {name: line for name, config in jobs.items() if (line := _key_hint(config, key))}
+    having = [name for name in jobs if name not in lacking]
+    line = next(iter(lacking.values()), None)
+    if not (line and having):
+        return line
+    return f"{', '.join(lacking)}: {line}; it is there in {', '.join(having)}. {EACH_ITS_OWN}"
+
+
 def _key_hint(config: DictConfig, key: str) -> str | None:
-    *parents, name = key.split(".")
-    node = OmegaConf.select(config, ".".join(parents)) if parents else config
-    if not isinstance(node, DictConfig) or name in node or (CONF / key).is_dir():
+    parents, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parents) if parents else config
+    if isinstance(node, ListConfig) or (CONF / key).is_dir() or (isinstance(node, DictConfig) and name in node):
         return None
-    return _no_key(key, node)
+    return _no_key(key, node) if isinstance(node, DictConfig) else _key_hint(config, parents) or _no_key(key, NO_CONFIG)
 
 
 def _no_key(key: str, node: DictConfig) -> str:
@@ -220,6 +241,7 @@ def _no_key(key: str, node: DictConfig) -> str:
         return f"no key {key!r}: {parents} is a value here, without keys{whole}"
     where = f"{parents} has" if parents else "the keys are"
     near = next((f"; did you mean {known}?" for known in ELSEWHERE.get(name, ()) if known in names), "")
+    near = f"; give all of it, as {parents}={{_target_: …}}" if name == "_target_" else near
     near = near or meant(name, names) or (_other_optimizers(name) if parents == "optimizer" else "")
     if parents == "split" and name in (ways := sorted(path.stem for path in CONF.glob("split/*.yaml"))):
         near = f"; only one of {', '.join(ways)} may be given"

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.rows import CONF
 
-PART_OF_SCHEDULE = re.compile(r"^(optimizer\.\w+\.(?:start|end))=([^,()]+)$")
+REFUSED = re.compile(r"(?:Could not (?:override|delete from config\.) '|Error merging override )(?!hydra\.)([\w.]+)")
 OWN_DATA = ("npz", "image_folder")  # options of the group dataset
 
 
@@ -37,10 +37,11 @@ def with_implied(overrides: Sequence[str]) -> list[str]:
     return [*added, *(f"++{o}" if opened else o for o, opened in zip(overrides, is_open, strict=True))]
 
 
-def left_to_rows(overrides: Sequence[str]) -> list[str]:
-    """Return overrides in which a part of an optimizer's schedule is the one value of a grid: what a grid varies is
-    looked for in the rows, whose schedules these are, after they have been chosen."""
-    return [PART_OF_SCHEDULE.sub(r"\1=choice(\2)", override) for override in overrides]
+def left_to_rows(overrides: Sequence[str], error: str) -> list[str]:
+    """Return those of a launch's overrides whose key an error of Hydra's says is not there: if some row has it, as
+    `optimizer.step_size`, it is there after the rows have been chosen."""
+    refused = REFUSED.match(error)
+    return [o for o in overrides if refused and o.lstrip("~").partition("=")[0] == refused[1]]
 
 
 def drop_other_cuts(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.identity import NOT_IN_IDENTITY
 
@@ -47,6 +49,17 @@ def not_key_value(arguments: Sequence[str]) -> str:
 def key_of(override: str) -> str:
     """Return `a.b` for `a.b=c`, `+a.b=c` and `~a.b`. Raises HydraException for a text that is no override."""
     return parse([override])[0].key_or_group
+
+
+def names_another_class(override: Override, config: DictConfig) -> bool:
+    """Return whether an override gives a node of a configuration as a whole, `key={_target_: …}`, with another
+    `_target_` than it has there: the node's keys are not that class's, and merging would keep them."""
+    value = None if override.is_delete() or override.is_hydra_override() else override.value()
+    if not (isinstance(value, dict) and "_target_" in value):
+        return False
+    node = OmegaConf.select(config, override.key_or_group)
+    there: Any = OmegaConf.to_container(node) if isinstance(node, DictConfig) else value
+    return bool(value["_target_"] != there.get("_target_"))
 
 
 def is_of(override: str, keys: Sequence[str]) -> bool:

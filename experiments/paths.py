@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import InterpolationResolutionError
 
 from experiments.implied import drop_other_cuts, left_to_rows, with_implied
+from experiments.overrides import names_another_class
 
 IN_OVERRIDE = re.compile(r"(?<=[=,])~(?=/|$)")
 IN_VALUE = re.compile(r"^(sqlite:///)?~(?=/|$)")
@@ -40,12 +42,13 @@ def expand(node: DictConfig | ListConfig) -> None:
 
 
 def expand_in_configurations() -> None:
-    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, in a
-    launch also `left_to_rows` where it needs that, and without what goes with another cut.
+    """Make Hydra `expand` each configuration that it composes from now on, with the overrides that others imply, and
+    without what goes with another cut; that of a launch also without what is `left_to_rows`. An override that names
+    another class than a node has takes the place of the node; see `names_another_class`.
 
     Hydra has no hook for this: it makes the folders of a launch and of a sweep's jobs before a callback, or the task,
     sees their configuration."""
-    load = ConfigLoaderImpl.load_configuration
+    load, apply = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
 
     @wraps(load)
     def load_expanded(self: Any, config_name: Any, overrides: list[str], **how: Any) -> DictConfig:
@@ -54,8 +57,11 @@ def expand_in_configurations() -> None:
         try:
             config = load(self, config_name, overrides, **how)
         except ConfigCompositionException as error:
-            if how.get("run_mode") == RunMode.MULTIRUN and (left := left_to_rows(overrides)) != overrides:
-                return load_expanded(self, config_name, left, **how)
+            if how.get("run_mode") == RunMode.MULTIRUN and (left := left_to_rows(overrides, str(error))):
+                config = load_expanded(self, config_name, [o for o in overrides if o not in left], **how)
+                task = config.hydra.overrides.task
+                config.hydra.overrides.task = [o for o in overrides if o in (*task, *left)]
+                return config
             # `experiments.hints` has better advice than a +
             error.args = (str(error).partition("\nTo append to your config")[0],)
             raise
@@ -63,4 +69,13 @@ def expand_in_configurations() -> None:
         expand(config)
         return config
 
+    @wraps(apply)
+    def apply_replacing(overrides: list[Override], config: DictConfig) -> None:
+        for override in overrides:
+            if names_another_class(override, config):
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+            else:
+                apply([override], config)
+
     ConfigLoaderImpl.load_configuration = load_expanded  # type: ignore[assignment, method-assign]
+    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply_replacing)  # type: ignore[assignment, method-assign]

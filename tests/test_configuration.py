@@ -128,6 +128,25 @@ def test_a_chosen_cut_drops_what_a_row_or_an_experiment_has_set_for_another(
     assert {key: value for key, value in config.split.items() if key != "_target_"} == cut
 
 
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("optimizer.theta_update={_target_: my.Rule}", {"_target_": "my.Rule"}),
+        ("++optimizer.theta_update={_target_: my.Rule, rate: 2}", {"_target_": "my.Rule", "rate": 2}),
+        ("optimizer.z_update={_target_: my.Update, a: {b: 1}}", {"_target_": "my.Update", "a": {"b": 1}}),
+        ("optimizer.theta_step={_target_: my.Schedule}", {"_target_": "my.Schedule"}),
+        ("optimizer.penalty={_target_: my.Penalty}", {"_target_": "my.Penalty"}),
+        ("loss={_target_: my.Loss}", {"_target_": "my.Loss"}),
+        ("model={_target_: my.Net, width: 3}", {"_target_": "my.Net", "width": 3}),
+        ("loss={_target_: admm.losses.SquaredError}", {"_target_": "admm.losses.SquaredError", "scale": 0.3}),
+    ],
+)
+def test_a_node_of_another_class_takes_the_place_of_the_row_s(override: str, found: dict[str, Any]) -> None:
+    """And has none of its keys; one of the same class is merged."""
+    config = composed("row=digits_shallow/block_admm-tuned", override)
+    assert OmegaConf.select(config, overrides.key_of(override)) == found
+
+
 # --- Rows
 
 

@@ -17,6 +17,7 @@ WITH_EXAMPLES = {
     "admm.blocks": ["split"],
     "admm.callbacks": ["EarlyStopping"],
     "admm.checkpoints": ["save"],
+    "admm.data": ["load", "normalise", "with_channels"],
     "admm.losses": ["SquaredError", "CrossEntropy", "BinaryCrossEntropy", "Hinge", "FunctionLoss"],
     "admm.optimizers.backprop": ["Backprop"],
     "admm.optimizers.bcd": ["BCD"],

@@ -176,8 +176,8 @@ def test_panels_of_one_score_have_common_axes_that_begin_where_the_curves_are(tm
 
 
 def test_a_legend_names_what_its_curves_differ_in(tmp_path: Path) -> None:
-    """A method's two settings in one panel; what one of a panel's curves lacks, and not what all of them lack, which is
-    in the panel's title."""
+    """A method's two settings in one panel, or in two of which one lacks seeds; what one of a panel's curves lacks, and
+    not what all of them lack, which is in the panel's title."""
     rows = [("mnist_walltime", "sgd-tuned", 2), ("mnist_walltime", "sgd-faithful", 2)]
     rows += [("mnist_shallow", "sgd-tuned", 2), ("mnist_shallow", "sgd-faithful", 5)]
     rows += [("mnist_shallow", "adam-faithful", 2)]
@@ -185,8 +185,17 @@ def test_a_legend_names_what_its_curves_differ_in(tmp_path: Path) -> None:
     for experiment, compared, texts, title in (
         ("mnist_walltime", runs[:2], ["SGD, tuned", "SGD, faithful"], ""),
         ("mnist_shallow", runs[2:4], ["SGD"], "faithful, 2 of 5 seeds"),
-        ("mnist_shallow", runs[2:], ["SGD", "SGD, faithful: 2 of 5 seeds", "Adam"], "faithful"),
+        ("mnist_shallow", runs[2:], ["SGD, tuned", "SGD, faithful: 2 of 5 seeds", "Adam"], "faithful"),
     ):
         (figure,) = report_of(experiment).figures(compared).values()
         assert [text.get_text() for text in figure.legends[0].get_texts()] == texts
         assert title in [axes.get_title() for axes in figure.axes]
+
+
+def test_a_legend_counts_a_seed_that_diverges_before_a_logarithmic_axis_begins(tmp_path: Path) -> None:
+    rows = [row for row in history(90.0, 1) if row["iteration"] + row["seed"] < 2]
+    runs = [finish(tmp_path, "mnist_shallow", "sgd-faithful", rows, iterations=1, diverged={"1": 1})]
+    runs += [finish(tmp_path, "mnist_shallow", "adam-faithful", history(90.0, 20), iterations=20)]
+    (figure,) = report_of("mnist_shallow").figures(runs).values()
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["SGD, faithful: 1 of 2 seeds diverged", "Adam"]

@@ -104,7 +104,7 @@ def assert_refused(problem: Problem, made: Optimizer[Any], given: Optimizer[Any]
     with pytest.raises(ValueError, match=f"^state: {message}"):
         train(problem, given, state)
     state.theta.fill(state.theta.flat() + 1.0)
-    with pytest.raises(ValueError, match=f"^checkpoint: {message}"):
+    with pytest.raises(ValueError, match=f"^saved: {message}"):
         restore(fresh, save(state))
     assert torch.equal(fresh.theta.flat() + 1.0, state.theta.flat()) and state.iteration == 0
 

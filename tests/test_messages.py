@@ -12,7 +12,7 @@ from torch import nn
 
 from admm.models import initialiser
 from experiments import messages
-from experiments.errors import BadInput, user_errors
+from experiments.errors import BadInput, meant, user_errors
 from experiments.messages import warnings_in_log, with_key_path
 
 SGD = {"_target_": "admm.optimizers.SGD", "momentum": 0.0}
@@ -132,13 +132,17 @@ def test_a_nested_object_of_the_configuration_is_named_with_its_path(key: str, v
         ),
         ("small", "loss._target_: small has no module before it, as in my_networks.small"),
         ("admm.losses.SquaredEror", "loss._target_: admm.losses has no 'SquaredEror'; did you mean SquaredError?"),
-        ("my_networks.small", "loss.scale: small() takes input_shape, width"),
+        (
+            "my_networks.small",
+            "loss.scale: small() takes input_shape, width; 'loss={{_target_: …}}' replaces all of its keys",
+        ),
+        ("my_networks.Plain", "loss._target_: Plain() takes no arguments; 'loss={{_target_: …}}' replaces all of its"),
     ],
 )
 def test_a_target_that_is_not_there_is_told_with_the_nearest(
     target: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "my_networks.py").write_text("def small(input_shape, width=3): ...")
+    (tmp_path / "my_networks.py").write_text("def small(input_shape, width=3): ...\nclass Plain: ...")
     (tmp_path / "my_wrong.py").write_text("import nowhere")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -147,3 +151,11 @@ def test_a_target_that_is_not_there_is_told_with_the_nearest(
         instantiate(made.loss)
     assert str(error.value).startswith(expected.format(tmp_path))
     assert not caplog.text  # Hydra would tell it once more
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("admm", "dladmm or block_admm"), ("sgdd", "sgd"), ("gd", "sgd"), ("block", "block_admm"), ("other", "")],
+)
+def test_names_that_contain_what_was_given_are_meant_before_the_nearest(name: str, expected: str) -> None:
+    assert meant(name, ["dladmm", "block_admm", "sgd"]) == (f"; did you mean {expected}?" if expected else "")

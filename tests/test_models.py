@@ -126,6 +126,30 @@ def test_what_a_constructor_alone_draws_is_refused_by_name(name):
         initialiser(name)(nn.Sequential(nn.Linear(4, 4), Positions()))
 
 
+class Reset(Positions):
+    """It draws what it has itself, and has names as those of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.my_weight, self.my_bias = nn.Parameter(torch.full((2, 4), 5.0)), nn.Parameter(torch.full((4,), 5.0))
+        self.scale = nn.Parameter(torch.randn(1))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.position, std=0.02)
+
+
+def test_a_module_s_own_parameters_are_what_its_reset_draws_or_what_is_constant():
+    """As docs/networks.md has it."""
+    module = Reset()
+    scale, position = module.scale.item(), module.position.clone()
+    initialiser("pytorch")(module)
+    assert module.position.std() < 0.1 and not torch.equal(module.position, position)
+    assert (module.token == 0).all() and module.scale.item() == scale
+    assert (module.my_weight == 5).all() and (module.my_bias == 5).all()
+    initialiser("normal", std=0.01)(module)
+    assert module.my_weight.std() < 0.1 and (module.my_bias == 0).all() and module.scale.item() == scale
+
+
 def test_what_the_same_seed_has_drawn_before_is_no_error():
     torch.manual_seed(3)
     network = mlp(6, [5], 3)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra.errors import HydraException
 from launches import multirun, places
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
@@ -21,13 +22,14 @@ from sklearn.preprocessing import LabelEncoder, MinMaxScaler, StandardScaler
 from stores import run_json
 from torch import nn
 
-from admm.data import DatasetError, with_channels
+from admm.data import DatasetError, load, with_channels
 from admm.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from admm.models import as_constructed
 from experiments import jobs
 from experiments.errors import BadInput, user_errors
 from experiments.hints import hints, unknown_additions
 from experiments.implied import as_given, with_implied
+from experiments.launching import failures
 from experiments.launching.rows import choices
 from experiments.own_data import load_image_folder, load_npz, loss_of_task
 from experiments.reports.base import report_of
@@ -127,6 +129,11 @@ def test_channels_first_stay_and_gray_images_are_repeated(npz: Any) -> None:
     assert all(torch.equal(three.x_test[:, c], load_npz(gray).x_test) for c in range(3))
     with pytest.raises(ValueError, match=r"^channels: 1 cannot be made of samples \[3, 5, 6\]"):
         with_channels(torch.zeros(2, 3, 5, 6), 1)
+    with pytest.raises(ValueError, match=r"^channels: 2 cannot be made of samples \[5, 6\]; gray .* get 1 or 3, "):
+        load_npz(gray, channels=2)
+    with pytest.raises(ValueError, match=r"^channels: 2 cannot be made of samples \[8, 8\]"):
+        load("digits", "", channels=2)
+    assert with_channels(torch.zeros(2, 2, 5, 6), 2).shape == (2, 2, 5, 6)
 
 
 @pytest.mark.parametrize("labels", [[3, 7, 9], [-1.0, 1.0], ["cat", "dog", "eel"], [False, True]])
@@ -629,6 +636,7 @@ def test_an_own_network_is_given_on_the_command_line(tmp_path: Path, monkeypatch
     launch(*own, *places(tmp_path))
     runs, table = stored(tmp_path), report_of_launch(tmp_path)
     assert len(runs) == 2 and (table["mean"] > 90).all()
+    assert not table["setting"].str.contains("seeds").any()  # two are asked for, and none is missing
     for run in runs:
         config: Any = OmegaConf.load(run.folder / "config.yaml")
         assert (config.model.width, list(config.split.after), config.split._target_) == (6, [0], "admm.blocks.split")
@@ -657,6 +665,41 @@ def test_a_file_or_a_function_in_the_place_of_a_choice_has_a_hint(override: str,
         multirun(override, "experiment=own")
     (line,) = hints([override], error.value)
     assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["optimizer=gotmare,sgd,adam", "optimizer.theta_step=0.1"],
+            "sgd-tuned, adam-tuned: no key 'optimizer.theta_step': optimizer has _target_, batch_size, epoch_parts, "
+            "iterations, step_size, theta_update; did you mean step_size?; it is there in gotmare-tuned. Give each "
+            "optimizer its own values in a launch of its own, or in its row (docs/extending.md#a-row)",
+        ),
+        (
+            ["optimizer=adam,sgd", "setting=default", "optimizer.theta_update.beta1=0.1"],
+            "sgd: no key 'optimizer.theta_update.beta1': optimizer.theta_update has _target_, momentum, weight_decay; "
+            "it is there in adam. ",
+        ),
+        (
+            ["row=mnist_shallow/sgd-faithful,mnist_shallow/sgd-tuned", "optimizer.step_size.start=1"],
+            "sgd-faithful: no key 'optimizer.step_size.start': optimizer.step_size is a value here, without keys; ",
+        ),
+        (
+            ["optimizer=adam,sgd", "optimizer.step_siz=1"],
+            "no key 'optimizer.step_siz': optimizer has _target_, batch_size, epoch_parts, iterations, step_size, the",
+        ),
+    ],
+)
+def test_a_key_that_some_methods_do_not_have_names_these_and_the_others(
+    overrides: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(failures, "unfinished_sweep", [])
+    given = ["experiment=digits_shallow", *overrides, *places(tmp_path)]
+    with pytest.raises(HydraException) as error:
+        multirun(*given)
+    (line,) = hints(given, error.value)
+    assert line.startswith(expected)
 
 
 @pytest.mark.parametrize(

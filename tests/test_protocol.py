@@ -324,7 +324,7 @@ def test_a_checkpoint_of_a_former_version_has_moments_in_one_tensor_each(mlp_pro
     restore(state, save(expected) | {"moments": former})
     pairs = zip(tensors(save(state)), tensors(save(expected)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(ValueError, match="checkpoint: moments has 1 entries, expected 6"):
+    with pytest.raises(ValueError, match="saved: moments has 1 entries, expected 6"):
         restore(state, save(expected) | {"moments": [v[:, 1:] for v in former[:2]] + [count]})
 
 
@@ -462,7 +462,7 @@ def test_a_state_shows_types_and_shapes_and_of_a_long_list_its_beginning(mlp_pro
 
 def test_another_seed_s_checkpoint_is_refused(case, problem):
     saved = save(case.optimizer.init(problem, SEEDS))
-    with pytest.raises(ValueError, match=r"checkpoint: seeds is \[5, 0, 11\], expected \[5, 0, 12\]"):
+    with pytest.raises(ValueError, match=r"saved: seeds is \[5, 0, 11\], expected \[5, 0, 12\]"):
         restore(case.optimizer.init(problem, (5, 0, 12)), saved)
 
 
@@ -470,15 +470,15 @@ def test_another_optimizer_s_checkpoint_is_refused(mlp_problem):
     problem, states = mlp_problem(), {}
     for name in ("adam", "block-admm as in the paper", "online"):
         states[name] = CASES[name].optimizer.init(problem, SEEDS)
-    with pytest.raises(ValueError, match="checkpoint: no 'z'"):
+    with pytest.raises(ValueError, match="saved: has no 'z'"):
         restore(states["block-admm as in the paper"], save(states["adam"]))
-    with pytest.raises(ValueError, match=r"checkpoint: was made with theta_update=Adam\(\) of 3"):
+    with pytest.raises(ValueError, match=r"saved: was made with theta_update=Adam\(\) of 3"):
         restore(CASES["sgd"].optimizer.init(problem, SEEDS), save(states["adam"]))
 
 
 def test_another_network_s_checkpoint_is_refused(mlp_problem, conv_problem):
     optimizer = CASES["adam"].optimizer
-    with pytest.raises(ValueError, match=r"checkpoint: theta has shape \[3, 74\], expected \[3, 51\]"):
+    with pytest.raises(ValueError, match=r"saved: theta has shape \[3, 74\], expected \[3, 51\]"):
         restore(optimizer.init(conv_problem(), SEEDS), save(optimizer.init(mlp_problem(), SEEDS)))
 
 

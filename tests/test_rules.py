@@ -352,7 +352,7 @@ def test_moments_that_a_former_version_has_kept_as_one_tensor_are_read(mlp_probl
     torch.testing.assert_close(fresh.moments, state.moments, rtol=0, atol=0)
     assert torch.equal(fresh.theta.flat(), state.theta.flat()) and fresh.iteration == 1
     former["moments"][0] = former["moments"][0][:, 1:]
-    with pytest.raises(ValueError, match="checkpoint: moments has 1 entries, expected 6"):
+    with pytest.raises(ValueError, match="saved: moments has 1 entries, expected 6"):
         restore(fresh, former)
 
 

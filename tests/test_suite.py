@@ -289,11 +289,16 @@ def test_bad_input_names_the_key_and_what_would_be_right(
         ("optimizer.lr=2", r"no key 'optimizer.lr': optimizer has .*did you mean step_size\?"),
         ("optimizer.dual_step=2", r"optimizer has .*, theta_update; it is of optimizer=block_admm,deepfacto\n"),
         ("optimizer.theta_step=2", r"no key 'optimizer.theta_step': optimizer has .*did you mean step_size\?"),
+        ("optimizer.step_size.strt=1", r"'optimizer.step_size.strt': .* has end, start; did you mean start\?\n"),
         (
-            "optimizer.step_size.strt=1",
-            r"'optimizer.step_size.strt': optimizer.step_size is a value here, .*row=…",
+            "optimizer.batch_size.start=1",
+            r"'optimizer.batch_size.start': optimizer.batch_size is a value here, .*row=…",
         ),
-        ("optimizer.step_size._target_=a.B", r"optimizer.step_size is a value here, .*, as {_target_: …}, or row=…"),
+        ("optimizer.batch_size._target_=a.B", r"optimizer.batch_size is a value here, .*, as {_target_: …}, or row=…"),
+        (
+            "optimizer.step_size._target_=a.B",
+            r"has end, start; give all of it, as optimizer.step_size={_target_: …}",
+        ),
         ("optimizer.step_size={begin: 1}", r"no key 'optimizer.step_size.begin': optimizer.step_size has end, start\n"),
         ("optimizer.update.a=1", r"no key 'optimizer.update': optimizer has .*; did you mean theta_update\?"),
         ("iterations.x=3", r"no key 'iterations.x': iterations is a value here, without keys\n"),
@@ -371,6 +376,12 @@ def test_one_first_value_of_a_row_s_schedule_is_as_in_a_grid(tmp_path: Path) -> 
     assert run.record.setting == "tuned" and run.record.overrides == ("iterations=3", start)
     launch(tmp_path, "row=digits_shallow/sgd-tuned", f"{start},0.2")
     assert len(stored(tmp_path)) == 2
+
+
+def test_a_key_of_the_chosen_optimizers_need_not_be_one_of_the_default_optimizer(tmp_path: Path) -> None:
+    launch(tmp_path, "optimizer=adam,sgd", "optimizer.step_size={start: 0.1, end: 0}", "iterations=1")
+    overrides = {run.record.method: run.record.overrides for run in stored(tmp_path)}
+    assert overrides == dict.fromkeys(("adam", "sgd"), ("iterations=1", "optimizer.step_size={start:0.1,end:0}"))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from admm.losses import CrossEntropy
 from admm.models import as_given
 from admm.optimizers import SGD, Backprop, BlockADMM, Gotmare, OnlineBlockADMM, Problem, ZUpdate
 from admm.optimizers.coupling import AugmentedLagrangian
+from admm.training import evaluate
 from admm.visits import Visit
 
 LABELS = torch.arange(6) % 3
@@ -423,6 +424,15 @@ def test_what_a_trace_would_not_repeat_is_refused_with_its_line(make, message):
     assert len(split(make(), [])) == 1  # which needs no trace
 
 
+@pytest.mark.parametrize("name", ["code", "graph"])
+def test_a_name_that_a_trace_s_module_has_itself_is_refused(name):
+    network = Chain()
+    network.register_buffer(name, torch.zeros(1))
+    with pytest.raises(ValueError, match=f"network: torch.fx needs the name '{name}' for itself; .* such as {name}_$"):
+        split(network, ["a"])
+    assert len(split(network, [])) == 1
+
+
 def test_a_forward_that_cannot_be_traced_is_no_matter_inside_a_block():
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -773,6 +783,21 @@ def test_several_outputs_go_to_a_plain_function_as_they_are():
     torch.testing.assert_close(task.blocks.export(state.theta)(task.x), twin(task.x))
     with pytest.raises(ValueError, match="loss: CrossEntropy takes one output, the network returns 2;"):
         Problem(gaussian(6, 4), LABELS, split(TwoOutputs(), ["a"]), CrossEntropy(), as_given)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_noise_in_evaluation_is_one_draw_for_all_seeds_and_evaluations():
+    network = nn.Sequential(nn.Linear(4, 4), Noisy(), nn.Linear(4, 3)).double()
+    task = Problem(gaussian(6, 4), LABELS, split(network, ["0"]), CrossEntropy(), as_given)
+    theta = task.initial([0, 1])
+    first, again = evaluate(task, theta, None), evaluate(task, theta, None)
+    assert torch.equal(first["train_loss"], again["train_loss"]) and len(set(first["train_loss"].tolist())) == 1
+    exported = task.blocks.export(theta, replica=1)
+    assert not torch.equal(exported(task.x), exported(task.x))
 
 
 class Named(nn.Linear):

@@ -209,9 +209,26 @@ def test_a_checkpoint_of_train_is_no_saved_state(problem: Problem, tmp_path: Pat
     state = SGD6.init(problem, SEEDS)
     with pytest.raises(ZeroDivisionError):
         run(problem, SGD6, checkpoint=tmp_path / "c.pt", checkpoint_seconds=0, callbacks=[StopAt(2, ZeroDivisionError)])
-    told = r"checkpoint: this is one of train\(…, checkpoint=…\); give the path of its file to train"
+    told = r"saved: is a checkpoint of train\(…, checkpoint=…\); give the path of its file to train"
     with pytest.raises(ValueError, match=told):
         restore(state, torch.load(tmp_path / "c.pt"))
+
+
+def test_restore_names_the_argument_that_is_wrong(problem: Problem, tmp_path: Path) -> None:
+    state = SGD6.init(problem, SEEDS)
+    for wrong, shown in (("s.pt", "'s.pt'"), (state, "an object of the class admm.opt.*State")):
+        with pytest.raises(
+            TypeError, match=rf"^saved: {shown} is not what admm.save returns; give save\(…\) of a state"
+        ):
+            restore(state, wrong)
+    with pytest.raises(TypeError, match=r"^state: .* is no state, as optimizer.init returns it$"):
+        restore(save(state), state)
+    state, _ = run(problem, SGD6, checkpoint=tmp_path / "c.pt", keep_last=True)
+    content = torch.load(tmp_path / "c.pt")
+    del content["state"]["moments"]
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/c.pt: has no 'moments'; it was made by another optimizer"):
+        run(problem, SGD6, checkpoint=tmp_path / "c.pt")
 
 
 @pytest.mark.usefixtures("default_handler")

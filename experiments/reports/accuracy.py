@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +84,11 @@ class Accuracy(ExperimentReport):
         xlim = int(is_log := lengths_differ(curves)), max(curve.record.iterations for curve in curves)
         of_one_metric = len({metric for _, metric in groups}) == 1
         panels = figure.subplots(1, len(groups), sharex=True, sharey=of_one_metric, squeeze=False)[0]
-        said = shared_remarks(curves)
+        said, named = shared_remarks(curves), methods_with_remarks(groups.values())
         for axes, ((setting, metric), group) in zip(panels, groups.items(), strict=True):
             compared = [curve for curve in curves if curve.metric.name == metric]
             of_panel = [text for text in in_all([curve.remarks for curve in group]) if text not in said]
-            _plot_panel(axes, group, is_log, [*said, *of_panel])
+            _plot_panel(axes, group, is_log, [*said, *of_panel], named)
             axes.set(xlabel="iteration", ylabel=score_label(compared), ylim=score_range(compared), xlim=xlim)
             title = textwrap.fill(", ".join([self.panels.get(setting, setting), *of_panel]), TITLE)
             axes.set_title(in_figure(title), fontsize=11)
@@ -138,6 +138,13 @@ def in_all(rows: Sequence[Sequence[str]]) -> list[str]:
     return [text for text in rows[0] if all(text in row for row in rows)]
 
 
+def methods_with_remarks(panels: Iterable[Sequence[Curve]]) -> set[str]:
+    """Return the methods of which some curve has a remark that not all curves of its panel have: only with their
+    settings are their curves told apart in a legend of all panels."""
+    told = [(curve, in_all([other.remarks for other in panel])) for panel in panels for curve in panel]
+    return {curve.record.method for curve, of_all in told if len(curve.remarks) > len(of_all)}
+
+
 def lengths_differ(curves: Sequence[Curve]) -> bool:
     """Return whether the numbers of iterations are so different that their axis should be logarithmic."""
     iterations = [curve.record.iterations for curve in curves]
@@ -165,12 +172,15 @@ def plot_curve(
     axes.fill_between(at, mean - std, np.minimum(mean + std, highest), color=colour, alpha=0.18, linewidth=0)
 
 
-def _plot_panel(axes: Axes, curves: Sequence[Curve], is_log: bool, shared: Sequence[str]) -> None:
+def _plot_panel(
+    axes: Axes, curves: Sequence[Curve], is_log: bool, shared: Sequence[str], named: Collection[str]
+) -> None:
     metric, colours = curves[0].metric, colours_of([curve.record.method for curve in curves])
     highest = 100.0 if metric.unit else np.inf
     for whole, colour in zip(curves, colours, strict=True):
         curve = whole.after_training() if is_log else whole  # no 0 on a logarithmic axis
-        plot_curve(axes, curve, metric.column, colour, curve.legend_beside(shared), highest=highest)
+        label = whole.legend_beside(shared, several=curve.record.method in named)
+        plot_curve(axes, curve, metric.column, colour, label, highest=highest)
         if curve.seeds_disagree:
             for _, seed in curve.history.groupby("replica"):
                 axes.plot(seed["iteration"], seed[metric.column], color=colour, linewidth=0.5)
