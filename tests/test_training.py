@@ -231,13 +231,6 @@ def test_a_test_set_in_the_place_of_the_iterations_is_told_in_one_line(problem: 
         train(problem, optimizer, optimizer.init(problem, [0]), (torch.rand(300, 8), torch.zeros(300)))
 
 
-@pytest.mark.parametrize("saved", ["state.pt", Path("state.pt"), None])
-def test_a_path_in_the_place_of_what_it_holds_is_told(problem: Problem, saved: Any) -> None:
-    state = OPTIMIZERS["sgd"].init(problem, [0])
-    with pytest.raises(ValueError, match=r'^saved: .* take restore\(state, torch.load\("state.pt"\)\)$'):
-        restore(state, saved)
-
-
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
