@@ -242,7 +242,7 @@ VALUES = {
 
 @pytest.mark.parametrize(("z_step", "beta", "steps", "weights"), VALUES.values(), ids=VALUES)
 def test_a_step_of_z_or_a_penalty_that_is_not_given_turns_a_fiftieth_of_the_next_residual(z_step, beta, steps, weights):
-    found, of_blocks = coupling_values(z_step, beta, 3, 2, is_clipped=True, last=0.1)
+    found, of_blocks = coupling_values(z_step, beta, 3, 2, last=0.1, by_block=True)
     starts = [at.start for at in block_schedules("z_step", found, 3, 2)]
     for start, expected in zip(starts, steps, strict=True):
         torch.testing.assert_close(torch.as_tensor(start).double(), torch.tensor(expected, dtype=torch.float64))
@@ -255,4 +255,4 @@ def test_a_penalty_is_not_found_from_a_step_of_z_that_is_zero():
     with pytest.raises(
         ValueError, match=r"^rho: is None, but z_step starts at 0, from which it cannot be found; give it$"
     ):
-        coupling_values({"blocks": [0.0, 1.0]}, None, 2, 1, is_clipped=True, last=0.01, name="rho")
+        coupling_values({"blocks": [0.0, 1.0]}, None, 2, 1, last=0.01, by_block=True, name="rho")

@@ -14,7 +14,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type, in_range, one_of
 from admm.minibatches import minibatches, slices
-from admm.numbers import Options, is_number
+from admm.numbers import Options, is_number, plain
 from admm.optimizers.checks import check_last_part, check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
@@ -143,7 +143,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     that are evaluated together: of a mini-batch, and in the batch sweeps of Z and U of `slice_size` samples.
 
     The defaults start Z from a forward pass at each visit, without duals, which makes the steps of Θ those of
-    `OnlineBlockADMM`, whose defaults they share: with Z that lag behind a forward pass, or duals that add the lag up,
+    `OnlineBlockADMM`, whose defaults they share. (With duals, mixing below 1, several rounds or sweep="batch", None
+    stands for 0.1 and 0.5, as there with duals.) With Z that lag behind a forward pass, or duals that add the lag up,
     no value tried trained networks of 3 to 10 blocks alike. They depart from the paper, which has sweep="batch",
     dual_step=1 and forward_mixing=0 (Algorithm 1), and beta=1, primal_rounds=3, z_update=ZUpdate("adam") and uniform
     duals of a range that it does not give (§4.1).
@@ -193,7 +194,7 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     primal_growth: float | None = None
     theta_passes: float = 1.0
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("clipped"))
-    theta_update: UpdateRule = field(default_factory=Adam)
+    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-10))
     dual_step: Value = 0.0
     dual_init: float = 0.0
     forward_mixing: Value = 1.0
@@ -483,11 +484,20 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         return lagrangian
 
     def _penalties(self, n_blocks: int, n_replicas: int, like: Tensor) -> Tensor:
-        _, beta = self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas)
+        _, beta = self._coupling_values(n_blocks, n_replicas)
         return penalties(beta, n_blocks, n_replicas, like)
 
+    def _coupling_values(self, n_blocks: int, n_replicas: int) -> tuple[BlockValue, BlockValue]:
+        return self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas, self._is_anew)
+
+    @property
+    def _is_anew(self) -> bool:
+        """Whether a visit is one round from a forward pass, without duals."""
+        values = [plain(v) for v in (self.forward_mixing, self.dual_step, self.dual_init, self.primal_rounds)]
+        return self.sweep == "minibatch" and values == [1.0, 0.0, 0.0, 1] and not self.primal_growth
+
     def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
-        z_step, _ = self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas)
+        z_step, _ = self._coupling_values(n_blocks, n_replicas)
         return Schedules(
             theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
             z_steps=block_schedules("z_step", z_step, n_blocks, n_replicas),

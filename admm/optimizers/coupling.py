@@ -43,8 +43,8 @@ from admm.visits import Visit
 
 StepSize = float | Tensor  # one for all replicas, or one per replica [S]
 LARGEST_SHARE = 0.4  # of the way to the minimum of block t + 1's coupling term that a clipped step of Z_t goes
-TURNED = 0.02  # β_{t+1} ζ_t of clipped steps, where ζ or β is not given
-PASSED_ON = 0.05  # β ζ of other steps then
+TURNED = 0.02  # β_{t+1} ζ_t of values by block, where ζ or β is not given
+PASSED_ON = 0.05  # β ζ of the same values for all blocks then
 
 
 class Hyperparameters(NamedTuple):
@@ -113,17 +113,19 @@ def coupling_values(
     beta: BlockValue | None,
     n_blocks: int,
     n_replicas: int,
-    is_clipped: bool,
     last: float,
+    by_block: bool,
     name: str = "beta",
 ) -> tuple[BlockValue, BlockValue]:
-    """Return ζ and β with values for what is None, such that β_{t+1} ζ_t = 0.02 and ζ_T = `last`.
+    """Return ζ and β with values for what is None: with `by_block` such that β_{t+1} ζ_t = 0.02 and ζ_T = `last`.
 
-    For clipped steps, without both, β_t ζ_t = 1, which gives the gradients by Θ the scale of those by back-propagation.
-    For other steps ζ = `last` and β = 0.05/ζ for all blocks. `name` is that of β. Raises ValueError for another number
-    of values, or where ζ starts at 0 and β is None.
+    Without both, β_t ζ_t is 1 then, which gives the gradients by Θ the scale of those by back-propagation. This is for
+    one clipped step per visit, from a forward pass: later ones would take Z_t back to block_t(Z_{t−1}), and block t + 1
+    would learn to undo what block t has learnt. Else ζ = `last` and β = 0.05/ζ for all blocks. `name` is that of β.
+
+    Raises ValueError for another number of values, or where ζ starts at 0 and β is None.
     """
-    if not is_clipped:
+    if not by_block:
         return last if z_step is None else z_step, PASSED_ON / last if beta is None else beta
     if z_step is None and beta is not None:
         behind = [per_replica(name, value, n_replicas) for value in block_values(name, beta, n_blocks)[1:]]
@@ -708,10 +710,12 @@ class ZUpdate(Options):
             lagrangian.set_z(t, lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction)))
 
     def coupling_values(
-        self, z_step: BlockValue | None, beta: BlockValue | None, n_blocks: int, n_replicas: int
+        self, z_step: BlockValue | None, beta: BlockValue | None, n_blocks: int, n_replicas: int, is_anew: bool
     ) -> tuple[BlockValue, BlockValue]:
-        """Return ζ and β as the function of this name does."""
-        return coupling_values(z_step, beta, n_blocks, n_replicas, self.name == "clipped", last=0.1)
+        """Return ζ and β as the function of this name does; `is_anew` if each visit is one round from a forward pass,
+        without duals."""
+        by_block = is_anew and self.name == "clipped"
+        return coupling_values(z_step, beta, n_blocks, n_replicas, last=0.1, by_block=by_block)
 
     def clip_for(self, step: StepSize) -> StepSize | None:
         """Return the step size for which `AugmentedLagrangian.z_gradient` clips the gradient, if it does."""

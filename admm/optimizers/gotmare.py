@@ -200,7 +200,7 @@ class Gotmare(Options, Optimizer[GotmareState]):
     def _coupling_values(self, problem: Problem, n_replicas: int) -> tuple[BlockValue, BlockValue]:
         """Return ζ and ρ of the gluing variables, with values for None."""
         n_glued, is_clipped = len(problem.blocks) - 1, self.z_update == "clipped"
-        return coupling_values(self.z_step, self.rho, n_glued, n_replicas, is_clipped, last=0.01, name="rho")
+        return coupling_values(self.z_step, self.rho, n_glued, n_replicas, last=0.01, by_block=is_clipped, name="rho")
 
     def _schedules(self, problem: Problem, n_replicas: int) -> Schedules:
         z_step, _ = self._coupling_values(problem, n_replicas)

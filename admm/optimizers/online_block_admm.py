@@ -107,8 +107,9 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     of block t + 1's residual, and less where the block is so steep that the step is clipped. As β_t ζ_t is 1, the
     gradients by Θ have the scale of those by back-propagation: its step sizes fit, also for SGD, and the parts of the
     gradient of a weight that several blocks share. They tend to those gradients if the fiftieth goes to 0. Where only
-    one of z_step and beta is given, the other is such that β_{t+1} ζ_t = 0.02, with ζ_T = 0.1; for a z_update that is
-    not "clipped", 0.1 and 0.5 stand for them. With the defaults networks of 3 to 16 blocks come near Adam by
+    one of z_step and beta is given, the other is such that β_{t+1} ζ_t = 0.02, with ζ_T = 0.1. With duals, or for a
+    z_update that is not "clipped", 0.1 and 0.5 stand for them in all blocks; the gradient of block t has the factor
+    0.05^(T−t+1) then, hence the small ε of Adam. With the defaults networks of 3 to 16 blocks come near Adam by
     back-propagation, with batch normalisation, residuals, attention or ten times the loss too (docs/gallery.md). They
     depart from the paper, which has dual="paper" (Algorithm 2), beta=1, z_update=ZUpdate("adam") and duals that start
     at random (§4.1); here they start at 0.
@@ -147,7 +148,7 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     batch_size: int = 64
     epoch_parts: int | None = None
     z_update: ZUpdate = field(default_factory=lambda: ZUpdate("clipped"))
-    theta_update: UpdateRule = field(default_factory=Adam)
+    theta_update: UpdateRule = field(default_factory=lambda: Adam(epsilon=1e-10))
     dual: Literal["paper", "reset", "decay", "none"] = "none"
     dual_decay: float = 0.9
     curvature_every: int = 1
@@ -234,11 +235,15 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
         return lagrangian
 
     def _penalties(self, problem: Problem, n_replicas: int) -> Tensor:
-        _, beta = self.z_update.coupling_values(self.z_step, self.beta, len(problem.blocks), n_replicas)
+        _, beta = self._coupling_values(len(problem.blocks), n_replicas)
         return penalties(beta, len(problem.blocks), n_replicas, problem.like)
 
+    def _coupling_values(self, n_blocks: int, n_replicas: int) -> tuple[BlockValue, BlockValue]:
+        is_anew = self.dual == "none"
+        return self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas, is_anew)
+
     def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
-        z_step, _ = self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas)
+        z_step, _ = self._coupling_values(n_blocks, n_replicas)
         return Schedules(
             theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
             z_steps=block_schedules("z_step", z_step, n_blocks, n_replicas),
