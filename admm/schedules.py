@@ -42,6 +42,10 @@ class Schedule:
         """The largest value of all replicas over the whole run."""
         return max(float(torch.as_tensor(value).max()) for value in (self.start, self.end))
 
+    def is_always(self, value: float) -> Tensor:
+        """Return whether this is one value over the whole run, [] or [S]; of a function it is not known to be."""
+        return (torch.as_tensor(self.start) == value) & (torch.as_tensor(self.end) == value) & (type(self) is Schedule)
+
     def __call__(self, progress: float) -> float | Tensor:
         """Return the value at `progress`, a float or a tensor [S]."""
         weight = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

@@ -245,7 +245,8 @@ def test_a_step_of_z_or_a_penalty_that_is_not_given_turns_a_fiftieth_of_the_next
     found, of_blocks = coupling_values(z_step, beta, 3, 2, last=0.1, by_block=True)
     starts = [at.start for at in block_schedules("z_step", found, 3, 2)]
     for start, expected in zip(starts, steps, strict=True):
-        torch.testing.assert_close(torch.as_tensor(start).double(), torch.tensor(expected, dtype=torch.float64))
+        found_of_each = torch.as_tensor(start, dtype=torch.float64).expand(2)
+        torch.testing.assert_close(found_of_each, torch.tensor(expected, dtype=torch.float64).expand(2))
     like = torch.zeros((), dtype=torch.float64)
     expected = torch.stack([torch.tensor(weight, dtype=torch.float64).expand(2) for weight in weights])
     torch.testing.assert_close(penalties(of_blocks, 3, 2, like), expected)
@@ -256,3 +257,30 @@ def test_a_penalty_is_not_found_from_a_step_of_z_that_is_zero():
         ValueError, match=r"^rho: is None, but z_step starts at 0, from which it cannot be found; give it$"
     ):
         coupling_values({"blocks": [0.0, 1.0]}, None, 2, 1, last=0.01, by_block=True, name="rho")
+
+
+@pytest.mark.parametrize("kind", [OnlineBlockADMM, BlockADMM, Gotmare])
+@pytest.mark.parametrize("given", [0.0, 1e-60, 1e60])
+def test_a_penalty_that_is_zero_or_lost_in_the_type_is_refused(kind, given):
+    """Also where a step of Z is to be found from it."""
+    name, x = "rho" if kind is Gotmare else "beta", torch.zeros(4, 2)
+    blocks = split(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)), per_layer=True)
+    problem = Problem(x, torch.zeros(4, dtype=torch.int64), blocks, CrossEntropy(), initialiser("pytorch"))
+    told = f"^{name}: 0.0 is not positive$" if given == 0.0 else f"^{name}: 1e[+-]60, for 3 blocks, is beyond float32; "
+    with pytest.raises(ValueError, match=told):
+        kind(1, 0.1, batch_size=4, **{name: given}).init(problem, [0])
+
+
+@pytest.mark.parametrize("other", [{"forward_mixing": 0.5}, {"dual_step": 0.5}, {"forward_mixing": 1.0}])
+def test_values_that_follow_from_options_of_a_replica_are_those_of_its_run_alone(other, mlp_problem):
+    """In a stack in which the visits of one replica start anew, and those of the other do not."""
+    problem, (name,) = mlp_problem(CrossEntropy()), other
+
+    def trained(seeds, value):
+        optimizer = BlockADMM(1, 0.1, batch_size=4, **{name: value})
+        return optimizer.step(problem, optimizer.init(problem, seeds)).theta.flat()
+
+    values = [getattr(BlockADMM(1, 0.1), name), other[name]]
+    stack = trained(SEEDS, values)
+    for s, value in enumerate(values):
+        assert torch.equal(stack[s], trained(SEEDS[s : s + 1], value)[0])

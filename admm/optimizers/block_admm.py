@@ -14,7 +14,7 @@ from torch import Tensor
 from admm.blocks import Parameters
 from admm.checks import at_least_one, has_type, in_range, one_of
 from admm.minibatches import minibatches, slices
-from admm.numbers import Options, is_number, plain
+from admm.numbers import Options, is_number
 from admm.optimizers.checks import check_last_part, check_minibatch_options, same_samples
 from admm.optimizers.coupling import (
     AugmentedLagrangian,
@@ -37,7 +37,7 @@ from admm.optimizers.protocol import Optimizer, Problem, ShortRepr, spectral_nor
 from admm.optimizers.rules import Adam, Moments, UpdateRule
 from admm.optimizers.running import Runner
 from admm.placement import PLACES, Place, allocate
-from admm.schedules import BlockValue, Value, block_schedules, broadcast, schedule
+from admm.schedules import BlockValue, Schedule, Value, block_schedules, broadcast, schedule
 from admm.visits import Visit
 
 _Z, _THETA, _DUALS = range(3)  # what a batch sweep visits the samples for, in the counter of the visit
@@ -488,20 +488,25 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
         return penalties(beta, n_blocks, n_replicas, like)
 
     def _coupling_values(self, n_blocks: int, n_replicas: int) -> tuple[BlockValue, BlockValue]:
-        return self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas, self._is_anew)
+        is_anew = self._are_anew(n_replicas)
+        return self.z_update.coupling_values(self.z_step, self.beta, n_blocks, n_replicas, is_anew)
 
-    @property
-    def _is_anew(self) -> bool:
-        """Whether a visit is one round from a forward pass, without duals."""
-        values = [plain(v) for v in (self.forward_mixing, self.dual_step, self.dual_init, self.primal_rounds)]
-        return self.sweep == "minibatch" and values == [1.0, 0.0, 0.0, 1] and not self.primal_growth
+    def _are_anew(self, n_replicas: int) -> Tensor:
+        """Return whether each visit of a replica is one round from a forward pass, without duals, [S]."""
+        is_one_round = self.sweep == "minibatch" and self.primal_rounds == 1 and not self.primal_growth
+        mixing, dual_step = mixing_schedule(self.forward_mixing, n_replicas), self._dual_step(n_replicas)
+        are_anew = mixing.is_always(1.0) & dual_step.is_always(0.0)
+        return (are_anew & (is_one_round and not self.dual_init)).expand(n_replicas)
+
+    def _dual_step(self, n_replicas: int) -> Schedule:
+        return schedule("dual_step", self.dual_step, n_replicas)
 
     def _schedules(self, n_blocks: int, n_replicas: int) -> Schedules:
         z_step, _ = self._coupling_values(n_blocks, n_replicas)
         return Schedules(
             theta_steps=[schedule("theta_step", self.theta_step, n_replicas)],
             z_steps=block_schedules("z_step", z_step, n_blocks, n_replicas),
-            dual_step=schedule("dual_step", self.dual_step, n_replicas),
+            dual_step=self._dual_step(n_replicas),
             mixing=mixing_schedule(self.forward_mixing, n_replicas),
         )
 

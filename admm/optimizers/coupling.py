@@ -34,8 +34,8 @@ from admm.schedules import (
     block_schedules,
     block_values,
     broadcast,
-    per_replica,
     positive,
+    replica_values,
     schedule,
 )
 from admm.user_warnings import warn
@@ -96,14 +96,16 @@ class Schedules(NamedTuple):
 def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor, name: str = "beta") -> Tensor:
     """Return the penalties β [T, S] in the dtype of `like`.
 
-    Raises ValueError with their `name` unless all are positive, and finite in this dtype.
+    Raises ValueError with their `name` unless all are positive and finite, also in this dtype.
     """
     values = torch.stack([positive(name, value, n_replicas) for value in block_values(name, beta, n_blocks)])
-    if not bool((found := values.to(like)).isfinite().all()):
-        kind = str(like.dtype).removeprefix("torch.")
+    found = values.to(like)
+    if bool((is_lost := (found == 0.0) | found.isinf()).any()):
+        kind, lost = str(like.dtype).removeprefix("torch."), float(values[is_lost].max())
+        way = "smaller" if lost > 1.0 else "larger"
         raise ValueError(
-            f"{name}: {float(values.max()):.0e}, for {n_blocks} blocks, is beyond {kind}; give smaller values of it "
-            "and z_step, cut into fewer blocks, or take float64"
+            f"{name}: {lost:.0e}, for {n_blocks} blocks, is beyond {kind}; give {way} values of it and z_step, cut "
+            "into fewer blocks, or take float64"
         )
     return found
 
@@ -114,30 +116,45 @@ def coupling_values(
     n_blocks: int,
     n_replicas: int,
     last: float,
-    by_block: bool,
+    by_block: bool | Tensor,
     name: str = "beta",
 ) -> tuple[BlockValue, BlockValue]:
     """Return ζ and β with values for what is None: with `by_block` such that β_{t+1} ζ_t = 0.02 and ζ_T = `last`.
 
     Without both, β_t ζ_t is 1 then, which gives the gradients by Θ the scale of those by back-propagation. This is for
     one clipped step per visit, from a forward pass: later ones would take Z_t back to block_t(Z_{t−1}), and block t + 1
-    would learn to undo what block t has learnt. Else ζ = `last` and β = 0.05/ζ for all blocks. `name` is that of β.
+    would learn to undo what block t has learnt. Else ζ = `last` and β = 0.05/ζ for all blocks. `by_block` may be one
+    for each replica, [S]. `name` is that of β.
 
-    Raises ValueError for another number of values, or where ζ starts at 0 and β is None.
+    Raises ValueError for another number of values, for a β of 0, or where ζ starts at 0 and β is None.
     """
-    if not by_block:
+    if isinstance(by_block, Tensor) and bool(by_block.any()) and not bool(by_block.all()):
+        (steps, weights), (step, weight) = (
+            coupling_values(z_step, beta, n_blocks, n_replicas, last, kind, name) for kind in (True, False)
+        )
+        return (
+            _chosen(by_block, steps, step, n_blocks) if z_step is None else z_step,
+            _chosen(by_block, weights, weight, n_blocks) if beta is None else beta,
+        )
+    if not torch.as_tensor(by_block).all():
         return last if z_step is None else z_step, PASSED_ON / last if beta is None else beta
     if z_step is None and beta is not None:
-        behind = [per_replica(name, value, n_replicas) for value in block_values(name, beta, n_blocks)[1:]]
+        behind = (positive(name, value, n_replicas) for value in block_values(name, beta, n_blocks)[1:])
         return {"blocks": [*(TURNED / b for b in behind), last]}, beta
     if z_step is None:
         z_step = {"blocks": [last * TURNED ** (n_blocks - t) for t in range(1, n_blocks + 1)]}
     if beta is None:
-        steps = [at.start for at in block_schedules("z_step", z_step, n_blocks, n_replicas)]
-        if not all(bool(torch.as_tensor(step, dtype=torch.float64).all()) for step in steps):
+        starts = [at.start for at in block_schedules("z_step", z_step, n_blocks, n_replicas)]
+        if not all(bool(torch.as_tensor(start, dtype=torch.float64).all()) for start in starts):
             raise ValueError(f"{name}: is None, but z_step starts at 0, from which it cannot be found; give it")
-        beta = {"blocks": [1.0 / steps[0], *(TURNED / step for step in steps[:-1])] if steps else []}
+        beta = {"blocks": [1.0 / starts[0], *(TURNED / start for start in starts[:-1])] if starts else []}
     return z_step, beta
+
+
+def _chosen(by_block: Tensor, one: BlockValue, other: BlockValue, n_blocks: int) -> BlockValue:
+    """Return numbers per block and replica: of `one` where `by_block` [S], else of `other`."""
+    pairs = zip(*(block_values("", values, n_blocks) for values in (one, other)), strict=True)
+    return {"blocks": [torch.where(by_block, *(replica_values("", v, len(by_block)) for v in p)) for p in pairs]}
 
 
 def label_leak(
@@ -710,11 +727,11 @@ class ZUpdate(Options):
             lagrangian.set_z(t, lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction)))
 
     def coupling_values(
-        self, z_step: BlockValue | None, beta: BlockValue | None, n_blocks: int, n_replicas: int, is_anew: bool
+        self, z_step: BlockValue | None, beta: BlockValue | None, n_blocks: int, n_replicas: int, is_anew: bool | Tensor
     ) -> tuple[BlockValue, BlockValue]:
-        """Return ζ and β as the function of this name does; `is_anew` if each visit is one round from a forward pass,
-        without duals."""
-        by_block = is_anew and self.name == "clipped"
+        """Return ζ and β as the function of this name does; `is_anew`, one or [S], if each visit is one round from a
+        forward pass, without duals."""
+        by_block = is_anew if self.name == "clipped" else False
         return coupling_values(z_step, beta, n_blocks, n_replicas, last=0.1, by_block=by_block)
 
     def clip_for(self, step: StepSize) -> StepSize | None:
