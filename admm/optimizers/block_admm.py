@@ -143,17 +143,18 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     that are evaluated together: of a mini-batch, and in the batch sweeps of Z and U of `slice_size` samples.
 
     The defaults start Z from a forward pass at each visit, without duals, which makes the steps of Θ those of
-    `OnlineBlockADMM`, whose defaults they share. (With duals, mixing below 1, several rounds or sweep="batch", None
-    stands for 0.1 and 0.5, as there with duals.) With Z that lag behind a forward pass, or duals that add the lag up,
-    no value tried trained networks of 3 to 10 blocks alike. They depart from the paper, which has sweep="batch",
-    dual_step=1 and forward_mixing=0 (Algorithm 1), and beta=1, primal_rounds=3, z_update=ZUpdate("adam") and uniform
+    `OnlineBlockADMM`, whose defaults they share. (With duals, mixing below 1, several rounds or sweep="batch", z_step
+    is 0.1 and beta 0.5 by default, as there with duals.) With Z that lag behind a forward pass, or duals that add the
+    lag up, no value tried trained networks of 3 to 10 blocks alike. They depart from the paper, which has
+    sweep="batch", dual_step=1 and forward_mixing=0 (Algorithm 1), and beta=1, primal_rounds=3, z_update=ZUpdate("adam") and uniform
     duals of a range that it does not give (§4.1).
 
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
-        z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step, and one per block. None as in `OnlineBlockADMM`.
-        beta: β_t > 0, the penalties; one value per replica, and per block. None as in `OnlineBlockADMM`.
+        z_step: ζ_t ≥ 0, the step size of Z_t; as theta_step, and one per block. None is for the values that
+            `OnlineBlockADMM` tells.
+        beta: β_t > 0, the penalties; one value per replica, and per block. None as for z_step.
         sweep: "batch" is Algorithm 1: `primal_rounds` times all of Z and then Θ by mini-batches, and at the end all of
             U. "minibatch" visits mini-batches in Gauss-Seidel order, each with its Z, Θ and U before the next one's.
         batch_size: samples per mini-batch, from 1 to N.

@@ -101,7 +101,7 @@ def penalties(beta: BlockValue, n_blocks: int, n_replicas: int, like: Tensor, na
     values = torch.stack([positive(name, value, n_replicas) for value in block_values(name, beta, n_blocks)])
     found = values.to(like)
     if bool((is_lost := (found == 0.0) | found.isinf()).any()):
-        kind, lost = str(like.dtype).removeprefix("torch."), float(values[is_lost].max())
+        kind, lost = torch.finfo(like.dtype).dtype, float(values[is_lost].max())
         way = "smaller" if lost > 1.0 else "larger"
         raise ValueError(
             f"{name}: {lost:.0e}, for {n_blocks} blocks, is beyond {kind}; give {way} values of it and z_step, cut "
@@ -227,10 +227,9 @@ def warn_of_lost_signal(
         return
     move, kind = signal / float(weights[0].max()), torch.finfo(dtype)
     if move < (1e8 * kind.tiny if is_exact else kind.eps / 10.0):
-        name = str(kind.dtype).removeprefix("torch.")
         warn(
-            f"z_step: Z_1 moves by the part {move:.0e} of the loss's gradient, less than {name} can tell, and block 1 "
-            "will hardly learn, as each block passes on z_step times beta (or rho) of it; raise z_step or beta, or cut "
+            f"z_step: Z_1 moves by the part {move:.0e} of the loss's gradient, less than {kind.dtype} can tell, and block "
+            "1 will hardly learn, as each block passes on z_step times beta (or rho) of it; raise z_step or beta, or cut "
             'into fewer blocks. The defaults, with z_update "clipped", reach 18 blocks, but not with sweep="batch"'
         )
     elif isinstance(rule, Adam) and signal < 10.0 * rule.epsilon:
@@ -721,10 +720,11 @@ class ZUpdate(Options):
             lagrangian.set_z(t, lagrangian.last_minimiser())
             return
         direction = self._direction(lagrangian.z_gradient(t, self.clip_for(step)), state, t)
+        direction.mul_(broadcast(step, direction))
         if self.name == "clipped":
-            lagrangian.move_z(t, direction.mul_(broadcast(step, direction)).neg_())
+            lagrangian.move_z(t, direction.neg_())
         else:
-            lagrangian.set_z(t, lagrangian.z[t - 1] - direction.mul_(broadcast(step, direction)))
+            lagrangian.set_z(t, lagrangian.z[t - 1] - direction)
 
     def coupling_values(
         self, z_step: BlockValue | None, beta: BlockValue | None, n_blocks: int, n_replicas: int, is_anew: bool | Tensor

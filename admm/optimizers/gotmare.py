@@ -33,6 +33,8 @@ from admm.optimizers.running import Runner
 from admm.schedules import BlockValue, Value, block_schedules, block_values, schedule
 from admm.visits import Visit
 
+_CLIPPED = ZUpdate("clipped")
+
 
 @dataclass(repr=False)
 class GotmareState(ShortRepr):
@@ -93,8 +95,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
-        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per gluing variable. None as above.
-        rho: ρ_t > 0, the penalties; one value per replica, and per gluing variable. None as above.
+        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per gluing variable. None is for the values above.
+        rho: ρ_t > 0, the penalties; one value per replica, and per gluing variable. None is for the values above.
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_rounds: rounds from z_{T−1} to z_1 per mini-batch, at least 1.
@@ -183,9 +185,8 @@ class Gotmare(Options, Optimizer[GotmareState]):
         """Do the rounds from z_{T−1} to z_1, each step with the newest neighbours."""
         glued = range(1, len(terms.blocks))
         if isinstance(rule := self.z_update, str):
-            for _ in range(self.z_rounds):
-                for t in reversed(glued):
-                    ZUpdate(rule).update_z(terms, ZState(), t, h.z_steps[t - 1])
+            for t in [*reversed(glued)] * self.z_rounds:
+                _CLIPPED.update_z(terms, ZState(), t, h.z_steps[t - 1])
             return
         zeros = terms.z[0].new_zeros(self.z_rounds, len(terms.z[0]), dtype=torch.float64)
         moments = [rule.init([z]) for z in terms.z[:-1]]

@@ -117,8 +117,8 @@ class OnlineBlockADMM(Options, Optimizer[OnlineBlockADMMState]):
     Args:
         iterations: iterations until the schedules end, at least 1.
         theta_step: η ≥ 0, the step size of Θ; may have a schedule, and one value per replica.
-        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per block. None as above.
-        beta: β_t > 0, the penalties; one value per replica, and per block. None as above.
+        z_step: ζ_t ≥ 0, the step size of z_t; as theta_step, and one per block. None is for the values above.
+        beta: β_t > 0, the penalties; one value per replica, and per block. None is for the values above.
         batch_size: samples per mini-batch, from 1 to N.
         epoch_parts: an iteration is an epoch (None), or one of so many parts of it.
         z_update: the update of z by its gradient; with a dual, whose term is not quadratic in z, it must be "adam",
