@@ -146,8 +146,8 @@ class BlockADMM(Options, Optimizer[BlockADMMState]):
     `OnlineBlockADMM`, whose defaults they share. (With duals, mixing below 1, several rounds or sweep="batch", z_step
     is 0.1 and beta 0.5 by default, as there with duals.) With Z that lag behind a forward pass, or duals that add the
     lag up, no value tried trained networks of 3 to 10 blocks alike. They depart from the paper, which has
-    sweep="batch", dual_step=1 and forward_mixing=0 (Algorithm 1), and beta=1, primal_rounds=3, z_update=ZUpdate("adam") and uniform
-    duals of a range that it does not give (§4.1).
+    sweep="batch", dual_step=1 and forward_mixing=0 (Algorithm 1), and beta=1, primal_rounds=3, z_update=ZUpdate("adam")
+    and uniform duals of a range that it does not give (§4.1).
 
     Args:
         iterations: iterations until the schedules end, at least 1.
