@@ -229,8 +229,9 @@ def warn_of_lost_signal(
     if move < (1e8 * kind.tiny if is_exact else kind.eps / 10.0):
         warn(
             f"z_step: Z_1 moves by the part {move:.0e} of the loss's gradient, less than {kind.dtype} can tell, and "
-            "block 1 will hardly learn, as each block passes on z_step times beta (or rho) of it; raise z_step or beta, "
-            'or cut into fewer blocks. The defaults, with z_update "clipped", reach 18 blocks, but not with sweep="batch"'
+            "block 1 will hardly learn, as each block passes on z_step times beta (or rho) of it; raise z_step or "
+            "beta, or cut into fewer blocks. "
+            'The defaults, with z_update "clipped", reach 18 blocks, but not with sweep="batch"'
         )
     elif isinstance(rule, Adam) and signal < 10.0 * rule.epsilon:
         warn(
